@@ -1,0 +1,325 @@
+"""What a RetNet is, in numbers: the configuration that every other part reads.
+
+A `RetNetConfig` is fully resolved. It holds no name of a checkpoint format and no rule that still has to be
+evaluated: schedules are tuples of float64, and choices are values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from retnet_tools.errors import ConfigError
+
+Activation = Literal["silu", "gelu", "relu"]
+NormKind = Literal["rms", "layer"]
+HeadNormKind = Literal["rms", "layer", "none"]
+HeadNormWeight = Literal["none", "shared", "channel"]
+ScoreClamp = Literal["none", "abs_of_sum", "sum_of_abs"]
+FeedForwardKind = Literal["glu", "plain"]
+NormOrder = Literal["pre", "post"]
+
+
+@dataclass(frozen=True)
+class ScoreNormalization:
+    """The three steps of the paper's section "Retention Score Normalization".
+
+    Attributes:
+        key_scale: factor on k; the paper's QK^T / sqrt(K) is 1/sqrt(K) here, so that the state carries it.
+        by_decay: D_nm / sqrt(sum_i D_ni). The divisor depends on the position alone.
+        clamp: R_nm / max(|sum_i R_ni|, 1) (`abs_of_sum`, the paper) or R_nm / clip(sum_i |R_ni|, 1, 5e4)
+            (`sum_of_abs`, torchscale since late 2023). The divisor depends on the data, so only the parallel form
+            knows it; the head norm cancels it up to its epsilon.
+    """
+
+    key_scale: float
+    by_decay: bool
+    clamp: ScoreClamp
+
+    def __post_init__(self) -> None:
+        _check_choice("score_normalization.clamp", self.clamp, ScoreClamp)
+        _check_positive("score_normalization.key_scale", self.key_scale)
+
+
+@dataclass(frozen=True)
+class HeadNorm:
+    """The normalisation of each head's output (GroupNorm_h of Eq. 8).
+
+    Attributes:
+        kind: `rms` divides by the root mean square, `layer` subtracts the mean first, `none` is the ablation.
+        eps: added to the mean square (or variance) before the root.
+        weight: no weight, one `[V]` shared by all heads, or one `[H*V]`.
+        bias: whether a bias of the weight's shape is added.
+    """
+
+    kind: HeadNormKind
+    eps: float
+    weight: HeadNormWeight = "none"
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choice("head_norm.kind", self.kind, HeadNormKind)
+        _check_choice("head_norm.weight", self.weight, HeadNormWeight)
+        if self.eps < 0:
+            raise ConfigError(f"head_norm.eps is {self.eps}", "a number >= 0")
+        if self.bias and self.weight == "none":
+            raise ConfigError("head_norm.bias without head_norm.weight", "both or neither")
+        if self.kind == "none" and self.weight != "none":
+            raise ConfigError("head_norm.weight without a head norm", "weight 'none'")
+
+
+@dataclass(frozen=True)
+class BlockNorm:
+    """The norm around each block: RMSNorm, or LayerNorm with or without bias."""
+
+    kind: NormKind
+    eps: float
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choice("block_norm.kind", self.kind, NormKind)
+        if self.eps < 0:
+            raise ConfigError(f"block_norm.eps is {self.eps}", "a number >= 0")
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """The feed-forward network of Eq. 9.
+
+    Attributes:
+        kind: `glu` is down(act(gate x) * up x); `plain` is down(act(up x)).
+        dim: inner size.
+        activation: `gelu` is the erf one.
+        bias: whether the projections have biases.
+        norm: a norm between the activation and `down` (sub-LayerNorm of torchscale before October 2023).
+    """
+
+    kind: FeedForwardKind
+    dim: int
+    activation: Activation
+    bias: bool = False
+    norm: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choice("feed_forward.kind", self.kind, FeedForwardKind)
+        _check_choice("feed_forward.activation", self.activation, Activation)
+        _check_positive("feed_forward.dim", self.dim)
+
+
+@dataclass(frozen=True)
+class RetNetConfig:
+    """A RetNet, fully resolved.
+
+    Sizes `key_dim` and `value_dim` are totals over heads. `decay` is log(gamma) per head; `rotary_frequencies` are
+    radians per position for each pair of key dimensions (theta of Eq. 3), pairs being adjacent (interleaved). Both
+    are float64.
+
+    Attributes:
+        gate: activation of the gate of Eq. 8, or None for the ablation without a gate.
+        norm_order: `pre` is x + f(norm(x)); `post` is norm(alpha x + f(x)) (DeepNorm).
+        residual_alpha: the alpha of DeepNorm; 1 otherwise.
+        embedding_scale: factor on the embedding's output.
+
+    Raises:
+        ConfigError: sizes that do not divide, schedules of the wrong length, unknown choices.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    key_dim: int
+    value_dim: int
+    decay: tuple[float, ...]
+    rotary_frequencies: tuple[float, ...]
+    score_normalization: ScoreNormalization
+    head_norm: HeadNorm
+    block_norm: BlockNorm
+    feed_forward: FeedForward
+    gate: Activation | None = "silu"
+    norm_order: NormOrder = "pre"
+    residual_alpha: float = 1.0
+    final_norm: bool = True
+    projection_bias: bool = False
+    embedding_scale: float = 1.0
+    embedding_norm: bool = False
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "key_dim", "value_dim"):
+            _check_positive(name, getattr(self, name))
+        for name in ("key_dim", "value_dim"):
+            if getattr(self, name) % self.num_heads:
+                raise ConfigError(f"{name} {getattr(self, name)} with {self.num_heads} heads", "a multiple of the heads")
+        if self.head_k_dim % 2:
+            raise ConfigError(f"head_k_dim is {self.head_k_dim}", "an even number, since rotation works on pairs")
+        if len(self.decay) != self.num_heads:
+            raise ConfigError(f"{len(self.decay)} decays", f"one log(gamma) for each of {self.num_heads} heads")
+        if not all(math.isfinite(g) and g <= 0 for g in self.decay):
+            raise ConfigError(f"decay {self.decay}", "finite log(gamma) <= 0")
+        if len(self.rotary_frequencies) != self.head_k_dim // 2:
+            raise ConfigError(
+                f"{len(self.rotary_frequencies)} rotary frequencies", f"head_k_dim / 2 = {self.head_k_dim // 2}"
+            )
+        if not all(math.isfinite(f) for f in self.rotary_frequencies):
+            raise ConfigError("rotary frequencies that are not finite", "finite radians per position")
+        if self.gate is not None:
+            _check_choice("gate", self.gate, Activation)
+        _check_choice("norm_order", self.norm_order, NormOrder)
+        _check_positive("residual_alpha", self.residual_alpha)
+        _check_positive("embedding_scale", self.embedding_scale)
+
+    @property
+    def head_k_dim(self) -> int:
+        """Size of q and k of one head (K)."""
+        return self.key_dim // self.num_heads
+
+    @property
+    def head_v_dim(self) -> int:
+        """Size of v of one head (V)."""
+        return self.value_dim // self.num_heads
+
+    def with_head_norm_eps(self, eps: float) -> RetNetConfig:
+        """The same model with another head-norm epsilon."""
+        return dataclasses.replace(self, head_norm=dataclasses.replace(self.head_norm, eps=eps))
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict that `from_dict` reads back exactly (floats round-trip through repr)."""
+        data = dataclasses.asdict(self)
+        data["decay"] = list(self.decay)
+        data["rotary_frequencies"] = list(self.rotary_frequencies)
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RetNetConfig:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ConfigError: a field that is unknown or missing, by name.
+        """
+        values = _exact_fields(cls, data, "config")
+        for name, kind in _NESTED.items():
+            values[name] = kind(**_exact_fields(kind, values[name], name))
+        for name in ("decay", "rotary_frequencies"):
+            values[name] = tuple(float(x) for x in values[name])
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ConfigError(f"a configuration field of the wrong type ({error})", "the types of RetNetConfig") from error
+
+
+_NESTED: dict[str, type] = {
+    "score_normalization": ScoreNormalization,
+    "head_norm": HeadNorm,
+    "block_norm": BlockNorm,
+    "feed_forward": FeedForward,
+}
+
+
+def paper_decay(num_heads: int) -> tuple[float, ...]:
+    """log(gamma) of the official code: gamma_h = 1 - 2^(-5-h), h from 0, in float64 (Eq. 8)."""
+    return tuple(float(np.log1p(-(2.0 ** (-5 - h)))) for h in range(num_heads))
+
+
+def paper_rotary_frequencies(head_k_dim: int) -> tuple[float, ...]:
+    """theta_i = 10000^(-i / (K/2 - 1)), i from 0 to K/2 - 1, in float64: torchscale's linspace(0, 1, K/2)."""
+    return tuple(float(f) for f in 10000.0 ** -np.linspace(0.0, 1.0, head_k_dim // 2))
+
+
+def paper_score_normalization(head_k_dim: int) -> ScoreNormalization:
+    """All three steps, as torchscale's current code applies them."""
+    return ScoreNormalization(key_scale=head_k_dim**-0.5, by_decay=True, clamp="sum_of_abs")
+
+
+def paper_config(
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    value_dim: int,
+    ffn_dim: int,
+    num_layers: int,
+    num_heads: int,
+    norm_eps: float = 1e-6,
+    tie_word_embeddings: bool = False,
+) -> RetNetConfig:
+    """The architecture of the official code since October 2023: RMSNorm, GLU, swish gate, no biases, pre-norm."""
+    head_k_dim = hidden_size // num_heads
+    return RetNetConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        key_dim=hidden_size,
+        value_dim=value_dim,
+        decay=paper_decay(num_heads),
+        rotary_frequencies=paper_rotary_frequencies(head_k_dim),
+        score_normalization=paper_score_normalization(head_k_dim),
+        head_norm=HeadNorm("rms", norm_eps),
+        block_norm=BlockNorm("rms", norm_eps),
+        feed_forward=FeedForward("glu", ffn_dim, "gelu"),
+        tie_word_embeddings=tie_word_embeddings,
+    )
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """A published size: torchscale's presets, whose `xl` the paper calls 1.3b."""
+
+    name: str
+    hidden_size: int
+    value_dim: int
+    ffn_dim: int
+    num_layers: int
+    num_heads: int
+
+    def config(self, vocab_size: int) -> RetNetConfig:
+        """The model of this size with the official architecture."""
+        return paper_config(
+            vocab_size=vocab_size,
+            hidden_size=self.hidden_size,
+            value_dim=self.value_dim,
+            ffn_dim=self.ffn_dim,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+        )
+
+
+MODEL_SIZES: dict[str, ModelSize] = {
+    size.name: size
+    for size in (
+        ModelSize("base", 512, 864, 864, 6, 2),
+        ModelSize("medium", 1024, 1728, 1728, 16, 4),
+        ModelSize("1.3b", 2048, 3456, 3456, 24, 8),
+        ModelSize("3b", 2560, 4280, 4280, 32, 10),
+        ModelSize("7b", 4096, 6912, 6912, 32, 16),
+        ModelSize("13b", 5120, 8560, 8560, 40, 20),
+        ModelSize("65b", 8192, 13824, 13824, 64, 32),
+    )
+}
+
+
+def _exact_fields(kind: type, data: Any, where: str) -> dict[str, Any]:
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where} is {type(data).__name__}", "an object with named fields")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    if unknown := sorted(set(data) - set(fields)):
+        raise ConfigError(f"{where} has unknown field {unknown[0]!r}", f"only {', '.join(fields)}")
+    required = {n for n, f in fields.items() if f.default is dataclasses.MISSING}
+    if missing := sorted(required - set(data)):
+        raise ConfigError(f"{where} has no field {missing[0]!r}", "every required field")
+    return dict(data)
+
+
+def _check_choice(name: str, value: Any, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ConfigError(f"{name} is {value!r}", f"one of {', '.join(get_args(choices))}")
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (value > 0 and math.isfinite(value)):
+        raise ConfigError(f"{name} is {value!r}", "a positive number")

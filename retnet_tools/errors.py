@@ -1,0 +1,65 @@
+"""The errors a user can meet: each is one line, and each has its exit code.
+
+Exit codes: 0 done, 1 failure, 2 usage, 3 verification over its budget, 4 provider not available,
+5 unsafe or corrupt input.
+"""
+
+from __future__ import annotations
+
+
+class RetNetToolsError(Exception):
+    """Base of every error that is meant for the user.
+
+    Args:
+        found: what is there.
+        expected: what should have been there; empty when `found` already says it.
+        action: what to do next.
+    """
+
+    exit_code = 1
+
+    def __init__(self, found: str, expected: str = "", action: str = "") -> None:
+        self.found = found
+        self.expected = expected
+        self.action = action
+        super().__init__(found, expected, action)
+
+    def __str__(self) -> str:
+        parts = [self.found]
+        if self.expected:
+            parts.append(f"expected {self.expected}")
+        if self.action:
+            parts.append(self.action)
+        return " ".join("; ".join(parts).split())
+
+
+class OutputError(RetNetToolsError):
+    """The output exists already, or cannot be written (exit 1)."""
+
+
+class UsageError(RetNetToolsError):
+    """An argument is wrong, or does not fit the others (exit 2)."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A configuration that describes no model (exit 2); from a checkpoint it is an `InputError`."""
+
+
+class VerificationError(RetNetToolsError):
+    """Two forms of one model differ by more than the budget (exit 3)."""
+
+    exit_code = 3
+
+
+class ProviderError(RetNetToolsError):
+    """The execution provider that was asked for cannot be had (exit 4)."""
+
+    exit_code = 4
+
+
+class InputError(RetNetToolsError):
+    """A file that is missing, corrupt, incomplete, unsupported or unsafe (exit 5)."""
+
+    exit_code = 5

@@ -1,0 +1,152 @@
+"""Retention in its three forms: pure functions of one signature.
+
+    parallel   (Eq. 5)  O = (Q K^T * D) V
+    recurrent  (Eq. 6)  S_n = gamma S_(n-1) + k_n^T v_n,  o_n = q_n S_n
+    chunkwise  (Eq. 7)  R_i = K_i^T (V_i * zeta) + gamma^B R_(i-1),
+                        O_i = (Q_i K_i^T * D) V_i + (Q_i R_(i-1)) * xi
+
+with D_nm = gamma^(n-m) for n >= m, zeta_j = gamma^(B-1-j) (the last row of D; the published Eq. 7 misplaces it) and
+xi_j = gamma^(j+1).
+
+Every form takes and returns the recurrent state S `[B, H, K, V]`, the plain sum of Eq. 6, so any form can continue any
+other. q, k, v are `[B, H, T, K]`, `[B, H, T, K]`, `[B, H, T, V]` in float32 or float64 and already carry rotation and
+score scales: k is multiplied by 1/sqrt(K), q by 1/sqrt(sum_i gamma^i) of its position where the model normalises D.
+
+`score_clamp` divides each row of scores by a number that depends on all scores of that row (see
+`ScoreNormalization.clamp`). Only the parallel form knows that number; the recurrence and the chunks leave it out, as
+torchscale's recurrence does, and the head norm cancels it up to its epsilon. With an initial state the parallel form
+sees the scores of this call only.
+
+Source: Sun et al. 2023, arXiv 2307.08621.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from retnet_tools.config import ScoreClamp
+from retnet_tools.model.decay import decay_matrix, gamma_powers
+
+DEFAULT_CHUNK_SIZE = 128
+
+
+class RetentionForm(Protocol):
+    """The signature that the three forms share."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        decay: Tensor,
+        *,
+        initial_state: Tensor | None = None,
+        score_clamp: ScoreClamp = "none",
+    ) -> tuple[Tensor, Tensor]:
+        """Output `[B, H, T, V]` and final state `[B, H, K, V]` for `decay` = log(gamma) `[H]`."""
+        ...
+
+
+def retention_parallel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    score_clamp: ScoreClamp = "none",
+) -> tuple[Tensor, Tensor]:
+    """O = (Q K^T * D) V (Eq. 5), memory T^2.
+
+    Returns:
+        Output `[B, H, T, V]` and state `[B, H, K, V]`.
+    """
+    scores = (q @ k.transpose(-1, -2)) * decay_matrix(decay, q.shape[-2], q.dtype)  # [B, H, T, T]
+    output = scores @ v
+    if initial_state is not None:
+        output = output + _cross_output(q, decay, initial_state)
+    if score_clamp == "abs_of_sum":
+        output = output / scores.detach().sum(-1, keepdim=True).abs().clamp(min=1)
+    elif score_clamp == "sum_of_abs":
+        output = output / scores.detach().abs().sum(-1, keepdim=True).clamp(min=1, max=5e4)
+    return output, _final_state(k, v, decay, initial_state)
+
+
+def retention_recurrent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    score_clamp: ScoreClamp = "none",
+) -> tuple[Tensor, Tensor]:
+    """S_n = gamma S_(n-1) + k_n^T v_n, o_n = q_n S_n (Eq. 6), memory independent of T.
+
+    Returns:
+        Output `[B, H, T, V]` and state `[B, H, K, V]`.
+    """
+    gamma = gamma_powers(decay, torch.ones(1, device=decay.device), q.dtype)[..., None]  # [H, 1, 1]
+    state = _zero_state(k, v) if initial_state is None else initial_state
+    outputs = []
+    for n in range(q.shape[-2]):
+        state = gamma * state + k[:, :, n, :, None] * v[:, :, n, None, :]
+        outputs.append(q[:, :, n, None, :] @ state)  # [B, H, 1, V]
+    return torch.cat(outputs, dim=-2), state
+
+
+def retention_chunkwise(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    score_clamp: ScoreClamp = "none",
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+) -> tuple[Tensor, Tensor]:
+    """R_i = K_i^T (V_i * zeta) + gamma^B R_(i-1), O_i = (Q_i K_i^T * D) V_i + (Q_i R_(i-1)) * xi (Eq. 7, corrected).
+
+    The last chunk may be shorter than the rest. Memory is chunk_size^2.
+
+    Returns:
+        Output `[B, H, T, V]` and state `[B, H, K, V]`.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")
+    state = _zero_state(k, v) if initial_state is None else initial_state
+    outputs = []
+    for start in range(0, q.shape[-2], chunk_size):
+        q_i, k_i, v_i = (x[:, :, start : start + chunk_size] for x in (q, k, v))
+        inner = (q_i @ k_i.transpose(-1, -2)) * decay_matrix(decay, q_i.shape[-2], q.dtype)
+        outputs.append(inner @ v_i + _cross_output(q_i, decay, state))
+        state = _final_state(k_i, v_i, decay, state)
+    return torch.cat(outputs, dim=-2), state
+
+
+FORMS: dict[str, RetentionForm] = {
+    "parallel": retention_parallel,
+    "recurrent": retention_recurrent,
+    "chunkwise": retention_chunkwise,
+}
+
+
+def _cross_output(q: Tensor, decay: Tensor, state: Tensor) -> Tensor:
+    xi = gamma_powers(decay, torch.arange(1, q.shape[-2] + 1, device=q.device), q.dtype)
+    return (q @ state) * xi[..., None]
+
+
+def _final_state(k: Tensor, v: Tensor, decay: Tensor, state: Tensor | None) -> Tensor:
+    length = k.shape[-2]
+    zeta = gamma_powers(decay, torch.arange(length - 1, -1, -1, device=k.device), k.dtype)
+    update = k.transpose(-1, -2) @ (v * zeta[..., None])
+    if state is None:
+        return update
+    return update + gamma_powers(decay, torch.tensor([length], device=k.device), k.dtype)[..., None] * state
+
+
+def _zero_state(k: Tensor, v: Tensor) -> Tensor:
+    return k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1])

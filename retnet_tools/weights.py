@@ -1,0 +1,121 @@
+"""Canonical tensor names and shapes, and the lazy source they are read from.
+
+Linear weights are stored `[out, in]` (y = x W^T), as torch does. Rows of q and k are in interleaved pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from retnet_tools.config import RetNetConfig
+from retnet_tools.errors import InputError
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and dtype of a stored tensor, known without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor as stored."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+class WeightSource(Protocol):
+    """Tensors by name, read one at a time.
+
+    `read` returns an array that the caller owns; nothing is kept, so memory is bounded by the tensors the caller
+    holds (plus the one being read).
+    """
+
+    def names(self) -> Iterable[str]:
+        """Names of all tensors."""
+        ...
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype, without reading the data."""
+        ...
+
+    def read(self, name: str) -> Array:
+        """The tensor's data (bfloat16 as `ml_dtypes.bfloat16`)."""
+        ...
+
+
+def canonical_shapes(config: RetNetConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a model of this configuration, by canonical name, in storage order."""
+    d, f, v = config.hidden_size, config.feed_forward.dim, config.value_dim
+    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (config.vocab_size, d)}
+
+    def norm(name: str, size: int) -> None:
+        shapes[f"{name}.weight"] = (size,)
+        if config.block_norm.bias:
+            shapes[f"{name}.bias"] = (size,)
+
+    def linear(name: str, rows: int, columns: int, bias: bool) -> None:
+        shapes[f"{name}.weight"] = (rows, columns)
+        if bias:
+            shapes[f"{name}.bias"] = (rows,)
+
+    if config.embedding_norm:
+        norm("embedding_norm", d)
+    for i in range(config.num_layers):
+        layer = f"layers.{i}"
+        norm(f"{layer}.retention_norm", d)
+        projections = {"q_proj": config.key_dim, "k_proj": config.key_dim, "v_proj": v}
+        if config.gate is not None:
+            projections["gate_proj"] = v
+        for name, rows in projections.items():
+            linear(f"{layer}.retention.{name}", rows, d, config.projection_bias)
+        if config.head_norm.weight != "none":
+            size = config.head_v_dim if config.head_norm.weight == "shared" else v
+            shapes[f"{layer}.retention.head_norm.weight"] = (size,)
+            if config.head_norm.bias:
+                shapes[f"{layer}.retention.head_norm.bias"] = (size,)
+        linear(f"{layer}.retention.out_proj", d, v, config.projection_bias)
+        norm(f"{layer}.ffn_norm", d)
+        if config.feed_forward.kind == "glu":
+            linear(f"{layer}.ffn.gate_proj", f, d, config.feed_forward.bias)
+        linear(f"{layer}.ffn.up_proj", f, d, config.feed_forward.bias)
+        if config.feed_forward.norm:
+            norm(f"{layer}.ffn.norm", f)
+        linear(f"{layer}.ffn.down_proj", d, f, config.feed_forward.bias)
+    if config.final_norm:
+        norm("final_norm", d)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, d)
+    return shapes
+
+
+def check_weights(config: RetNetConfig, source: WeightSource) -> None:
+    """Check that a source holds exactly the tensors of a configuration.
+
+    Raises:
+        InputError: a tensor that is unknown, missing, of the wrong shape or not floating point, by name.
+    """
+    expected = canonical_shapes(config)
+    names = set(source.names())
+    if unknown := sorted(names - set(expected)):
+        raise InputError(f"unknown tensor {unknown[0]!r}", f"the {len(expected)} tensors that the configuration names")
+    for name, shape in expected.items():
+        if name not in names:
+            raise InputError(f"no tensor {name!r}", f"shape {list(shape)}", "the checkpoint is incomplete")
+        info = source.info(name)
+        if info.shape != shape:
+            raise InputError(f"tensor {name!r} has shape {list(info.shape)}", f"{list(shape)}")
+        if not is_floating(info.dtype):
+            raise InputError(f"tensor {name!r} is {info.dtype}", "float16, bfloat16, float32 or float64")
+
+
+def is_floating(dtype: np.dtype[Any]) -> bool:
+    """Whether a dtype is one of the float types a weight may have (bfloat16 is `ml_dtypes`')."""
+    return dtype.name in ("float16", "bfloat16", "float32", "float64")
