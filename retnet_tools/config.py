@@ -108,7 +108,7 @@ class FeedForward:
     def __post_init__(self) -> None:
         _check_choice("feed_forward.kind", self.kind, FeedForwardKind)
         _check_choice("feed_forward.activation", self.activation, Activation)
-        _check_positive("feed_forward.dim", self.dim)
+        _check_size("feed_forward.dim", self.dim)
 
 
 @dataclass(frozen=True)
@@ -152,10 +152,12 @@ class RetNetConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "key_dim", "value_dim"):
-            _check_positive(name, getattr(self, name))
+            _check_size(name, getattr(self, name))
         for name in ("key_dim", "value_dim"):
             if getattr(self, name) % self.num_heads:
-                raise ConfigError(f"{name} {getattr(self, name)} with {self.num_heads} heads", "a multiple of the heads")
+                raise ConfigError(
+                    f"{name} {getattr(self, name)} with {self.num_heads} heads", "a multiple of the heads"
+                )
         if self.head_k_dim % 2:
             raise ConfigError(f"head_k_dim is {self.head_k_dim}", "an even number, since rotation works on pairs")
         if len(self.decay) != self.num_heads:
@@ -204,13 +206,17 @@ class RetNetConfig:
         """
         values = _exact_fields(cls, data, "config")
         for name, kind in _NESTED.items():
-            values[name] = kind(**_exact_fields(kind, values[name], name))
-        for name in ("decay", "rotary_frequencies"):
-            values[name] = tuple(float(x) for x in values[name])
+            values[name] = _exact_fields(kind, values[name], name)
         try:
+            for name, kind in _NESTED.items():
+                values[name] = kind(**values[name])
+            for name in ("decay", "rotary_frequencies"):
+                values[name] = tuple(float(x) for x in values[name])
             return cls(**values)
-        except TypeError as error:
-            raise ConfigError(f"a configuration field of the wrong type ({error})", "the types of RetNetConfig") from error
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"a configuration field of the wrong type ({error})", "the types of RetNetConfig"
+            ) from error
 
 
 _NESTED: dict[str, type] = {
@@ -318,6 +324,11 @@ def _exact_fields(kind: type, data: Any, where: str) -> dict[str, Any]:
 def _check_choice(name: str, value: Any, choices: Any) -> None:
     if value not in get_args(choices):
         raise ConfigError(f"{name} is {value!r}", f"one of {', '.join(get_args(choices))}")
+
+
+def _check_size(name: str, value: Any) -> None:
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"{name} is {value!r}", "a positive integer")
 
 
 def _check_positive(name: str, value: Any) -> None:

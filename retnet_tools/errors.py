@@ -6,6 +6,9 @@ Exit codes: 0 done, 1 failure, 2 usage, 3 verification over its budget, 4 provid
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class RetNetToolsError(Exception):
     """Base of every error that is meant for the user.
@@ -63,3 +66,9 @@ class InputError(RetNetToolsError):
     """A file that is missing, corrupt, incomplete, unsupported or unsafe (exit 5)."""
 
     exit_code = 5
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """`did you mean 'x'?` for the choice nearest to a word, or an empty string when none is near."""
+    near = difflib.get_close_matches(word, list(choices), n=1)
+    return f"did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,73 @@
+"""The contract of an exported folder: file names, graph inputs and outputs. Writers and the runtime read it here.
+
+    step.onnx     input_ids [B,1], position_ids [B,1], past_key_values.{i}.recurrent_state [B,H,K,V]
+                  -> logits [B,1,vocab] float32, present.{i}.recurrent_state [B,H,K,V]
+    prefill.onnx  the same with [B,T] inputs and attention_mask [B,T]
+    weights.data  external data of both graphs, every tensor stored once
+    retnet.json   the manifest, see `retnet_tools.graph.manifest`
+
+The state is the plain sum S_n = gamma S_(n-1) + k_n^T v_n (Eq. 6) with 1/sqrt(K) on k and rotated keys. It is valid
+only with the position that it stands at. A sequence starts with zero states at position 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from retnet_tools.config import RetNetConfig
+
+STEP_FILE = "step.onnx"
+PREFILL_FILE = "prefill.onnx"
+WEIGHTS_FILE = "weights.data"
+MANIFEST_FILE = "retnet.json"
+
+INPUT_IDS = "input_ids"
+POSITION_IDS = "position_ids"
+ATTENTION_MASK = "attention_mask"
+LOGITS = "logits"
+
+POSITION_RADIX = 4096
+"""Positions are split as 4096 a + b with a, b < 4096, each with its own table of phases and powers."""
+MAX_POSITION = POSITION_RADIX**2 - 1
+"""The last position (16,777,215) that the graphs can place."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph input or output: name, ONNX element type in numpy's words, and shape with names for dynamic sizes."""
+
+    name: str
+    dtype: str
+    shape: tuple[str | int, ...]
+
+
+def past_name(layer: int) -> str:
+    """Name of the input state of a layer."""
+    return f"past_key_values.{layer}.recurrent_state"
+
+
+def present_name(layer: int) -> str:
+    """Name of the output state of a layer."""
+    return f"present.{layer}.recurrent_state"
+
+
+def state_shape(config: RetNetConfig) -> tuple[int, int, int]:
+    """Shape of one layer's state for one sequence, `[H, K, V]`."""
+    return (config.num_heads, config.head_k_dim, config.head_v_dim)
+
+
+def step_inputs(config: RetNetConfig, state_dtype: str) -> tuple[TensorSpec, ...]:
+    """Inputs of step.onnx, in order."""
+    return (
+        TensorSpec(INPUT_IDS, "int64", ("batch", 1)),
+        TensorSpec(POSITION_IDS, "int64", ("batch", 1)),
+        *(TensorSpec(past_name(i), state_dtype, ("batch", *state_shape(config))) for i in range(config.num_layers)),
+    )
+
+
+def step_outputs(config: RetNetConfig, state_dtype: str) -> tuple[TensorSpec, ...]:
+    """Outputs of step.onnx, in order."""
+    return (
+        TensorSpec(LOGITS, "float32", ("batch", 1, config.vocab_size)),
+        *(TensorSpec(present_name(i), state_dtype, ("batch", *state_shape(config))) for i in range(config.num_layers)),
+    )

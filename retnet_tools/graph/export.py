@@ -1,0 +1,124 @@
+"""Export: a checkpoint becomes a folder that keeps the contract (`retnet_tools.graph.contract`)."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from retnet_tools import __version__
+from retnet_tools.errors import UsageError, did_you_mean
+from retnet_tools.formats import Checkpoint
+from retnet_tools.graph import contract
+from retnet_tools.graph.builder import BuiltGraph, StoredTensor, build_step
+from retnet_tools.graph.manifest import Manifest, provenance, sha256_of
+from retnet_tools.graph.ops import ELEMENT_TYPES, OPERATOR_SETS
+from retnet_tools.graph.writer import ALIGNMENT, write_graph, write_weights
+from retnet_tools.staging import staged_folder
+
+GRAPH_BYTES = 8 << 20
+"""Room for graphs and manifest when the free space is checked."""
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What an export will write, known before any weight is read."""
+
+    checkpoint: Checkpoint
+    dtype: str
+    state_dtype: str
+    ops: str
+    step: BuiltGraph
+
+    @property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """The tensors of weights.data."""
+        return self.step.stored
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of weights.data."""
+        return sum(-(-stored_bytes(tensor) // ALIGNMENT) * ALIGNMENT for tensor in self.tensors.values())
+
+
+def plan_export(checkpoint: Checkpoint, *, dtype: str, ops: str, state_dtype: str = "float32") -> ExportPlan:
+    """Build the graphs of a checkpoint, without weights.
+
+    Raises:
+        UsageError: an operator set that does not exist.
+    """
+    if ops not in OPERATOR_SETS:
+        raise UsageError(f"--ops {ops!r}", f"one of {', '.join(OPERATOR_SETS)}", did_you_mean(ops, OPERATOR_SETS))
+    step = build_step(checkpoint.config, dtype=dtype, state_dtype=state_dtype, ops=OPERATOR_SETS[ops])
+    return ExportPlan(checkpoint, dtype, state_dtype, ops, step)
+
+
+def write_export(plan: ExportPlan, out: Path, *, force: bool, progress: Callable[[int], None]) -> Manifest:
+    """Write the folder: weights.data, then step.onnx and retnet.json, then one rename into place.
+
+    Memory: one source tensor, twice while its type changes; a merged projection is written part by part.
+
+    Args:
+        plan: from `plan_export`.
+        out: the folder to make.
+        force: replace a folder that an earlier export wrote.
+        progress: called with the bytes of weights just written.
+
+    Raises:
+        UsageError: the folder exists and `force` is off.
+        OutputError: it cannot be written, or the disk is full; nothing is left behind.
+        InputError: the checkpoint cannot be read, or a value does not fit `dtype`.
+    """
+    checkpoint = plan.checkpoint
+    with (
+        staged_folder(
+            out, marker=contract.MANIFEST_FILE, force=force, required_bytes=plan.weight_bytes + GRAPH_BYTES
+        ) as folder,
+        ThreadPoolExecutor(1) as hasher,
+    ):
+        # hashlib releases the interpreter lock, so hashing runs beside writing.
+        digests = hasher.map(sha256_of, checkpoint.source_files)
+        tensors = plan.tensors.values()
+        places = write_weights(folder / contract.WEIGHTS_FILE, tensors, checkpoint.weights, progress)
+        for file in checkpoint.tokenizer_files:
+            shutil.copyfile(file, folder / file.name)
+        write_graph(folder / contract.STEP_FILE, plan.step, places, producer_version=__version__)
+        manifest = _manifest(plan, digests)
+        (folder / contract.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def stored_bytes(tensor: StoredTensor) -> int:
+    """Bytes of a tensor in weights.data."""
+    return math.prod(tensor.shape) * ELEMENT_TYPES[tensor.dtype].numpy().itemsize
+
+
+def default_output(checkpoint: Path) -> Path:
+    """`<name>-onnx` beside the checkpoint."""
+    name = checkpoint.name or checkpoint.resolve().name
+    stem = Path(name).stem if checkpoint.is_file() else name
+    return checkpoint.with_name(f"{stem}-onnx") if checkpoint.name else checkpoint.resolve().with_name(f"{stem}-onnx")
+
+
+def _manifest(plan: ExportPlan, digests: Iterable[str]) -> Manifest:
+    checkpoint = plan.checkpoint
+    hashes = zip((file.name for file in checkpoint.source_files), digests, strict=True)
+    graphs = {
+        contract.STEP_FILE: {
+            "inputs": contract.step_inputs(checkpoint.config, plan.state_dtype),
+            "outputs": contract.step_outputs(checkpoint.config, plan.state_dtype),
+        }
+    }
+    return Manifest(
+        config=checkpoint.config,
+        dtype=plan.dtype,
+        state_dtype=plan.state_dtype,
+        ops=plan.ops,
+        quantization=None,
+        provenance=provenance(checkpoint.format, hashes, checkpoint.notes),
+        graphs=graphs,
+        tokenizer_files=tuple(file.name for file in checkpoint.tokenizer_files),
+    )

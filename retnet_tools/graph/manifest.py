@@ -1,0 +1,126 @@
+"""retnet.json: what an exported folder holds and where it came from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from retnet_tools import __version__
+from retnet_tools.config import RetNetConfig
+from retnet_tools.errors import ConfigError, InputError
+from retnet_tools.graph.contract import MANIFEST_FILE, MAX_POSITION, TensorSpec
+
+SCHEMA_VERSION = 1
+_HASH_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of retnet.json.
+
+    Attributes:
+        config: the model.
+        dtype: of weights and activations: float32, float16 or bfloat16.
+        state_dtype: of the recurrent states.
+        ops: `fused` (ONNX Runtime's contrib operators) or `standard` (the ai.onnx domain only).
+        quantization: None, or the scheme.
+        provenance: source format, sha256 of each source file, tool and library versions.
+        graphs: for each graph file its inputs and outputs.
+        tokenizer_files: names of the tokenizer's files in the folder.
+    """
+
+    config: RetNetConfig
+    dtype: str
+    state_dtype: str
+    ops: str
+    quantization: dict[str, Any] | None
+    provenance: dict[str, Any]
+    graphs: dict[str, dict[str, tuple[TensorSpec, ...]]]
+    tokenizer_files: tuple[str, ...]
+
+    def to_json(self) -> str:
+        """The document, as written."""
+        document = {
+            "schema_version": SCHEMA_VERSION,
+            "dtype": self.dtype,
+            "state_dtype": self.state_dtype,
+            "ops": self.ops,
+            "quantization": self.quantization,
+            "max_position": MAX_POSITION,
+            "tokenizer_files": list(self.tokenizer_files),
+            "provenance": self.provenance,
+            "graphs": {
+                name: {side: [dataclasses.asdict(spec) for spec in specs] for side, specs in graph.items()}
+                for name, graph in self.graphs.items()
+            },
+            "config": self.config.to_dict(),
+        }
+        return json.dumps(document, indent=1) + "\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of an exported folder.
+
+    Raises:
+        InputError: no manifest, not JSON, another schema version, or a field missing.
+    """
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise InputError(
+            f"{folder} has no {MANIFEST_FILE}",
+            "a folder written by `retnet-tools export`",
+            "export the checkpoint first",
+        )
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["schema_version"] != SCHEMA_VERSION:
+            raise InputError(
+                f"{path} has schema_version {data['schema_version']}",
+                str(SCHEMA_VERSION),
+                "export the checkpoint again",
+            )
+        return Manifest(
+            config=RetNetConfig.from_dict(data["config"]),
+            dtype=data["dtype"],
+            state_dtype=data["state_dtype"],
+            ops=data["ops"],
+            quantization=data["quantization"],
+            provenance=data["provenance"],
+            graphs={
+                name: {side: tuple(_spec(s) for s in specs) for side, specs in graph.items()}
+                for name, graph in data["graphs"].items()
+            },
+            tokenizer_files=tuple(data["tokenizer_files"]),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+        raise InputError(f"{path} is not a manifest ({error})", "the JSON that export writes") from error
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file, read in blocks of 4 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def provenance(source_format: str, hashes: Iterable[tuple[str, str]], notes: Sequence[str]) -> dict[str, Any]:
+    """The provenance record: where the weights came from and what wrote the folder."""
+    return {
+        "source_format": source_format,
+        "source_files": [{"name": name, "sha256": digest} for name, digest in hashes],
+        "notes": list(notes),
+        "retnet_tools": __version__,
+        "libraries": {name: metadata.version(name) for name in ("onnx", "onnx-ir", "numpy")},
+    }
+
+
+def _spec(data: dict[str, Any]) -> TensorSpec:
+    return TensorSpec(data["name"], data["dtype"], tuple(data["shape"]))

@@ -1,0 +1,111 @@
+"""Writes an exported folder: one weights file, streamed, and the graphs that point into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import onnx_ir as ir
+
+from retnet_tools.errors import InputError
+from retnet_tools.graph.builder import BuiltGraph, StoredTensor
+from retnet_tools.graph.contract import WEIGHTS_FILE
+from retnet_tools.graph.ops import ELEMENT_TYPES
+from retnet_tools.weights import Array, WeightSource
+
+IR_VERSION = 11
+"""The ONNX IR version that came with opset 23."""
+ALIGNMENT = 4096
+"""Offsets in weights.data are multiples of this, so that a runtime can map each tensor."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a tensor lies in weights.data, in bytes."""
+
+    offset: int
+    length: int
+
+
+def write_weights(
+    path: Path, tensors: Iterable[StoredTensor], source: WeightSource, progress: Callable[[int], None]
+) -> dict[str, Placement]:
+    """Write weights.data, one source tensor in memory at a time (twice its size while its type changes).
+
+    Args:
+        path: the file to write.
+        tensors: what to store, in order.
+        source: where canonical tensors are read from.
+        progress: called with the number of bytes just written.
+
+    Returns:
+        The place of each tensor, by name.
+
+    Raises:
+        InputError: a finite value that becomes infinite in the stored type, by tensor name.
+    """
+    places: dict[str, Placement] = {}
+    with path.open("wb") as file:
+        for tensor in tensors:
+            offset = -(-file.tell() // ALIGNMENT) * ALIGNMENT
+            file.seek(offset)
+            if tensor.table is not None:
+                _write_array(file, tensor.table)
+            for name in tensor.sources:
+                _write_array(file, convert(name, source.read(name), tensor.dtype))
+            places[tensor.name] = Placement(offset, file.tell() - offset)
+            progress(places[tensor.name].length)
+    return places
+
+
+def write_graph(path: Path, built: BuiltGraph, places: dict[str, Placement], *, producer_version: str) -> None:
+    """Write a graph whose stored tensors are references into weights.data beside it."""
+    for name, tensor in built.stored.items():
+        place = places[name]
+        built.graph.initializers[name].const_value = ir.ExternalTensor(
+            WEIGHTS_FILE,
+            place.offset,
+            place.length,
+            ELEMENT_TYPES[tensor.dtype],
+            shape=ir.Shape(tensor.shape),
+            name=name,
+            base_dir=path.parent,
+        )
+    model = ir.Model(
+        built.graph, ir_version=IR_VERSION, producer_name="retnet-tools", producer_version=producer_version
+    )
+    ir.save(model, path)
+
+
+def convert(name: str, array: Array, dtype: str) -> Array:
+    """The array in another float type.
+
+    Raises:
+        InputError: a finite value that becomes infinite, which float16 does past 65504.
+    """
+    target = ELEMENT_TYPES[dtype].numpy()
+    if array.dtype == target:
+        return array
+    with np.errstate(over="ignore"):
+        result = array.astype(target)
+    if target.itemsize < array.dtype.itemsize or target.name == "float16":
+        lost = np.isinf(result) & np.isfinite(array)
+        if lost.any():
+            worst = float(np.abs(array[lost].astype(np.float64)).max())
+            raise InputError(
+                f"tensor {name!r} has a value of magnitude {worst:.6g}, which {dtype} cannot hold",
+                f"magnitudes up to {_largest(dtype):.6g}",
+                "export with --dtype bf16 or fp32",
+            )
+    return result
+
+
+def _largest(dtype: str) -> float:
+    return {"float16": 65504.0, "bfloat16": 3.3895e38, "float32": 3.4028e38}[dtype]
+
+
+def _write_array(file: IO[bytes], array: Array) -> None:
+    file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

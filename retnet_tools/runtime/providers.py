@@ -1,0 +1,111 @@
+"""Execution providers: what was asked for, what was got, and never something else in silence."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retnet_tools.errors import ProviderError, UsageError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+CUDA_LIBRARIES = ("libcuda.so.1", "libcudart.so.13", "libcublasLt.so.13", "libcublas.so.13", "libcudnn.so.9")
+"""What the CUDA provider of onnxruntime-gpu 1.27 and later loads, in the order in which a missing one is named."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device as named on the command line: `cpu` or `cuda[:n]`."""
+
+    kind: str
+    index: int = 0
+
+    @property
+    def provider(self) -> str:
+        """ONNX Runtime's name for the provider of this device."""
+        return {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[self.kind]
+
+
+def parse_device(text: str) -> Device:
+    """`cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        UsageError: anything else.
+    """
+    match = re.fullmatch(r"(cpu)|(cuda)(?::(\d+))?", text.strip().lower())
+    if not match:
+        raise UsageError(f"device {text!r}", "cpu, cuda or cuda:N")
+    return Device("cpu") if match[1] else Device("cuda", int(match[3] or 0))
+
+
+def open_session(path: Path, device: Device, threads: int | None = None) -> onnxruntime.InferenceSession:
+    """Open a graph on a device, and on no other.
+
+    Args:
+        path: the graph; its external data lies beside it.
+        device: where to run.
+        threads: of the CPU provider; None lets ONNX Runtime choose.
+
+    Raises:
+        ProviderError: the provider cannot be had, or has no kernel for the graph; says what is missing.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    provider: Any = device.provider
+    if device.kind == "cuda":
+        _require_cuda(onnxruntime)
+        provider = (device.provider, {"device_id": device.index})
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        if "NOT_IMPLEMENTED" in reason:
+            raise ProviderError(
+                f"{path.name} cannot run on {device.kind} ({reason})",
+                "a graph whose types the provider has kernels for",
+                "the CPU provider has none for bfloat16: export with --dtype fp32 or fp16",
+            ) from error
+        raise ProviderError(f"{path} cannot be opened on {device.kind} ({reason})") from error
+    if session.get_providers()[0] != device.provider:
+        raise ProviderError(
+            f"{device.provider} did not start; ONNX Runtime offers {', '.join(session.get_providers())}",
+            device.provider,
+            "check the driver and the CUDA libraries, or use --device cpu",
+        )
+    return session
+
+
+def _require_cuda(onnxruntime: Any) -> None:
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise ProviderError(
+            "this onnxruntime has no CUDA provider",
+            "the package onnxruntime-gpu",
+            "pip uninstall onnxruntime, then pip install --force-reinstall onnxruntime-gpu, or use --device cpu",
+        )
+    onnxruntime.preload_dlls()
+    if missing := missing_libraries():
+        raise ProviderError(
+            f"the CUDA provider cannot load {', '.join(missing)}",
+            "an NVIDIA driver, CUDA 13 and cuDNN 9",
+            "install what is missing (pip install 'onnxruntime-gpu[cuda,cudnn]' brings all but the driver), "
+            "or use --device cpu",
+        )
+
+
+def missing_libraries() -> list[str]:
+    """The CUDA libraries that cannot be loaded on this machine."""
+    missing = []
+    for name in CUDA_LIBRARIES:
+        try:
+            ctypes.CDLL(name)
+        except OSError:
+            missing.append(name)
+    return missing

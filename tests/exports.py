@@ -1,0 +1,58 @@
+"""Exports of random models, for tests of the graphs and of what runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from retnet_tools.config import RetNetConfig
+from retnet_tools.formats import Checkpoint
+from retnet_tools.graph.contract import INPUT_IDS, POSITION_IDS, past_name, state_shape
+from retnet_tools.graph.export import plan_export, write_export
+from retnet_tools.weights import Array, WeightSource
+
+
+def checkpoint(config: RetNetConfig, source: WeightSource) -> Checkpoint:
+    """A checkpoint in memory."""
+    return Checkpoint(Path("random"), "random", config, source, [], [], [])
+
+
+def export(
+    config: RetNetConfig, source: WeightSource, out: Path, *, ops: str = "fused", dtype: str = "float32"
+) -> Path:
+    """Export to a folder and return it."""
+    plan = plan_export(checkpoint(config, source), dtype=dtype, ops=ops)
+    write_export(plan, out, force=False, progress=lambda count: None)
+    return out
+
+
+def cpu_runner(graph: Path) -> Callable[[dict[str, Array]], list[Array]]:
+    """The graph on ONNX Runtime's CPU provider."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    return lambda feeds: session.run(None, feeds)
+
+
+def zero_states(config: RetNetConfig, batch: int, dtype: Any = np.float32) -> list[Array]:
+    """States before the first token."""
+    return [np.zeros((batch, *state_shape(config)), dtype) for _ in range(config.num_layers)]
+
+
+def run_steps(
+    run: Callable[[dict[str, Array]], list[Array]],
+    ids: Array,
+    states: list[Array],
+    position: int | Array = 0,
+) -> Iterator[tuple[Array, list[Array]]]:
+    """Feed `[B, T]` tokens one by one; yields logits `[B, vocab]` and states after each."""
+    start = np.broadcast_to(np.asarray(position, dtype=np.int64), (ids.shape[0],))
+    for n in range(ids.shape[1]):
+        feeds = {INPUT_IDS: ids[:, n : n + 1], POSITION_IDS: (start + n)[:, None]}
+        logits, *states = run({**feeds, **{past_name(i): state for i, state in enumerate(states)}})
+        yield logits[:, 0], states

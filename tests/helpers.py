@@ -1,0 +1,118 @@
+"""Random models of every configuration, for tests of the forms and of the graph.
+
+Norm weights and biases are random too (a test with ones and zeros would not see a forgotten one), and logits are of
+order 1 to 10.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from retnet_tools.config import (
+    BlockNorm,
+    FeedForward,
+    HeadNorm,
+    RetNetConfig,
+    ScoreNormalization,
+    paper_config,
+    paper_rotary_frequencies,
+)
+from retnet_tools.weights import Array, TensorInfo, canonical_shapes
+
+BASE = paper_config(vocab_size=61, hidden_size=32, value_dim=48, ffn_dim=40, num_layers=2, num_heads=4)
+_PAPER_SCORES = BASE.score_normalization
+
+ABLATIONS: dict[str, RetNetConfig] = {
+    "base": BASE,
+    "tied": replace(BASE, tie_word_embeddings=True, embedding_scale=32**0.5),
+    "no_gate": replace(BASE, gate=None),
+    "gelu_gate": replace(BASE, gate="gelu"),
+    "no_head_norm": replace(
+        BASE, head_norm=HeadNorm("none", 0.0), score_normalization=replace(_PAPER_SCORES, clamp="none")
+    ),
+    "no_decay": replace(BASE, decay=(0.0,) * 4),
+    "one_gamma": replace(BASE, decay=(float(np.log1p(-(2.0**-6))),) * 4),
+    "one_head": replace(
+        BASE, num_heads=1, decay=BASE.decay[:1], value_dim=24, rotary_frequencies=paper_rotary_frequencies(32)
+    ),
+    "other_head_sizes": replace(
+        BASE,
+        num_heads=3,
+        key_dim=36,
+        value_dim=15,
+        decay=BASE.decay[:3],
+        rotary_frequencies=tuple(10000.0 ** (-2 * i / 12) for i in range(6)),
+        score_normalization=replace(_PAPER_SCORES, key_scale=12**-0.5),
+    ),
+    "layer_norm": replace(BASE, block_norm=BlockNorm("layer", 1e-5, bias=True)),
+    "layer_norm_without_bias": replace(BASE, block_norm=BlockNorm("layer", 1e-5)),
+    "layer_head_norm": replace(BASE, head_norm=HeadNorm("layer", 1e-6)),
+    "shared_head_norm": replace(BASE, head_norm=HeadNorm("rms", 1e-5, "shared")),
+    "channel_head_norm": replace(BASE, head_norm=HeadNorm("layer", 1e-5, "channel", bias=True)),
+    "large_head_norm_eps": replace(BASE, head_norm=HeadNorm("rms", 1e-3)),
+    "post_norm": replace(BASE, norm_order="post", residual_alpha=4**0.25, final_norm=False),
+    "pre_norm_alpha": replace(BASE, residual_alpha=4**0.25),
+    "silu_glu": replace(BASE, feed_forward=FeedForward("glu", 40, "silu")),
+    "plain_ffn": replace(BASE, feed_forward=FeedForward("plain", 40, "gelu", bias=True, norm=True)),
+    "relu_ffn": replace(BASE, feed_forward=FeedForward("plain", 40, "relu")),
+    "projection_bias": replace(BASE, projection_bias=True),
+    "no_score_normalization": replace(BASE, score_normalization=ScoreNormalization(1.0, False, "none")),
+    "abs_of_sum": replace(BASE, score_normalization=replace(_PAPER_SCORES, clamp="abs_of_sum")),
+    "no_final_norm": replace(BASE, final_norm=False),
+    "embedding_norm": replace(BASE, embedding_norm=True),
+    "torchscale_2023": replace(
+        BASE,
+        score_normalization=replace(_PAPER_SCORES, clamp="abs_of_sum"),
+        head_norm=HeadNorm("layer", 1e-6),
+        block_norm=BlockNorm("layer", 1e-5, bias=True),
+        feed_forward=FeedForward("plain", 40, "gelu", bias=True, norm=True),
+        projection_bias=True,
+        embedding_norm=True,
+        embedding_scale=32**0.5,
+        tie_word_embeddings=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class MemorySource:
+    """A `WeightSource` over arrays in memory."""
+
+    tensors: dict[str, Array]
+
+    def names(self) -> Iterable[str]:
+        return self.tensors.keys()
+
+    def info(self, name: str) -> TensorInfo:
+        return TensorInfo(self.tensors[name].shape, self.tensors[name].dtype)
+
+    def read(self, name: str) -> Array:
+        return self.tensors[name].copy()
+
+
+def random_source(config: RetNetConfig, seed: int, dtype: npt.DTypeLike = np.float32) -> MemorySource:
+    """Weights that make every part matter: unit gain in projections, norm weights in 0.5 to 1.5, biases of 0.1."""
+    rng = np.random.default_rng(seed)
+    tied = config.tie_word_embeddings
+    tensors = {}
+    for name, shape in canonical_shapes(config).items():
+        if name.endswith(".bias"):
+            values = 0.1 * rng.standard_normal(shape)
+        elif len(shape) == 1:
+            values = rng.uniform(0.5, 1.5, shape)
+        elif name == "embedding.weight" and not tied:
+            values = rng.standard_normal(shape)
+        else:
+            values = rng.standard_normal(shape) / np.sqrt(shape[1])
+        tensors[name] = values.astype(dtype)
+    return MemorySource(tensors)
+
+
+def random_tokens(config: RetNetConfig, batch: int, length: int, seed: int) -> npt.NDArray[Any]:
+    """Token ids `[batch, length]` int64."""
+    return np.random.default_rng(seed).integers(0, config.vocab_size, (batch, length), dtype=np.int64)

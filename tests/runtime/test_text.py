@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from retnet_tools.errors import InputError, UsageError
+from retnet_tools.runtime.text import IdCodec, TextCodec, open_codec
+
+END = "<|endoftext|>"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A byte-level tokenizer without merges: every byte is a token, so most characters span several."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("text", ["plain", "naïve café", "Größe 水 🎭🎭", " spaces  and\nlines\t"])
+def test_streams_give_back_the_text_whole_characters_at_a_time(text: str, folder: Path) -> None:
+    codec = open_codec(folder, 300, token_ids=False)
+    stream = codec.stream()
+    pieces = [stream.push(token) for token in codec.encode(text)]
+    assert "".join(pieces) == text
+    assert "�" not in "".join(pieces)
+
+
+def test_the_end_of_text_comes_from_the_first_file_that_names_it(folder: Path) -> None:
+    assert TextCodec(folder, 300).end_ids == frozenset()
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "a"}}))
+    assert TextCodec(folder, 300).end_ids == set(TextCodec(folder, 300).encode("a"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END}))
+    assert TextCodec(folder, 300).end_ids == {256}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
+    assert TextCodec(folder, 300).end_ids == {5, 7}
+
+
+def test_special_tokens_are_not_shown(folder: Path) -> None:
+    stream = TextCodec(folder, 300).stream()
+    assert stream.push(256) == ""
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(folder: Path) -> None:
+    with pytest.raises(InputError, match="has 257 tokens; expected at most the model's 61"):
+        TextCodec(folder, 61)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_broken_file_is_named(name: str, folder: Path) -> None:
+    (folder / name).write_text("{")
+    with pytest.raises(InputError, match=name):
+        TextCodec(folder, 300)
+
+
+def test_ids_go_in_and_out_without_a_tokenizer(tmp_path: Path, folder: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    codec = open_codec(empty, 61, token_ids=False)
+    assert isinstance(codec, IdCodec)
+    assert isinstance(open_codec(folder, 300, token_ids=True), IdCodec)
+    assert codec.encode(" 12, 7\n300 ") == [12, 7, 300]
+    stream = codec.stream()
+    assert "".join(stream.push(token) for token in [12, 7, 300]) == "12 7 300"
+    with pytest.raises(UsageError, match="'x' in the prompt; expected token ids"):
+        codec.encode("1 x")

@@ -1,0 +1,26 @@
+GRAPH_FLOAT32 = 1e-4
+"""Graph against torch, both float32: logits and states of order 1 to 10 over 256 tokens."""
+GRAPH_POSITIONS = 1e-4
+"""Graph in float32 against torch in float64, at any position."""
+GRAPH_FLOAT16 = 0.1
+"""Graph with float16 weights and activations against torch in float32: logits of order 1 to 10."""
+FLOAT64 = 1e-12
+"""Sums of order 1 to 100 in float64, in another order."""
+FLOAT32 = 1e-4
+"""The same in float32."""
+FLOAT32_PHASE = 1.2e-7
+"""cos and sin rounded to float32."""
+LOGITS_FLOAT64 = 1e-9
+"""Logits of a whole model of order 1 to 10 in float64, head-norm epsilon 0 (measured 2e-14)."""
+LOGITS_FLOAT32 = 1e-4
+"""The same in float32, beyond what the epsilons explain (measured 4e-6)."""
+BFLOAT16_STATE = 3e-2
+"""A state of long memory in bfloat16 against float32 on the same weights, relative (gamma rounded to 1: above 0.3)."""
+
+# Against the golden outputs of other implementations: largest absolute difference of logits of order 10.
+GOLDEN_FLOAT64 = 1e-9
+GOLDEN_FLOAT32 = 1e-4
+# Of states, relative to the largest element.
+GOLDEN_STATES = 1e-5
+# What case.json states of an implementation's disagreement with itself, found again.
+STATED_DISAGREEMENT = 1e-10
