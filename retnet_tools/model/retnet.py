@@ -7,7 +7,7 @@ canonical tensor names of `retnet_tools.weights`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from retnet_tools.model.retention import RetentionForm, retention_parallel
 from retnet_tools.model.rotary import rotary_phases, rotate
 from retnet_tools.weights import Array, WeightSource, canonical_shapes, check_weights
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(size)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise `[..., size]`; the result has the dtype of x."""
         y = normalize(_wide(x), self.kind, self.eps).to(x.dtype) * self.weight
         return y if self.bias is None else y + self.bias
 
@@ -71,6 +72,7 @@ class HeadNormalization(nn.Module):
         self.bias = nn.Parameter(torch.zeros(size)) if self.norm.bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise each head of `[B, T, H, V]`."""
         y = normalize(x, self.norm.kind, self.norm.eps)  # x: [B, T, H, V]
         if self.weight is not None:
             y = y * self._per_head(self.weight)
@@ -99,6 +101,7 @@ class MultiScaleRetention(nn.Module):
     def forward(
         self, x: Tensor, terms: PositionTerms, state: Tensor | None, form: RetentionForm
     ) -> tuple[Tensor, Tensor]:
+        """Output `[B, T, D]` and state `[B, H, K, V]` for x `[B, T, D]`."""
         config = self.config
         q = rotate(self._heads(self.q_proj(x)), terms.cos, terms.sin)
         k = rotate(self._heads(self.k_proj(x)), terms.cos, terms.sin) * config.score_normalization.key_scale
@@ -113,7 +116,7 @@ class MultiScaleRetention(nn.Module):
         return self.out_proj(y), state
 
     def _heads(self, x: Tensor) -> Tensor:
-        heads = x.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)  # [B, T, H*K] -> [B, H, T, K]
+        heads = x.view(*x.shape[:2], self.config.num_heads, -1).transpose(1, 2)  # [B, T, H*K] -> [B, H, T, K]
         return _wide(heads)
 
 
@@ -130,11 +133,13 @@ class FeedForwardNetwork(nn.Module):
         self.down_proj = nn.Linear(ffn.dim, config.hidden_size, ffn.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map `[B, T, D]` to `[B, T, D]`."""
         if self.gate_proj is not None:
             y = _activate(self.activation, self.gate_proj(x)) * self.up_proj(x)
         else:
             y = _activate(self.activation, self.up_proj(x))
-        return self.down_proj(y if self.norm is None else self.norm(y))
+        output: Tensor = self.down_proj(y if self.norm is None else self.norm(y))
+        return output
 
 
 class Layer(nn.Module):
@@ -152,6 +157,7 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, terms: PositionTerms, state: Tensor | None, form: RetentionForm
     ) -> tuple[Tensor, Tensor]:
+        """Output `[B, T, D]` and state `[B, H, K, V]` for x `[B, T, D]`."""
         if self.pre:
             y, state = self.retention(self.retention_norm(x), terms, state, form)
             x = self.alpha * x + y

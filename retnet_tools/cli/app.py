@@ -1,0 +1,73 @@
+"""The command `retnet-tools`: one module a command, errors as one line with an exit code."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from retnet_tools import __version__
+from retnet_tools.cli.export import export
+from retnet_tools.cli.generate import generate
+from retnet_tools.cli.verify import verify
+from retnet_tools.errors import RetNetToolsError
+
+app = typer.Typer(
+    name="retnet-tools",
+    help="Take a RetNet from a training checkpoint to fast, verified inference.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 failure, 2 usage, 3 verification over its budget, 4 provider not available, "
+    "5 unsafe or corrupt input.",
+)
+
+for command in (verify, export, generate):
+    app.command()(command)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"retnet-tools {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; works anywhere.")] = False,
+) -> None:
+    """Hold the options that every command shares."""
+
+
+def main() -> None:
+    """Entry point: run a command, turn errors into one line on stderr and their exit code."""
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    try:
+        app(args=arguments, prog_name="retnet-tools")
+    except RetNetToolsError as error:
+        if debug:
+            raise
+        _fail(str(error), error.exit_code)
+    except OSError as error:
+        if debug:
+            raise
+        _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1)
+    except Exception as error:
+        if debug:
+            raise
+        _fail(f"unexpected {type(error).__name__}: {' '.join(str(error).split())}; rerun with --debug to see where", 1)
+
+
+def _fail(message: str, exit_code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    main()

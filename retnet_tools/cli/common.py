@@ -1,0 +1,99 @@
+"""What the commands share: consoles, JSON, the shipped checkpoint."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retnet_tools.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+
+def stderr_console() -> Console:
+    """The console of progress bars and logs; results go to stdout."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A Rich progress bar on stderr with bytes and speed, shown on terminals only."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = stderr_console()
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
+        yield progress
+
+
+@contextmanager
+def step_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A function that shows what runs now, as (what, steps done, steps in all), on stderr and on terminals only."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    console = stderr_console()
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """One JSON document on stdout. NaN and infinities become null, which JSON has no other word for."""
+    json.dump(_finite(document), sys.stdout, indent=2)
+    sys.stdout.write("\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not (abs(value) < float("inf")):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def checkpoint_or_default(path: Path | None) -> Path:
+    """The checkpoint that was named, or the trained one inside the package, said on stderr."""
+    if path is not None:
+        return path
+    shipped = Path(str(resources.files("retnet_tools"))) / "data" / "shakespeare"
+    if not shipped.is_dir():
+        raise InputError("no checkpoint named and the shipped one is missing", str(shipped), "name a checkpoint")
+    stderr_console().print(f"no checkpoint named: using the shipped one, {shipped}", highlight=False, soft_wrap=True)
+    return shipped
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """A prompt from `-p`, from a file, or from stdin (`-p -`, or neither option and stdin not a terminal).
+
+    Raises:
+        UsageError: both options, or neither and stdin is a terminal.
+        InputError: a file that is missing or not UTF-8.
+    """
+    if prompt is not None and file is not None:
+        raise UsageError("both --prompt and --file", "one of them")
+    try:
+        if file is not None:
+            return file.read_text(encoding="utf-8")
+        if prompt is not None and prompt != "-":
+            return prompt
+        if prompt is None and sys.stdin.isatty():
+            raise UsageError("no prompt", "-p TEXT, --file FILE, or text on stdin")
+        return sys.stdin.buffer.read().decode("utf-8")
+    except FileNotFoundError as error:
+        raise InputError(f"no file {file}", "a text file in UTF-8") from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"a prompt that is not UTF-8 ({error.reason} at byte {error.start})", "text in UTF-8"
+        ) from error

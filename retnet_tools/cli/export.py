@@ -1,0 +1,55 @@
+"""`retnet-tools export`: a checkpoint to a folder with a stateful ONNX decoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from retnet_tools.cli import common
+
+
+def export(
+    checkpoint: Annotated[Path | None, typer.Argument(help="Checkpoint folder or file.", show_default=False)] = None,
+    to: Annotated[str, typer.Option("--to", help="What to write: onnx.")] = "onnx",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder to make [default: <name>-onnx beside the checkpoint].")
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="Weights and activations: fp32, fp16 or bf16.")] = "fp32",
+    ops: Annotated[
+        str, typer.Option("--ops", help="fused (ONNX Runtime's contrib operators) or standard (ai.onnx only).")
+    ] = "fused",
+    source_format: Annotated[
+        str | None, typer.Option("--from", help="Format of the checkpoint, if it is not to be detected.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing export.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Write step.onnx, weights.data and retnet.json: a decoder that takes and returns its recurrent states."""
+    from retnet_tools.dtypes import parse_dtype
+    from retnet_tools.errors import UsageError, did_you_mean
+    from retnet_tools.formats import open_checkpoint
+    from retnet_tools.graph.contract import MANIFEST_FILE
+    from retnet_tools.graph.export import default_output, plan_export, write_export
+    from retnet_tools.reports.decoding import export_document, export_text
+    from retnet_tools.staging import check_target
+
+    if to != "onnx":
+        raise UsageError(f"--to {to!r}", "onnx", did_you_mean(to, ["onnx"]))
+    target = parse_dtype(dtype, ("float32", "float16", "bfloat16"))
+    path = common.checkpoint_or_default(checkpoint)
+    out = output or (default_output(path) if checkpoint else Path(f"{path.name}-onnx"))
+    if not dry_run:
+        check_target(out, marker=MANIFEST_FILE, force=force)
+    plan = plan_export(open_checkpoint(path, source_format), dtype=target, ops=ops)
+    if not dry_run:
+        with common.progress_bar() as progress:
+            task = progress.add_task("export", total=plan.weight_bytes)
+            write_export(plan, out, force=force, progress=lambda count: progress.advance(task, count))
+    document = export_document(plan, out, written=not dry_run)
+    if as_json:
+        common.print_json(document)
+    else:
+        typer.echo(export_text(document))

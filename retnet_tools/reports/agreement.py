@@ -1,0 +1,118 @@
+"""What `verify` reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from retnet_tools.model.agreement import AgreementReport, Comparison, Handoff
+from retnet_tools.model.budgets import CAUSES
+from retnet_tools.reports.render import print_line, result_console, result_table, verdict
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class AgreementContext:
+    """What a report of agreement does not know: where model and tokens came from, and what was said on reading."""
+
+    checkpoint: str
+    tokens: str
+    notes: Sequence[str] = ()
+
+
+def agreement_document(report: AgreementReport, context: AgreementContext) -> dict[str, Any]:
+    """The JSON document of `retnet-tools verify`."""
+    budget = report.budget
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "checkpoint": context.checkpoint,
+        "dtype": report.dtype,
+        "tokens": {"source": context.tokens, "rows": report.rows, "length": report.tokens},
+        "logits_scale": report.logits_scale,
+        "budget": {
+            "rounding": budget.rounding,
+            "normalisation-epsilon": budget.epsilon,
+            "logic": budget.logic,
+            "tolerance": budget.tolerance,
+        },
+        "comparisons": [_comparison_fields(c, report.dtype) for c in report.comparisons],
+        "handoffs": [_handoff_fields(h) for h in report.handoffs],
+        "notes": [*context.notes, *report.notes],
+        "passed": report.passed,
+    }
+
+
+def render_agreement(report: AgreementReport, context: AgreementContext) -> None:
+    """Print what `retnet-tools verify` found: a column for each pair of forms, then what the causes mean."""
+    console = result_console()
+    tokens = f"{report.rows} x {report.tokens} tokens ({context.tokens})"
+    print_line(console, f"{context.checkpoint}: {tokens}, {report.dtype}, logits up to {report.logits_scale:.3g}")
+    table = result_table("logits", *(f"{c.a} / {c.b}" for c in report.comparisons))
+    cells = [_comparison_cells(c) for c in report.comparisons]
+    for heading in cells[0]:
+        table.add_row(heading, *(column[heading] for column in cells))
+    console.print(table)
+    for cause in sorted({c.cause for c in report.comparisons if c.run.max_abs != 0}):
+        print_line(console, f"{cause}: {CAUSES[cause]}.")
+    for line in (*_handoff_lines(report), *context.notes, *report.notes):
+        print_line(console, line)
+    console.print(verdict(report.passed))
+
+
+def _comparison_fields(c: Comparison, dtype: str) -> dict[str, Any]:
+    return {
+        "a": c.a,
+        "b": c.b,
+        "dtype": dtype,
+        "max_abs": c.run.max_abs,
+        "max_rel": c.run.max_rel,
+        "kl_mean": c.run.kl_mean,
+        "top1_agreement": c.run.top1_agreement,
+        "max_abs_float64": c.float64.max_abs,
+        "max_abs_float64_eps0": c.float64_eps0.max_abs,
+        "first_layer": c.first_layer,
+        "per_layer_max_abs": list(c.run.layers),
+        "cause": c.cause,
+        "passed": c.passed,
+    }
+
+
+def _comparison_cells(c: Comparison) -> dict[str, str]:
+    return {
+        "max abs": f"{c.run.max_abs:.1e}",
+        "max rel": f"{c.run.max_rel:.1e}",
+        "mean KL": f"{c.run.kl_mean:.1e}",
+        "same top 1": f"{c.run.top1_agreement:.2%}",
+        "in float64": f"{c.float64.max_abs:.1e}",
+        "and eps 0": f"{c.float64_eps0.max_abs:.1e}",
+        "first layer": "-" if c.first_layer is None else str(c.first_layer),
+        "cause": c.cause,
+        "result": verdict(c.passed),
+    }
+
+
+def _handoff_fields(h: Handoff) -> dict[str, Any]:
+    return {
+        "prefix_form": h.prefix_form,
+        "continue_form": h.continue_form,
+        "prefix_length": h.prefix_length,
+        "max_abs": h.max_abs,
+        "passed": h.passed,
+    }
+
+
+def _handoff_lines(report: AgreementReport) -> Iterable[str]:
+    if not report.handoffs:
+        return
+    good = sum(h.passed for h in report.handoffs)
+    lengths = ", ".join(str(p) for p in sorted({h.prefix_length for h in report.handoffs}))
+    worst = max(report.handoffs, key=lambda h: (not h.passed, h.max_abs)).max_abs
+    yield (
+        f"hand-offs: {good} of {len(report.handoffs)} agree (after {lengths} tokens); "
+        f"worst {worst:.1e} (float64, eps 0)"
+    )
+    for h in report.handoffs:
+        if not h.passed:
+            yield f"  {h.prefix_length} tokens in {h.prefix_form}, continued in {h.continue_form}: {h.max_abs:.1e}"

@@ -1,0 +1,75 @@
+"""What `export` and `generate` report."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from retnet_tools.graph.contract import STEP_FILE, state_shape
+from retnet_tools.graph.export import ExportPlan, stored_bytes
+from retnet_tools.graph.ops import ELEMENT_TYPES
+from retnet_tools.runtime.decode import Generation
+
+SCHEMA_VERSION = 1
+
+
+def export_document(plan: ExportPlan, out: Path, *, written: bool) -> dict[str, Any]:
+    """The export as a JSON document; sizes in bytes."""
+    config = plan.checkpoint.config
+    sizes = {name: stored_bytes(tensor) for name, tensor in plan.tensors.items()}
+    tables = sum(size for name, size in sizes.items() if plan.tensors[name].table is not None)
+    state = config.num_layers * math.prod(state_shape(config)) * ELEMENT_TYPES[plan.state_dtype].numpy().itemsize
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "written": written,
+        "output": str(out),
+        "source_format": plan.checkpoint.format,
+        "dtype": plan.dtype,
+        "state_dtype": plan.state_dtype,
+        "ops": plan.ops,
+        "graphs": {STEP_FILE: {"nodes": len(plan.step.graph)}},
+        "weight_bytes": sum(sizes.values()),
+        "position_table_bytes": tables,
+        "state_bytes_per_sequence": state,
+        "tokenizer_files": [file.name for file in plan.checkpoint.tokenizer_files],
+        "notes": list(plan.checkpoint.notes),
+    }
+
+
+def export_text(document: dict[str, Any]) -> str:
+    """The same for people: a line a fact."""
+    verb = "wrote" if document["written"] else "would write"
+    lines = [
+        f"{verb} {document['output']} from {document['source_format']}",
+        f"  step.onnx     {document['graphs'][STEP_FILE]['nodes']} nodes, {document['ops']} operators",
+        f"  weights.data  {document['weight_bytes'] / 1e6:.1f} MB, {document['dtype']}",
+        f"  states        {document['state_bytes_per_sequence'] / 1e6:.2f} MB a sequence at any length, "
+        f"{document['state_dtype']}",
+    ]
+    if document["tokenizer_files"]:
+        lines.append(f"  tokenizer     {', '.join(document['tokenizer_files'])}")
+    lines += [f"  note: {note}" for note in document["notes"]]
+    return "\n".join(lines)
+
+
+def generation_document(result: Generation, text: str) -> dict[str, Any]:
+    """A generation as a JSON document."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "text": text,
+        "tokens": list(result.tokens),
+        "stop_reason": result.stop_reason,
+        "prompt_tokens": result.prompt_tokens,
+        "prompt_tokens_per_second": result.prompt_tokens_per_second,
+        "tokens_per_second": result.tokens_per_second,
+    }
+
+
+def generation_speed(result: Generation) -> str:
+    """The speed of a generation in one line."""
+    return (
+        f"prompt {result.prompt_tokens} tokens, {result.prompt_tokens_per_second:.1f} tokens/s; "
+        f"generated {len(result.tokens)} tokens, {result.tokens_per_second:.1f} tokens/s; "
+        f"stopped at {result.stop_reason}"
+    )

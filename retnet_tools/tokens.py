@@ -1,0 +1,78 @@
+"""Token ids to run a model on: seeded random ones, or a text through the checkpoint's tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from retnet_tools.errors import InputError, UsageError
+
+TOKENIZER_FILE = "tokenizer.json"
+RANDOM_ROWS = 2
+
+
+@dataclass(frozen=True)
+class ChosenTokens:
+    """Token ids `[rows, T]` and, in words, where they come from."""
+
+    ids: npt.NDArray[np.int64]
+    source: str
+
+
+def choose_tokens(
+    vocab_size: int, tokenizer_files: Iterable[Path], text: str | None, *, length: int, seed: int
+) -> ChosenTokens:
+    """The first `length` tokens of a text, or two rows of random ones where there is no text.
+
+    Raises:
+        UsageError: a text without tokens or for a model of another vocabulary, no `tokenizer.json`, a length below 1.
+        InputError: a `tokenizer.json` that cannot be read.
+    """
+    if length < 1:
+        raise UsageError(f"{length} tokens", "at least 1")
+    if text is None:
+        return ChosenTokens(random_tokens(vocab_size, RANDOM_ROWS, length, seed), f"random, seed {seed}")
+    ids = text_tokens(text, tokenizer_files)[:, :length]
+    if ids.max() >= vocab_size:
+        raise UsageError(f"token {ids.max()} from {TOKENIZER_FILE}", f"0 to {vocab_size - 1}, the model's vocabulary")
+    return ChosenTokens(ids, "from a text")
+
+
+def random_tokens(vocab_size: int, rows: int, length: int, seed: int) -> npt.NDArray[np.int64]:
+    """Uniform token ids `[rows, length]`, the same for the same seed."""
+    return np.random.default_rng(seed).integers(0, vocab_size, (rows, length), dtype=np.int64)
+
+
+def text_tokens(text: str, tokenizer_files: Iterable[Path]) -> npt.NDArray[np.int64]:
+    """The tokens of a text, `[1, T]`.
+
+    Raises:
+        UsageError: no `tokenizer.json` among the files, or a text without tokens.
+        InputError: a `tokenizer.json` that cannot be read.
+    """
+    file = next((f for f in tokenizer_files if f.name == TOKENIZER_FILE), None)
+    if file is None:
+        raise UsageError(f"a text, but no {TOKENIZER_FILE} with the checkpoint", action="add one or use random tokens")
+    ids = load_tokenizer(file).encode(text).ids
+    if not ids:
+        raise UsageError("a text without tokens", "at least one token")
+    return np.array([ids], dtype=np.int64)
+
+
+def load_tokenizer(file: Path) -> Any:
+    """The `tokenizers.Tokenizer` of a file.
+
+    Raises:
+        InputError: a file that is missing or not a tokenizer.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:
+        raise InputError(f"{file} cannot be read ({error})", "a tokenizer of the tokenizers library") from error

@@ -1,0 +1,93 @@
+"""`retnet-tools generate` on random models: prompts, ids, JSON and errors. Text itself is tested on the fixture."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.exports import export
+from tests.helpers import BASE, random_source
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(BASE, random_source(BASE, seed=21), tmp_path_factory.mktemp("generate") / "out")
+
+
+def test_ids_go_in_and_out_where_there_is_no_tokenizer(folder: Path, cli) -> None:
+    result = cli("generate", folder, "-p", "3 1 4 1 5", "-n", 6, "-t", 1)
+    assert result.exit_code == 0
+    assert len(result.out.split()) == 6
+    assert all(0 <= int(word) < BASE.vocab_size for word in result.out.split())
+    assert "tokens/s" in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_json_holds_the_same_tokens(folder: Path, cli) -> None:
+    plain = cli("generate", folder, "-p", "3 1 4", "-n", 6)
+    document = json.loads(cli("generate", folder, "-p", "3,1,4", "-n", 6, "--json").out)
+    assert document["schema_version"] == 1
+    assert document["tokens"] == [int(word) for word in plain.out.split()]
+    assert document["text"] == plain.out.strip()
+    assert document["stop_reason"] == "length"
+    assert document["prompt_tokens"] == 3
+
+
+def test_prompts_come_from_files_and_stdin_too(folder: Path, tmp_path: Path, monkeypatch, cli) -> None:
+    expected = cli("generate", folder, "-p", "3 1 4", "-n", 5).out
+    (tmp_path / "prompt.txt").write_text("3 1 4\n")
+    assert cli("generate", folder, "-f", tmp_path / "prompt.txt", "-n", 5).out == expected
+    for arguments in ([], ["-p", "-"]):
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: False, buffer=io.BytesIO(b"3 1 4")))
+        assert cli("generate", folder, *arguments, "-n", 5).out == expected
+
+
+def test_seeds_choose_samples(folder: Path, cli) -> None:
+    def draw(seed: int) -> str:
+        return cli("generate", folder, "-p", "3", "-n", 20, "--temperature", 1.5, "--seed", seed).out
+
+    assert draw(1) == draw(1) != draw(2)
+    greedy = cli("generate", folder, "-p", "3", "-n", 20).out
+    assert cli("generate", folder, "-p", "3", "-n", 20, "--temperature", 1, "--top-k", 1).out == greedy
+    assert cli("generate", folder, "-p", "3", "-n", 20, "--temperature", 1, "--top-p", 1e-6).out == greedy
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["-p", "61"], 2, "token id 61; expected 0 to 60"),
+        (["-p", "one"], 2, "'one' in the prompt; expected token ids"),
+        (["-p", ""], 2, "an empty prompt"),
+        (["-p", "1", "-n", "0"], 2, "--max-tokens 0"),
+        (["-p", "1", "--temperature", "-1"], 2, "--temperature -1"),
+        (["-p", "1", "--device", "gpu"], 2, "device 'gpu'"),
+        (["-p", "1", "-f", "x"], 2, "both --prompt and --file"),
+        (["-f", "no-such-file"], 5, "no file no-such-file"),
+    ],
+)
+def test_wrong_input_is_one_line(arguments: list[str], code: int, message: str, folder: Path, cli) -> None:
+    result = cli("generate", folder, *arguments)
+    assert (result.exit_code, result.out) == (code, "")
+    assert message in result.err
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1
+
+
+def test_a_checkpoint_in_place_of_an_export_says_what_to_do(tmp_path: Path, cli) -> None:
+    result = cli("generate", tmp_path, "-p", "1")
+    assert result.exit_code == 5
+    assert "export the checkpoint first" in result.err
+
+
+def test_cuda_where_there_is_none_ends_with_exit_code_4(folder: Path, monkeypatch, cli) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    result = cli("generate", folder, "-p", "1", "--device", "cuda")
+    assert result.exit_code == 4
+    assert "no CUDA provider" in result.err

@@ -1,0 +1,141 @@
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from retnet_tools.formats.canonical import write_canonical
+from tests.helpers import BASE, random_source
+
+SHORT = ("--tokens", 20, "--chunk-size", 6, "--threads", 1)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("verify") / "base"
+    write_canonical(path, BASE, random_source(BASE, 1))
+    words = {"[UNK]": 0, "to": 1, "be": 2, "or": 3, "not": 4, "that": 5, "is": 6}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def large_epsilon(tmp_path_factory):
+    path = tmp_path_factory.mktemp("verify") / "large_epsilon"
+    write_canonical(path, BASE.with_head_norm_eps(1e-2), random_source(BASE, 1))
+    return path
+
+
+def test_json_has_the_documented_fields(cli, checkpoint):
+    result = cli("verify", checkpoint, "--modes", "parallel,recurrent,chunkwise", "--json", *SHORT)
+    document = json.loads(result.out)
+    assert result.exit_code == 0
+    assert document["schema_version"] == 1
+    assert document["passed"] is True
+    assert [(c["a"], c["b"]) for c in document["comparisons"]] == [
+        ("parallel", "recurrent"),
+        ("parallel", "chunkwise"),
+        ("recurrent", "chunkwise"),
+    ]
+    for comparison in document["comparisons"]:
+        assert comparison["passed"] is True
+        assert comparison["dtype"] == "float32"
+        assert comparison["cause"] in ("rounding", "normalisation-epsilon")
+        assert comparison["max_abs_float64_eps0"] < 1e-9
+        assert 0 < comparison["max_rel"] < comparison["max_abs"] < 1e-3
+        assert comparison["kl_mean"] >= 0
+        assert comparison["top1_agreement"] == 1
+        assert len(comparison["per_layer_max_abs"]) == BASE.num_layers
+        assert "first_layer" in comparison
+    assert len(document["handoffs"]) == 36
+    assert all(h["passed"] for h in document["handoffs"])
+    assert document["tokens"] == {"source": "random, seed 0", "rows": 2, "length": 20}
+
+
+def test_the_table_is_plain_text_with_the_cause_explained(cli, checkpoint):
+    result = cli("verify", checkpoint, *SHORT)
+    assert result.exit_code == 0
+    assert "\x1b" not in result.out
+    assert result.err == ""
+    rows = {line[:12].strip(): line[12:].split() for line in result.out.splitlines()}
+    assert rows["cause"][-1] == "rounding"
+    assert rows["result"] == ["passed"] * 3
+    assert [float(number) < 1e-9 for number in rows["and eps 0"]] == [True] * 3
+    assert "rounding: the forms add up in different orders" in result.out
+    assert "hand-offs: 36 of 36" in result.out
+    assert result.out.splitlines()[-1] == "passed"
+
+
+def test_a_difference_over_its_budget_exits_with_3_after_the_report(cli, large_epsilon):
+    result = cli("verify", large_epsilon, *SHORT)
+    assert result.exit_code == 3
+    assert "failed" in result.out
+    assert result.err.startswith("error: parallel and ")
+    assert "normalisation-epsilon" in result.err
+    assert len(result.err.splitlines()) == 1
+    document = json.loads(cli("verify", large_epsilon, "--json", *SHORT).out)
+    assert document["passed"] is False
+    assert [c["cause"] for c in document["comparisons"]] == ["normalisation-epsilon"] * 2 + ["rounding"]
+
+
+def test_a_tolerance_lets_it_pass(cli, large_epsilon):
+    assert cli("verify", large_epsilon, "--tolerance", 1, *SHORT).exit_code == 0
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "float16", "fp64"])
+def test_other_float_types_pass(cli, checkpoint, dtype):
+    assert cli("verify", checkpoint, "--dtype", dtype, "--modes", "recurrent,chunkwise", *SHORT).exit_code == 0
+
+
+def test_a_prompt_goes_through_the_tokenizer_of_the_checkpoint(cli, checkpoint, tmp_path):
+    document = json.loads(cli("verify", checkpoint, "-p", "to be or not to be", "--json", *SHORT).out)
+    assert document["tokens"] == {"source": "from a text", "rows": 1, "length": 6}
+    text = tmp_path / "text.txt"
+    text.write_text("that is " * 50, encoding="utf-8")
+    document = json.loads(cli("verify", checkpoint, "--text", text, "--json", *SHORT).out)
+    assert document["tokens"]["length"] == 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--modes", "parallel,recurent"), "did you mean 'recurrent'?"),
+        (("--modes", "parallel"), "form parallel alone"),
+        (("--dtype", "fp33"), "did you mean 'fp32'?"),
+        (("--chunk-size", "0"), "chunk size 0"),
+        (("--prompt", ""), "a text without tokens"),
+    ],
+)
+def test_wrong_arguments_exit_with_2_and_one_line(cli, checkpoint, arguments, message):
+    result = cli("verify", checkpoint, *arguments)
+    assert result.exit_code == 2
+    assert message in result.err
+    assert len(result.err.splitlines()) == 1
+    assert result.out == ""
+
+
+def test_a_prompt_without_a_tokenizer_says_what_is_missing(cli, large_epsilon):
+    result = cli("verify", large_epsilon, "-p", "to be")
+    assert result.exit_code == 2
+    assert "no tokenizer.json" in result.err
+
+
+def test_a_missing_checkpoint_exits_with_5(cli, tmp_path):
+    result = cli("verify", tmp_path / "nowhere")
+    assert result.exit_code == 5
+    assert "nowhere" in result.err
+
+
+def test_help_answers_without_loading_torch():
+    script = "import sys, retnet_tools.cli.app; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "retnet_tools.cli.app", "--help"], check=True, capture_output=True)
+        times.append(time.perf_counter() - began)
+    assert min(times) < 0.8

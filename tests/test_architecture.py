@@ -1,0 +1,88 @@
+"""The rows of the house: a module imports only from its own room or from rows above it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import retnet_tools
+
+PACKAGE = Path(retnet_tools.__file__).parent
+ROWS = {
+    "": 0,
+    "errors": 0,
+    "dtypes": 1,
+    "staging": 1,
+    "tokens": 1,
+    "config": 1,
+    "weights": 1,
+    "formats": 2,
+    "model": 3,
+    "graph": 4,
+    "quantize": 5,
+    "runtime": 6,
+    "reports": 7,
+    "cli": 8,
+}
+TORCH_FILES = {"quantize/gptq.py"}
+TORCH_ROOMS = {"formats", "model"}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def imports(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} has a relative import"
+            assert node.module is not None
+            yield node.module
+            if node.module == "retnet_tools":
+                yield from (f"retnet_tools.{a.name}" for a in node.names if a.name in ROWS)
+
+
+def module_room(file: Path) -> str:
+    first = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return "" if first == "__init__" else first
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_no_arrow_runs_back(file: Path) -> None:
+    own = module_room(file)
+    assert own in ROWS, f"give {own} a row"
+    for imported in imports(file):
+        if imported.split(".")[0] != "retnet_tools":
+            continue
+        other = room(imported)
+        assert other in ROWS, f"give {other} a row"
+        allowed = other == own or ROWS[other] < ROWS[own] or (ROWS[other] == ROWS[own] <= 1)
+        assert allowed, f"{own} (row {ROWS[own]}) imports {imported} (row {ROWS[other]})"
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_only_the_rooms_that_may_import_torch_do(file: Path) -> None:
+    if module_room(file) in TORCH_ROOMS or file.relative_to(PACKAGE).as_posix() in TORCH_FILES:
+        return
+    assert not any(name.split(".")[0] == "torch" for name in imports(file))
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("retnet_tools.cli.app", ("torch", "onnxruntime", "onnx_ir", "tokenizers")),
+        ("retnet_tools.formats", ("torch", "onnxruntime")),
+    ],
+)
+def test_import_stays_light(module: str, absent: tuple[str, ...]) -> None:
+    code = f"import sys, {module}; print([m for m in {absent!r} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert result.stdout.strip() == "[]"

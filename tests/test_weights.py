@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from retnet_tools.errors import InputError
+from retnet_tools.model.retnet import RetNet
+from retnet_tools.weights import TensorInfo, canonical_shapes, check_weights, is_floating
+from tests.helpers import ABLATIONS, BASE, MemorySource, random_source
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_canonical_shapes_are_the_parameters_of_the_model(name: str) -> None:
+    parameters = {key: tuple(p.shape) for key, p in RetNet(ABLATIONS[name]).named_parameters()}
+    assert canonical_shapes(ABLATIONS[name]) == parameters
+
+
+def test_complete_weights_pass() -> None:
+    check_weights(BASE, random_source(BASE, seed=0))
+
+
+def test_unknown_missing_misshapen_and_integer_tensors_are_named() -> None:
+    tensors = random_source(BASE, seed=0).tensors
+    name = "layers.1.ffn.down_proj.weight"
+    wrong = {
+        "unknown tensor 'extra'": {**tensors, "extra": np.zeros(1)},
+        f"no tensor '{name}'": {key: value for key, value in tensors.items() if key != name},
+        rf"'{name}' has shape \[40, 32\]; expected \[32, 40\]": {**tensors, name: tensors[name].T},
+        f"'{name}' is int64": {**tensors, name: tensors[name].astype(np.int64)},
+    }
+    for match, changed in wrong.items():
+        with pytest.raises(InputError, match=match) as caught:
+            check_weights(BASE, MemorySource(changed))
+        assert caught.value.exit_code == 5
+
+
+def test_sizes_in_bytes_do_not_overflow() -> None:
+    assert TensorInfo((1 << 20, 1 << 20), np.dtype(ml_dtypes.bfloat16)).nbytes == 1 << 41
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+def test_float_types_may_be_weights(dtype: type) -> None:
+    assert is_floating(np.dtype(dtype))
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint16, np.bool_, np.complex64, ml_dtypes.float8_e4m3fn])
+def test_other_types_may_not(dtype: type) -> None:
+    assert not is_floating(np.dtype(dtype))
