@@ -1,3 +1,34 @@
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
 import torch
 
+from retnet_tools.cli import app
+
 torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Result:
+    exit_code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys) -> Run:
+    """Run `retnet-tools` in this process, with the error handling of its entry point."""
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr("sys.argv", ["retnet-tools", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            app.main()
+        out, err = capsys.readouterr()
+        return Result(stop.value.code or 0, out, err)
+
+    return run

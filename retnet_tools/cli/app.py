@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Annotated
 
@@ -46,6 +47,7 @@ def options(
 
 def main() -> None:
     """Entry point: run a command, turn errors into one line on stderr and their exit code."""
+    signal.signal(signal.SIGTERM, _stop)
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:
@@ -62,6 +64,11 @@ def main() -> None:
         if debug:
             raise
         _fail(f"unexpected {type(error).__name__}: {' '.join(str(error).split())}; rerun with --debug to see where", 1)
+
+
+def _stop(*_: object) -> None:
+    # Unwinds the stack, so that a half-written output is removed.
+    sys.exit(128 + signal.SIGTERM)
 
 
 def _fail(message: str, exit_code: int) -> None:

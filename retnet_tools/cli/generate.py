@@ -27,7 +27,7 @@ def generate(
         bool, typer.Option("--token-ids", help="Token ids in and out, even with a tokenizer.")
     ] = False,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")] = "cpu",
-    threads: Annotated[int | None, typer.Option("-t", "--threads", help="CPU threads [default: all].")] = None,
+    threads: Annotated[int | None, typer.Option("-t", "--threads", help="CPU threads to use.", min=1)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a stream.")] = False,
 ) -> None:
     """Continue a prompt, streaming text to stdout and speed to stderr."""

@@ -168,3 +168,19 @@ def test_a_disk_that_fills_up_leaves_nothing(checkpoint: Path) -> None:
     assert result.stderr.startswith("error: the disk is full")
     assert result.stderr.count("\n") == 1
     assert names(checkpoint.parent) == ["ckpt"]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_export_leaves_nothing(stop: signal.Signals, checkpoint: Path) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "from retnet_tools.cli import app\n"
+        "from retnet_tools.graph import export\n"
+        f"export.write_graph = lambda *a, **k: os.kill(os.getpid(), {int(stop)})\n"
+        f"sys.argv = ['retnet-tools', 'export', {str(checkpoint)!r}]\n"
+        "app.main()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 128 + stop
+    assert "Traceback" not in result.stderr
+    assert names(checkpoint.parent) == ["ckpt"]

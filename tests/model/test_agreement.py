@@ -49,7 +49,7 @@ def eq7(zeta_exponent, chunk_size=7):
     return form
 
 
-def scaled_in_call(number, factor):
+def scaled_in_call(number, factor, layers=BASE.num_layers):
     """The recurrent form, but the call of this number (counted over the layers) is off by a factor per position."""
     calls = -1
 
@@ -57,7 +57,7 @@ def scaled_in_call(number, factor):
         nonlocal calls
         calls += 1
         output, state = retention_recurrent(q, k, v, decay, initial_state=initial_state)
-        return (output + factor * v if calls % BASE.num_layers == number else output), state
+        return (output + factor * v if calls % layers == number else output), state
 
     return form
 
@@ -108,9 +108,19 @@ def test_eq_7_as_corrected_passes():
 
 def test_an_error_in_the_second_layer_is_found_there():
     wrong = scaled_in_call(1, 1e-3)
-    comparison = compare(forms={"recurrent": retention_recurrent, "wrong": wrong}).comparisons[0]
+    report = compare(forms={"recurrent": retention_recurrent, "wrong": wrong})
+    (comparison,) = report.comparisons
     assert (comparison.cause, comparison.first_layer) == ("logic", 1)
     assert comparison.run.layers[0] == 0 < comparison.run.layers[1]
+
+
+def test_a_handoff_is_judged_by_the_form_that_continues():
+    wrong_output_right_state = scaled_in_call(0, 1e-3, layers=1)
+    forms = {"recurrent": retention_recurrent, "wrong": wrong_output_right_state}
+    config = replace(BASE, num_layers=1)
+    report = compare(config, forms=forms)
+    assert not report.comparisons[0].passed
+    assert all(h.passed for h in report.handoffs)
 
 
 def test_a_logic_error_far_below_float32_rounding_is_still_logic():

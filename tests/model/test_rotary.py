@@ -47,7 +47,7 @@ def test_scores_depend_on_the_distance_of_positions_only(shift):
     torch.testing.assert_close(here, there, atol=FLOAT64, rtol=0)
 
 
-@pytest.mark.parametrize("position", [1, 8191, 1_000_003])
+@pytest.mark.parametrize("position", [1, 8191, 2**24 + 1])
 def test_float32_phases_are_exact_at_long_positions(position):
     cos, sin = rotary_phases(torch.tensor([[position]]), FREQUENCIES, torch.float32)
     angles = np.longdouble(position) * np.array(FREQUENCIES, dtype=np.longdouble)

@@ -1,0 +1,139 @@
+"""The trained checkpoint that ships: it is the same model in every form and graph, and it has learned its language."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import lzma
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from retnet_tools.cli.common import checkpoint_or_default
+from retnet_tools.formats import Checkpoint, open_checkpoint
+from retnet_tools.graph.contract import STEP_FILE
+from retnet_tools.graph.ops import OPERATOR_SETS
+from retnet_tools.model.agreement import compare_forms, select_forms
+from retnet_tools.model.retention import retention_recurrent
+from retnet_tools.model.retnet import RetNet, load_model
+from retnet_tools.tokens import load_tokenizer
+from tests.exports import cpu_runner, export, run_steps, zero_states
+from tests.tolerances import GRAPH_FLOAT32, LOGITS_FLOAT32, LOGITS_FLOAT64
+
+ROOT = Path(__file__).parent.parent
+FIXTURE = ROOT / "fixtures" / "shakespeare"
+PROMPT = "HAMLET.\nTo be, or not to be"
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    return open_checkpoint(FIXTURE)
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Checkpoint) -> RetNet:
+    return load_model(checkpoint.config, checkpoint.weights, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> np.ndarray:
+    text = (FIXTURE / "heldout.txt").read_text(encoding="utf-8")
+    return np.array([load_tokenizer(FIXTURE / "tokenizer.json").encode(text[20_000:22_000]).ids[:256]])
+
+
+@pytest.fixture(scope="module")
+def train() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train", ROOT / "fixtures" / "train.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_it_has_the_size_that_was_asked_for(checkpoint: Checkpoint, model: RetNet) -> None:
+    assert 3e6 <= sum(p.numel() for p in model.parameters()) <= 6e6
+    assert checkpoint.config.num_layers >= 4
+    assert checkpoint.config.num_heads >= 4
+    assert {checkpoint.weights.info(name).dtype.name for name in checkpoint.weights.names()} == {"float16"}
+    assert sum(file.stat().st_size for file in checkpoint.source_files) <= 16e6
+
+
+def test_the_package_ships_the_same_checkpoint() -> None:
+    shipped = checkpoint_or_default(None)
+    assert shipped != FIXTURE
+    files = {path.name for path in shipped.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "LICENSE.md"} <= files
+    assert all((shipped / name).read_bytes() == (FIXTURE / name).read_bytes() for name in files)
+
+
+def test_the_forms_agree(checkpoint: Checkpoint, tokens: np.ndarray) -> None:
+    forms = select_forms(["parallel", "recurrent", "chunkwise"], 48)
+    report = compare_forms(checkpoint.config, checkpoint.weights, tokens, forms)
+    assert report.passed
+    for comparison in report.comparisons:
+        assert comparison.float64_eps0.max_abs <= LOGITS_FLOAT64
+        assert comparison.run.max_abs - comparison.float64.max_abs <= LOGITS_FLOAT32
+    assert {c.cause for c in report.comparisons if "parallel" in (c.a, c.b)} == {"normalisation-epsilon"}
+
+
+@pytest.mark.parametrize("ops", OPERATOR_SETS)
+def test_the_step_graph_equals_the_torch_recurrent_form(
+    ops: str, checkpoint: Checkpoint, model: RetNet, tokens: np.ndarray, tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        expected = model(torch.from_numpy(tokens), form=retention_recurrent).logits.numpy()
+    run = cpu_runner(export(checkpoint.config, checkpoint.weights, tmp_path / "out", ops=ops) / STEP_FILE)
+    for n, (logits, _) in enumerate(run_steps(run, tokens, zero_states(checkpoint.config, 1))):
+        np.testing.assert_allclose(logits, expected[:, n], rtol=0, atol=GRAPH_FLOAT32)
+
+
+@torch.no_grad()
+def torch_greedy_text(model: RetNet, prompt: str, count: int) -> str:
+    tokenizer = load_tokenizer(FIXTURE / "tokenizer.json")
+    tokens: list[int] = []
+    output = model(torch.tensor([tokenizer.encode(prompt).ids]), form=retention_recurrent)
+    position = len(tokenizer.encode(prompt).ids)
+    while len(tokens) < count:
+        tokens.append(int(output.logits[0, -1].argmax()))
+        output = model(torch.tensor([tokens[-1:]]), form=retention_recurrent, states=output.states, position=position)
+        position += 1
+    return tokenizer.decode(tokens)
+
+
+def test_greedy_text_is_the_same_in_torch_fused_and_standard(model: RetNet, tmp_path: Path, cli) -> None:
+    texts = {"torch": torch_greedy_text(model, PROMPT, 100)}
+    for ops in OPERATOR_SETS:
+        assert cli("export", FIXTURE, "-o", tmp_path / ops, "--ops", ops).exit_code == 0
+        document = json.loads(cli("generate", tmp_path / ops, "-p", PROMPT, "-n", 100, "--json").out)
+        assert len(document["tokens"]) == 100
+        texts[ops] = document["text"]
+    assert texts["torch"] == texts["fused"] == texts["standard"]
+    assert len(set(texts["torch"].split())) > 20
+
+
+def test_float16_keeps_the_text(tmp_path: Path, cli) -> None:
+    texts = []
+    for dtype in ("fp32", "fp16"):
+        cli("export", FIXTURE, "-o", tmp_path / dtype, "--dtype", dtype)
+        texts.append(cli("generate", tmp_path / dtype, "-p", PROMPT, "-n", 20).out)
+    assert texts[0] == texts[1]
+    sizes = [(tmp_path / dtype / "weights.data").stat().st_size for dtype in ("fp32", "fp16")]
+    assert sizes[1] < 0.65 * sizes[0]
+
+
+@pytest.mark.slow
+def test_it_needs_fewer_bits_than_xz_on_held_out_text(model: RetNet, train: ModuleType) -> None:
+    text = (FIXTURE / "heldout.txt").read_text(encoding="utf-8")
+    packed = len(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
+    assert train.bits_per_byte(model, text) < 8 * packed / len(text.encode())
+
+
+def test_verify_uses_the_shipped_checkpoint_and_says_so(cli) -> None:
+    result = cli("verify", "--modes", "parallel,recurrent,chunkwise", "--tokens", 32, "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.out)["passed"] is True
+    assert "using the shipped one" in result.err
