@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -18,6 +20,8 @@ from retnet_tools.weights import Array, WeightSource
 
 IR_VERSION = 11
 """The ONNX IR version that came with opset 23."""
+_BLOCK = 1 << 20
+"""Elements converted at a time: small enough to stay in the cache for the check that follows."""
 ALIGNMENT = 4096
 """Offsets in weights.data are multiples of this, so that a runtime can map each tensor."""
 
@@ -81,7 +85,7 @@ def write_graph(path: Path, built: BuiltGraph, places: dict[str, Placement], *, 
 
 
 def convert(name: str, array: Array, dtype: str) -> Array:
-    """The array in another float type.
+    """The array in another float type, converted in blocks on two threads.
 
     Raises:
         InputError: a finite value that becomes infinite, which float16 does past 65504.
@@ -89,22 +93,27 @@ def convert(name: str, array: Array, dtype: str) -> Array:
     target = ELEMENT_TYPES[dtype].numpy()
     if array.dtype == target:
         return array
-    with np.errstate(over="ignore"):
-        result = array.astype(target)
-    if target.itemsize < array.dtype.itemsize or target.name == "float16":
-        lost = np.isinf(result) & np.isfinite(array)
-        if lost.any():
-            worst = float(np.abs(array[lost].astype(np.float64)).max())
+    source = array.reshape(-1)
+    result = np.empty(source.shape, target)
+
+    def convert_block(start: int) -> None:
+        block = slice(start, start + _BLOCK)
+        with np.errstate(over="ignore"):
+            result[block] = source[block]
+        lost = source[block][np.isinf(result[block])]
+        lost = lost[np.isfinite(lost)]
+        if lost.size:
             raise InputError(
-                f"tensor {name!r} has a value of magnitude {worst:.6g}, which {dtype} cannot hold",
-                f"magnitudes up to {_largest(dtype):.6g}",
+                f"tensor {name!r} has the value {float(lost[0]):.6g}, which {dtype} cannot hold",
+                f"magnitudes up to {float(ml_dtypes.finfo(target).max):.6g}",
                 "export with --dtype bf16 or fp32",
             )
-    return result
 
-
-def _largest(dtype: str) -> float:
-    return {"float16": 65504.0, "bfloat16": 3.3895e38, "float32": 3.4028e38}[dtype]
+    # numpy releases the interpreter lock while it converts.
+    with ThreadPoolExecutor(2) as pool:
+        for _ in pool.map(convert_block, range(0, source.size, _BLOCK)):
+            pass
+    return result.reshape(array.shape)
 
 
 def _write_array(file: IO[bytes], array: Array) -> None:
