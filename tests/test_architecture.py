@@ -17,6 +17,7 @@ ROWS = {
     "": 0,
     "errors": 0,
     "dtypes": 1,
+    "provenance": 1,
     "staging": 1,
     "tokens": 1,
     "config": 1,

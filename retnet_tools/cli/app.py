@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from retnet_tools import __version__
+from retnet_tools.cli.convert import convert
 from retnet_tools.cli.export import export
 from retnet_tools.cli.generate import generate
 from retnet_tools.cli.verify import verify
@@ -25,7 +26,7 @@ app = typer.Typer(
     "5 unsafe or corrupt input.",
 )
 
-for command in (verify, export, generate):
+for command in (convert, verify, export, generate):
     app.command()(command)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -97,3 +98,18 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         raise InputError(
             f"a prompt that is not UTF-8 ({error.reason} at byte {error.start})", "text in UTF-8"
         ) from error
+
+
+def parse_size(text: str) -> int:
+    """Bytes from a number with a unit: 5GB, 500MB, 2GiB, or plain bytes.
+
+    Raises:
+        UsageError: anything else, or less than one byte.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
+    if not match or (match[3] and not match[2]):
+        raise UsageError(f"size {text!r}", "a number with a unit, such as 5GB, 500MB or 2GiB")
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " "))
+    if size < 1:
+        raise UsageError(f"size {text!r}", "at least one byte")
+    return size

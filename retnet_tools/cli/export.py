@@ -11,10 +11,13 @@ from retnet_tools.cli import common
 
 
 def export(
-    checkpoint: Annotated[Path | None, typer.Argument(help="Checkpoint folder or file; the shipped one if left out.", show_default=False)] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="Checkpoint folder or file; the shipped one if left out.", show_default=False)
+    ] = None,
     to: Annotated[str, typer.Option("--to", help="What to write: onnx.")] = "onnx",
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Folder to make; <name>-onnx beside the checkpoint if left out.")
+        Path | None,
+        typer.Option("-o", "--output", help="Folder to make; <name>-onnx beside the checkpoint if left out."),
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="Weights and activations: fp32, fp16 or bf16.")] = "fp32",
     ops: Annotated[

@@ -13,7 +13,7 @@ from retnet_tools.formats.files import CheckpointFiles
 from retnet_tools.formats.spec import Checkpoint, FormatSpec, MappedWeights
 from retnet_tools.formats.torchscale import TORCHSCALE
 
-__all__ = ["FORMATS", "Checkpoint", "FormatSpec", "open_checkpoint"]
+__all__ = ["FORMATS", "Checkpoint", "FormatSpec", "open_checkpoint", "writable_format"]
 
 FORMATS: tuple[FormatSpec, ...] = (CANONICAL, TORCHSCALE)
 
@@ -47,7 +47,20 @@ def open_checkpoint(path: Path | str, format: str | None = None) -> Checkpoint:
         source_files=[*reading.config_files, *files.weight_files],
         tokenizer_files=files.tokenizer_files,
         notes=list(reading.notes),
+        card_files=files.card_files,
     )
+
+
+def writable_format(name: str) -> FormatSpec:
+    """The format of this name, for writing.
+
+    Raises:
+        UsageError: no such format, or one that cannot be written.
+    """
+    names = [spec.name for spec in FORMATS if spec.write is not None]
+    if name not in names:
+        raise UsageError(f"writing {name!r}", f"one of {', '.join(names)}", did_you_mean(name, names))
+    return _named(name)
 
 
 def _named(name: str) -> FormatSpec:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from retnet_tools.config import RetNetConfig
+from retnet_tools.dtypes import FloatName
 from retnet_tools.errors import InputError
+from retnet_tools.formats.containers import Progress
+from retnet_tools.formats.conversion import plan_conversion
 from retnet_tools.formats.files import CheckpointFiles
-from retnet_tools.formats.spec import FormatSpec, Reading, check_layer_count
-from retnet_tools.formats.writer import CONFIG_FILE, FORMAT_NAME, FORMAT_VERSION, write_canonical
-from retnet_tools.weights import canonical_shapes
+from retnet_tools.formats.spec import FormatSpec, Reading, Writing, check_layer_count
+from retnet_tools.formats.storage import ArrayWeights
+from retnet_tools.formats.writer import CONFIG_FILE, DEFAULT_SHARD_SIZE, write_checkpoint
+from retnet_tools.weights import Array, WeightSource, canonical_shapes
 
-__all__ = ["CANONICAL", "write_canonical"]
+FORMAT_NAME = "retnet-tools"
+FORMAT_VERSION = 1
 
 
 def detect(files: CheckpointFiles) -> bool:
@@ -37,13 +44,45 @@ def read(files: CheckpointFiles) -> Reading:
     return Reading(config, f"{FORMAT_NAME} {version}", names, config_files=(path,))
 
 
+def write(config: RetNetConfig) -> Writing:
+    """Canonical names and the configuration as it is."""
+    document = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION, "config": config.to_dict()}
+    return Writing(documents={CONFIG_FILE: document}, names={name: name for name in canonical_shapes(config)})
+
+
+def write_canonical(
+    path: Path,
+    config: RetNetConfig,
+    weights: Mapping[str, Array] | WeightSource,
+    *,
+    dtype: FloatName | None = None,
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
+    force: bool = False,
+    extra_files: Sequence[Path] = (),
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Write a checkpoint in our own format; see `plan_conversion` and `write_checkpoint` for arguments and errors.
+
+    Memory: one tensor, and its converted copy where `dtype` differs.
+
+    Returns:
+        The files written.
+    """
+    source = ArrayWeights(weights) if isinstance(weights, Mapping) else weights
+    plan = plan_conversion(
+        config, source, CANONICAL, dtype=dtype, max_shard_size=max_shard_size, copies=tuple(extra_files)
+    )
+    return write_checkpoint(path, plan.layout, force=force, progress=progress)
+
+
 def _document(files: CheckpointFiles) -> dict[str, Any]:
     return files.configs.get(files.folder / CONFIG_FILE, {})
 
 
 CANONICAL = FormatSpec(
-    name=FORMAT_NAME,
+    name="canonical",
     looked_for=f'a {CONFIG_FILE} with "format": "{FORMAT_NAME}"',
     detect=detect,
     read=read,
+    write=write,
 )

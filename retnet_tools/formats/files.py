@@ -35,6 +35,7 @@ TOKENIZER_PATTERNS = (
     "sentencepiece*.model",
     "spiece.model",
 )
+CARD_PATTERNS = ("README.md", "LICENSE*", "LICENCE*", "NOTICE*")
 MAX_CONFIG_BYTES = 1_000_000
 
 
@@ -142,6 +143,11 @@ class CheckpointFiles:
     def tokenizer_files(self) -> list[Path]:
         """Tokenizer and generation files in the folder."""
         return sorted({p for pattern in TOKENIZER_PATTERNS for p in self.folder.glob(pattern) if p.is_file()})
+
+    @cached_property
+    def card_files(self) -> list[Path]:
+        """The model card and the licences in the folder."""
+        return sorted({p for pattern in CARD_PATTERNS for p in self.folder.glob(pattern) if p.is_file()})
 
 
 def open_weights(path: Path) -> StoredTensors:

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,10 +40,12 @@ class Transform:
     Attributes:
         stored_shape: shape of each stored part, from the canonical shape.
         apply: the canonical tensor, from the stored parts in the order of `{h}`.
+        invert: the stored tensor from the canonical one, for formats that are written; one part only.
     """
 
     stored_shape: Callable[[Shape], Shape]
     apply: Callable[[Sequence[Array]], Array]
+    invert: Callable[[Array], Array] = lambda canonical: canonical
 
 
 AS_STORED = Transform(lambda shape: shape, lambda parts: parts[0])
@@ -70,6 +74,29 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Writing:
+    """A model as a format stores it.
+
+    Attributes:
+        documents: file name to JSON, the configuration last.
+        names: from stored to canonical names, as templates.
+        weights_file: `model.safetensors`, which may become shards, or a `.pt`.
+        prefix: what every stored name starts with, before the names of the table.
+        transforms: by canonical template; their `invert` is used.
+        ties: stored names that share the storage of another stored name.
+        buffers: stored tensors that are no weights.
+    """
+
+    documents: Mapping[str, Mapping[str, Any]]
+    names: Mapping[str, str]
+    weights_file: str = "model.safetensors"
+    prefix: str = ""
+    transforms: Mapping[str, Transform] = field(default_factory=dict)
+    ties: Mapping[str, str] = field(default_factory=dict)
+    buffers: Mapping[str, Array] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class FormatSpec:
     """A checkpoint format.
 
@@ -77,13 +104,16 @@ class FormatSpec:
         name: as in `--from NAME`.
         looked_for: what tells the format, for the error that lists the formats.
         detect: whether the files are of this format; looks at names and small files only.
-        read: the configuration and the name table; reads no tensor data.
+        read: the configuration and the name table; reads no tensor data but small buffers.
+        write: the same the other way, best effort: what is written is read back before a tensor is; None where a
+            format cannot be written.
     """
 
     name: str
     looked_for: str
     detect: Callable[[CheckpointFiles], bool]
     read: Callable[[CheckpointFiles], Reading]
+    write: Callable[[RetNetConfig], Writing] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +126,7 @@ class Checkpoint:
         source_files: all files that make the model, for provenance.
         tokenizer_files: tokenizer and generation files beside them.
         notes: what the user should know about how it was read.
+        card_files: model card and licences beside them.
     """
 
     path: Path
@@ -105,6 +136,7 @@ class Checkpoint:
     source_files: list[Path]
     tokenizer_files: list[Path]
     notes: list[str]
+    card_files: list[Path] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -128,7 +160,8 @@ class MappedWeights:
         self._stored = stored
         check_layer_count(reading.config, stored)
         shapes = canonical_shapes(reading.config)
-        sources, dropped = _expand(reading)
+        sources = expand_names(reading.config, reading.names, reading.prefix)
+        dropped = _dropped_names(reading)
         present = set(stored.names())
         for name in stored.names():
             if name not in dropped and sources.get(name, ("", ""))[0] not in shapes:
@@ -176,21 +209,32 @@ def check_layer_count(config: RetNetConfig, stored: StoredTensors) -> None:
         raise InputError(f"{config.num_layers} layers in the configuration", f"at most the {count} tensors of the file")
 
 
-def _expand(reading: Reading) -> tuple[dict[str, tuple[str, str]], set[str]]:
-    """The table for this many layers and heads: stored name to (canonical name, its template), and dropped names."""
-    sources: dict[str, tuple[str, str]] = {}
-    dropped: set[str] = set()
-    for stored, canonical in reading.names.items():
-        layers = range(reading.config.num_layers if "{i}" in stored else 1)
-        heads = range(reading.config.num_heads if "{h}" in stored else 1)
-        for i in layers:
-            for h in heads:
-                name = reading.prefix + stored.format(i=i, h=h)
-                if canonical is None:
-                    dropped.add(name)
-                else:
-                    sources[name] = (canonical.format(i=i), canonical)
-    return sources, dropped
+def expand_names(config: RetNetConfig, names: NameTable, prefix: str) -> dict[str, tuple[str, str]]:
+    """A name table for this many layers and heads: stored name to (canonical name, its template).
+
+    Names that the table drops are left out.
+    """
+    expanded = {}
+    for stored, canonical in names.items():
+        if canonical is not None:
+            for i, h in _indices(config, stored):
+                expanded[prefix + stored.format(i=i, h=h)] = (canonical.format(i=i), canonical)
+    return expanded
+
+
+def _dropped_names(reading: Reading) -> set[str]:
+    return {
+        reading.prefix + stored.format(i=i, h=h)
+        for stored, canonical in reading.names.items()
+        if canonical is None
+        for i, h in _indices(reading.config, stored)
+    }
+
+
+def _indices(config: RetNetConfig, template: str) -> Iterable[tuple[int, int]]:
+    layers = range(config.num_layers if "{i}" in template else 1)
+    heads = range(config.num_heads if "{h}" in template else 1)
+    return product(layers, heads)
 
 
 def _hint(name: str, sources: Mapping[str, tuple[str, str]]) -> str:

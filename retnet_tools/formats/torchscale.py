@@ -34,6 +34,7 @@ from retnet_tools.formats.torchscale_releases import (
     RELEASES,
     Release,
 )
+from retnet_tools.formats.torchscale_writing import write
 
 ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "swish": "silu", "relu": "relu"}
 PREFIXES = ("module.", "model.", "decoder.")
@@ -260,4 +261,5 @@ TORCHSCALE = FormatSpec(
     "decoder_retention_heads",
     detect=detect,
     read=read,
+    write=write,
 )

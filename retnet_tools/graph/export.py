@@ -14,9 +14,10 @@ from retnet_tools.errors import UsageError, did_you_mean
 from retnet_tools.formats import Checkpoint
 from retnet_tools.graph import contract
 from retnet_tools.graph.builder import BuiltGraph, StoredTensor, build_step
-from retnet_tools.graph.manifest import Manifest, provenance, sha256_of
+from retnet_tools.graph.manifest import Manifest
 from retnet_tools.graph.ops import ELEMENT_TYPES, OPERATOR_SETS
 from retnet_tools.graph.writer import ALIGNMENT, write_graph, write_weights
+from retnet_tools.provenance import provenance, sha256_of
 from retnet_tools.staging import staged_folder
 
 GRAPH_BYTES = 8 << 20

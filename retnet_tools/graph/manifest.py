@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from retnet_tools import __version__
 from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import ConfigError, InputError
 from retnet_tools.graph.contract import MANIFEST_FILE, MAX_POSITION, TensorSpec
 
 SCHEMA_VERSION = 1
-_HASH_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -100,26 +95,6 @@ def read_manifest(folder: Path) -> Manifest:
         )
     except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise InputError(f"{path} is not a manifest ({error})", "the JSON that export writes") from error
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 of a file, read in blocks of 4 MiB."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def provenance(source_format: str, hashes: Iterable[tuple[str, str]], notes: Sequence[str]) -> dict[str, Any]:
-    """The provenance record: where the weights came from and what wrote the folder."""
-    return {
-        "source_format": source_format,
-        "source_files": [{"name": name, "sha256": digest} for name, digest in hashes],
-        "notes": list(notes),
-        "retnet_tools": __version__,
-        "libraries": {name: metadata.version(name) for name in ("onnx", "onnx-ir", "numpy")},
-    }
 
 
 def _spec(data: dict[str, Any]) -> TensorSpec:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from retnet_tools.errors import InputError
+from retnet_tools.dtypes import convert
 from retnet_tools.graph.builder import BuiltGraph, StoredTensor
 from retnet_tools.graph.contract import WEIGHTS_FILE
 from retnet_tools.graph.ops import ELEMENT_TYPES
@@ -20,8 +18,6 @@ from retnet_tools.weights import Array, WeightSource
 
 IR_VERSION = 11
 """The ONNX IR version that came with opset 23."""
-_BLOCK = 1 << 20
-"""Elements converted at a time: small enough to stay in the cache for the check that follows."""
 ALIGNMENT = 4096
 """Offsets in weights.data are multiples of this, so that a runtime can map each tensor."""
 
@@ -59,7 +55,7 @@ def write_weights(
             if tensor.table is not None:
                 _write_array(file, tensor.table)
             for name in tensor.sources:
-                _write_array(file, convert(name, source.read(name), tensor.dtype))
+                _write_array(file, convert(name, source.read(name), ELEMENT_TYPES[tensor.dtype].numpy()))
             places[tensor.name] = Placement(offset, file.tell() - offset)
             progress(places[tensor.name].length)
     return places
@@ -82,38 +78,6 @@ def write_graph(path: Path, built: BuiltGraph, places: dict[str, Placement], *, 
         built.graph, ir_version=IR_VERSION, producer_name="retnet-tools", producer_version=producer_version
     )
     ir.save(model, path)
-
-
-def convert(name: str, array: Array, dtype: str) -> Array:
-    """The array in another float type, converted in blocks on two threads.
-
-    Raises:
-        InputError: a finite value that becomes infinite, which float16 does past 65504.
-    """
-    target = ELEMENT_TYPES[dtype].numpy()
-    if array.dtype == target:
-        return array
-    source = array.reshape(-1)
-    result = np.empty(source.shape, target)
-
-    def convert_block(start: int) -> None:
-        block = slice(start, start + _BLOCK)
-        with np.errstate(over="ignore"):
-            result[block] = source[block]
-        lost = source[block][np.isinf(result[block])]
-        lost = lost[np.isfinite(lost)]
-        if lost.size:
-            raise InputError(
-                f"tensor {name!r} has the value {float(lost[0]):.6g}, which {dtype} cannot hold",
-                f"magnitudes up to {float(ml_dtypes.finfo(target).max):.6g}",
-                "export with --dtype bf16 or fp32",
-            )
-
-    # numpy releases the interpreter lock while it converts.
-    with ThreadPoolExecutor(2) as pool:
-        for _ in pool.map(convert_block, range(0, source.size, _BLOCK)):
-            pass
-    return result.reshape(array.shape)
 
 
 def _write_array(file: IO[bytes], array: Array) -> None:

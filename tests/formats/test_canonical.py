@@ -99,7 +99,7 @@ def test_conversion_rounds_each_tensor(tmp_path: Path, dtype: str) -> None:
 def test_values_beyond_float16_are_refused_by_name(tmp_path: Path) -> None:
     tensors = random_source(SMALL, seed=4).tensors
     tensors["layers.0.ffn.up_proj.weight"][0, 0] = 1e6
-    with pytest.raises(InputError, match=r"'layers\.0\.ffn\.up_proj\.weight' holds values beyond the range of float16"):
+    with pytest.raises(InputError, match=r"'layers\.0\.ffn\.up_proj\.weight' has the value 1e.06, which float16"):
         write_canonical(tmp_path / "out", SMALL, tensors, dtype="float16")
     assert not (tmp_path / "out").exists()
 
@@ -120,7 +120,7 @@ def test_an_existing_checkpoint_is_kept_unless_forced(tmp_path: Path) -> None:
     (tmp_path / "heldout.txt").write_text("text")
     first, second = random_source(SMALL, seed=6), random_source(BASE, seed=7)
     write_canonical(tmp_path, SMALL, first, max_shard_size=5000)
-    with pytest.raises(OutputError, match=r"config\.json exists already.*--force"):
+    with pytest.raises(UsageError, match=r"config\.json exists already.*--force"):
         write_canonical(tmp_path, BASE, second)
     assert_same(tmp_path, SMALL, first)
     write_canonical(tmp_path, BASE, second, force=True)
@@ -164,23 +164,13 @@ def test_an_interrupted_write_leaves_no_trace(tmp_path: Path, error: BaseExcepti
     if existing:
         write_canonical(out, SMALL, before)
     kind = OutputError if isinstance(error, OSError) else KeyboardInterrupt
-    with pytest.raises(kind, match="No space left" if kind is OutputError else None):
+    with pytest.raises(kind, match="the disk is full" if kind is OutputError else None):
         write_canonical(out, SMALL, Failing(random_source(SMALL, seed=10).tensors), force=True)
     if existing:
         assert_same(out, SMALL, before)
     else:
         assert not out.exists()
     assert not list(tmp_path.rglob("*.partial"))
-
-
-def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full here")
-    (tmp_path / "model.safetensors.partial").symlink_to("/dev/full")
-    with pytest.raises(OutputError, match="No space left on device") as caught:
-        write_canonical(tmp_path, SMALL, random_source(SMALL, seed=11))
-    assert caught.value.exit_code == 1
-    assert not list(tmp_path.iterdir())
 
 
 def test_bad_arguments(tmp_path: Path) -> None:

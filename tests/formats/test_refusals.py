@@ -37,7 +37,7 @@ def test_missing_path(tmp_path: Path) -> None:
 
 def test_unknown_folder_lists_what_was_looked_for(tmp_path: Path) -> None:
     error = refusal(tmp_path, "no checkpoint of a known format")
-    assert "retnet-tools" in str(error)
+    assert "canonical" in str(error)
     assert "decoder_embed_dim" in str(error)
 
 
@@ -257,7 +257,7 @@ def test_explicit_format_says_what_it_misses(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no torchscale configuration"):
         open_checkpoint(file, "torchscale")
     with pytest.raises(InputError, match=r"no config\.json of retnet-tools"):
-        open_checkpoint(file, "retnet-tools")
+        open_checkpoint(file, "canonical")
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])

@@ -1,0 +1,54 @@
+"""`retnet-tools convert`: a checkpoint from any format to any that can be written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from retnet_tools.cli import common
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="Checkpoint folder or file.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)],
+    to: Annotated[str, typer.Option("--to", help="canonical, torchscale, syncdoth or fla.")] = "canonical",
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="fp32, fp16, bf16 or fp64; as stored if left out.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Bytes in one file, such as 5GB.")] = "5GB",
+    source_format: Annotated[
+        str | None, typer.Option("--from", help="Format of the checkpoint, if it is not to be detected.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show sizes, names and memory, and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Write a checkpoint in another format, bit for bit unless its type changes."""
+    from retnet_tools.dtypes import parse_dtype
+    from retnet_tools.formats import open_checkpoint, writable_format
+    from retnet_tools.formats.conversion import plan_checkpoint, write_conversion
+    from retnet_tools.formats.writer import check_folder
+    from retnet_tools.reports.conversion import conversion_document, render_conversion
+
+    target = writable_format(to)
+    number_type = None if dtype is None else parse_dtype(dtype)
+    size = common.parse_size(max_shard_size)
+    checkpoint = open_checkpoint(source, source_format)
+    plan = plan_checkpoint(checkpoint, target, dtype=number_type, max_shard_size=size, digests=lambda: [])
+    if not dry_run:
+        check_folder(output, plan.layout, force=force)
+        with common.progress_bar() as progress:
+            task = progress.add_task("convert", total=plan.layout.nbytes)
+            write_conversion(
+                checkpoint,
+                target,
+                output,
+                dtype=number_type,
+                max_shard_size=size,
+                force=force,
+                progress=lambda count: progress.advance(task, count),
+            )
+    document = conversion_document(checkpoint, target.name, plan, output, written=not dry_run)
+    common.print_json(document) if as_json else render_conversion(document)

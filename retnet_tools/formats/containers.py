@@ -1,0 +1,123 @@
+"""The two containers that checkpoints are written in, streamed: safetensors, and the zip of `torch.save`.
+
+Memory of both: the one tensor that is being written.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retnet_tools.errors import InputError
+from retnet_tools.formats.storage import SAFETENSORS_DTYPES, contiguous_strides
+from retnet_tools.weights import Array, TensorInfo
+
+_SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+_TORCH_STORAGES = {
+    "float16": "HalfStorage",
+    "bfloat16": "BFloat16Storage",
+    "float32": "FloatStorage",
+    "float64": "DoubleStorage",
+}
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor to write, under the name that the file gives it.
+
+    Attributes:
+        read: gives the data, contiguous and of `info`'s dtype and shape.
+        same_as: the name of an earlier tensor whose storage this one shares (torch files only).
+    """
+
+    name: str
+    info: TensorInfo
+    read: Callable[[], Array]
+    same_as: str | None = None
+
+
+def write_safetensors(file: Path, tensors: Sequence[PlannedTensor], progress: Progress | None) -> None:
+    """One safetensors file; `progress` is called with the bytes of each tensor once it is written."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        offsets = [end, end + tensor.info.nbytes]
+        dtype = _SAFETENSORS_NAMES[tensor.info.dtype]
+        header[tensor.name] = {"dtype": dtype, "shape": list(tensor.info.shape), "data_offsets": offsets}
+        end += tensor.info.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            out.write(_bytes(tensor))
+            if progress is not None:
+                progress(tensor.info.nbytes)
+
+
+def write_torch(file: Path, tensors: Sequence[PlannedTensor], progress: Progress | None) -> None:
+    """A state dict as `torch.save` writes it: an OrderedDict in data.pkl, each storage a stored zip entry."""
+    keys: dict[str, str] = {}
+    for tensor in tensors:
+        keys[tensor.name] = str(len(keys)) if tensor.same_as is None else keys[tensor.same_as]
+    root = "archive"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        archive.writestr(f"{root}/data.pkl", _state_dict_pickle(tensors, keys))
+        archive.writestr(f"{root}/byteorder", "little")
+        for tensor in tensors:
+            if tensor.same_as is not None:
+                continue
+            with archive.open(f"{root}/data/{keys[tensor.name]}", "w", force_zip64=True) as entry:
+                entry.write(_bytes(tensor))
+            if progress is not None:
+                progress(tensor.info.nbytes)
+        archive.writestr(f"{root}/version", "3\n")
+
+
+def _bytes(tensor: PlannedTensor) -> memoryview:
+    array = tensor.read()
+    if TensorInfo(array.shape, array.dtype) != tensor.info:
+        raise InputError(
+            f"tensor {tensor.name!r} gave {array.dtype} {list(array.shape)}",
+            f"{tensor.info.dtype} {list(tensor.info.shape)}",
+        )
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def _state_dict_pickle(tensors: Sequence[PlannedTensor], keys: dict[str, str]) -> bytes:
+    import torch
+
+    class _Storage:
+        def __init__(self, tensor: PlannedTensor) -> None:
+            numel = tensor.info.nbytes // tensor.info.dtype.itemsize
+            kind = getattr(torch, _TORCH_STORAGES[tensor.info.dtype.name])
+            self.id = ("storage", kind, keys[tensor.name], "cpu", numel)
+
+    class _Tensor:
+        def __init__(self, tensor: PlannedTensor) -> None:
+            self.tensor = tensor
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            shape = self.tensor.info.shape
+            no_hooks: OrderedDict[str, Any] = OrderedDict()
+            arguments = (_Storage(self.tensor), 0, shape, contiguous_strides(shape), False, no_hooks)
+            return torch._utils._rebuild_tensor_v2, arguments
+
+    class _Pickler(pickle.Pickler):
+        def persistent_id(self, obj: Any) -> Any:
+            return obj.id if isinstance(obj, _Storage) else None
+
+    buffer = io.BytesIO()
+    # Protocol 2 is torch.save's own.
+    _Pickler(buffer, protocol=2).dump(OrderedDict((tensor.name, _Tensor(tensor)) for tensor in tensors))
+    return buffer.getvalue()

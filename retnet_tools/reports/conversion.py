@@ -1,0 +1,63 @@
+"""What `convert` reports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from retnet_tools.formats.conversion import Conversion
+from retnet_tools.formats.spec import Checkpoint
+from retnet_tools.reports.render import print_line, result_console, result_table
+
+
+def conversion_document(
+    checkpoint: Checkpoint, target: str, plan: Conversion, output: Path, *, written: bool
+) -> dict[str, Any]:
+    """The conversion as a JSON document; sizes in bytes."""
+    files = plan.layout.weights
+    return {
+        "schema_version": 1,
+        "written": written,
+        "output": str(output),
+        "source_format": checkpoint.format,
+        "target_format": target,
+        "tensor_bytes": plan.layout.nbytes,
+        "memory_bytes": sum(plan.largest),
+        "files": {name: sum(t.info.nbytes for t in tensors if t.same_as is None) for name, tensors in files.items()},
+        "other_files": [name for name in plan.layout.names if name not in files],
+        "tensors": [
+            {
+                "name": tensor.name,
+                "canonical": plan.names[tensor.name],
+                "shape": list(tensor.info.shape),
+                "dtype": tensor.info.dtype.name,
+            }
+            for tensors in files.values()
+            for tensor in tensors
+        ],
+        "notes": list(checkpoint.notes),
+    }
+
+
+def render_conversion(document: dict[str, Any]) -> None:
+    """Print the conversion; a dry run also prints the names."""
+    console = result_console()
+    verb = "wrote" if document["written"] else "would write"
+    print_line(
+        console,
+        f"{verb} {document['output']} ({document['target_format']}) from {document['source_format']}: "
+        f"{len(document['tensors'])} tensors, {document['tensor_bytes'] / 1e6:.1f} MB",
+    )
+    for name, size in document["files"].items():
+        print_line(console, f"  {name}  {size / 1e6:.1f} MB")
+    for name in document["other_files"]:
+        print_line(console, f"  {name}")
+    if not document["written"]:
+        print_line(console, f"memory for tensors: at most {document['memory_bytes'] / 1e6:.1f} MB")
+        table = result_table("name in the file", "canonical name", "shape", "type")
+        for tensor in document["tensors"]:
+            shape = " x ".join(map(str, tensor["shape"]))
+            table.add_row(tensor["name"], tensor["canonical"] or "(buffer)", shape, tensor["dtype"])
+        console.print(table)
+    for note in document["notes"]:
+        print_line(console, f"note: {note}")

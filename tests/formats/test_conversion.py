@@ -1,0 +1,209 @@
+"""From one format to another and back: bit for bit, or refused by the field that cannot be expressed."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from retnet_tools.config import BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
+from retnet_tools.errors import InputError, UsageError
+from retnet_tools.formats import FORMATS, open_checkpoint, writable_format
+from retnet_tools.formats.conversion import plan_conversion, write_conversion
+from retnet_tools.formats.writer import write_checkpoint
+from retnet_tools.model.retention import FORMS
+from retnet_tools.model.retnet import load_model
+from retnet_tools.weights import WeightSource
+from tests.formats.cases import TORCHSCALE_FILES, case_id
+from tests.helpers import ABLATIONS, BASE, random_source, random_tokens
+
+WRITABLE = [spec.name for spec in FORMATS if spec.write is not None]
+
+
+def convert(config: RetNetConfig, weights: WeightSource, target: str, out: Path, **options: object) -> Path:
+    plan = plan_conversion(config, weights, writable_format(target), **options)
+    write_checkpoint(out, plan.layout, force=True, progress=None)
+    return out
+
+
+def assert_same_weights(a: WeightSource, b: WeightSource) -> None:
+    assert list(a.names()) == list(b.names())
+    for name in a.names():
+        x, y = a.read(name), b.read(name)
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x.view(np.uint8), y.view(np.uint8), err_msg=name)
+
+
+def expressible(target: str, config: RetNetConfig) -> bool:
+    try:
+        plan_conversion(config, random_source(config, 0), writable_format(target))
+    except UsageError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("target", WRITABLE)
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_a_model_comes_back_bit_for_bit_or_is_refused_by_field(target: str, name: str, tmp_path: Path) -> None:
+    config, source = ABLATIONS[name], random_source(ABLATIONS[name], seed=1)
+    if not expressible(target, config):
+        with pytest.raises(UsageError, match=f"{target} cannot express "):
+            convert(config, source, target, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return
+    out = convert(config, source, target, tmp_path / "out")
+    back = open_checkpoint(out)
+    assert back.config == config
+    assert_same_weights(back.weights, source)
+
+
+def test_torchscale_expresses_what_torchscale_has() -> None:
+    assert expressible("torchscale", BASE)
+    assert {name for name, config in ABLATIONS.items() if expressible("torchscale", config)} >= {
+        "base",
+        "tied",
+        "post_norm",
+        "pre_norm_alpha",
+        "silu_glu",
+        "abs_of_sum",
+        "embedding_norm",
+        "no_decay",
+        "one_gamma",
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"gate": None}, "gate"),
+        ({"head_norm": HeadNorm("rms", 1e-6, "channel")}, "head_norm.weight"),
+        ({"block_norm": BlockNorm("rms", 1e-5)}, "head_norm.eps"),
+        ({"feed_forward": FeedForward("glu", 40, "gelu", bias=True)}, "feed_forward.bias"),
+        ({"score_normalization": ScoreNormalization(1.0, True, "sum_of_abs")}, "score_normalization.key_scale"),
+    ],
+)
+def test_the_field_that_torchscale_cannot_express_is_named(change: dict[str, object], field: str) -> None:
+    config = dataclasses.replace(BASE, **change)
+    with pytest.raises(UsageError, match=f"torchscale cannot express {field}"):
+        plan_conversion(config, random_source(config, 2), writable_format("torchscale"))
+
+
+@pytest.mark.parametrize("file", TORCHSCALE_FILES, ids=case_id)
+def test_a_torchscale_file_survives_the_way_through_canonical(file: Path, tmp_path: Path) -> None:
+    first = open_checkpoint(file)
+    canonical = open_checkpoint(convert(first.config, first.weights, "canonical", tmp_path / "canonical"))
+    again = open_checkpoint(convert(canonical.config, canonical.weights, "torchscale", tmp_path / "again"))
+    assert first.config == canonical.config == again.config
+    assert_same_weights(first.weights, canonical.weights)
+    assert_same_weights(first.weights, again.weights)
+
+
+def test_torch_loads_the_state_dict_and_shares_tied_tensors(tmp_path: Path) -> None:
+    config = ABLATIONS["tied"]
+    source = random_source(config, seed=3)
+    state = torch.load(convert(config, source, "torchscale", tmp_path / "out") / "model.pt", weights_only=True)
+    assert state["output_projection.weight"].data_ptr() == state["embed_tokens.weight"].data_ptr()
+    np.testing.assert_array_equal(state["layers.1.ffn.fc1.weight"], source.read("layers.1.ffn.gate_proj.weight"))
+    assert state["retnet_rel_pos.angle"].shape == (config.head_k_dim,)
+
+
+@pytest.mark.parametrize("target", WRITABLE)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_types_change_as_numpy_rounds(target: str, dtype: str, tmp_path: Path) -> None:
+    if not expressible(target, BASE):
+        pytest.skip(f"{target} cannot express the base configuration")
+    source = random_source(BASE, seed=4, dtype=np.float64)
+    weights = open_checkpoint(convert(BASE, source, target, tmp_path / "out", dtype=dtype)).weights
+    for name in weights.names():
+        found = weights.read(name)
+        assert found.dtype.name == dtype
+        np.testing.assert_array_equal(found, source.read(name).astype(found.dtype))
+
+
+@st.composite
+def torchscale_configs(draw: st.DrawFn) -> RetNetConfig:
+    heads = draw(st.sampled_from([1, 2, 3, 5]))
+    head_k_dim = draw(st.sampled_from([2, 4, 6]))
+    alpha = draw(st.booleans())
+    layers = draw(st.integers(1, 3))
+    eps = draw(st.sampled_from([1e-6, 1e-5, 1e-3]))
+    gammas = draw(st.lists(st.floats(0.5, 1.0, exclude_max=True), min_size=heads, max_size=heads))
+    return dataclasses.replace(
+        BASE,
+        num_layers=layers,
+        num_heads=heads,
+        hidden_size=heads * head_k_dim,
+        key_dim=heads * head_k_dim,
+        value_dim=heads * draw(st.integers(1, 5)),
+        vocab_size=draw(st.integers(3, 20)),
+        decay=tuple(float(np.log(g)) for g in gammas),
+        rotary_frequencies=tuple(draw(st.floats(0.0, 3.0)) for _ in range(head_k_dim // 2)),
+        score_normalization=ScoreNormalization(
+            head_k_dim**-0.5, True, draw(st.sampled_from(["sum_of_abs", "abs_of_sum"]))
+        ),
+        head_norm=HeadNorm("rms", eps),
+        block_norm=BlockNorm("rms", eps),
+        feed_forward=FeedForward("glu", draw(st.integers(1, 9)), draw(st.sampled_from(["gelu", "silu", "relu"]))),
+        norm_order=(order := draw(st.sampled_from(["pre", "post"]))),
+        final_norm=order == "pre",
+        residual_alpha=(2.0 * layers) ** 0.25 if alpha else 1.0,
+        embedding_scale=draw(st.sampled_from([1.0, (heads * head_k_dim) ** 0.5])),
+        embedding_norm=draw(st.booleans()),
+        tie_word_embeddings=draw(st.booleans()),
+    )
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(config=torchscale_configs(), seed=st.integers(0, 99))
+def test_any_torchscale_model_makes_the_round_trip(config: RetNetConfig, seed: int, tmp_path: Path) -> None:
+    source = random_source(config, seed)
+    back = open_checkpoint(convert(config, source, "torchscale", tmp_path / "out"))
+    assert back.config == config
+    assert_same_weights(back.weights, source)
+    ids = torch.from_numpy(random_tokens(config, 1, 5, seed))
+    with torch.no_grad():
+        logits = [
+            load_model(config, weights, torch.float32)(ids, form=FORMS["parallel"]).logits
+            for weights in (source, back.weights)
+        ]
+    assert torch.equal(*logits)
+
+
+def test_card_licences_and_tokenizer_travel(tmp_path: Path) -> None:
+    source = convert(BASE, random_source(BASE, 5), "canonical", tmp_path / "in")
+    (source / "README.md").write_text("# My model\n")
+    (source / "LICENSE.txt").write_text("free")
+    (source / "tokenizer.json").write_text("{}")
+    (source / "generation_config.json").write_text('{"eos_token_id": 1}')
+    checkpoint = open_checkpoint(source)
+    write_conversion(
+        checkpoint,
+        writable_format("torchscale"),
+        tmp_path / "out",
+        dtype=None,
+        max_shard_size=10**9,
+        force=False,
+        progress=lambda count: None,
+    )
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("# My model\n")
+    assert "## Provenance" in card
+    assert card.count("sha256") == len(checkpoint.source_files)
+    for name in ("LICENSE.txt", "tokenizer.json", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    assert (source / "README.md").read_text() == "# My model\n"
+
+
+def test_an_unreadable_tensor_leaves_nothing(tmp_path: Path) -> None:
+    source = convert(BASE, random_source(BASE, 6), "canonical", tmp_path / "in")
+    checkpoint = open_checkpoint(source)
+    with (source / "model.safetensors").open("r+b") as file:
+        file.truncate(4000)
+    with pytest.raises(InputError, match="ends"):
+        convert(checkpoint.config, checkpoint.weights, "canonical", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
