@@ -1,0 +1,100 @@
+"""A large random checkpoint, and processes timed beside copying it: shared by the memory benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retnet_tools.config import MODEL_SIZES, RetNetConfig
+from retnet_tools.formats.canonical import write_canonical
+from retnet_tools.weights import Array, TensorInfo, canonical_shapes
+
+VOCAB_SIZE = 50257
+COMMAND = [sys.executable, "-m", "retnet_tools.cli.app"]
+Run = tuple[float, int]
+
+
+class RandomWeights:
+    """A `WeightSource` that makes each tensor when it is read, from one block of random numbers."""
+
+    def __init__(self, config: RetNetConfig) -> None:
+        self._shapes = canonical_shapes(config)
+        self._block = np.random.default_rng(0).standard_normal(1 << 22, dtype=np.float32) * 0.02
+
+    def names(self) -> Iterable[str]:
+        return self._shapes
+
+    def info(self, name: str) -> TensorInfo:
+        return TensorInfo(self._shapes[name], np.dtype(np.float32))
+
+    def read(self, name: str) -> Array:
+        return np.resize(self._block, self._shapes[name])
+
+
+def write_checkpoint(folder: Path, size: str, shard_size: int) -> int:
+    """Write a random float32 checkpoint of a published size; returns its bytes."""
+    config = MODEL_SIZES[size].config(VOCAB_SIZE)
+    files = write_canonical(folder, config, RandomWeights(config), max_shard_size=shard_size)
+    return sum(file.stat().st_size for file in files)
+
+
+def timed(command: list[str]) -> Run:
+    """Seconds until the command is done and its data on the disk, and its peak resident bytes."""
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{' '.join(command)} failed with status {status}")
+    os.sync()
+    return time.perf_counter() - began, usage.ru_maxrss * 1024
+
+
+def summary(runs: list[Run], copies: list[Run]) -> dict[str, Any]:
+    """Times, the ratio of their median to that of the copies, and the highest peak."""
+    return {
+        "seconds": [round(seconds, 2) for seconds, _ in runs],
+        "times_copy": round(statistics.median(s for s, _ in runs) / statistics.median(s for s, _ in copies), 2),
+        "peak_resident_bytes": max(peak for _, peak in runs),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    model = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    return {"processor": model, "cores": os.cpu_count()}
+
+
+def main(doc: str, measure: Callable[[str, int, Path, list[str]], dict[str, Any]]) -> None:
+    """The command line of both benchmarks."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="1.3b", choices=sorted(MODEL_SIZES))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", default="fp32,fp16", help="comma list")
+    parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
+    parser.add_argument("-o", "--output", type=Path, help="also write the JSON here")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        result = measure(arguments.size, arguments.rounds, Path(folder), arguments.dtype.split(","))
+    text = json.dumps(result, indent=1) + "\n"
+    print(text, end="")
+    if arguments.output:
+        arguments.output.write_text(text)
