@@ -13,15 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from retnet_tools.config import (
-    BlockNorm,
-    FeedForward,
-    HeadNorm,
-    RetNetConfig,
-    ScoreNormalization,
-    paper_config,
-    paper_rotary_frequencies,
-)
+from retnet_tools.config import BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
+from retnet_tools.paper import paper_config, paper_rotary_frequencies
 from retnet_tools.weights import Array, TensorInfo, canonical_shapes
 
 BASE = paper_config(vocab_size=61, hidden_size=32, value_dim=48, ffn_dim=40, num_layers=2, num_heads=4)

@@ -9,17 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retnet_tools.config import (
-    MODEL_SIZES,
-    BlockNorm,
-    FeedForward,
-    HeadNorm,
-    RetNetConfig,
-    ScoreNormalization,
-    paper_decay,
-    paper_rotary_frequencies,
-)
+from retnet_tools.config import BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
 from retnet_tools.errors import ConfigError
+from retnet_tools.paper import MODEL_SIZES, paper_decay, paper_rotary_frequencies
 from tests.helpers import ABLATIONS, BASE
 
 

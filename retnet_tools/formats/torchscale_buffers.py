@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from retnet_tools.config import paper_decay, paper_rotary_frequencies
 from retnet_tools.errors import InputError
 from retnet_tools.formats.storage import StoredTensors
 from retnet_tools.formats.torchscale_releases import ANGLES, DECAYS
+from retnet_tools.paper import paper_decay, paper_rotary_frequencies
 from retnet_tools.weights import Array
 
 OTHER_SCHEDULE = 1e-5

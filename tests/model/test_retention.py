@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retnet_tools.config import paper_decay
 from retnet_tools.model.retention import FORMS, retention_chunkwise, retention_parallel, retention_recurrent
+from retnet_tools.paper import paper_decay
 from tests.tolerances import FLOAT32, FLOAT64
 
 B, H, T, K, V = 2, 3, 13, 4, 6
