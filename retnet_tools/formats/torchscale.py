@@ -182,6 +182,7 @@ def resolve(settings: Settings, release: Release, stored: StoredTensors, prefix:
     pre = has_final_norm or (settings.flag("decoder_normalize_before", True) and not deepnorm)
     clamp, notes = _score_clamp(settings, release)
     schedules = read_schedules(stored, prefix, heads, embed // heads)
+    block_norm = BlockNorm(release.norm, eps, bias=release.biases)
     config = RetNetConfig(
         vocab_size=vocab_size,
         hidden_size=embed,
@@ -193,13 +194,13 @@ def resolve(settings: Settings, release: Release, stored: StoredTensors, prefix:
         rotary_frequencies=schedules.rotary_frequencies,
         score_normalization=ScoreNormalization((embed // heads) ** -0.5, by_decay=True, clamp=clamp),
         head_norm=HeadNorm(release.norm, eps if release.head_norm_eps is None else release.head_norm_eps),
-        block_norm=BlockNorm(release.norm, eps, bias=release.biases),
+        block_norm=block_norm,
         feed_forward=FeedForward(
             release.feed_forward,
             settings.count("decoder_ffn_embed_dim"),
             ACTIVATIONS[activation],
             bias=release.biases,
-            norm=prefix + FFN_NORM in stored.locations,
+            norm=block_norm if prefix + FFN_NORM in stored.locations else None,
         ),
         norm_order="pre" if pre else "post",
         residual_alpha=(2.0 * layers) ** 0.25 if deepnorm else 1.0,
