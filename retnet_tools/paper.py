@@ -17,6 +17,11 @@ def paper_decay(num_heads: int) -> tuple[float, ...]:
     return tuple(float(np.log1p(-(2.0 ** (-5 - h)))) for h in range(num_heads))
 
 
+def language_model_decay(num_heads: int) -> tuple[float, ...]:
+    """log(gamma) of the paper's experiments: gamma = 1 - exp(linspace(log 1/32, log 1/512, H)), in float64."""
+    return tuple(float(g) for g in np.log1p(-np.exp(np.linspace(np.log(1 / 32), np.log(1 / 512), num_heads))))
+
+
 def paper_rotary_frequencies(head_k_dim: int) -> tuple[float, ...]:
     """theta_i = 10000^(-i / (K/2 - 1)), i from 0 to K/2 - 1, in float64: torchscale's linspace(0, 1, K/2)."""
     return tuple(float(f) for f in 10000.0 ** -np.linspace(0.0, 1.0, head_k_dim // 2))

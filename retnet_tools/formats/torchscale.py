@@ -23,7 +23,7 @@ from retnet_tools.errors import InputError
 from retnet_tools.formats.files import CheckpointFiles
 from retnet_tools.formats.pickles import attributes
 from retnet_tools.formats.settings import Settings
-from retnet_tools.formats.spec import FormatSpec, Reading
+from retnet_tools.formats.spec import FormatSpec, Reading, check_tie
 from retnet_tools.formats.storage import StoredTensors
 from retnet_tools.formats.torchscale_buffers import read_schedules
 from retnet_tools.formats.torchscale_releases import (
@@ -102,7 +102,7 @@ def read(files: CheckpointFiles) -> Reading:
     names = dict(release.names)
     if config.tie_word_embeddings:
         names[HEAD] = None
-        check_tie(stored, prefix)
+        check_tie(stored, prefix + HEAD, prefix + EMBEDDING)
     return Reading(config, release.version, names, prefix, config_files=config_files, notes=tuple(notes))
 
 
@@ -211,21 +211,6 @@ def resolve(settings: Settings, release: Release, stored: StoredTensors, prefix:
         tie_word_embeddings=settings.flag("share_decoder_input_output_embed", False),
     )
     return config, [*notes, *schedules.notes]
-
-
-def check_tie(stored: StoredTensors, prefix: str) -> None:
-    """A tied output projection, where it is stored too, must be the embedding.
-
-    Raises:
-        InputError: they differ.
-    """
-    head, embedding = prefix + HEAD, prefix + EMBEDDING
-    if head in stored.locations and not stored.same_data(head, embedding):
-        raise InputError(
-            f"share_decoder_input_output_embed is set but {head!r} differs from {embedding!r}",
-            "the same values",
-            "correct the flag or the file",
-        )
 
 
 def _rows(stored: StoredTensors, prefix: str, projection: str) -> int | None:
