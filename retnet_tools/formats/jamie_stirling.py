@@ -24,6 +24,7 @@ from retnet_tools.formats.settings import Settings
 from retnet_tools.formats.spec import FormatSpec, NameTable, Reading
 from retnet_tools.formats.storage import StoredTensors
 from retnet_tools.formats.transforms import TRANSPOSED, joined_heads
+from retnet_tools.weights import Array
 
 ORIGIN = "Jamie-Stirling"
 MARK = "retentions.0.retentions.0.W_Q"
@@ -50,6 +51,8 @@ NAMES: NameTable = {
     "retentions.{i}.retentions.{h}.xpos.scale": None,
 }
 
+ROUNDED = "the scales of xPos are rounded in the file: computed as its code does instead"
+
 
 def _is_settings(document: Mapping[str, Any]) -> bool:
     return {"layers", "hidden_dim", "ffn_size", "heads"} <= document.keys()
@@ -72,7 +75,8 @@ def read(files: CheckpointFiles) -> Reading:
     refuse_unsupported(stored)
     found = [(path, Settings(ORIGIN, document)) for path, document in files.configs.items() if _is_settings(document)]
     config_files: tuple[Path, ...] = (found[0][0],) if found else ()
-    config = resolve(found[0][1] if found else Settings(ORIGIN, {}), stored)
+    key_decay, notes = _key_decay(stored)
+    config = resolve(found[0][1] if found else Settings(ORIGIN, {}), stored, key_decay)
     heads = joined_heads(config.num_heads)
     transforms = {
         "layers.{i}.retention.q_proj.weight": heads,
@@ -81,7 +85,7 @@ def read(files: CheckpointFiles) -> Reading:
         "layers.{i}.retention.gate_proj.weight": TRANSPOSED,
         "layers.{i}.retention.out_proj.weight": TRANSPOSED,
     }
-    return Reading(config, ORIGIN, NAMES, transforms=transforms, config_files=config_files)
+    return Reading(config, ORIGIN, NAMES, transforms=transforms, config_files=config_files, notes=notes)
 
 
 def refuse_unsupported(stored: StoredTensors) -> None:
@@ -98,13 +102,16 @@ def refuse_unsupported(stored: StoredTensors) -> None:
             raise InputError(f"no matrix {name!r}", f"the tensors of a {ORIGIN} RetNet", "name its file")
 
 
-def resolve(settings: Settings, stored: StoredTensors) -> RetNetConfig:
+def resolve(settings: Settings, stored: StoredTensors, key_decay: tuple[float, ...]) -> RetNetConfig:
     """The configuration: sizes, schedules as its code computes them, and what that code fixes."""
     hidden = settings.count("hidden_dim", stored.locations[GATE].shape[0])
     heads = settings.count("heads", _count(stored, "retentions.0.retentions.{}.W_Q"))
-    if hidden % heads:
-        raise InputError(f"the {ORIGIN} configuration has heads = {heads}", f"a divisor of hidden_dim = {hidden}")
-    head_k_dim = hidden // heads
+    head_k_dim = stored.locations[MARK].shape[1]
+    if head_k_dim * heads != hidden:
+        raise InputError(
+            f"the {ORIGIN} configuration has heads = {heads}",
+            f"hidden_dim = {hidden} over the {head_k_dim} columns of {MARK!r}",
+        )
     ffn_dim = settings.count("ffn_size", stored.locations[FFN].shape[0])
     value_dim = hidden * (1 + settings.flag("double_v_dim", stored.locations[GATE].shape[1] == 2 * hidden))
     return RetNetConfig(
@@ -115,7 +122,7 @@ def resolve(settings: Settings, stored: StoredTensors) -> RetNetConfig:
         key_dim=hidden,
         value_dim=value_dim,
         decay=floats(np.log(language_model_gammas(heads).astype(np.float64))),
-        key_decay=_key_decay(stored, head_k_dim),
+        key_decay=key_decay,
         rotary_frequencies=floats(10000.0 ** -(np.arange(0, head_k_dim, 2) / head_k_dim)),
         score_normalization=ScoreNormalization(1.0, by_decay=False, clamp="none"),
         head_norm=HeadNorm("layer", EPS, "channel", bias=True),
@@ -132,14 +139,21 @@ def _count(stored: StoredTensors, template: str) -> int:
     return count
 
 
-def _key_decay(stored: StoredTensors, head_k_dim: int) -> tuple[float, ...]:
-    """log(z) / 512 with z_i = (2i + 0.4 K) / 1.4 K, as stored where it is not rounded to a half type."""
-    z = (np.arange(0, head_k_dim, 2, dtype=np.float32) + np.float32(0.4 * head_k_dim)) / np.float32(1.4 * head_k_dim)
+def _key_decay(stored: StoredTensors) -> tuple[tuple[float, ...], tuple[str, ...]]:
+    """log(z) / 512 with z_i = (2i + 0.4 K) / 1.4 K, as stored where it is not rounded to a half type; and notes."""
+    size = np.float32(stored.locations[MARK].shape[1])
+    z = (np.arange(0, size, 2, dtype=np.float32) + np.float32(0.4) * size) / (np.float32(1.4) * size)
     location = stored.locations.get(SCALE)
-    if location is not None and location.dtype.name in ("float32", "float64"):
-        if location.shape != z.shape:
-            raise InputError(f"tensor {SCALE!r} has shape {list(location.shape)}", f"{list(z.shape)}")
-        z = stored.read(SCALE)
+    if location is None:
+        return _log(z), ()
+    if location.dtype.name not in ("float32", "float64"):
+        return _log(z), (ROUNDED,)
+    if location.shape != z.shape:
+        raise InputError(f"tensor {SCALE!r} has shape {list(location.shape)}", f"{list(z.shape)}")
+    return _log(stored.read(SCALE)), ()
+
+
+def _log(z: Array) -> tuple[float, ...]:
     return floats(np.log(z.astype(np.float64)) / XPOS_BASE)
 
 
