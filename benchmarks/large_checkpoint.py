@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from retnet_tools.config import MODEL_SIZES, RetNetConfig
+from retnet_tools.config import RetNetConfig
 from retnet_tools.formats.canonical import write_canonical
+from retnet_tools.paper import MODEL_SIZES
 from retnet_tools.weights import Array, TensorInfo, canonical_shapes
 
 VOCAB_SIZE = 50257

@@ -12,17 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import numpy as np
-
 from retnet_tools.errors import ConfigError
 
-Activation = Literal["silu", "gelu", "relu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "leaky_relu", "elu", "sigmoid", "tanh"]
 NormKind = Literal["rms", "layer"]
 HeadNormKind = Literal["rms", "layer", "none"]
 HeadNormWeight = Literal["none", "shared", "channel"]
 ScoreClamp = Literal["none", "abs_of_sum", "sum_of_abs"]
 FeedForwardKind = Literal["glu", "plain"]
-NormOrder = Literal["pre", "post"]
+NormOrder = Literal["pre", "post", "branch"]
 
 
 @dataclass(frozen=True)
@@ -94,16 +92,16 @@ class FeedForward:
     Attributes:
         kind: `glu` is down(act(gate x) * up x); `plain` is down(act(up x)).
         dim: inner size.
-        activation: `gelu` is the erf one.
+        activation: `gelu` is the erf one, `gelu_tanh` its approximation; `relu2` is relu squared.
         bias: whether the projections have biases.
-        norm: a norm between the activation and `down` (sub-LayerNorm of torchscale before October 2023).
+        norm: the norm between the activation and `down` (torchscale's sub-LayerNorm), or None.
     """
 
     kind: FeedForwardKind
     dim: int
     activation: Activation
     bias: bool = False
-    norm: bool = False
+    norm: BlockNorm | None = None
 
     def __post_init__(self) -> None:
         _check_choice("feed_forward.kind", self.kind, FeedForwardKind)
@@ -115,15 +113,22 @@ class FeedForward:
 class RetNetConfig:
     """A RetNet, fully resolved.
 
-    Sizes `key_dim` and `value_dim` are totals over heads. `decay` is log(gamma) per head; `rotary_frequencies` are
-    radians per position for each pair of key dimensions (theta of Eq. 3), pairs being adjacent (interleaved). Both
+    Sizes `key_dim` and `value_dim` are totals over query heads. `decay` is log(gamma) per head; `rotary_frequencies`
+    are radians per position for each pair of key dimensions (theta of Eq. 3), pairs being adjacent (interleaved). Both
     are float64.
 
     Attributes:
+        vocab_size: 0 for a stack without embedding and head, which maps embeddings to hidden states.
+        key_decay: what each pair of key dimensions adds to `decay`, the same in all heads (the z^(1/512) of xPos);
+            empty where gamma is one number a head.
+        num_kv_groups: adjacent query heads that share one head of k and v.
+        feature_map: activation of q and k before the rotation, or None.
         gate: activation of the gate of Eq. 8, or None for the ablation without a gate.
-        norm_order: `pre` is x + f(norm(x)); `post` is norm(alpha x + f(x)) (DeepNorm).
+        norm_order: `pre` is alpha x + f(norm(x)); `post` is norm(alpha x + f(x)) (DeepNorm); `branch` is
+            alpha x + norm(f(x)).
         residual_alpha: the alpha of DeepNorm; 1 otherwise.
         embedding_scale: factor on the embedding's output.
+        head_bias: whether the output projection has a bias.
 
     Raises:
         ConfigError: sizes that do not divide, schedules of the wrong length, unknown choices.
@@ -141,6 +146,9 @@ class RetNetConfig:
     head_norm: HeadNorm
     block_norm: BlockNorm
     feed_forward: FeedForward
+    key_decay: tuple[float, ...] = ()
+    num_kv_groups: int = 1
+    feature_map: Activation | None = None
     gate: Activation | None = "silu"
     norm_order: NormOrder = "pre"
     residual_alpha: float = 1.0
@@ -149,32 +157,52 @@ class RetNetConfig:
     embedding_scale: float = 1.0
     embedding_norm: bool = False
     tie_word_embeddings: bool = False
+    head_bias: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "key_dim", "value_dim"):
+        self._check_sizes()
+        self._check_schedules()
+        for name in ("feature_map", "gate"):
+            if getattr(self, name) is not None:
+                _check_choice(name, getattr(self, name), Activation)
+        _check_choice("norm_order", self.norm_order, NormOrder)
+        _check_positive("residual_alpha", self.residual_alpha)
+        _check_positive("embedding_scale", self.embedding_scale)
+        around = (self.embedding_scale != 1, self.embedding_norm, self.tie_word_embeddings, self.head_bias)
+        if self.tie_word_embeddings and self.head_bias:
+            raise ConfigError("head_bias with tie_word_embeddings", "one or the other")
+        if not self.has_vocabulary and any(around):
+            raise ConfigError("vocab_size 0 with parts of an embedding or a head", "none of them on a bare stack")
+
+    def _check_sizes(self) -> None:
+        if self.vocab_size != 0:
+            _check_size("vocab_size", self.vocab_size)
+        for name in ("hidden_size", "num_layers", "num_heads", "num_kv_groups", "key_dim", "value_dim"):
             _check_size(name, getattr(self, name))
         for name in ("key_dim", "value_dim"):
             if getattr(self, name) % self.num_heads:
                 raise ConfigError(
                     f"{name} {getattr(self, name)} with {self.num_heads} heads", "a multiple of the heads"
                 )
+        if self.num_heads % self.num_kv_groups:
+            raise ConfigError(f"num_kv_groups is {self.num_kv_groups}", f"a divisor of {self.num_heads} heads")
         if self.head_k_dim % 2:
             raise ConfigError(f"head_k_dim is {self.head_k_dim}", "an even number, since rotation works on pairs")
+
+    def _check_schedules(self) -> None:
+        pairs = self.head_k_dim // 2
         if len(self.decay) != self.num_heads:
             raise ConfigError(f"{len(self.decay)} decays", f"one log(gamma) for each of {self.num_heads} heads")
-        if not all(math.isfinite(g) and g <= 0 for g in self.decay):
-            raise ConfigError(f"decay {self.decay}", "finite log(gamma) <= 0")
-        if len(self.rotary_frequencies) != self.head_k_dim // 2:
-            raise ConfigError(
-                f"{len(self.rotary_frequencies)} rotary frequencies", f"head_k_dim / 2 = {self.head_k_dim // 2}"
-            )
+        if len(self.key_decay) not in (0, pairs):
+            raise ConfigError(f"{len(self.key_decay)} key decays", f"none, or head_k_dim / 2 = {pairs}")
+        if not all(math.isfinite(g) and g <= 0 for g in (*self.decay, *self.key_decay)):
+            raise ConfigError(f"decay {self.decay}, key decay {self.key_decay}", "finite log(gamma) <= 0")
+        if self.key_decay and self.score_normalization.by_decay:
+            raise ConfigError("score_normalization.by_decay with key_decay", "one gamma a head to sum the powers of")
+        if len(self.rotary_frequencies) != pairs:
+            raise ConfigError(f"{len(self.rotary_frequencies)} rotary frequencies", f"head_k_dim / 2 = {pairs}")
         if not all(math.isfinite(f) for f in self.rotary_frequencies):
             raise ConfigError("rotary frequencies that are not finite", "finite radians per position")
-        if self.gate is not None:
-            _check_choice("gate", self.gate, Activation)
-        _check_choice("norm_order", self.norm_order, NormOrder)
-        _check_positive("residual_alpha", self.residual_alpha)
-        _check_positive("embedding_scale", self.embedding_scale)
 
     @property
     def head_k_dim(self) -> int:
@@ -186,6 +214,16 @@ class RetNetConfig:
         """Size of v of one head (V)."""
         return self.value_dim // self.num_heads
 
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads of k and v before they are repeated for their query heads."""
+        return self.num_heads // self.num_kv_groups
+
+    @property
+    def has_vocabulary(self) -> bool:
+        """Whether there is an embedding and a head: token ids in, logits out."""
+        return self.vocab_size > 0
+
     def with_head_norm_eps(self, eps: float) -> RetNetConfig:
         """The same model with another head-norm epsilon."""
         return dataclasses.replace(self, head_norm=dataclasses.replace(self.head_norm, eps=eps))
@@ -193,9 +231,7 @@ class RetNetConfig:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict that `from_dict` reads back exactly (floats round-trip through repr)."""
         data = dataclasses.asdict(self)
-        data["decay"] = list(self.decay)
-        data["rotary_frequencies"] = list(self.rotary_frequencies)
-        return data
+        return data | {name: list(data[name]) for name in _SCHEDULES}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RetNetConfig:
@@ -205,108 +241,36 @@ class RetNetConfig:
             ConfigError: a field that is unknown or missing, by name.
         """
         values = _exact_fields(cls, data, "config")
-        for name, kind in _NESTED.items():
-            values[name] = _exact_fields(kind, values[name], name)
         try:
-            for name, kind in _NESTED.items():
-                values[name] = kind(**values[name])
-            for name in ("decay", "rotary_frequencies"):
-                values[name] = tuple(float(x) for x in values[name])
-            return cls(**values)
+            values |= {name: tuple(float(x) for x in values[name]) for name in _SCHEDULES if name in values}
+            config: RetNetConfig = _build(cls, values, "config")
+            return config
         except (TypeError, ValueError) as error:
             raise ConfigError(
                 f"a configuration field of the wrong type ({error})", "the types of RetNetConfig"
             ) from error
 
 
-_NESTED: dict[str, type] = {
-    "score_normalization": ScoreNormalization,
-    "head_norm": HeadNorm,
-    "block_norm": BlockNorm,
-    "feed_forward": FeedForward,
+_SCHEDULES = ("decay", "key_decay", "rotary_frequencies")
+_NESTED: dict[type, dict[str, type]] = {
+    RetNetConfig: {
+        "score_normalization": ScoreNormalization,
+        "head_norm": HeadNorm,
+        "block_norm": BlockNorm,
+        "feed_forward": FeedForward,
+    },
+    FeedForward: {"norm": BlockNorm},
 }
 
 
-def paper_decay(num_heads: int) -> tuple[float, ...]:
-    """log(gamma) of the official code: gamma_h = 1 - 2^(-5-h), h from 0, in float64 (Eq. 8)."""
-    return tuple(float(np.log1p(-(2.0 ** (-5 - h)))) for h in range(num_heads))
-
-
-def paper_rotary_frequencies(head_k_dim: int) -> tuple[float, ...]:
-    """theta_i = 10000^(-i / (K/2 - 1)), i from 0 to K/2 - 1, in float64: torchscale's linspace(0, 1, K/2)."""
-    return tuple(float(f) for f in 10000.0 ** -np.linspace(0.0, 1.0, head_k_dim // 2))
-
-
-def paper_score_normalization(head_k_dim: int) -> ScoreNormalization:
-    """All three steps, as torchscale's current code applies them."""
-    return ScoreNormalization(key_scale=head_k_dim**-0.5, by_decay=True, clamp="sum_of_abs")
-
-
-def paper_config(
-    *,
-    vocab_size: int,
-    hidden_size: int,
-    value_dim: int,
-    ffn_dim: int,
-    num_layers: int,
-    num_heads: int,
-    norm_eps: float = 1e-6,
-    tie_word_embeddings: bool = False,
-) -> RetNetConfig:
-    """The architecture of the official code since October 2023: RMSNorm, GLU, swish gate, no biases, pre-norm."""
-    head_k_dim = hidden_size // num_heads
-    return RetNetConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        key_dim=hidden_size,
-        value_dim=value_dim,
-        decay=paper_decay(num_heads),
-        rotary_frequencies=paper_rotary_frequencies(head_k_dim),
-        score_normalization=paper_score_normalization(head_k_dim),
-        head_norm=HeadNorm("rms", norm_eps),
-        block_norm=BlockNorm("rms", norm_eps),
-        feed_forward=FeedForward("glu", ffn_dim, "gelu"),
-        tie_word_embeddings=tie_word_embeddings,
-    )
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """A published size: torchscale's presets, whose `xl` the paper calls 1.3b."""
-
-    name: str
-    hidden_size: int
-    value_dim: int
-    ffn_dim: int
-    num_layers: int
-    num_heads: int
-
-    def config(self, vocab_size: int) -> RetNetConfig:
-        """The model of this size with the official architecture."""
-        return paper_config(
-            vocab_size=vocab_size,
-            hidden_size=self.hidden_size,
-            value_dim=self.value_dim,
-            ffn_dim=self.ffn_dim,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-        )
-
-
-MODEL_SIZES: dict[str, ModelSize] = {
-    size.name: size
-    for size in (
-        ModelSize("base", 512, 864, 864, 6, 2),
-        ModelSize("medium", 1024, 1728, 1728, 16, 4),
-        ModelSize("1.3b", 2048, 3456, 3456, 24, 8),
-        ModelSize("3b", 2560, 4280, 4280, 32, 10),
-        ModelSize("7b", 4096, 6912, 6912, 32, 16),
-        ModelSize("13b", 5120, 8560, 8560, 40, 20),
-        ModelSize("65b", 8192, 13824, 13824, 64, 32),
-    )
-}
+def _build(kind: type, data: Any, where: str) -> Any:
+    """A dataclass from its fields; nested ones may be None only where that is their default."""
+    values = _exact_fields(kind, data, where)
+    defaults = {f.name: f.default for f in dataclasses.fields(kind)}
+    for name, inner in _NESTED.get(kind, {}).items():
+        if values.get(name, defaults[name]) is not None or defaults[name] is not None:
+            values[name] = _build(inner, values[name], f"{where}.{name}".removeprefix("config."))
+    return kind(**values)
 
 
 def _exact_fields(kind: type, data: Any, where: str) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Token ids to run a model on: seeded random ones, or a text through the checkpoint's tokenizer."""
+"""What to run a model on: seeded random token ids, or a text through the checkpoint's tokenizer; random embeddings for
+a stack without one."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import InputError, UsageError
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -18,23 +20,32 @@ RANDOM_ROWS = 2
 
 @dataclass(frozen=True)
 class ChosenTokens:
-    """Token ids `[rows, T]` and, in words, where they come from."""
+    """Token ids `[rows, T]`, or embeddings `[rows, T, D]`, and in words where they come from."""
 
-    ids: npt.NDArray[np.int64]
+    ids: npt.NDArray[Any]
     source: str
 
 
 def choose_tokens(
-    vocab_size: int, tokenizer_files: Iterable[Path], text: str | None, *, length: int, seed: int
+    config: RetNetConfig, tokenizer_files: Iterable[Path], text: str | None, *, length: int, seed: int
 ) -> ChosenTokens:
     """The first `length` tokens of a text, or two rows of random ones where there is no text.
 
+    A stack without an embedding gets random embeddings.
+
     Raises:
-        UsageError: a text without tokens or for a model of another vocabulary, no `tokenizer.json`, a length below 1.
+        UsageError: a text without tokens or for a model of another vocabulary or of none, no `tokenizer.json`, a
+            length below 1.
         InputError: a `tokenizer.json` that cannot be read.
     """
     if length < 1:
         raise UsageError(f"{length} tokens", "at least 1")
+    vocab_size = config.vocab_size
+    if text is not None and not config.has_vocabulary:
+        raise UsageError("a text for a stack without embedding", "random embeddings", "leave the text out")
+    if not config.has_vocabulary:
+        embeddings = np.random.default_rng(seed).standard_normal((RANDOM_ROWS, length, config.hidden_size))
+        return ChosenTokens(embeddings, f"random embeddings, seed {seed}")
     if text is None:
         return ChosenTokens(random_tokens(vocab_size, RANDOM_ROWS, length, seed), f"random, seed {seed}")
     ids = text_tokens(text, tokenizer_files)[:, :length]

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from retnet_tools.config import RetNetConfig
+from retnet_tools.config import BlockNorm, RetNetConfig
 from retnet_tools.errors import InputError
 
 Array = npt.NDArray[Any]
@@ -54,11 +54,11 @@ class WeightSource(Protocol):
 def canonical_shapes(config: RetNetConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of a model of this configuration, by canonical name, in storage order."""
     d, f, v = config.hidden_size, config.feed_forward.dim, config.value_dim
-    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (config.vocab_size, d)}
+    shapes: dict[str, tuple[int, ...]] = {}
 
-    def norm(name: str, size: int) -> None:
+    def norm(name: str, size: int, kind: BlockNorm = config.block_norm) -> None:
         shapes[f"{name}.weight"] = (size,)
-        if config.block_norm.bias:
+        if kind.bias:
             shapes[f"{name}.bias"] = (size,)
 
     def linear(name: str, rows: int, columns: int, bias: bool) -> None:
@@ -66,12 +66,18 @@ def canonical_shapes(config: RetNetConfig) -> dict[str, tuple[int, ...]]:
         if bias:
             shapes[f"{name}.bias"] = (rows,)
 
+    if config.has_vocabulary:
+        shapes["embedding.weight"] = (config.vocab_size, d)
     if config.embedding_norm:
         norm("embedding_norm", d)
     for i in range(config.num_layers):
         layer = f"layers.{i}"
         norm(f"{layer}.retention_norm", d)
-        projections = {"q_proj": config.key_dim, "k_proj": config.key_dim, "v_proj": v}
+        projections = {
+            "q_proj": config.key_dim,
+            "k_proj": config.num_kv_heads * config.head_k_dim,
+            "v_proj": config.num_kv_heads * config.head_v_dim,
+        }
         if config.gate is not None:
             projections["gate_proj"] = v
         for name, rows in projections.items():
@@ -86,13 +92,15 @@ def canonical_shapes(config: RetNetConfig) -> dict[str, tuple[int, ...]]:
         if config.feed_forward.kind == "glu":
             linear(f"{layer}.ffn.gate_proj", f, d, config.feed_forward.bias)
         linear(f"{layer}.ffn.up_proj", f, d, config.feed_forward.bias)
-        if config.feed_forward.norm:
-            norm(f"{layer}.ffn.norm", f)
+        if config.feed_forward.norm is not None:
+            norm(f"{layer}.ffn.norm", f, config.feed_forward.norm)
         linear(f"{layer}.ffn.down_proj", d, f, config.feed_forward.bias)
     if config.final_norm:
         norm("final_norm", d)
-    if not config.tie_word_embeddings:
+    if config.has_vocabulary and not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, d)
+    if config.head_bias:
+        shapes["lm_head.bias"] = (config.vocab_size,)
     return shapes
 
 

@@ -11,7 +11,7 @@ import onnxruntime
 
 from retnet_tools.config import RetNetConfig
 from retnet_tools.formats import Checkpoint
-from retnet_tools.graph.contract import INPUT_IDS, POSITION_IDS, past_name, state_shape
+from retnet_tools.graph.contract import INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS, past_name, state_shape
 from retnet_tools.graph.export import plan_export, write_export
 from retnet_tools.weights import Array, WeightSource
 
@@ -50,9 +50,10 @@ def run_steps(
     states: list[Array],
     position: int | Array = 0,
 ) -> Iterator[tuple[Array, list[Array]]]:
-    """Feed `[B, T]` tokens one by one; yields logits `[B, vocab]` and states after each."""
+    """Feed `[B, T]` tokens (or `[B, T, D]` embeddings) one by one; yields logits `[B, vocab]` and states after each."""
+    name = INPUT_IDS if ids.ndim == 2 else INPUTS_EMBEDS
     start = np.broadcast_to(np.asarray(position, dtype=np.int64), (ids.shape[0],))
     for n in range(ids.shape[1]):
-        feeds = {INPUT_IDS: ids[:, n : n + 1], POSITION_IDS: (start + n)[:, None]}
+        feeds = {name: ids[:, n : n + 1], POSITION_IDS: (start + n)[:, None]}
         logits, *states = run({**feeds, **{past_name(i): state for i, state in enumerate(states)}})
         yield logits[:, 0], states

@@ -13,18 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from retnet_tools.config import (
-    BlockNorm,
-    FeedForward,
-    HeadNorm,
-    RetNetConfig,
-    ScoreNormalization,
-    paper_config,
-    paper_rotary_frequencies,
-)
+from retnet_tools.config import Activation, BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
+from retnet_tools.paper import paper_config, paper_rotary_frequencies
 from retnet_tools.weights import Array, TensorInfo, canonical_shapes
 
 BASE = paper_config(vocab_size=61, hidden_size=32, value_dim=48, ffn_dim=40, num_layers=2, num_heads=4)
+FEATURE_MAPS: tuple[Activation, ...] = ("silu", "gelu_tanh", "relu", "relu2", "leaky_relu", "elu", "sigmoid", "tanh")
+FLA = replace(BASE, score_normalization=ScoreNormalization(8**-0.5, False, "none"))
 _PAPER_SCORES = BASE.score_normalization
 
 ABLATIONS: dict[str, RetNetConfig] = {
@@ -58,19 +53,43 @@ ABLATIONS: dict[str, RetNetConfig] = {
     "post_norm": replace(BASE, norm_order="post", residual_alpha=4**0.25, final_norm=False),
     "pre_norm_alpha": replace(BASE, residual_alpha=4**0.25),
     "silu_glu": replace(BASE, feed_forward=FeedForward("glu", 40, "silu")),
-    "plain_ffn": replace(BASE, feed_forward=FeedForward("plain", 40, "gelu", bias=True, norm=True)),
+    "plain_ffn": replace(BASE, feed_forward=FeedForward("plain", 40, "gelu", bias=True)),
+    "plain_ffn_with_norm": replace(BASE, feed_forward=FeedForward("plain", 40, "gelu", True, BlockNorm("rms", 1e-6))),
+    "plain_ffn_with_other_norm": replace(
+        BASE, feed_forward=FeedForward("plain", 40, "gelu", True, BlockNorm("layer", 1e-5, bias=True))
+    ),
     "relu_ffn": replace(BASE, feed_forward=FeedForward("plain", 40, "relu")),
     "projection_bias": replace(BASE, projection_bias=True),
     "no_score_normalization": replace(BASE, score_normalization=ScoreNormalization(1.0, False, "none")),
     "abs_of_sum": replace(BASE, score_normalization=replace(_PAPER_SCORES, clamp="abs_of_sum")),
     "no_final_norm": replace(BASE, final_norm=False),
+    "branch_norm": replace(BASE, norm_order="branch", residual_alpha=1.5),
+    "branch_norm_without_final": replace(BASE, norm_order="branch", final_norm=False, head_bias=True),
+    "head_bias": replace(BASE, head_bias=True),
+    "shared_key_value_heads": replace(BASE, num_kv_groups=2, projection_bias=True),
+    "one_key_value_head": replace(BASE, num_kv_groups=4, head_norm=HeadNorm("rms", 1e-3)),
+    "key_decay": replace(
+        BASE, key_decay=(-0.2, -0.02, -0.003, 0.0), score_normalization=ScoreNormalization(0.5, False, "none")
+    ),
+    "stack": replace(BASE, vocab_size=0),
+    "jamie_stirling": replace(
+        BASE,
+        vocab_size=0,
+        key_decay=tuple(float(np.log((2 * i + 3.2) / 11.2) / 512) for i in range(4)),
+        score_normalization=ScoreNormalization(1.0, False, "none"),
+        head_norm=HeadNorm("layer", 1e-5, "channel", bias=True),
+        block_norm=BlockNorm("layer", 1e-5, bias=True),
+        feed_forward=FeedForward("plain", 40, "gelu", bias=True),
+        final_norm=False,
+    ),
+    **{f"feature_map_{name}": replace(FLA, feature_map=name) for name in FEATURE_MAPS},
     "embedding_norm": replace(BASE, embedding_norm=True),
     "torchscale_2023": replace(
         BASE,
         score_normalization=replace(_PAPER_SCORES, clamp="abs_of_sum"),
         head_norm=HeadNorm("layer", 1e-6),
         block_norm=BlockNorm("layer", 1e-5, bias=True),
-        feed_forward=FeedForward("plain", 40, "gelu", bias=True, norm=True),
+        feed_forward=FeedForward("plain", 40, "gelu", True, BlockNorm("layer", 1e-5, bias=True)),
         projection_bias=True,
         embedding_norm=True,
         embedding_scale=32**0.5,
@@ -114,5 +133,7 @@ def random_source(config: RetNetConfig, seed: int, dtype: npt.DTypeLike = np.flo
 
 
 def random_tokens(config: RetNetConfig, batch: int, length: int, seed: int) -> npt.NDArray[Any]:
-    """Token ids `[batch, length]` int64."""
+    """Token ids `[batch, length]` int64; for a stack without embedding, float32 embeddings `[batch, length, D]`."""
+    if not config.has_vocabulary:
+        return np.random.default_rng(seed).standard_normal((batch, length, config.hidden_size)).astype(np.float32)
     return np.random.default_rng(seed).integers(0, config.vocab_size, (batch, length), dtype=np.int64)

@@ -21,6 +21,7 @@ ROWS = {
     "staging": 1,
     "tokens": 1,
     "config": 1,
+    "paper": 1,
     "weights": 1,
     "formats": 2,
     "model": 3,

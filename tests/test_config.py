@@ -9,17 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retnet_tools.config import (
-    MODEL_SIZES,
-    BlockNorm,
-    FeedForward,
-    HeadNorm,
-    RetNetConfig,
-    ScoreNormalization,
-    paper_decay,
-    paper_rotary_frequencies,
-)
+from retnet_tools.config import BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
 from retnet_tools.errors import ConfigError
+from retnet_tools.paper import MODEL_SIZES, paper_decay, paper_rotary_frequencies
 from tests.helpers import ABLATIONS, BASE
 
 
@@ -42,7 +34,18 @@ def test_floats_round_trip_bit_for_bit(decay: list[float], frequencies: list[flo
 @pytest.mark.parametrize(
     "change",
     [
-        {"vocab_size": 0},
+        {"vocab_size": -1},
+        {"num_kv_groups": 3},
+        {"num_kv_groups": 0},
+        {"key_decay": (-0.1,)},
+        {"key_decay": (0.1,) * 4},
+        {"key_decay": (-0.1,) * 4},
+        {"feature_map": "softmax"},
+        {"head_bias": True, "tie_word_embeddings": True},
+        {"vocab_size": 0, "embedding_scale": 2.0},
+        {"vocab_size": 0, "embedding_norm": True},
+        {"vocab_size": 0, "tie_word_embeddings": True},
+        {"vocab_size": 0, "head_bias": True},
         {"hidden_size": -1},
         {"num_layers": True},
         {"num_layers": 2.0},
@@ -54,7 +57,7 @@ def test_floats_round_trip_bit_for_bit(decay: list[float], frequencies: list[flo
         {"decay": (math.nan,) * 4},
         {"rotary_frequencies": (1.0,)},
         {"rotary_frequencies": (math.inf,) * 4},
-        {"gate": "tanh"},
+        {"gate": "maxout"},
         {"norm_order": "middle"},
         {"residual_alpha": 0.0},
         {"embedding_scale": math.inf},
@@ -63,6 +66,7 @@ def test_floats_round_trip_bit_for_bit(decay: list[float], frequencies: list[flo
 )
 def test_a_configuration_that_describes_no_model_is_refused_by_name(change: dict[str, Any]) -> None:
     name = {"key_dim": "head_k_dim", "rotary_frequencies": "rotary frequencies", "num_heads": "heads"}
+    name["key_decay"] = "key.decay"
     field = next(iter(change))
     with pytest.raises(ConfigError, match=name.get(field, field)) as caught:
         replace(BASE, **change)
@@ -82,7 +86,7 @@ def test_a_configuration_that_describes_no_model_is_refused_by_name(change: dict
         (lambda: BlockNorm("batch", 0.0), r"block_norm\.kind"),
         (lambda: BlockNorm("rms", -1.0), r"block_norm\.eps"),
         (lambda: FeedForward("moe", 4, "gelu"), r"feed_forward\.kind"),
-        (lambda: FeedForward("glu", 4, "tanh"), r"feed_forward\.activation"),
+        (lambda: FeedForward("glu", 4, "maxout"), r"feed_forward\.activation"),
         (lambda: FeedForward("glu", 0, "gelu"), r"feed_forward\.dim"),
     ],
 )
@@ -122,7 +126,13 @@ def test_published_sizes_make_valid_configurations(name: str) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"decay": "text"}, {"decay": 1}, {"rotary_frequencies": [None]}, {"block_norm": {"kind": "rms", "eps": "small"}}],
+    [
+        {"decay": "text"},
+        {"key_decay": [[0.0]]},
+        {"decay": 1},
+        {"rotary_frequencies": [None]},
+        {"block_norm": {"kind": "rms", "eps": "small"}},
+    ],
     ids=str,
 )
 def test_fields_of_the_wrong_type_are_one_error(change: dict[str, Any]) -> None:

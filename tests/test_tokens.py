@@ -1,9 +1,16 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from retnet_tools.errors import InputError, UsageError
 from retnet_tools.tokens import choose_tokens, random_tokens
+from tests.helpers import BASE
+
+
+def model_of(vocab_size):
+    return replace(BASE, vocab_size=vocab_size)
 
 
 @pytest.fixture
@@ -23,9 +30,9 @@ def test_random_tokens_depend_on_the_seed_alone_and_cover_the_vocabulary():
 
 
 def test_a_text_is_encoded_and_cut(tokenizer_file):
-    chosen = choose_tokens(3, [tokenizer_file], "to be or", length=10, seed=0)
+    chosen = choose_tokens(model_of(3), [tokenizer_file], "to be or", length=10, seed=0)
     assert chosen.ids.tolist() == [[1, 2, 0]]
-    assert choose_tokens(3, [tokenizer_file], "to be or", length=2, seed=0).ids.tolist() == [[1, 2]]
+    assert choose_tokens(model_of(3), [tokenizer_file], "to be or", length=2, seed=0).ids.tolist() == [[1, 2]]
 
 
 @pytest.mark.parametrize(
@@ -34,13 +41,13 @@ def test_a_text_is_encoded_and_cut(tokenizer_file):
 )
 def test_tokens_that_cannot_be_run_are_refused(tokenizer_file, vocab_size, text, length, message):
     with pytest.raises(UsageError, match=message):
-        choose_tokens(vocab_size, [tokenizer_file], text, length=length, seed=0)
+        choose_tokens(model_of(vocab_size), [tokenizer_file], text, length=length, seed=0)
 
 
 def test_a_text_needs_a_tokenizer_that_can_be_read(tmp_path):
     with pytest.raises(UsageError, match=r"no tokenizer\.json"):
-        choose_tokens(3, [], "to be", length=10, seed=0)
+        choose_tokens(model_of(3), [], "to be", length=10, seed=0)
     broken = tmp_path / "tokenizer.json"
     broken.write_text("{}", encoding="utf-8")
     with pytest.raises(InputError, match="cannot be read"):
-        choose_tokens(3, [broken], "to be", length=10, seed=0)
+        choose_tokens(model_of(3), [broken], "to be", length=10, seed=0)

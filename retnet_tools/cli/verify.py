@@ -53,7 +53,7 @@ def verify(
     text = None if prompt is None and file is None else common.read_prompt(prompt, file)
     opened = open_checkpoint(common.checkpoint_or_default(checkpoint), source_format)
     config = opened.config
-    chosen = choose_tokens(config.vocab_size, opened.tokenizer_files, text, length=tokens, seed=seed)
+    chosen = choose_tokens(config, opened.tokenizer_files, text, length=tokens, seed=seed)
     use_threads(threads)
     with common.step_progress() as progress:
         report = compare_forms(

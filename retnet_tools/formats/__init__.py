@@ -10,12 +10,16 @@ from pathlib import Path
 from retnet_tools.errors import ConfigError, InputError, UsageError, did_you_mean
 from retnet_tools.formats.canonical import CANONICAL
 from retnet_tools.formats.files import CheckpointFiles
+from retnet_tools.formats.fla import FLA
+from retnet_tools.formats.jamie_stirling import JAMIE_STIRLING
 from retnet_tools.formats.spec import Checkpoint, FormatSpec, MappedWeights
+from retnet_tools.formats.syncdoth import SYNCDOTH
 from retnet_tools.formats.torchscale import TORCHSCALE
+from retnet_tools.formats.yet_another_retnet import YET_ANOTHER_RETNET
 
 __all__ = ["FORMATS", "Checkpoint", "FormatSpec", "open_checkpoint", "writable_format"]
 
-FORMATS: tuple[FormatSpec, ...] = (CANONICAL, TORCHSCALE)
+FORMATS: tuple[FormatSpec, ...] = (CANONICAL, TORCHSCALE, SYNCDOTH, FLA, YET_ANOTHER_RETNET, JAMIE_STIRLING)
 
 
 def open_checkpoint(path: Path | str, format: str | None = None) -> Checkpoint:

@@ -130,6 +130,12 @@ class _InertUnpickler(pickle.Unpickler):
             "torch._utils._rebuild_tensor_v2": lambda: lambda *args: self._tensor(*args[:4]),
             "torch._utils._rebuild_parameter": lambda: lambda *args: args[0],
         }
+        if module == "torch" and name.startswith("Complex"):
+            raise InputError(
+                f"{self._path} holds complex-valued tensors ({name})",
+                "real ones",
+                "complex-valued models are not supported",
+            )
         if qualified not in known:
             raise InputError(
                 f"refused pickle global {qualified!r} in {self._path}",

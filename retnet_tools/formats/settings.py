@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from retnet_tools.errors import InputError
+
+Choice = TypeVar("Choice")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,21 @@ class Settings:
     def text(self, name: str, default: str) -> str:
         """A string."""
         return str(self._value(name, default))
+
+    def choice(self, name: str, choices: Mapping[str, Choice], default: str) -> Choice:
+        """What one of these words stands for."""
+        value = self._value(name, default)
+        if not isinstance(value, str) or value not in choices:
+            raise InputError(
+                f"the {self.origin} configuration has {name} = {value!r}",
+                f"one of {', '.join(choices)}",
+                "other kinds are not supported",
+            )
+        return choices[value]
+
+    def has(self, name: str) -> bool:
+        """Whether there is a value, other than None."""
+        return self.values.get(name) is not None
 
     def _value(self, name: str, default: Any) -> Any:
         value = self.values.get(name)

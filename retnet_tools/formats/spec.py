@@ -209,6 +209,20 @@ def check_layer_count(config: RetNetConfig, stored: StoredTensors) -> None:
         raise InputError(f"{config.num_layers} layers in the configuration", f"at most the {count} tensors of the file")
 
 
+def check_tie(stored: StoredTensors, head: str, embedding: str) -> None:
+    """A tied output projection, where it is stored too, must be the embedding.
+
+    Raises:
+        InputError: they differ.
+    """
+    if {head, embedding} <= stored.locations.keys() and not stored.same_data(head, embedding):
+        raise InputError(
+            f"the configuration ties the embeddings but {head!r} differs from {embedding!r}",
+            "the same values",
+            "correct the configuration or the file",
+        )
+
+
 def expand_names(config: RetNetConfig, names: NameTable, prefix: str) -> dict[str, tuple[str, str]]:
     """A name table for this many layers and heads: stored name to (canonical name, its template).
 

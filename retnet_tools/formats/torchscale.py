@@ -23,7 +23,7 @@ from retnet_tools.errors import InputError
 from retnet_tools.formats.files import CheckpointFiles
 from retnet_tools.formats.pickles import attributes
 from retnet_tools.formats.settings import Settings
-from retnet_tools.formats.spec import FormatSpec, Reading
+from retnet_tools.formats.spec import FormatSpec, Reading, check_tie
 from retnet_tools.formats.storage import StoredTensors
 from retnet_tools.formats.torchscale_buffers import read_schedules
 from retnet_tools.formats.torchscale_releases import (
@@ -103,7 +103,7 @@ def read(files: CheckpointFiles) -> Reading:
     names = dict(release.names)
     if config.tie_word_embeddings:
         names[HEAD] = None
-        check_tie(stored, prefix)
+        check_tie(stored, prefix + HEAD, prefix + EMBEDDING)
     return Reading(config, release.version, names, prefix, config_files=config_files, notes=tuple(notes))
 
 
@@ -183,6 +183,7 @@ def resolve(settings: Settings, release: Release, stored: StoredTensors, prefix:
     pre = has_final_norm or (settings.flag("decoder_normalize_before", True) and not deepnorm)
     clamp, notes = _score_clamp(settings, release)
     schedules = read_schedules(stored, prefix, heads, embed // heads)
+    block_norm = BlockNorm(release.norm, eps, bias=release.biases)
     config = RetNetConfig(
         vocab_size=vocab_size,
         hidden_size=embed,
@@ -194,13 +195,13 @@ def resolve(settings: Settings, release: Release, stored: StoredTensors, prefix:
         rotary_frequencies=schedules.rotary_frequencies,
         score_normalization=ScoreNormalization((embed // heads) ** -0.5, by_decay=True, clamp=clamp),
         head_norm=HeadNorm(release.norm, eps if release.head_norm_eps is None else release.head_norm_eps),
-        block_norm=BlockNorm(release.norm, eps, bias=release.biases),
+        block_norm=block_norm,
         feed_forward=FeedForward(
             release.feed_forward,
             settings.count("decoder_ffn_embed_dim"),
             ACTIVATIONS[activation],
             bias=release.biases,
-            norm=prefix + FFN_NORM in stored.locations,
+            norm=block_norm if prefix + FFN_NORM in stored.locations else None,
         ),
         norm_order="pre" if pre else "post",
         residual_alpha=(2.0 * layers) ** 0.25 if deepnorm else 1.0,
@@ -211,21 +212,6 @@ def resolve(settings: Settings, release: Release, stored: StoredTensors, prefix:
         tie_word_embeddings=settings.flag("share_decoder_input_output_embed", False),
     )
     return config, [*notes, *schedules.notes]
-
-
-def check_tie(stored: StoredTensors, prefix: str) -> None:
-    """A tied output projection, where it is stored too, must be the embedding.
-
-    Raises:
-        InputError: they differ.
-    """
-    head, embedding = prefix + HEAD, prefix + EMBEDDING
-    if head in stored.locations and not stored.same_data(head, embedding):
-        raise InputError(
-            f"share_decoder_input_output_embed is set but {head!r} differs from {embedding!r}",
-            "the same values",
-            "correct the flag or the file",
-        )
 
 
 def _rows(stored: StoredTensors, prefix: str, projection: str) -> int | None:

@@ -1,18 +1,19 @@
-"""torchscale's two buffers: rotary angles, each stored twice for its pair, and log(gamma) per head.
+"""The two buffers of torchscale and syncdoth: rotary angles, each stored twice for its pair, and log(gamma) per head.
 
-torchscale computes both in float32 and runs with the rounded numbers, so those are the model. Where a file stores them
+Their code computes both in float32 and runs with the rounded numbers, so those are the model. Where a file stores them
 in float32 or float64 they are read; where it stores them in a half type, which rounds them until logits move by 0.05,
-or not at all, they are computed from the published schedules and rounded to float32 as torchscale does.
+or not at all, they are computed from the published schedules, in float32 as well.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from retnet_tools.config import paper_decay, paper_rotary_frequencies
 from retnet_tools.errors import InputError
+from retnet_tools.formats.schedules import floats, linspace_frequencies, paper_log_decay
 from retnet_tools.formats.storage import StoredTensors
 from retnet_tools.formats.torchscale_releases import ANGLES, DECAYS
 from retnet_tools.weights import Array
@@ -30,25 +31,31 @@ class Schedules:
     notes: tuple[str, ...]
 
 
-def read_schedules(stored: StoredTensors, prefix: str, num_heads: int, head_k_dim: int) -> Schedules:
-    """The schedules that the model runs with.
+def read_schedules(
+    stored: StoredTensors,
+    prefix: str,
+    num_heads: int,
+    head_k_dim: int,
+    log_decay: Callable[[int], Array] = paper_log_decay,
+) -> Schedules:
+    """The schedules that the model runs with; `log_decay` is the published one, for this many heads.
 
     Raises:
         InputError: a buffer of the wrong shape, or angles that differ within a pair.
     """
     angles = _buffer(stored, prefix + ANGLES, (head_k_dim,))
     decays = _buffer(stored, prefix + DECAYS, (num_heads,))
-    published = (_float32(paper_rotary_frequencies(head_k_dim)), _float32(paper_decay(num_heads)))
+    published = (linspace_frequencies(head_k_dim), log_decay(num_heads))
     if angles is None or decays is None:
         half = prefix + ANGLES in stored.locations
         note = "rotary and decay buffers are rounded in the file: computed from the published schedules instead"
-        return Schedules(_floats(published[1]), _floats(published[0]), (note,) if half else ())
+        return Schedules(floats(published[1]), floats(published[0]), (note,) if half else ())
     if not np.array_equal(angles[0::2], angles[1::2]):
         raise InputError(f"tensor {prefix + ANGLES!r} has pairs of different angles", "each angle twice in a row")
     found = (angles[0::2], decays)
     same = all(np.allclose(a, b, rtol=OTHER_SCHEDULE, atol=0) for a, b in zip(found, published, strict=True))
     note = "rotary or decay buffers in the file differ from the published schedules: used as stored"
-    return Schedules(_floats(decays), _floats(angles[0::2]), () if same else (note,))
+    return Schedules(floats(decays), floats(angles[0::2]), () if same else (note,))
 
 
 def _buffer(stored: StoredTensors, name: str, shape: tuple[int, ...]) -> Array | None:
@@ -59,11 +66,3 @@ def _buffer(stored: StoredTensors, name: str, shape: tuple[int, ...]) -> Array |
     if location.shape != shape:
         raise InputError(f"tensor {name!r} has shape {list(location.shape)}", f"{list(shape)}")
     return stored.read(name) if location.dtype.name in ("float32", "float64") else None
-
-
-def _float32(values: tuple[float, ...]) -> Array:
-    return np.array(values, dtype=np.float32)
-
-
-def _floats(values: Array) -> tuple[float, ...]:
-    return tuple(float(value) for value in values)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from retnet_tools.config import RetNetConfig
+from retnet_tools.config import BlockNorm, RetNetConfig
 from retnet_tools.graph import contract
 from retnet_tools.graph.ops import ELEMENT_TYPES, GraphBuilder, NormWeights, StandardOps, StepDecay
-from retnet_tools.graph.tables import decay_sum_tables, phase_tables
+from retnet_tools.graph.tables import decay_sum_tables, log_decay, phase_tables
 from retnet_tools.weights import Array, canonical_shapes
 
 WIDE = "float32"
@@ -75,10 +75,10 @@ class _StepBuilder:
 
     def build(self) -> BuiltGraph:
         inputs = [_graph_value(spec) for spec in contract.step_inputs(self.config, self.state_dtype)]
-        input_ids, position_ids, *past = inputs
+        tokens, position_ids, *past = inputs
         terms = self._position_terms(position_ids)
-        decay = StepDecay(self.config.decay, position_ids)
-        x, present = self._layers(self._embed(input_ids), terms, decay, past)
+        decay = StepDecay(log_decay(self.config), position_ids)
+        x, present = self._layers(self._embed(tokens), terms, decay, past)
         outputs = [self._logits(x), *present]
         for value, spec in zip(outputs, contract.step_outputs(self.config, self.state_dtype), strict=True):
             value.name, value.shape, value.type = spec.name, ir.Shape(spec.shape), _tensor_type(spec.dtype)
@@ -92,10 +92,13 @@ class _StepBuilder:
         )
         return BuiltGraph(graph, self.stored)
 
-    def _embed(self, input_ids: ir.Value) -> ir.Value:
+    def _embed(self, tokens: ir.Value) -> ir.Value:
         g, config = self.g, self.config
         g.scope = "embedding"
-        x = g.op("Gather", self._weight("embedding.weight"), input_ids, axis=0)
+        if config.has_vocabulary:
+            x = g.op("Gather", self._weight("embedding.weight"), tokens, axis=0)
+        else:
+            x = g.cast(tokens, WIDE, self.dtype)
         x = g.reshape(x, -1, config.hidden_size)  # [B, T, D] -> [rows, D]
         x = self._scale(x, config.embedding_scale)
         return self.ops.norm(g, x, self._norm("embedding_norm")) if config.embedding_norm else x
@@ -111,38 +114,47 @@ class _StepBuilder:
             self.g.scope = f"layers.{i}/retention"
             y, state = self._retention(f"layers.{i}.retention", normed, terms, decay, past[i])
             present.append(state)
-            x, normed = self._add_norm(x, y, f"layers.{i}.{'ffn' if pre else 'retention'}_norm")
+            x, normed = self._add_norm(x, y, own=f"layers.{i}.retention_norm", following=f"layers.{i}.ffn_norm")
             self.g.scope = f"layers.{i}/ffn"
             y = self._feed_forward(f"layers.{i}.ffn", normed)
-            last = i + 1 == config.num_layers
-            following = ("final_norm" if last else f"layers.{i + 1}.retention_norm") if pre else f"layers.{i}.ffn_norm"
-            x, normed = self._add_norm(x, y, following)
+            following = "final_norm" if i + 1 == config.num_layers else f"layers.{i + 1}.retention_norm"
+            x, normed = self._add_norm(x, y, own=f"layers.{i}.ffn_norm", following=following)
         if config.final_norm and not pre:
             normed = self.ops.norm(self.g, normed, self._norm("final_norm"))
         return normed, present
 
-    def _add_norm(self, x: ir.Value, y: ir.Value, norm: str) -> tuple[ir.Value, ir.Value]:
-        """The residual stream after alpha x + y, and what the next block reads."""
-        x = self._scale(x, self.config.residual_alpha)
-        if norm == "final_norm" and not self.config.final_norm:
+    def _add_norm(self, x: ir.Value, y: ir.Value, *, own: str, following: str) -> tuple[ir.Value, ir.Value]:
+        """The residual stream after a block gave y, and what the next block reads.
+
+        Args:
+            x, y: `[rows, D]`.
+            own: the norm of the block that gave y.
+            following: the norm of the next block, or `final_norm`.
+        """
+        order, x = self.config.norm_order, self._scale(x, self.config.residual_alpha)
+        if order == "branch":
+            y = self.ops.norm(self.g, y, self._norm(own))
+        if order == "branch" or (following == "final_norm" and order == "pre" and not self.config.final_norm):
             total = self.g.op("Add", x, y)
             return total, total
-        total, normed = self.ops.add_norm(self.g, x, y, self._norm(norm))
-        return (total, normed) if self.config.norm_order == "pre" else (normed, normed)
+        total, normed = self.ops.add_norm(self.g, x, y, self._norm(following if order == "pre" else own))
+        return (total, normed) if order == "pre" else (normed, normed)
 
     def _retention(
         self, name: str, x: ir.Value, terms: _PositionTerms, decay: StepDecay, past: ir.Value
     ) -> tuple[ir.Value, ir.Value]:
         g, config = self.g, self.config
-        sizes = {"q_proj": config.key_dim, "k_proj": config.key_dim, "v_proj": config.value_dim}
-        if config.gate is not None:
-            sizes["gate_proj"] = config.value_dim
-        names = tuple(f"{name}.{part}" for part in sizes)
+        parts = ("q_proj", "k_proj", "v_proj", "gate_proj")[: 3 if config.gate is None else 4]
+        names = tuple(f"{name}.{part}" for part in parts)
+        sizes = [self.shapes[f"{part}.weight"][0] for part in names]
         merged = self._linear(x, f"{name}.qkvg_proj", names, config.projection_bias)
-        q, k, v, *gate = g.node("Split", merged, g.integers(*sizes.values()), outputs=len(sizes), axis=-1)
+        q, k, v, *gate = g.node("Split", merged, g.integers(*sizes), outputs=len(sizes), axis=-1)
+        if config.feature_map is not None:
+            q, k = (self.ops.activate(g, config.feature_map, part) for part in (q, k))
         q, k, v = (self._tokens(part) for part in (q, k, v))
-        q = self._rotate(q, terms.cos, terms.sin)
-        k = self._rotate(k, terms.key_cos, terms.key_sin)
+        q = self._rotate(q, terms.cos, terms.sin, config.num_heads)
+        k = self._repeat(self._rotate(k, terms.key_cos, terms.key_sin, config.num_kv_heads), config.head_k_dim)
+        v = self._repeat(v, config.head_v_dim)
         y, present = self.ops.retention_step(g, q, k, v, g.cast(past, self.state_dtype, WIDE), decay)
         y = self._head_norm(f"{name}.head_norm", y, terms)
         y = g.cast(g.reshape(y, -1, config.value_dim), WIDE, self.dtype)  # [B, 1, H, V] -> [rows, H*V]
@@ -155,8 +167,17 @@ class _StepBuilder:
         x = self.g.op("Unsqueeze", x, self.g.integers(1))  # [rows, N] -> [B, 1, N]
         return self.g.cast(x, self.dtype, WIDE)
 
-    def _rotate(self, x: ir.Value, cos: ir.Value, sin: ir.Value) -> ir.Value:
-        return self.g.op("RotaryEmbedding", x, cos, sin, interleaved=1, num_heads=self.config.num_heads)
+    def _rotate(self, x: ir.Value, cos: ir.Value, sin: ir.Value, heads: int) -> ir.Value:
+        return self.g.op("RotaryEmbedding", x, cos, sin, interleaved=1, num_heads=heads)
+
+    def _repeat(self, x: ir.Value, size: int) -> ir.Value:
+        """Each head of k or v once for every query head that shares it."""
+        g, groups = self.g, self.config.num_kv_groups
+        if groups == 1:
+            return x
+        x = g.reshape(x, 0, 0, -1, 1, size)  # [B, 1, H*K] -> [B, 1, H, 1, K]
+        x = g.op("Expand", x, g.integers(1, 1, 1, groups, 1))
+        return g.reshape(x, 0, 0, self.config.num_heads * size)
 
     def _head_norm(self, name: str, y: ir.Value, terms: _PositionTerms) -> ir.Value:
         g, config = self.g, self.config
@@ -187,16 +208,18 @@ class _StepBuilder:
             y = g.op("Mul", self.ops.activate(g, ffn.activation, gate), up)
         else:
             y = self.ops.activate(g, ffn.activation, self._linear(x, f"{name}.up_proj", (f"{name}.up_proj",), ffn.bias))
-        if ffn.norm:
-            y = self.ops.norm(g, y, self._norm(f"{name}.norm"))
+        if ffn.norm is not None:
+            y = self.ops.norm(g, y, self._norm(f"{name}.norm", ffn.norm))
         return self._linear(y, f"{name}.down_proj", (f"{name}.down_proj",), ffn.bias)
 
     def _logits(self, x: ir.Value) -> ir.Value:
         g = self.g
         g.scope = "lm_head"
-        name = "embedding.weight" if self.config.tie_word_embeddings else "lm_head.weight"
-        logits = g.op("Gemm", x, self._weight(name), transB=1)
-        return g.cast(g.op("Unsqueeze", logits, g.integers(1)), self.dtype, "float32")  # [rows, vocab] -> [B, 1, vocab]
+        if self.config.has_vocabulary:
+            name = "embedding.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+            bias = [self._weight("lm_head.bias")] if self.config.head_bias else []
+            x = g.op("Gemm", x, self._weight(name), *bias, transB=1)
+        return g.cast(g.op("Unsqueeze", x, g.integers(1)), self.dtype, WIDE)  # [rows, vocab] -> [B, 1, vocab]
 
     def _position_terms(self, position_ids: ir.Value) -> _PositionTerms:
         g, config = self.g, self.config
@@ -231,8 +254,8 @@ class _StepBuilder:
             inputs.append(self._merged(f"{name}.bias", tuple(f"{s}.bias" for s in sources)))
         return self.g.op("Gemm", *inputs, transB=1)
 
-    def _norm(self, name: str) -> NormWeights:
-        norm = self.config.block_norm
+    def _norm(self, name: str, norm: BlockNorm | None = None) -> NormWeights:
+        norm = norm or self.config.block_norm
         return NormWeights(norm, self._weight(f"{name}.weight"), self._weight(f"{name}.bias") if norm.bias else None)
 
     def _scale(self, x: ir.Value, factor: float, dtype: str | None = None) -> ir.Value:

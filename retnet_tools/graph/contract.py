@@ -6,6 +6,9 @@
     weights.data  external data of both graphs, every tensor stored once
     retnet.json   the manifest, see `retnet_tools.graph.manifest`
 
+A stack without embedding and head has inputs_embeds [B,1,D] float32 in place of input_ids, and hidden_states [B,1,D]
+float32 in place of logits.
+
 The state is the plain sum S_n = gamma S_(n-1) + k_n^T v_n (Eq. 6) with 1/sqrt(K) on k and rotated keys. It is valid
 only with the position that it stands at. A sequence starts with zero states at position 0.
 """
@@ -22,9 +25,11 @@ WEIGHTS_FILE = "weights.data"
 MANIFEST_FILE = "retnet.json"
 
 INPUT_IDS = "input_ids"
+INPUTS_EMBEDS = "inputs_embeds"
 POSITION_IDS = "position_ids"
 ATTENTION_MASK = "attention_mask"
 LOGITS = "logits"
+HIDDEN_STATES = "hidden_states"
 
 POSITION_RADIX = 4096
 """Positions are split as 4096 a + b with a, b < 4096, each with its own table of phases and powers."""
@@ -58,8 +63,10 @@ def state_shape(config: RetNetConfig) -> tuple[int, int, int]:
 
 def step_inputs(config: RetNetConfig, state_dtype: str) -> tuple[TensorSpec, ...]:
     """Inputs of step.onnx, in order."""
+    tokens = TensorSpec(INPUT_IDS, "int64", ("batch", 1))
+    embeddings = TensorSpec(INPUTS_EMBEDS, "float32", ("batch", 1, config.hidden_size))
     return (
-        TensorSpec(INPUT_IDS, "int64", ("batch", 1)),
+        tokens if config.has_vocabulary else embeddings,
         TensorSpec(POSITION_IDS, "int64", ("batch", 1)),
         *(TensorSpec(past_name(i), state_dtype, ("batch", *state_shape(config))) for i in range(config.num_layers)),
     )
@@ -67,7 +74,9 @@ def step_inputs(config: RetNetConfig, state_dtype: str) -> tuple[TensorSpec, ...
 
 def step_outputs(config: RetNetConfig, state_dtype: str) -> tuple[TensorSpec, ...]:
     """Outputs of step.onnx, in order."""
+    logits = TensorSpec(LOGITS, "float32", ("batch", 1, config.vocab_size))
+    hidden = TensorSpec(HIDDEN_STATES, "float32", ("batch", 1, config.hidden_size))
     return (
-        TensorSpec(LOGITS, "float32", ("batch", 1, config.vocab_size)),
+        logits if config.has_vocabulary else hidden,
         *(TensorSpec(present_name(i), state_dtype, ("batch", *state_shape(config))) for i in range(config.num_layers)),
     )

@@ -20,6 +20,14 @@ OPSET = 23
 """The first ai.onnx opset with RMSNormalization and RotaryEmbedding; ONNX Runtime runs both on CPU and CUDA."""
 MICROSOFT = "com.microsoft"
 
+_ACTIVATION_OPS: dict[Activation, str] = {
+    "gelu": "Gelu",
+    "relu": "Relu",
+    "leaky_relu": "LeakyRelu",
+    "elu": "Elu",
+    "sigmoid": "Sigmoid",
+    "tanh": "Tanh",
+}
 ELEMENT_TYPES = {
     "float32": ir.DataType.FLOAT,
     "float16": ir.DataType.FLOAT16,
@@ -39,9 +47,9 @@ class NormWeights:
 
 @dataclass(frozen=True)
 class StepDecay:
-    """log(gamma) per head, and the graph's position_ids `[B, 1]`, from which operators take the batch size."""
+    """log(gamma) `[H]` or `[H, K]`, and the graph's position_ids `[B, 1]`, which tell operators the batch size."""
 
-    log_gamma: tuple[float, ...]
+    log_gamma: Array
     position_ids: ir.Value
 
 
@@ -110,10 +118,15 @@ class StandardOps:
     opsets: ClassVar[Mapping[str, int]] = {"": OPSET}
 
     def activate(self, g: GraphBuilder, activation: Activation, x: ir.Value) -> ir.Value:
-        """silu, gelu (erf) or relu."""
+        """Any activation of the configuration."""
         if activation == "silu":
             return g.op("Mul", x, g.op("Sigmoid", x))
-        return g.op({"gelu": "Gelu", "relu": "Relu"}[activation], x)
+        if activation == "relu2":
+            y = g.op("Relu", x)
+            return g.op("Mul", y, y)
+        if activation == "gelu_tanh":
+            return g.op("Gelu", x, approximate="tanh")
+        return g.op(_ACTIVATION_OPS[activation], x)
 
     def norm(self, g: GraphBuilder, x: ir.Value, weights: NormWeights) -> ir.Value:
         """RMSNorm or LayerNorm over the last dimension, accumulated in float32."""
@@ -140,7 +153,7 @@ class StandardOps:
             o `[B, 1, H*V]` and S_n `[B, H, K, V]`.
         """
         heads = len(decay.log_gamma)
-        gamma = g.constant("gamma", np.exp(np.array(decay.log_gamma)).astype(np.float32).reshape(1, heads, 1, 1))
+        gamma = g.constant("gamma", np.exp(decay.log_gamma).astype(np.float32).reshape(1, heads, -1, 1))
         key = g.op("Reshape", k, g.integers(0, heads, -1, 1))  # [B, H, K, 1]
         value = g.op("Reshape", v, g.integers(0, heads, 1, -1))  # [B, H, 1, V]
         present = g.op("Add", g.op("Mul", past, gamma), g.op("Mul", key, value))
@@ -177,8 +190,8 @@ class FusedOps(StandardOps):
         heads = len(decay.log_gamma)
 
         def log_gamma_rows() -> ir.Value:
-            # The kernel indexes decay by batch and time, so it must really be [B, 1, H].
-            table = g.constant("log_gamma", np.array([decay.log_gamma], dtype=np.float32))
+            # The kernel indexes decay by batch and time, so it must really be [B, 1, H] or [B, 1, H*K].
+            table = g.constant("log_gamma", decay.log_gamma.astype(np.float32).reshape(1, -1))
             zeros = g.op("Sub", decay.position_ids, decay.position_ids)
             return g.op("Gather", table, zeros, axis=0)
 

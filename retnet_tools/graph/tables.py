@@ -28,6 +28,12 @@ def phase_tables(config: RetNetConfig) -> dict[str, Array]:
     return tables
 
 
+def log_decay(config: RetNetConfig) -> Array:
+    """log(gamma) in float64: `[H]`, or `[H, K]` where every pair of key dimensions adds its own."""
+    decay = np.array(config.decay)
+    return decay[:, None] + np.repeat(config.key_decay, 2) if config.key_decay else decay
+
+
 def decay_sum_tables(config: RetNetConfig) -> dict[str, Array]:
     """sum_(i<=b) gamma^i, gamma^(b+1) and sum_(i<4096a) gamma^i, each `[4096, H]` float32."""
     steps = np.arange(POSITION_RADIX, dtype=np.float64)[:, None]

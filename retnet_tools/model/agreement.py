@@ -7,6 +7,9 @@ and the head norm cancels a divisor exactly only without its epsilon); what d ad
 
 Memory: the model once, in the widest dtype in use (float64: 8 bytes a parameter), and for each form its logits and
 hidden states, B x T x (vocab + layers x D) numbers.
+
+Where scores are not clamped there is no such epsilon: d0 is d64. A stack without a head is judged by its last hidden
+states in place of logits.
 """
 
 from __future__ import annotations
@@ -15,8 +18,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, product
+from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -129,29 +132,32 @@ def use_threads(count: int | None) -> None:
 def compare_forms(
     config: RetNetConfig,
     weights: WeightSource,
-    input_ids: npt.NDArray[np.int64],
+    inputs: npt.NDArray[Any],
     forms: Mapping[str, RetentionForm],
     *,
     dtype: FloatName = "float32",
     tolerance: float | None = None,
     progress: Progress | None = None,
 ) -> AgreementReport:
-    """Compare every pair of forms on `input_ids` `[B, T]`, and every hand-off between two of them.
+    """Compare every pair of forms on token ids `[B, T]`, and every hand-off between two of them.
+
+    A stack without an embedding takes embeddings `[B, T, D]`.
 
     Raises:
         UsageError: fewer than two forms, no tokens, tokens outside the vocabulary, a negative tolerance.
         InputError: weights that do not fit the configuration.
     """
-    _check_arguments(config, input_ids, forms, tolerance)
-    ids = torch.from_numpy(input_ids)
-    step = _Steps(progress, len(forms) * (2 + (dtype != "float64")) + 1)
+    _check_arguments(config, inputs, forms, tolerance)
+    ids = torch.from_numpy(inputs)
+    clamped = config.score_normalization.clamp != "none"
+    step = _Steps(progress, len(forms) * (1 + clamped + (dtype != "float64")) + 1)
     run = None
     if dtype != "float64":
         run = _run(load_model(config, weights, TORCH_DTYPES[dtype]), ids, forms, step, dtype)
     model = load_model(config, weights, torch.float64)
     float64 = _run(model, ids, forms, step, "float64")
-    exact = _without_epsilon(model)
-    eps0 = _run(exact, ids, forms, step, "float64, epsilon 0")
+    exact = _without_epsilon(model) if clamped else model
+    eps0 = _run(exact, ids, forms, step, "float64, epsilon 0") if clamped else float64
     run = run or float64
     budget = Budget.of(dtype, float64.scale, tolerance)
     comparisons = tuple(
@@ -160,7 +166,7 @@ def compare_forms(
     step("hand-offs")
     handoffs = tuple(_handoffs(exact, ids[:1], forms, eps0.first_row, budget))
     notes = (*_notes(config, ids, forms), *run.notes)
-    rows, tokens = ids.shape
+    rows, tokens = ids.shape[:2]
     return AgreementReport(dtype, rows, tokens, float64.scale, budget, comparisons, handoffs, notes)
 
 
@@ -223,7 +229,9 @@ def _run(model: RetNet, ids: Tensor, forms: Mapping[str, RetentionForm], step: _
         outputs[name] = model(ids, form=form, keep_hidden=True)
     wrong = [name for name, output in outputs.items() if not output.logits.isfinite().all()]
     return _Run(
-        pairs={(a, b): difference(outputs[a], outputs[b]) for a, b in combinations(outputs, 2)},
+        pairs={
+            (a, b): difference(outputs[a], outputs[b], model.config.has_vocabulary) for a, b in combinations(outputs, 2)
+        },
         first_row={name: output.logits[:1].clone() for name, output in outputs.items()},
         scale=max(max_abs(output.logits) for output in outputs.values()),
         notes=tuple(f"the {name} form gives logits that are not finite in {label}" for name in wrong),
@@ -267,15 +275,17 @@ def _notes(config: RetNetConfig, ids: Tensor, forms: Mapping[str, RetentionForm]
 
 def _check_arguments(
     config: RetNetConfig,
-    input_ids: npt.NDArray[np.int64],
+    inputs: npt.NDArray[Any],
     forms: Mapping[str, RetentionForm],
     tolerance: float | None,
 ) -> None:
     if len(forms) < 2:
         raise UsageError(f"{len(forms)} forms to compare", "two or more")
-    if input_ids.ndim != 2 or input_ids.size == 0:
-        raise UsageError(f"tokens of shape {list(input_ids.shape)}", "[rows, tokens], at least one of each")
-    if input_ids.min() < 0 or input_ids.max() >= config.vocab_size:
-        raise UsageError(f"token {input_ids.max()}", f"0 to {config.vocab_size - 1}, the vocabulary of the checkpoint")
+    expected = [] if config.has_vocabulary else [config.hidden_size]
+    if list(inputs.shape[2:]) != expected or inputs.ndim < 2 or inputs.size == 0:
+        wanted = ", ".join(["rows", "tokens", *map(str, expected)])
+        raise UsageError(f"tokens of shape {list(inputs.shape)}", f"[{wanted}], at least one of each")
+    if config.has_vocabulary and (inputs.min() < 0 or inputs.max() >= config.vocab_size):
+        raise UsageError(f"token {inputs.max()}", f"0 to {config.vocab_size - 1}, the vocabulary of the checkpoint")
     if tolerance is not None and not tolerance >= 0:
         raise UsageError(f"tolerance {tolerance}", "a number >= 0")

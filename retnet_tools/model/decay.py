@@ -9,19 +9,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from retnet_tools.config import RetNetConfig
+
+
+def log_decay(config: RetNetConfig, device: torch.device) -> Tensor:
+    """log(gamma) in float64: `[H]`, or `[H, K]` where every pair of key dimensions adds its own."""
+    decay = torch.tensor(config.decay, dtype=torch.float64, device=device)
+    if not config.key_decay:
+        return decay
+    pairs = torch.tensor(config.key_decay, dtype=torch.float64, device=device)
+    return decay[:, None] + pairs.repeat_interleave(2)
+
 
 def gamma_powers(decay: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
-    """gamma_h^n.
+    """gamma^n.
 
     Args:
-        decay: `[H]` log(gamma).
+        decay: `[H]` or `[H, K]`, log(gamma).
         exponents: `[...]` integers.
         dtype: of the result.
 
     Returns:
-        `[H, ...]`.
+        `[H, ...]` or `[H, K, ...]`.
     """
-    shape = (-1,) + (1,) * exponents.dim()
+    shape = tuple(decay.shape) + (1,) * exponents.dim()
     return torch.exp(decay.to(torch.float64).view(shape) * exponents.to(torch.float64)).to(dtype)
 
 

@@ -19,8 +19,8 @@ class Difference:
     Attributes:
         max_abs: max |a - b| over all logits.
         max_rel: max_abs / max |a|, so that a logit near zero does not decide.
-        kl_mean: mean over positions of KL(softmax a || softmax b), in nats.
-        top1_agreement: part of the positions where both runs rank the same token first.
+        kl_mean: mean over positions of KL(softmax a || softmax b), in nats; None for a stack without a head.
+        top1_agreement: part of the positions where both runs rank the same token first; None likewise.
         layers: max |a - b| of each layer's output.
         first_layer: the first layer whose output differs by more than rounding explains (a part of its largest
             value, by dtype), or None.
@@ -28,14 +28,17 @@ class Difference:
 
     max_abs: float
     max_rel: float
-    kl_mean: float
-    top1_agreement: float
+    kl_mean: float | None
+    top1_agreement: float | None
     layers: tuple[float, ...]
     first_layer: int | None
 
 
-def difference(a: RetNetOutput, b: RetNetOutput) -> Difference:
-    """Compare two runs that kept their hidden states; a value that is not finite makes `max_abs` not finite."""
+def difference(a: RetNetOutput, b: RetNetOutput, distributions: bool = True) -> Difference:
+    """Compare two runs that kept their hidden states; a value that is not finite makes `max_abs` not finite.
+
+    `distributions` tells whether the logits mean any.
+    """
     largest = max_abs(a.logits)
     apart = max_abs_difference(a.logits, b.logits)
     layers, first = [], None
@@ -46,8 +49,8 @@ def difference(a: RetNetOutput, b: RetNetOutput) -> Difference:
     return Difference(
         max_abs=apart,
         max_rel=apart / largest if largest else apart,
-        kl_mean=_kl_mean(a.logits, b.logits),
-        top1_agreement=(a.logits.argmax(-1) == b.logits.argmax(-1)).double().mean().item(),
+        kl_mean=_kl_mean(a.logits, b.logits) if distributions else None,
+        top1_agreement=(a.logits.argmax(-1) == b.logits.argmax(-1)).double().mean().item() if distributions else None,
         layers=tuple(layers),
         first_layer=first,
     )

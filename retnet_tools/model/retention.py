@@ -6,7 +6,8 @@
                         O_i = (Q_i K_i^T * D) V_i + (Q_i R_(i-1)) * xi
 
 with D_nm = gamma^(n-m) for n >= m, zeta_j = gamma^(B-1-j) (the last row of D; the published Eq. 7 misplaces it) and
-xi_j = gamma^(j+1).
+xi_j = gamma^(j+1). gamma is one number a head, or one for each key dimension (xPos): S_n = diag(gamma) S_(n-1) + ...,
+and the scores are sum_k q_nk k_mk gamma_k^(n-m).
 
 Every form takes and returns the recurrent state S `[B, H, K, V]`, the plain sum of Eq. 6, so any form can continue any
 other. q, k, v are `[B, H, T, K]`, `[B, H, T, K]`, `[B, H, T, V]` in float32 or float64 and already carry rotation and
@@ -46,7 +47,7 @@ class RetentionForm(Protocol):
         initial_state: Tensor | None = None,
         score_clamp: ScoreClamp = "none",
     ) -> tuple[Tensor, Tensor]:
-        """Output `[B, H, T, V]` and final state `[B, H, K, V]` for `decay` = log(gamma) `[H]`."""
+        """Output `[B, H, T, V]` and final state `[B, H, K, V]` for `decay` = log(gamma), `[H]` or `[H, K]`."""
         ...
 
 
@@ -64,7 +65,7 @@ def retention_parallel(
     Returns:
         Output `[B, H, T, V]` and state `[B, H, K, V]`.
     """
-    scores = (q @ k.transpose(-1, -2)) * decay_matrix(decay, q.shape[-2], q.dtype)  # [B, H, T, T]
+    scores = _decayed_scores(q, k, decay)  # [B, H, T, T]
     output = scores @ v
     if initial_state is not None:
         output = output + _cross_output(q, decay, initial_state)
@@ -89,7 +90,7 @@ def retention_recurrent(
     Returns:
         Output `[B, H, T, V]` and state `[B, H, K, V]`.
     """
-    gamma = gamma_powers(decay, torch.ones(1, device=decay.device), q.dtype)[..., None]  # [H, 1, 1]
+    gamma = _powers(decay, torch.ones(1, device=decay.device), q.dtype).transpose(-1, -2)  # [H, 1 or K, 1]
     state = _zero_state(k, v) if initial_state is None else initial_state
     outputs = []
     for n in range(q.shape[-2]):
@@ -121,8 +122,7 @@ def retention_chunkwise(
     outputs = []
     for start in range(0, q.shape[-2], chunk_size):
         q_i, k_i, v_i = (x[:, :, start : start + chunk_size] for x in (q, k, v))
-        inner = (q_i @ k_i.transpose(-1, -2)) * decay_matrix(decay, q_i.shape[-2], q.dtype)
-        outputs.append(inner @ v_i + _cross_output(q_i, decay, state))
+        outputs.append(_decayed_scores(q_i, k_i, decay) @ v_i + _cross_output(q_i, decay, state))
         state = _final_state(k_i, v_i, decay, state)
     return torch.cat(outputs, dim=-2), state
 
@@ -134,18 +134,38 @@ FORMS: dict[str, RetentionForm] = {
 }
 
 
+def _powers(decay: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
+    """gamma^n for n in `[T]` as `[H, T, 1]`, or `[H, T, K]` for a decay of each key dimension."""
+    return gamma_powers(decay.view(decay.shape[0], -1), exponents, dtype).transpose(-1, -2)
+
+
+def _decayed_scores(q: Tensor, k: Tensor, decay: Tensor) -> Tensor:
+    """sum_k q_nk k_mk gamma_k^(n-m) for n >= m, `[B, H, T, T]`.
+
+    With a decay of each key dimension the sum runs dimension by dimension: factors gamma^n on q and gamma^-m on k
+    would overflow.
+    """
+    length = q.shape[-2]
+    if decay.dim() == 1:
+        return (q @ k.transpose(-1, -2)) * decay_matrix(decay, length, q.dtype)
+    scores = q.new_zeros(*q.shape[:2], length, length)
+    for i in range(q.shape[-1]):
+        scores += q[..., i, None] * k[..., None, :, i] * decay_matrix(decay[:, i], length, q.dtype)
+    return scores
+
+
 def _cross_output(q: Tensor, decay: Tensor, state: Tensor) -> Tensor:
-    xi = gamma_powers(decay, torch.arange(1, q.shape[-2] + 1, device=q.device), q.dtype)
-    return (q @ state) * xi[..., None]
+    return (q * _powers(decay, torch.arange(1, q.shape[-2] + 1, device=q.device), q.dtype)) @ state
 
 
 def _final_state(k: Tensor, v: Tensor, decay: Tensor, state: Tensor | None) -> Tensor:
     length = k.shape[-2]
-    zeta = gamma_powers(decay, torch.arange(length - 1, -1, -1, device=k.device), k.dtype)
-    update = k.transpose(-1, -2) @ (v * zeta[..., None])
+    zeta = _powers(decay, torch.arange(length - 1, -1, -1, device=k.device), k.dtype)
+    update = (k * zeta).transpose(-1, -2) @ v
     if state is None:
         return update
-    return update + gamma_powers(decay, torch.tensor([length], device=k.device), k.dtype)[..., None] * state
+    carried = _powers(decay, torch.tensor([length], device=k.device), k.dtype).transpose(-1, -2)  # [H, 1 or K, 1]
+    return update + carried * state
 
 
 def _zero_state(k: Tensor, v: Tensor) -> Tensor:

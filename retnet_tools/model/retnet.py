@@ -9,26 +9,39 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet_tools.config import Activation, HeadNorm, RetNetConfig
-from retnet_tools.model.decay import decay_sums
+from retnet_tools.config import Activation, RetNetConfig
+from retnet_tools.model.decay import decay_sums, log_decay
+from retnet_tools.model.norms import HeadNormalization, Norm, wide
 from retnet_tools.model.retention import RetentionForm, retention_parallel
 from retnet_tools.model.rotary import rotary_phases, rotate
 from retnet_tools.weights import Array, WeightSource, canonical_shapes, check_weights
 
-ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
 
 
 @dataclass(frozen=True)
 class RetNetOutput:
     """Logits `[B, T, vocab]`, one state `[B, H, K, V]` a layer, and hidden states if they were asked for.
 
-    `hidden_states[0]` is the embedding's output, `hidden_states[i + 1]` that of layer i; each `[B, T, D]`.
+    A stack without a head gives its last hidden states `[B, T, D]` as `logits`. `hidden_states[0]` is the embedding's
+    output, `hidden_states[i + 1]` that of layer i; each `[B, T, D]`.
     """
 
     logits: Tensor
@@ -45,43 +58,6 @@ class PositionTerms:
     score_scale: Tensor | None
 
 
-class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last dimension, accumulated in float32 (float64 for float64 input)."""
-
-    def __init__(self, size: int, kind: str, eps: float, bias: bool) -> None:
-        super().__init__()
-        self.kind, self.eps = kind, eps
-        self.weight = nn.Parameter(torch.ones(size))
-        self.bias = nn.Parameter(torch.zeros(size)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise `[..., size]`; the result has the dtype of x."""
-        y = normalize(_wide(x), self.kind, self.eps).to(x.dtype) * self.weight
-        return y if self.bias is None else y + self.bias
-
-
-class HeadNormalization(nn.Module):
-    """GroupNorm_h of Eq. 8: each head's V values normalised on their own."""
-
-    def __init__(self, config: RetNetConfig) -> None:
-        super().__init__()
-        self.norm: HeadNorm = config.head_norm
-        self.head_shape = (config.num_heads, config.head_v_dim)
-        size = {"none": 0, "shared": config.head_v_dim, "channel": config.value_dim}[self.norm.weight]
-        self.weight = nn.Parameter(torch.ones(size)) if size else None
-        self.bias = nn.Parameter(torch.zeros(size)) if self.norm.bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise each head of `[B, T, H, V]`."""
-        y = normalize(x, self.norm.kind, self.norm.eps)  # x: [B, T, H, V]
-        if self.weight is not None:
-            y = y * self._per_head(self.weight)
-        return y if self.bias is None else y + self._per_head(self.bias)
-
-    def _per_head(self, parameter: Tensor) -> Tensor:
-        return parameter.view(self.head_shape) if self.norm.weight == "channel" else parameter
-
-
 class MultiScaleRetention(nn.Module):
     """MSR(X) = (act(X W_G) * GroupNorm_h(Retention(X, gamma_h))) W_O (Eq. 8)."""
 
@@ -92,8 +68,8 @@ class MultiScaleRetention(nn.Module):
         self.config = config
         d, bias = config.hidden_size, config.projection_bias
         self.q_proj = nn.Linear(d, config.key_dim, bias)
-        self.k_proj = nn.Linear(d, config.key_dim, bias)
-        self.v_proj = nn.Linear(d, config.value_dim, bias)
+        self.k_proj = nn.Linear(d, config.num_kv_heads * config.head_k_dim, bias)
+        self.v_proj = nn.Linear(d, config.num_kv_heads * config.head_v_dim, bias)
         self.gate_proj = nn.Linear(d, config.value_dim, bias) if config.gate is not None else None
         self.head_norm = HeadNormalization(config)
         self.out_proj = nn.Linear(config.value_dim, d, bias)
@@ -102,22 +78,20 @@ class MultiScaleRetention(nn.Module):
         self, x: Tensor, terms: PositionTerms, state: Tensor | None, form: RetentionForm
     ) -> tuple[Tensor, Tensor]:
         """Output `[B, T, D]` and state `[B, H, K, V]` for x `[B, T, D]`."""
-        config = self.config
-        q = rotate(self._heads(self.q_proj(x)), terms.cos, terms.sin)
-        k = rotate(self._heads(self.k_proj(x)), terms.cos, terms.sin) * config.score_normalization.key_scale
-        v = self._heads(self.v_proj(x))
+        config, scores = self.config, self.config.score_normalization
+        q, k = (_activate(config.feature_map, project(x)) for project in (self.q_proj, self.k_proj))
+        q = rotate(_heads(q, config.head_k_dim), terms.cos, terms.sin)
+        k = rotate(_heads(k, config.head_k_dim), terms.cos, terms.sin) * scores.key_scale
+        v = _heads(self.v_proj(x), config.head_v_dim)
+        k, v = (y.repeat_interleave(config.num_kv_groups, dim=1) for y in (k, v))
         if terms.score_scale is not None:
             q = q * terms.score_scale
-        decay = torch.tensor(config.decay, dtype=torch.float64, device=x.device)
-        y, state = form(q, k, v, decay, initial_state=state, score_clamp=config.score_normalization.clamp)
+        decay = log_decay(config, x.device)
+        y, state = form(q, k, v, decay, initial_state=state, score_clamp=scores.clamp)
         y = self.head_norm(y.transpose(1, 2)).flatten(-2).to(x.dtype)  # [B, H, T, V] -> [B, T, H*V]
         if self.gate_proj is not None:
             y = _activate(config.gate, self.gate_proj(x)) * y
         return self.out_proj(y), state
-
-    def _heads(self, x: Tensor) -> Tensor:
-        heads = x.view(*x.shape[:2], self.config.num_heads, -1).transpose(1, 2)  # [B, T, H*K] -> [B, H, T, K]
-        return _wide(heads)
 
 
 class FeedForwardNetwork(nn.Module):
@@ -129,7 +103,7 @@ class FeedForwardNetwork(nn.Module):
         self.activation: Activation = ffn.activation
         self.gate_proj = nn.Linear(config.hidden_size, ffn.dim, ffn.bias) if ffn.kind == "glu" else None
         self.up_proj = nn.Linear(config.hidden_size, ffn.dim, ffn.bias)
-        self.norm = _block_norm(config, ffn.dim) if ffn.norm else None
+        self.norm = Norm(ffn.dim, ffn.norm) if ffn.norm is not None else None
         self.down_proj = nn.Linear(ffn.dim, config.hidden_size, ffn.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,32 +117,38 @@ class FeedForwardNetwork(nn.Module):
 
 
 class Layer(nn.Module):
-    """Y = MSR(LN(X)) + X, X' = FFN(LN(Y)) + Y (Eq. 9); with `post`, X' = LN(alpha X + f(X)) (DeepNorm)."""
+    """Y = MSR(LN(X)) + X, X' = FFN(LN(Y)) + Y (Eq. 9).
+
+    With `post`, X' = LN(alpha X + f(X)) for each block f (DeepNorm); with `branch`, X' = alpha X + LN(f(X)).
+    """
 
     def __init__(self, config: RetNetConfig) -> None:
         super().__init__()
-        self.pre = config.norm_order == "pre"
+        self.order = config.norm_order
         self.alpha = config.residual_alpha
-        self.retention_norm = _block_norm(config, config.hidden_size)
+        self.retention_norm = Norm(config.hidden_size, config.block_norm)
         self.retention = MultiScaleRetention(config)
-        self.ffn_norm = _block_norm(config, config.hidden_size)
+        self.ffn_norm = Norm(config.hidden_size, config.block_norm)
         self.ffn = FeedForwardNetwork(config)
 
     def forward(
         self, x: Tensor, terms: PositionTerms, state: Tensor | None, form: RetentionForm
     ) -> tuple[Tensor, Tensor]:
         """Output `[B, T, D]` and state `[B, H, K, V]` for x `[B, T, D]`."""
-        if self.pre:
+        if self.order == "pre":
             y, state = self.retention(self.retention_norm(x), terms, state, form)
             x = self.alpha * x + y
             return self.alpha * x + self.ffn(self.ffn_norm(x)), state
         y, state = self.retention(x, terms, state, form)
+        if self.order == "branch":
+            x = self.alpha * x + self.retention_norm(y)
+            return self.alpha * x + self.ffn_norm(self.ffn(x)), state
         x = self.retention_norm(self.alpha * x + y)
         return self.ffn_norm(self.alpha * x + self.ffn(x)), state
 
 
 class RetNet(nn.Module):
-    """A RetNet language model: embedding, layers, final norm, output projection.
+    """A RetNet language model: embedding, layers, final norm, output projection; or a stack without first and last.
 
     Runs in any torch float type. Retention itself, phases, decay and head norms run in float32 under half types and
     in float64 under float64; states have that type too.
@@ -177,17 +157,17 @@ class RetNet(nn.Module):
     def __init__(self, config: RetNetConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embedding_norm = _block_norm(config, config.hidden_size) if config.embedding_norm else None
+        size, norm = config.hidden_size, config.block_norm
+        self.embedding = nn.Embedding(config.vocab_size, size) if config.has_vocabulary else None
+        self.embedding_norm = Norm(size, norm) if config.embedding_norm else None
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
-        self.final_norm = _block_norm(config, config.hidden_size) if config.final_norm else None
-        self.lm_head = (
-            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        )
+        self.final_norm = Norm(size, norm) if config.final_norm else None
+        untied = config.has_vocabulary and not config.tie_word_embeddings
+        self.lm_head = nn.Linear(size, config.vocab_size, config.head_bias) if untied else None
 
     def forward(
         self,
-        input_ids: Tensor,
+        inputs: Tensor,
         *,
         form: RetentionForm = retention_parallel,
         states: Sequence[Tensor] | None = None,
@@ -197,16 +177,16 @@ class RetNet(nn.Module):
         """Run T tokens in one form.
 
         Args:
-            input_ids: `[B, T]` int64.
+            inputs: token ids `[B, T]` int64; for a stack without an embedding, embeddings `[B, T, D]`.
             form: how retention is computed.
             states: one `[B, H, K, V]` a layer, from an earlier call; None starts from zero.
             position: position of the first token, one number or `[B]`; the states' position when there are states.
             keep_hidden: also return the hidden states of all layers.
         """
-        x = self.embedding(input_ids) * self.config.embedding_scale
+        x = self._embed(inputs)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
-        terms = self._position_terms(input_ids, position, x.dtype)
+        terms = self._position_terms(inputs, position, x.dtype)
         hidden, new_states = [x], []
         for i, layer in enumerate(self.layers):
             x, state = layer(x, terms, None if states is None else states[i], form)
@@ -215,31 +195,30 @@ class RetNet(nn.Module):
                 hidden.append(x)
         if self.final_norm is not None:
             x = self.final_norm(x)
-        logits = F.linear(x, self.embedding.weight if self.lm_head is None else self.lm_head.weight)
-        return RetNetOutput(logits, new_states, hidden if keep_hidden else [])
+        return RetNetOutput(self._logits(x), new_states, hidden if keep_hidden else [])
 
-    def _position_terms(self, input_ids: Tensor, position: int | Tensor, dtype: torch.dtype) -> PositionTerms:
-        config, device = self.config, input_ids.device
+    def _logits(self, x: Tensor) -> Tensor:
+        if self.embedding is None:
+            return x
+        logits: Tensor = F.linear(x, self.embedding.weight) if self.lm_head is None else self.lm_head(x)
+        return logits
+
+    def _embed(self, inputs: Tensor) -> Tensor:
+        if self.embedding is None:
+            return inputs.to(next(self.parameters()).dtype)
+        x: Tensor = self.embedding(inputs) * self.config.embedding_scale
+        return x
+
+    def _position_terms(self, inputs: Tensor, position: int | Tensor, dtype: torch.dtype) -> PositionTerms:
+        config, device = self.config, inputs.device
         start = torch.as_tensor(position, device=device).view(-1, 1)
-        positions = start + torch.arange(input_ids.shape[1], device=device)  # [B or 1, T]
+        positions = start + torch.arange(inputs.shape[1], device=device)  # [B or 1, T]
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         cos, sin = rotary_phases(positions, config.rotary_frequencies, wide)
         if not config.score_normalization.by_decay:
             return PositionTerms(cos, sin, None)
         decay = torch.tensor(config.decay, dtype=torch.float64, device=device)
         return PositionTerms(cos, sin, decay_sums(decay, positions, torch.float64).rsqrt().to(wide))
-
-
-def normalize(x: Tensor, kind: str, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) (`rms`), the same of x - mean(x) (`layer`), or x (`none`), over the last dimension.
-
-    A zero vector stays zero when eps is 0.
-    """
-    if kind == "none":
-        return x
-    if kind == "layer":
-        x = x - x.mean(-1, keepdim=True)
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + max(eps, torch.finfo(x.dtype).tiny))
 
 
 def initialize(model: RetNet, seed: int) -> RetNet:
@@ -280,14 +259,9 @@ def to_torch(array: Array) -> Tensor:
     return torch.from_numpy(array)
 
 
-def _block_norm(config: RetNetConfig, size: int) -> Norm:
-    norm = config.block_norm
-    return Norm(size, norm.kind, norm.eps, norm.bias)
+def _heads(x: Tensor, size: int) -> Tensor:
+    return wide(x.view(*x.shape[:2], -1, size).transpose(1, 2))  # [B, T, H*K] -> [B, H, T, K]
 
 
 def _activate(activation: Activation | None, x: Tensor) -> Tensor:
     return x if activation is None else ACTIVATIONS[activation](x)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()

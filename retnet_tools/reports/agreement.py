@@ -83,8 +83,8 @@ def _comparison_cells(c: Comparison) -> dict[str, str]:
     return {
         "max abs": f"{c.run.max_abs:.1e}",
         "max rel": f"{c.run.max_rel:.1e}",
-        "mean KL": f"{c.run.kl_mean:.1e}",
-        "same top 1": f"{c.run.top1_agreement:.2%}",
+        "mean KL": "-" if c.run.kl_mean is None else f"{c.run.kl_mean:.1e}",
+        "same top 1": "-" if c.run.top1_agreement is None else f"{c.run.top1_agreement:.2%}",
         "in float64": f"{c.float64.max_abs:.1e}",
         "and eps 0": f"{c.float64_eps0.max_abs:.1e}",
         "first layer": "-" if c.first_layer is None else str(c.first_layer),

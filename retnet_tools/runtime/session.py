@@ -8,8 +8,6 @@ import numpy as np
 
 from retnet_tools.errors import InputError, UsageError
 from retnet_tools.graph.contract import (
-    INPUT_IDS,
-    LOGITS,
     MANIFEST_FILE,
     MAX_POSITION,
     POSITION_IDS,
@@ -17,6 +15,8 @@ from retnet_tools.graph.contract import (
     WEIGHTS_FILE,
     past_name,
     present_name,
+    step_inputs,
+    step_outputs,
 )
 from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.runtime.providers import Device, open_session
@@ -48,6 +48,9 @@ class DecoderSession:
         self.device = device or Device("cpu")
         self._session = open_session(folder / STEP_FILE, self.device, threads)
         self._binding = self._session.io_binding()
+        config = self.manifest.config
+        self._input, *_ = step_inputs(config, self.manifest.state_dtype)
+        self._output, *_ = step_outputs(config, self.manifest.state_dtype)
 
     def new_state(self, batch: int = 1) -> RecurrentState:
         """The state before the first token of `batch` sequences."""
@@ -57,39 +60,40 @@ class DecoderSession:
         """Feed one token to each row: S_n = gamma S_(n-1) + k_n^T v_n, o_n = q_n S_n (Eq. 6). Moves `state` on.
 
         Args:
-            input_ids: `[B]` integers.
+            input_ids: `[B]` integers; for a stack without an embedding, embeddings `[B, D]`.
             state: of the rows so far.
             logits: whether to fetch them.
 
         Returns:
-            Logits `[B, vocab]` float32, or None.
+            Logits `[B, vocab]` float32 (hidden states `[B, D]` of a stack without a head), or None.
 
         Raises:
             UsageError: ids outside the vocabulary, a wrong batch size, or a position past the last one.
         """
-        ids = np.asarray(input_ids, dtype=np.int64)
+        ids = np.asarray(input_ids, dtype=self._input.dtype)
         self._check(ids, state)
         binding = self._binding
         binding.clear_binding_inputs()
         binding.clear_binding_outputs()
-        binding.bind_cpu_input(INPUT_IDS, ids[:, None])
+        binding.bind_cpu_input(self._input.name, np.ascontiguousarray(ids[:, None]))
         binding.bind_cpu_input(POSITION_IDS, np.ascontiguousarray(state.position[:, None]))
         for i, (past, present) in enumerate(zip(state.current, state.spare, strict=True)):
             binding.bind_ortvalue_input(past_name(i), past)
             binding.bind_ortvalue_output(present_name(i), present)
         if logits:
-            binding.bind_output(LOGITS, "cpu")
+            binding.bind_output(self._output.name, "cpu")
         self._session.run_with_iobinding(binding)
         state.advance()
         return binding.get_outputs()[-1].numpy()[:, 0] if logits else None
 
     def _check(self, ids: Array, state: RecurrentState) -> None:
-        vocab = self.manifest.config.vocab_size
-        if ids.shape != (state.batch,):
+        vocab, expected = self.manifest.config.vocab_size, (state.batch, *self._input.shape[2:])
+        if ids.shape != expected:
             raise UsageError(
-                f"input_ids of shape {list(ids.shape)}", f"[{state.batch}], one token for each row of the state"
+                f"{self._input.name} of shape {list(ids.shape)}",
+                f"{list(expected)}, one token for each row of the state",
             )
-        if ids.min() < 0 or ids.max() >= vocab:
+        if vocab and (ids.min() < 0 or ids.max() >= vocab):
             raise UsageError(f"token id {int(ids.max() if ids.max() >= vocab else ids.min())}", f"0 to {vocab - 1}")
         if state.position.max() > MAX_POSITION:
             raise UsageError(

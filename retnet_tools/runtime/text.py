@@ -92,7 +92,17 @@ class IdStream:
 
 
 def open_codec(folder: Path, vocab_size: int, *, token_ids: bool) -> TextCodec | IdCodec:
-    """The folder's tokenizer, or plain ids when it has none or they are asked for."""
+    """The folder's tokenizer, or plain ids when it has none or they are asked for.
+
+    Raises:
+        UsageError: a stack without vocabulary.
+    """
+    if not vocab_size:
+        raise UsageError(
+            f"{folder} holds a stack without embedding and head",
+            "a model with a vocabulary, to generate text",
+            "run its step.onnx with inputs_embeds",
+        )
     if token_ids or not (folder / TOKENIZER_FILE).is_file():
         return IdCodec()
     return TextCodec(folder, vocab_size)

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from retnet_tools.formats.canonical import write_canonical
-from tests.helpers import BASE, random_source
+from tests.helpers import ABLATIONS, BASE, random_source
 
 SHORT = ("--tokens", 20, "--chunk-size", 6, "--threads", 1)
 
@@ -54,6 +54,19 @@ def test_json_has_the_documented_fields(cli, checkpoint):
     assert len(document["handoffs"]) == 36
     assert all(h["passed"] for h in document["handoffs"])
     assert document["tokens"] == {"source": "random, seed 0", "rows": 2, "length": 20}
+
+
+def test_a_stack_is_verified_on_random_embeddings(cli, tmp_path):
+    config = ABLATIONS["jamie_stirling"]
+    write_canonical(tmp_path / "stack", config, random_source(config, 1))
+    result = cli("verify", tmp_path / "stack", "--json", *SHORT)
+    document = json.loads(result.out)
+    assert result.exit_code == 0
+    assert document["tokens"] == {"source": "random embeddings, seed 0", "rows": 2, "length": 20}
+    assert {c["kl_mean"] for c in document["comparisons"]} == {None}
+    assert "same top 1" in cli("verify", tmp_path / "stack", *SHORT).out
+    refused = cli("verify", tmp_path / "stack", "-p", "text", *SHORT)
+    assert (refused.exit_code, "a text for a stack without embedding" in refused.err) == (2, True)
 
 
 def test_the_table_is_plain_text_with_the_cause_explained(cli, checkpoint):

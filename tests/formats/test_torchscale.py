@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from retnet_tools.config import paper_decay, paper_rotary_frequencies
 from retnet_tools.errors import InputError
 from retnet_tools.formats import Checkpoint, open_checkpoint
 from retnet_tools.formats.files import CheckpointFiles
 from retnet_tools.model.retention import FORMS
 from retnet_tools.model.retnet import RetNetOutput, load_model
+from retnet_tools.paper import paper_decay, paper_rotary_frequencies
 from tests import tolerances
 from tests.formats.cases import SETTINGS, TORCHSCALE_FILES, case, case_id, golden, small_tensors, write_torchscale
 

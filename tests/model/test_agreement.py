@@ -261,3 +261,10 @@ def test_the_chunk_size_reaches_the_chunkwise_form():
 def test_tokens_that_do_not_fit_are_refused(ids, message):
     with pytest.raises(UsageError, match=message):
         compare_forms(BASE, random_source(BASE, 1), ids, dict(FORMS))
+
+
+def test_embeddings_that_do_not_fit_a_stack_are_refused():
+    stack = ABLATIONS["stack"]
+    for wrong in (np.zeros((1, 4), dtype=np.int64), np.zeros((1, 4, 31)), np.zeros((1, 0, 32))):
+        with pytest.raises(UsageError, match=r"expected \[rows, tokens, 32\]"):
+            compare_forms(stack, random_source(stack, 1), wrong, dict(FORMS))

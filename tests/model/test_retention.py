@@ -6,12 +6,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retnet_tools.config import paper_decay
 from retnet_tools.model.retention import FORMS, retention_chunkwise, retention_parallel, retention_recurrent
+from retnet_tools.paper import paper_decay
 from tests.tolerances import FLOAT32, FLOAT64
 
 B, H, T, K, V = 2, 3, 13, 4, 6
 DECAY = torch.tensor(paper_decay(H), dtype=torch.float64)
+KEY_DECAY = DECAY[:, None] + torch.tensor([-0.3, -0.01, -2.0, 0.0], dtype=torch.float64)
+each_decay = pytest.mark.parametrize("decay", [DECAY, KEY_DECAY], ids=["a head", "a key dimension"])
 ALL_FORMS = {**FORMS, **{f"chunks of {n}": partial(retention_chunkwise, chunk_size=n) for n in (1, 2, 3, 7, T, T + 5)}}
 each_form = pytest.mark.parametrize("form", ALL_FORMS.values(), ids=ALL_FORMS)
 
@@ -26,41 +28,43 @@ def close(a, b, tolerance=FLOAT64):
 
 
 def naive_sum(q, k, v, decay, state=None, clamp="none"):
-    """o_n = sum_(m<=n) gamma^(n-m) (q_n . k_m) v_m, term by term, and the state sum_m gamma^(T-1-m) k_m v_m^T."""
+    """o_n = sum_(m<=n) (gamma^(n-m) q_n . k_m) v_m, term by term, and the state sum_m (gamma^(T-1-m) k_m) v_m^T."""
     q, k, v = (x.double().numpy() for x in (q, k, v))
-    gamma = np.exp(decay.numpy())
     batch, heads, length = q.shape[:3]
+    gamma = np.broadcast_to(np.exp(decay.numpy()).reshape(heads, -1), (heads, k.shape[-1]))
     outputs = np.zeros((*q.shape[:3], v.shape[-1]))
     states = np.zeros((batch, heads, k.shape[-1], v.shape[-1]))
     for b in range(batch):
         for h in range(heads):
             start = np.zeros(states.shape[2:]) if state is None else state[b, h].double().numpy()
             for n in range(length):
-                scores = [gamma[h] ** (n - m) * np.dot(q[b, h, n], k[b, h, m]) for m in range(n + 1)]
+                scores = [np.dot(gamma[h] ** (n - m) * q[b, h, n], k[b, h, m]) for m in range(n + 1)]
                 o = sum(score * v[b, h, m] for m, score in enumerate(scores))
-                o = o + gamma[h] ** (n + 1) * (q[b, h, n] @ start)
+                o = o + (gamma[h] ** (n + 1) * q[b, h, n]) @ start
                 divisor = {"none": 1.0, "abs_of_sum": abs(sum(scores)), "sum_of_abs": sum(map(abs, scores))}[clamp]
                 outputs[b, h, n] = o / min(max(divisor, 1.0), 5e4)
-            terms = [gamma[h] ** (length - 1 - m) * np.outer(k[b, h, m], v[b, h, m]) for m in range(length)]
-            states[b, h] = sum(terms) + gamma[h] ** length * start
+            terms = [np.outer(gamma[h] ** (length - 1 - m) * k[b, h, m], v[b, h, m]) for m in range(length)]
+            states[b, h] = sum(terms) + (gamma[h] ** length)[:, None] * start
     return outputs, states
 
 
 @each_form
-def test_a_form_equals_the_sum_of_eq_5_and_the_state_of_eq_6(form):
+@each_decay
+def test_a_form_equals_the_sum_of_eq_5_and_the_state_of_eq_6(form, decay):
     q, k, v = random_qkv()
-    output, state = form(q, k, v, DECAY)
-    expected_output, expected_state = naive_sum(q, k, v, DECAY)
+    output, state = form(q, k, v, decay)
+    expected_output, expected_state = naive_sum(q, k, v, decay)
     close(output, expected_output)
     close(state, expected_state)
 
 
 @each_form
-def test_a_form_continues_from_a_state(form):
+@each_decay
+def test_a_form_continues_from_a_state(form, decay):
     q, k, v = random_qkv()
     start = torch.from_numpy(np.random.default_rng(5).standard_normal((B, H, K, V)))
-    output, state = form(q, k, v, DECAY, initial_state=start)
-    expected_output, expected_state = naive_sum(q, k, v, DECAY, start)
+    output, state = form(q, k, v, decay, initial_state=start)
+    expected_output, expected_state = naive_sum(q, k, v, decay, start)
     close(output, expected_output)
     close(state, expected_state)
 
@@ -132,6 +136,16 @@ def test_rows_of_a_batch_are_independent(form):
     alone, state = form(q[1:], k[1:], v[1:], DECAY)
     close(together[1:], alone)
     close(states[1:], state)
+
+
+@each_form
+def test_a_strong_decay_of_one_key_dimension_over_a_long_distance_stays_finite(form):
+    q, k, v = (x.float() for x in random_qkv(length=120))
+    decay = torch.tensor([[-30.0, -1e-3, -0.1, -5.0]] * H, dtype=torch.float64)
+    output, state = form(q, k, v, decay)
+    expected_output, expected_state = naive_sum(q, k, v, decay)
+    close(output, expected_output, FLOAT32)
+    close(state, expected_state, FLOAT32)
 
 
 @each_form

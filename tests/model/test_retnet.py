@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from retnet_tools.errors import InputError
+from retnet_tools.model.norms import normalize
 from retnet_tools.model.retention import FORMS, retention_chunkwise, retention_recurrent
-from retnet_tools.model.retnet import RetNet, initialize, load_model, normalize
+from retnet_tools.model.retnet import RetNet, initialize, load_model
 from retnet_tools.weights import canonical_shapes
 from tests.helpers import ABLATIONS, BASE, MemorySource, random_source, random_tokens
 from tests.reference import reference_logits

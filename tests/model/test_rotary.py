@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from retnet_tools.config import paper_rotary_frequencies
 from retnet_tools.model.rotary import rotary_phases, rotate
+from retnet_tools.paper import paper_rotary_frequencies
 from tests.tolerances import FLOAT32_PHASE, FLOAT64
 
 FREQUENCIES = paper_rotary_frequencies(8)

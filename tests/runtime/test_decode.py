@@ -15,8 +15,9 @@ from retnet_tools.model.retnet import load_model
 from retnet_tools.runtime.decode import generate, prefill
 from retnet_tools.runtime.sampling import Sampling
 from retnet_tools.runtime.session import DecoderSession
+from retnet_tools.runtime.text import open_codec
 from tests.exports import export
-from tests.helpers import BASE, random_source, random_tokens
+from tests.helpers import ABLATIONS, BASE, random_source, random_tokens
 from tests.tolerances import GRAPH_FLOAT32
 
 SOURCE = random_source(BASE, seed=21)
@@ -125,6 +126,24 @@ def test_a_position_past_the_tables_is_refused(session: DecoderSession) -> None:
     session.step(np.array([1]), state)
     with pytest.raises(UsageError, match="position 16777216; expected at most 16777215"):
         session.step(np.array([1]), state)
+
+
+def test_a_stack_steps_on_embeddings_and_generates_no_text(tmp_path: Path) -> None:
+    config = ABLATIONS["jamie_stirling"]
+    source, embeddings = random_source(config, seed=23), random_tokens(config, 2, 12, seed=24)
+    out = export(config, source, tmp_path / "out")
+    session = DecoderSession(out, threads=1)
+    with torch.no_grad():
+        model = load_model(config, source, torch.float32)
+        expected = model(torch.from_numpy(embeddings), form=retention_recurrent).logits
+    state = session.new_state(2)
+    for n in range(12):
+        hidden = session.step(embeddings[:, n], state)
+        np.testing.assert_allclose(hidden, expected[:, n].numpy(), rtol=0, atol=GRAPH_FLOAT32)
+    with pytest.raises(UsageError, match=r"inputs_embeds of shape \[1\]; expected \[1, 32\]"):
+        generate(session, [1], max_tokens=1, sampling=Sampling())
+    with pytest.raises(UsageError, match="stack without embedding and head; expected a model with a vocabulary"):
+        open_codec(out, config.vocab_size, token_ids=True)
 
 
 def test_a_folder_that_is_no_export_is_refused(tmp_path: Path, folder: Path) -> None:

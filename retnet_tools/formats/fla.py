@@ -1,0 +1,172 @@
+"""flash-linear-attention's `RetNetForCausalLM`: a Hugging Face folder, such as the fla-hub checkpoints.
+
+Its rotation works on halves of a head, which `halves_to_pairs` turns into pairs at load. It scales q by 1/sqrt(K)
+where we scale k, so its state is ours times sqrt(K). It stores no frequencies and no decay, and computes both in
+float32. The feed-forward network is silu whatever `hidden_act` says: that
+is the activation of the output gate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from retnet_tools.config import Activation, BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
+from retnet_tools.errors import InputError
+from retnet_tools.formats.files import CheckpointFiles
+from retnet_tools.formats.schedules import floats, paper_log_decay, rope_frequencies
+from retnet_tools.formats.settings import Settings
+from retnet_tools.formats.spec import FormatSpec, NameTable, Reading, check_tie
+from retnet_tools.formats.storage import StoredTensors
+from retnet_tools.formats.transforms import halves_to_pairs
+
+ORIGIN = "flash-linear-attention"
+EMBEDDING, HEAD = "model.embeddings.weight", "lm_head.weight"
+QUERY, KEY = "layers.{i}.retention.q_proj.weight", "layers.{i}.retention.k_proj.weight"
+FFN_MULTIPLE = 256
+ACTIVATIONS: dict[str, Activation] = {
+    "swish": "silu",
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+    "leaky_relu": "leaky_relu",
+    "elu": "elu",
+    "sigmoid": "sigmoid",
+    "tanh": "tanh",
+}
+NAMES: NameTable = {
+    EMBEDDING: "embedding.weight",
+    HEAD: "lm_head.weight",
+    "model.layers.{i}.attn_norm.weight": "layers.{i}.retention_norm.weight",
+    "model.layers.{i}.attn.q_proj.weight": QUERY,
+    "model.layers.{i}.attn.k_proj.weight": KEY,
+    "model.layers.{i}.attn.v_proj.weight": "layers.{i}.retention.v_proj.weight",
+    "model.layers.{i}.attn.g_proj.weight": "layers.{i}.retention.gate_proj.weight",
+    "model.layers.{i}.attn.o_proj.weight": "layers.{i}.retention.out_proj.weight",
+    "model.layers.{i}.mlp_norm.weight": "layers.{i}.ffn_norm.weight",
+    "model.layers.{i}.mlp.gate_proj.weight": "layers.{i}.ffn.gate_proj.weight",
+    "model.layers.{i}.mlp.up_proj.weight": "layers.{i}.ffn.up_proj.weight",
+    "model.layers.{i}.mlp.down_proj.weight": "layers.{i}.ffn.down_proj.weight",
+    "model.norm.weight": "final_norm.weight",
+}
+HEAD_NORM = "layers.{i}.retention.head_norm.weight"
+
+
+def _is_settings(document: Mapping[str, Any]) -> bool:
+    return document.get("model_type") == "retnet" and "hidden_size" in document and "decoder_embed_dim" not in document
+
+
+def detect(files: CheckpointFiles) -> bool:
+    """A configuration of model_type retnet that calls its size `hidden_size`."""
+    return any(_is_settings(document) for document in files.configs.values())
+
+
+def read(files: CheckpointFiles) -> Reading:
+    """Resolve the configuration of flash-linear-attention.
+
+    Raises:
+        InputError: no configuration, or a kind of model that is not supported.
+    """
+    found = [(path, Settings(ORIGIN, document)) for path, document in files.configs.items() if _is_settings(document)]
+    if not found:
+        raise InputError(
+            f"no {ORIGIN} configuration in {files.folder}", 'a config.json with "model_type": "retnet" and hidden_size'
+        )
+    path, settings = found[0]
+    stored = files.tensors
+    refuse_unsupported(settings, stored)
+    config = resolve(settings)
+    fused = settings.text("hidden_act", "swish") == "swish" and settings.flag("fuse_norm", True)
+    head_norm = "g_norm_swish_gate" if fused and config.gate is not None else "g_norm"
+    names = {**NAMES, f"model.layers.{{i}}.attn.{head_norm}.weight": HEAD_NORM}
+    if config.tie_word_embeddings:
+        names[HEAD] = None
+        check_tie(stored, HEAD, EMBEDDING)
+    permuted = halves_to_pairs(config.head_k_dim)
+    return Reading(config, ORIGIN, names, transforms={QUERY: permuted, KEY: permuted}, config_files=(path,))
+
+
+def refuse_unsupported(settings: Settings, stored: StoredTensors) -> None:
+    """Refuse the kinds of model that this package does not know, by the name of the setting.
+
+    `use_short_conv` alone is none: the model ignores it.
+    """
+    convolutions = any("_conv1d." in name for name in stored.names())
+    refused = {
+        "attn": (bool(settings.values.get("attn")), "retention in every layer"),
+        "attnres_block_size": (settings.has("attnres_block_size"), "plain residual connections"),
+        "use_short_conv": (convolutions, "no short convolutions"),
+        "hidden_act": (settings.text("hidden_act", "swish") == "powlu", "a plain activation"),
+    }
+    for name, (found, expected) in refused.items():
+        if found:
+            raise InputError(
+                f"the {ORIGIN} configuration has {name} = {settings.values.get(name)!r}",
+                expected,
+                "this kind of model is not supported",
+            )
+
+
+def resolve(settings: Settings) -> RetNetConfig:
+    """The configuration, with flash-linear-attention's defaults filled in."""
+    hidden, heads = settings.count("hidden_size", 2048), settings.count("num_heads", 8)
+    key_dim = _expanded(settings, "expand_k", 1.0, hidden, heads)
+    value_dim = _expanded(settings, "expand_v", 2.0, hidden, heads)
+    kv_heads = settings.count("num_kv_heads", heads)
+    if heads % kv_heads:
+        raise InputError(
+            f"the {ORIGIN} configuration has num_kv_heads = {kv_heads}", f"a divisor of num_heads = {heads}"
+        )
+    head_k_dim, eps = key_dim // heads, settings.number("norm_eps", 1e-6)
+    # A null is false here, not the default.
+    affine = "elementwise_affine" not in settings.values or settings.flag("elementwise_affine", False)
+    gate = settings.choice("hidden_act", ACTIVATIONS, "swish") if settings.flag("use_output_gate", True) else None
+    return RetNetConfig(
+        vocab_size=settings.count("vocab_size", 32000),
+        hidden_size=hidden,
+        num_layers=settings.count("num_hidden_layers", 24),
+        num_heads=heads,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        num_kv_groups=heads // kv_heads,
+        feature_map=settings.choice("feature_map", ACTIVATIONS, "") if settings.has("feature_map") else None,
+        decay=floats(paper_log_decay(heads)),
+        rotary_frequencies=floats(rope_frequencies(head_k_dim)),
+        score_normalization=ScoreNormalization(head_k_dim**-0.5, by_decay=False, clamp="none"),
+        head_norm=HeadNorm("rms", eps, "shared" if affine else "none"),
+        block_norm=BlockNorm("rms", eps),
+        feed_forward=FeedForward("glu", _ffn_dim(settings, hidden), "silu"),
+        gate=gate,
+        tie_word_embeddings=settings.flag("tie_word_embeddings", False),
+    )
+
+
+def _expanded(settings: Settings, name: str, default: float, hidden: int, heads: int) -> int:
+    exact = hidden * settings.number(name, default)
+    size = round(exact)
+    if not math.isclose(exact, size) or not size or size % heads:
+        raise InputError(
+            f"the {ORIGIN} configuration has {name} = {settings.values.get(name)!r}",
+            f"a factor that makes hidden_size = {hidden} a multiple of num_heads = {heads}",
+        )
+    return size
+
+
+def _ffn_dim(settings: Settings, hidden: int) -> int:
+    """`intermediate_size`, or 2/3 of hidden_ratio times the hidden size, up to a multiple of 256."""
+    ratio = settings.number("hidden_ratio", 4 if "hidden_ratio" in settings.values else 2)
+    derived = int(hidden * ratio * 2 / 3)
+    return settings.count("intermediate_size", -(-derived // FFN_MULTIPLE) * FFN_MULTIPLE)
+
+
+FLA = FormatSpec(
+    name="fla",
+    looked_for='a config.json with "model_type": "retnet" and hidden_size',
+    detect=detect,
+    read=read,
+)

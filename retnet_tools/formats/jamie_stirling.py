@@ -1,0 +1,165 @@
+"""Jamie-Stirling/RetNet, the real-valued one: a bare state dict of a stack without embedding and head.
+
+Each head has matrices of its own, `[D, K]`, used as x W. Its xPos scales q by z^(n/512) and k by z^(-m/512) for each
+pair of key dimensions, which is a decay of z^(1/512) a step: exact, and bounded at any position. So its state is ours
+divided by z^(n/512). The arguments of its `RetNet` may lie beside as JSON; the tensors tell them all.
+
+Gammas are made with the model, in float32; frequencies at each call, in the dtype that torch defaults to, so they are
+taken as they are in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retnet_tools.config import BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
+from retnet_tools.errors import InputError
+from retnet_tools.formats.files import CheckpointFiles
+from retnet_tools.formats.schedules import floats, language_model_gammas
+from retnet_tools.formats.settings import Settings
+from retnet_tools.formats.spec import FormatSpec, NameTable, Reading
+from retnet_tools.formats.storage import StoredTensors
+from retnet_tools.formats.transforms import TRANSPOSED, joined_heads
+from retnet_tools.weights import Array
+
+ORIGIN = "Jamie-Stirling"
+MARK = "retentions.0.retentions.0.W_Q"
+GATE, FFN = "retentions.0.W_G", "ffns.0.0.weight"
+SCALE = "retentions.0.retentions.0.xpos.scale"
+XPOS_BASE = 512
+EPS = 1e-5
+NAMES: NameTable = {
+    "layer_norms_1.{i}.weight": "layers.{i}.retention_norm.weight",
+    "layer_norms_1.{i}.bias": "layers.{i}.retention_norm.bias",
+    "retentions.{i}.retentions.{h}.W_Q": "layers.{i}.retention.q_proj.weight",
+    "retentions.{i}.retentions.{h}.W_K": "layers.{i}.retention.k_proj.weight",
+    "retentions.{i}.retentions.{h}.W_V": "layers.{i}.retention.v_proj.weight",
+    "retentions.{i}.W_G": "layers.{i}.retention.gate_proj.weight",
+    "retentions.{i}.group_norm.weight": "layers.{i}.retention.head_norm.weight",
+    "retentions.{i}.group_norm.bias": "layers.{i}.retention.head_norm.bias",
+    "retentions.{i}.W_O": "layers.{i}.retention.out_proj.weight",
+    "layer_norms_2.{i}.weight": "layers.{i}.ffn_norm.weight",
+    "layer_norms_2.{i}.bias": "layers.{i}.ffn_norm.bias",
+    "ffns.{i}.0.weight": "layers.{i}.ffn.up_proj.weight",
+    "ffns.{i}.0.bias": "layers.{i}.ffn.up_proj.bias",
+    "ffns.{i}.2.weight": "layers.{i}.ffn.down_proj.weight",
+    "ffns.{i}.2.bias": "layers.{i}.ffn.down_proj.bias",
+    "retentions.{i}.retentions.{h}.xpos.scale": None,
+}
+
+ROUNDED = "the scales of xPos are rounded in the file: computed as its code does instead"
+
+
+def _is_settings(document: Mapping[str, Any]) -> bool:
+    return {"layers", "hidden_dim", "ffn_size", "heads"} <= document.keys()
+
+
+def detect(files: CheckpointFiles) -> bool:
+    """Its arguments as JSON beside the weights, or its names of tensors."""
+    if files.weights_file is None:
+        return False
+    return any(_is_settings(document) for document in files.configs.values()) or MARK in files.tensors.locations
+
+
+def read(files: CheckpointFiles) -> Reading:
+    """Resolve sizes from the arguments and, where there are none, from the tensors.
+
+    Raises:
+        InputError: no such tensors, or a complex-valued model.
+    """
+    stored = files.tensors
+    refuse_unsupported(stored)
+    found = [(path, Settings(ORIGIN, document)) for path, document in files.configs.items() if _is_settings(document)]
+    config_files: tuple[Path, ...] = (found[0][0],) if found else ()
+    key_decay, notes = _key_decay(stored)
+    config = resolve(found[0][1] if found else Settings(ORIGIN, {}), stored, key_decay)
+    heads = joined_heads(config.num_heads)
+    transforms = {
+        "layers.{i}.retention.q_proj.weight": heads,
+        "layers.{i}.retention.k_proj.weight": heads,
+        "layers.{i}.retention.v_proj.weight": heads,
+        "layers.{i}.retention.gate_proj.weight": TRANSPOSED,
+        "layers.{i}.retention.out_proj.weight": TRANSPOSED,
+    }
+    return Reading(config, ORIGIN, NAMES, transforms=transforms, config_files=config_files, notes=notes)
+
+
+def refuse_unsupported(stored: StoredTensors) -> None:
+    """Refuse what is no stack of this kind, by the name of a tensor."""
+    for name in stored.names():
+        if name.endswith(".theta"):
+            raise InputError(
+                f"tensor {name!r} belongs to the complex-valued RetNet of {ORIGIN}",
+                "its real-valued one",
+                "this kind of model is not supported",
+            )
+    for name in (MARK, GATE, FFN):
+        if len(stored.locations[name].shape if name in stored.locations else ()) != 2:
+            raise InputError(f"no matrix {name!r}", f"the tensors of a {ORIGIN} RetNet", "name its file")
+
+
+def resolve(settings: Settings, stored: StoredTensors, key_decay: tuple[float, ...]) -> RetNetConfig:
+    """The configuration: sizes, schedules as its code computes them, and what that code fixes."""
+    hidden = settings.count("hidden_dim", stored.locations[GATE].shape[0])
+    heads = settings.count("heads", _count(stored, "retentions.0.retentions.{}.W_Q"))
+    head_k_dim = stored.locations[MARK].shape[1]
+    if head_k_dim * heads != hidden:
+        raise InputError(
+            f"the {ORIGIN} configuration has heads = {heads}",
+            f"hidden_dim = {hidden} over the {head_k_dim} columns of {MARK!r}",
+        )
+    ffn_dim = settings.count("ffn_size", stored.locations[FFN].shape[0])
+    value_dim = hidden * (1 + settings.flag("double_v_dim", stored.locations[GATE].shape[1] == 2 * hidden))
+    return RetNetConfig(
+        vocab_size=0,
+        hidden_size=hidden,
+        num_layers=settings.count("layers", _count(stored, "retentions.{}.W_G")),
+        num_heads=heads,
+        key_dim=hidden,
+        value_dim=value_dim,
+        decay=floats(np.log(language_model_gammas(heads).astype(np.float64))),
+        key_decay=key_decay,
+        rotary_frequencies=floats(10000.0 ** -(np.arange(0, head_k_dim, 2) / head_k_dim)),
+        score_normalization=ScoreNormalization(1.0, by_decay=False, clamp="none"),
+        head_norm=HeadNorm("layer", EPS, "channel", bias=True),
+        block_norm=BlockNorm("layer", EPS, bias=True),
+        feed_forward=FeedForward("plain", ffn_dim, "gelu", bias=True),
+        final_norm=False,
+    )
+
+
+def _count(stored: StoredTensors, template: str) -> int:
+    count = 0
+    while template.format(count) in stored.locations:
+        count += 1
+    return count
+
+
+def _key_decay(stored: StoredTensors) -> tuple[tuple[float, ...], tuple[str, ...]]:
+    """log(z) / 512 with z_i = (2i + 0.4 K) / 1.4 K, as stored where it is not rounded to a half type; and notes."""
+    size = np.float32(stored.locations[MARK].shape[1])
+    z = (np.arange(0, size, 2, dtype=np.float32) + np.float32(0.4) * size) / (np.float32(1.4) * size)
+    location = stored.locations.get(SCALE)
+    if location is None:
+        return _log(z), ()
+    if location.dtype.name not in ("float32", "float64"):
+        return _log(z), (ROUNDED,)
+    if location.shape != z.shape:
+        raise InputError(f"tensor {SCALE!r} has shape {list(location.shape)}", f"{list(z.shape)}")
+    return _log(stored.read(SCALE)), ()
+
+
+def _log(z: Array) -> tuple[float, ...]:
+    return floats(np.log(z.astype(np.float64)) / XPOS_BASE)
+
+
+JAMIE_STIRLING = FormatSpec(
+    name="jamie-stirling",
+    looked_for=f"weights with the tensor {MARK} or a JSON beside that holds layers, hidden_dim, ffn_size and heads",
+    detect=detect,
+    read=read,
+)

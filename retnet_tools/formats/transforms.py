@@ -1,0 +1,35 @@
+"""How stored tensors become canonical ones, where names alone do not do it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from retnet_tools.formats.spec import Transform
+from retnet_tools.weights import Array
+
+
+def halves_to_pairs(head_k_dim: int) -> Transform:
+    """Rows of q or k where row i of a head is rotated with row i + K/2, put into adjacent pairs: `[H*K, D]`.
+
+    q and k are permuted alike, so their products stay what they are.
+    """
+
+    def apply(parts: Sequence[Array]) -> Array:
+        rows = parts[0]
+        halves = rows.reshape(-1, 2, head_k_dim // 2, rows.shape[-1])  # [H*K, D] -> [H, 2, K/2, D]
+        return halves.swapaxes(1, 2).reshape(rows.shape)
+
+    return Transform(lambda shape: shape, apply)
+
+
+def joined_heads(num_heads: int) -> Transform:
+    """One matrix `[D, K]` a head, used as x W, joined to `[H*K, D]`."""
+    return Transform(
+        lambda shape: (shape[1], shape[0] // num_heads), lambda parts: np.concatenate([part.T for part in parts])
+    )
+
+
+TRANSPOSED = Transform(lambda shape: shape[::-1], lambda parts: parts[0].T)
+"""A matrix `[in, out]`, used as x W."""
