@@ -30,9 +30,9 @@ _SHOWN = 3
 
 _FLOAT_TYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 _ROUNDED_HERE = {
-    "bfloat16": "here decay stays in float32, but code that casts it loses these heads' forgetting",
-    "float16": "here decay stays in float32, but code that casts it loses these heads' forgetting",
-    "float32": "as everywhere in float32, these heads never forget",
+    "bfloat16": "decay stays in float32 here, but code that casts it never forgets there",
+    "float16": "decay stays in float32 here, but code that casts it never forgets there",
+    "float32": "in float32 arithmetic nothing is forgotten there",
 }
 
 
@@ -102,6 +102,11 @@ def listing(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 warning`, `2 warnings`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def _gamma(config: RetNetConfig, stored_types: Sequence[str]) -> Iterator[Finding]:
     heads = head_memories(config)
     endless = tuple(h.head for h in heads if h.log_gamma == 0)
@@ -120,4 +125,4 @@ def _gamma(config: RetNetConfig, stored_types: Sequence[str]) -> Iterator[Findin
 
 
 def _heads(labels: Sequence[str]) -> str:
-    return f"head{'s' if len(labels) > 1 else ''} {', '.join(labels)}"
+    return f"head{'' if len(labels) == 1 else 's'} {', '.join(labels)}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from retnet_tools.reports.lint import Finding, Severity, listing
+from retnet_tools.reports.lint import Finding, Severity, counted, listing
 from retnet_tools.weights import Array, WeightSource, is_floating
 
 FLOAT16_MAX = 65504.0
@@ -48,6 +48,8 @@ class TensorScan:
 
 @dataclass(frozen=True)
 class _CountRule:
+    """`count` values are `what`, and what follows from that."""
+
     check: str
     severity: Severity
     count: Callable[[TensorScan], int]
@@ -56,20 +58,20 @@ class _CountRule:
 
 
 _COUNT_RULES = (
-    _CountRule("nan", "error", lambda s: s.nan, "NaN", "what they reach is NaN"),
-    _CountRule("infinite", "error", lambda s: s.infinite, "infinite values", "an overflow in training or conversion"),
+    _CountRule("nan", "error", lambda s: s.nan, "NaN", "all that they reach is NaN"),
+    _CountRule("infinite", "error", lambda s: s.infinite, "infinite", "an overflow in training or conversion"),
     _CountRule(
         "float16-saturated",
         "warning",
         lambda s: s.saturated,
-        "values of magnitude 65504, float16's largest,",
+        "of magnitude 65504, float16's largest,",
         "clipped on the way to float16",
     ),
     _CountRule(
         "beyond-float16",
         "info",
         lambda s: s.beyond_float16,
-        "values beyond 65504",
+        "beyond 65504",
         "float16 cannot hold them: use fp32 or bf16",
     ),
 )
@@ -130,7 +132,9 @@ def _counted(scans: Mapping[str, TensorScan]) -> Iterator[Finding]:
     for rule in _COUNT_RULES:
         counts = {name: rule.count(found) for name, found in scans.items() if rule.count(found)}
         if counts:
-            message = f"{sum(counts.values())} {rule.what} in {listing(list(counts))}: {rule.consequence}"
+            message = (
+                f"{counted(sum(counts.values()), 'value')} {rule.what} in {listing(list(counts))}: {rule.consequence}"
+            )
             yield Finding(rule.check, rule.severity, message, tuple(counts))
 
 
@@ -142,7 +146,7 @@ def _constant(scans: Mapping[str, TensorScan]) -> Iterator[Finding]:
     }
     if found:
         same = f"all {next(iter(found.values())):g}" if len(set(found.values())) == 1 else "one number each"
-        message = f"{len(found)} constant tensor{'s' if len(found) > 1 else ''} ({same}): {listing(list(found))}"
+        message = f"{counted(len(found), 'constant tensor')} ({same}): {listing(list(found))}"
         yield Finding("constant", "warning", message, tuple(found))
 
 

@@ -42,8 +42,8 @@ def test_nan_and_infinite_values_are_counted_and_named(dtype: Any) -> None:
     findings = found(damaged(nan, inf, -inf, nan, nan, dtype=dtype))
     assert {check: f.severity for check, f in findings.items()} == {"nan": "error", "infinite": "error"}
     assert findings["nan"].where == findings["infinite"].where == (WEIGHT,)
-    assert findings["nan"].message.startswith("3 NaN in ")
-    assert findings["infinite"].message.startswith("2 infinite ")
+    assert findings["nan"].message.startswith("3 values NaN in ")
+    assert findings["infinite"].message.startswith("2 values infinite in ")
 
 
 def test_the_largest_float16_is_saturated_in_float16_alone() -> None:
