@@ -11,6 +11,7 @@ import typer
 from retnet_tools import __version__
 from retnet_tools.cli.export import export
 from retnet_tools.cli.generate import generate
+from retnet_tools.cli.inspect import inspect
 from retnet_tools.cli.verify import verify
 from retnet_tools.errors import RetNetToolsError
 
@@ -25,7 +26,7 @@ app = typer.Typer(
     "5 unsafe or corrupt input.",
 )
 
-for command in (verify, export, generate):
+for command in (inspect, verify, export, generate):
     app.command()(command)
 
 
