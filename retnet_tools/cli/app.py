@@ -12,6 +12,7 @@ from retnet_tools import __version__
 from retnet_tools.cli.convert import convert
 from retnet_tools.cli.export import export
 from retnet_tools.cli.generate import generate
+from retnet_tools.cli.inspect import inspect
 from retnet_tools.cli.verify import verify
 from retnet_tools.errors import RetNetToolsError
 
@@ -26,7 +27,7 @@ app = typer.Typer(
     "5 unsafe or corrupt input.",
 )
 
-for command in (convert, verify, export, generate):
+for command in (inspect, convert, verify, export, generate):
     app.command()(command)
 
 

@@ -1,0 +1,105 @@
+"""Reads an exported folder back: what its graphs consist of, and where each tensor lies in weights.data."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from retnet_tools.errors import InputError
+from retnet_tools.formats.storage import StoredTensors, TensorLocation, contiguous_strides
+from retnet_tools.graph.contract import WEIGHTS_FILE
+
+EXPORT_AGAIN = "export the checkpoint again"
+
+
+@dataclass(frozen=True)
+class ExportedGraphs:
+    """The graphs of an exported folder, no weights read.
+
+    Attributes:
+        node_counts: for each graph file, its nodes by operator; `com.microsoft.QuickGelu` outside ai.onnx.
+        tensors: the tensors of weights.data under the names that the graphs give them.
+    """
+
+    node_counts: Mapping[str, Mapping[str, int]]
+    tensors: StoredTensors
+
+
+def read_graphs(folder: Path, names: Iterable[str]) -> ExportedGraphs:
+    """Load graphs without their external data, and check that weights.data holds every byte that they point to.
+
+    Args:
+        folder: an exported folder.
+        names: the graph files that its manifest lists.
+
+    Raises:
+        InputError: a graph that is missing or cannot be read, external data outside weights.data, two graphs that
+            place one tensor differently, weights.data missing or too short.
+    """
+    counts: dict[str, dict[str, int]] = {}
+    locations: dict[str, TensorLocation] = {}
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise InputError(f"no {name} in {folder}", "every graph that its manifest lists", EXPORT_AGAIN)
+        graph = _load(folder / name)
+        operators = Counter(_operator(node) for node in graph)
+        counts[name] = dict(sorted(operators.items(), key=lambda item: (-item[1], item[0])))
+        for value in graph.initializers.values():
+            if not isinstance(value.const_value, ir.ExternalTensor):
+                continue
+            location = _locate(folder, name, value.const_value)
+            if locations.setdefault(value.const_value.name or "", location) != location:
+                raise InputError(
+                    f"{folder / name} places {value.const_value.name!r} elsewhere than another graph",
+                    "every tensor stored once",
+                    EXPORT_AGAIN,
+                )
+    _check_size(folder / WEIGHTS_FILE, locations)
+    return ExportedGraphs(counts, StoredTensors(locations))
+
+
+def _load(file: Path) -> ir.Graph:
+    try:
+        return ir.load(file).graph
+    except Exception as error:
+        raise InputError(f"{file} cannot be read ({error})", "an ONNX graph", EXPORT_AGAIN) from error
+
+
+def _operator(node: ir.Node) -> str:
+    return f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+
+
+def _locate(folder: Path, graph: str, tensor: ir.ExternalTensor) -> TensorLocation:
+    if tensor.location != WEIGHTS_FILE:
+        raise InputError(
+            f"{folder / graph} has data in {str(tensor.location)!r}", f"{WEIGHTS_FILE} beside it", EXPORT_AGAIN
+        )
+    elements = math.prod(tensor.shape.numpy())
+    size = math.ceil(elements * tensor.dtype.itemsize)
+    if tensor.length not in (None, size):
+        raise InputError(
+            f"{folder / graph} gives {tensor.name!r} {tensor.length} bytes", f"{size}, by its shape", EXPORT_AGAIN
+        )
+    # Types of less than a byte are packed: their bytes are all that can be read as an array.
+    packed = tensor.dtype.itemsize < 1
+    shape = (size,) if packed else tuple(tensor.shape.numpy())
+    dtype = np.dtype(np.uint8) if packed else tensor.dtype.numpy()
+    return TensorLocation(folder / WEIGHTS_FILE, tensor.offset or 0, shape, dtype, contiguous_strides(shape))
+
+
+def _check_size(file: Path, locations: Mapping[str, TensorLocation]) -> None:
+    if not locations:
+        return
+    if not file.is_file():
+        raise InputError(f"no {file.name} in {file.parent}", "the weights that its graphs point to", EXPORT_AGAIN)
+    needed = max(t.offset + t.span * t.dtype.itemsize for t in locations.values())
+    if file.stat().st_size < needed:
+        raise InputError(
+            f"{file} has {file.stat().st_size} bytes", f"at least {needed}, as its graphs say", EXPORT_AGAIN
+        )

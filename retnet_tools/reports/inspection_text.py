@@ -1,0 +1,127 @@
+"""What `inspect` shows to people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from retnet_tools.graph.contract import WEIGHTS_FILE
+from retnet_tools.reports.horizon import gamma_text
+from retnet_tools.reports.inspection import Inspection, count_findings
+from retnet_tools.reports.lint import Severity, counted
+from retnet_tools.reports.render import print_line, result_console, result_table
+
+_COLOURS: dict[Severity, str] = {"error": "bold red", "warning": "yellow", "info": "cyan"}
+_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+_SCHEDULES = ("decay", "key_decay", "rotary_frequencies")
+
+
+def render_inspection(result: Inspection) -> None:
+    """Print format, configuration, sizes, the memory of each head and what lint found."""
+    console = result_console()
+    for line in _facts(result):
+        print_line(console, line)
+    _render_config(console, result)
+    _render_parameters(console, result)
+    _render_heads(console, result)
+    _render_findings(console, result)
+    for note in result.opened.notes:
+        print_line(console, f"note: {note}")
+
+
+def size_text(size: int) -> str:
+    """Bytes in decimal units."""
+    for unit, name in _UNITS:
+        if size >= unit:
+            return f"{size / unit:.{1 if size >= 10 * unit else 2}f} {name}"
+    return f"{size} bytes"
+
+
+def tokens_text(tokens: float) -> str:
+    """A number of tokens; `never` for infinity."""
+    if math.isinf(tokens):
+        return "never"
+    return f"{tokens:.2e}" if tokens >= 1e9 else f"{tokens:,.1f}"
+
+
+def _facts(result: Inspection) -> Iterator[str]:
+    opened, state = result.opened, result.state
+    types = ", ".join(f"{size_text(size)} {name}" for name, size in result.bytes_by_dtype.items())
+    yield f"{opened.path}: {opened.format}"
+    files = ", ".join(f"{file.name} ({size_text(size)})" for file, size in opened.files.items())
+    yield f"files    {files}"
+    if opened.tokenizer_files:
+        yield f"         {', '.join(file.name for file in opened.tokenizer_files)}"
+    where = f" in {WEIGHTS_FILE}" if opened.manifest else ""
+    yield f"tensors  {result.tensors}{where}, {types}"
+    per_layer = f"{size_text(state.bytes_per_layer)} in each of {state.layers} layers"
+    yield f"state    {size_text(state.bytes_per_sequence)} a sequence at any length, {state.dtype}; {per_layer}"
+    if (manifest := opened.manifest) is None:
+        return
+    scheme = "not quantized" if manifest.quantization is None else _flat(manifest.quantization)
+    yield f"export   {manifest.dtype} weights, {manifest.ops} operators, {scheme}"
+    source = manifest.provenance
+    yield f"source   {source.get('source_format')}, written by retnet-tools {source.get('retnet_tools')}"
+    for name, operators in (opened.node_counts or {}).items():
+        yield f"{name}: {sum(operators.values())} nodes: {', '.join(f'{n} {op}' for op, n in operators.items())}"
+
+
+def _render_config(console: Console, result: Inspection) -> None:
+    table = result_table("configuration", "")
+    for name, value in result.opened.config.to_dict().items():
+        if name not in _SCHEDULES:
+            table.add_row(name, Text(_flat(value)))
+    frequencies = result.opened.config.rotary_frequencies
+    table.add_row("rotary_frequencies", f"{len(frequencies)}, {frequencies[0]:.6g} to {frequencies[-1]:.6g}")
+    _print_table(console, table)
+
+
+def _render_parameters(console: Console, result: Inspection) -> None:
+    total = sum(result.parameters.values())
+    table = result_table("parameters", "count", "share")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for part, count in result.parameters.items():
+        tied = part == "output head" and result.opened.config.tie_word_embeddings
+        table.add_row(f"{part} (tied)" if tied else part, f"{count:,}", f"{count / total:.1%}")
+    table.add_row("total", f"{total:,}", "")
+    _print_table(console, table)
+
+
+def _render_heads(console: Console, result: Inspection) -> None:
+    table = result_table("head", "gamma", "half-life", "1% horizon (tokens)")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for head in result.heads:
+        half_life, horizon = tokens_text(head.half_life), tokens_text(head.horizon)
+        table.add_row(head.head, gamma_text(head.log_gamma), half_life, horizon)
+    _print_table(console, table)
+
+
+def _render_findings(console: Console, result: Inspection) -> None:
+    console.print()
+    looked = f"{result.tensors} tensors" if result.data_read else "names and configuration only, no tensor data read"
+    counts = ", ".join(counted(n, severity) for severity, n in count_findings(result).items() if n)
+    print_line(console, f"lint: {counts or 'nothing found'} ({looked})")
+    for finding in result.findings:
+        line = Text.assemble((finding.severity, _COLOURS[finding.severity]), f" {finding.check}: {finding.message}")
+        console.print(line, soft_wrap=not console.is_terminal)
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_flat(item)}" for name, item in value.items())
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "none" if value is None else str(value)
+
+
+def _print_table(console: Console, table: Any) -> None:
+    console.print()
+    console.print(table)
