@@ -115,7 +115,7 @@ def test_a_checkpoint_beside_an_export_is_the_file_that_was_named(checkpoint: Pa
     for file in checkpoint.iterdir():
         file.rename(folder / file.name)
     assert open_model(folder / "model.safetensors").manifest is None
-    assert open_model(folder, "retnet-tools").manifest is None
+    assert open_model(folder, "canonical").manifest is None
     assert open_model(folder).manifest is not None
 
 
