@@ -14,10 +14,11 @@ from typing import Any
 
 from retnet_tools.config import Activation, BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
 from retnet_tools.errors import InputError
+from retnet_tools.formats import fla_writing
 from retnet_tools.formats.files import CheckpointFiles
 from retnet_tools.formats.schedules import floats, paper_log_decay, rope_frequencies
 from retnet_tools.formats.settings import Settings
-from retnet_tools.formats.spec import FormatSpec, NameTable, Reading, check_tie
+from retnet_tools.formats.spec import FormatSpec, NameTable, Reading, Transform, Writing, check_tie
 from retnet_tools.formats.storage import StoredTensors
 from retnet_tools.formats.transforms import halves_to_pairs
 
@@ -82,13 +83,28 @@ def read(files: CheckpointFiles) -> Reading:
     refuse_unsupported(settings, stored)
     config = resolve(settings)
     fused = settings.text("hidden_act", "swish") == "swish" and settings.flag("fuse_norm", True)
-    head_norm = "g_norm_swish_gate" if fused and config.gate is not None else "g_norm"
-    names = {**NAMES, f"model.layers.{{i}}.attn.{head_norm}.weight": HEAD_NORM}
+    names = name_table(fused=fused and config.gate is not None)
     if config.tie_word_embeddings:
         names[HEAD] = None
         check_tie(stored, HEAD, EMBEDDING)
+    return Reading(config, ORIGIN, names, transforms=transforms(config), config_files=(path,))
+
+
+def name_table(*, fused: bool) -> dict[str, str | None]:
+    """The names of a model; the head norm's tells whether it is fused with a swish gate."""
+    head_norm = "g_norm_swish_gate" if fused else "g_norm"
+    return {**NAMES, f"model.layers.{{i}}.attn.{head_norm}.weight": HEAD_NORM}
+
+
+def transforms(config: RetNetConfig) -> dict[str, Transform]:
+    """q and k are stored for a rotation of halves."""
     permuted = halves_to_pairs(config.head_k_dim)
-    return Reading(config, ORIGIN, names, transforms={QUERY: permuted, KEY: permuted}, config_files=(path,))
+    return {QUERY: permuted, KEY: permuted}
+
+
+def write(config: RetNetConfig) -> Writing:
+    """The files of a model; see `fla_writing`."""
+    return fla_writing.write(config, name_table(fused=config.gate == "silu"), transforms(config), ACTIVATIONS)
 
 
 def refuse_unsupported(settings: Settings, stored: StoredTensors) -> None:
@@ -169,4 +185,5 @@ FLA = FormatSpec(
     looked_for='a config.json with "model_type": "retnet" and hidden_size',
     detect=detect,
     read=read,
+    write=write,
 )

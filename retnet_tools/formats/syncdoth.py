@@ -12,6 +12,7 @@ from typing import Any
 
 from retnet_tools.config import Activation, BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
 from retnet_tools.errors import InputError
+from retnet_tools.formats import syncdoth_writing
 from retnet_tools.formats.files import CheckpointFiles
 from retnet_tools.formats.schedules import language_model_log_decay, paper_log_decay
 from retnet_tools.formats.settings import Settings
@@ -134,4 +135,5 @@ SYNCDOTH = FormatSpec(
     looked_for='a config.json with "model_type": "retnet" and decoder_embed_dim',
     detect=detect,
     read=read,
+    write=lambda config: syncdoth_writing.write(config, NAMES, GLU_NAMES, PLAIN_NAMES),
 )

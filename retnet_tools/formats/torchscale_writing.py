@@ -15,7 +15,7 @@ from retnet_tools.formats.spec import Writing
 from retnet_tools.formats.torchscale_releases import ANGLES, DECAYS, EMBEDDING, HEAD, RELEASES
 from retnet_tools.weights import Array
 
-ACTIVATION_WORDS = {"gelu": "gelu", "silu": "swish", "relu": "relu"}
+ACTIVATION_WORDS: dict[str, str] = {"gelu": "gelu", "silu": "swish", "relu": "relu"}
 
 
 def write(config: RetNetConfig) -> Writing:
@@ -30,11 +30,13 @@ def write(config: RetNetConfig) -> Writing:
         names=names,
         weights_file="model.pt",
         ties={HEAD: EMBEDDING} if config.tie_word_embeddings else {},
-        buffers={
-            ANGLES: np.repeat(_buffer(config.rotary_frequencies), 2),
-            DECAYS: _buffer(config.decay),
-        },
+        buffers=buffers(config),
     )
+
+
+def buffers(config: RetNetConfig) -> dict[str, Array]:
+    """The two buffers of torchscale's `RetNetRelPos`, by name."""
+    return {ANGLES: np.repeat(_buffer(config.rotary_frequencies), 2), DECAYS: _buffer(config.decay)}
 
 
 def _buffer(values: tuple[float, ...]) -> Array:
@@ -54,7 +56,7 @@ def _settings(config: RetNetConfig) -> dict[str, Any]:
         "decoder_ffn_embed_dim": config.feed_forward.dim,
         "decoder_layers": config.num_layers,
         "decoder_normalize_before": config.norm_order == "pre",
-        "activation_fn": ACTIVATION_WORDS[config.feed_forward.activation],
+        "activation_fn": ACTIVATION_WORDS.get(config.feed_forward.activation, config.feed_forward.activation),
         "no_scale_embedding": config.embedding_scale == 1.0,
         "layernorm_embedding": config.embedding_norm,
         "deepnorm": deepnorm,

@@ -21,7 +21,11 @@ def halves_to_pairs(head_k_dim: int) -> Transform:
         halves = rows.reshape(-1, 2, head_k_dim // 2, rows.shape[-1])  # [H*K, D] -> [H, 2, K/2, D]
         return halves.swapaxes(1, 2).reshape(rows.shape)
 
-    return Transform(lambda shape: shape, apply)
+    def invert(rows: Array) -> Array:
+        pairs = rows.reshape(-1, head_k_dim // 2, 2, rows.shape[-1])  # [H*K, D] -> [H, K/2, 2, D]
+        return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+    return Transform(lambda shape: shape, apply, invert)
 
 
 def joined_heads(num_heads: int) -> Transform:

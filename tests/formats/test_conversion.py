@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +17,13 @@ from retnet_tools.config import BlockNorm, FeedForward, HeadNorm, RetNetConfig, 
 from retnet_tools.errors import InputError, UsageError
 from retnet_tools.formats import FORMATS, open_checkpoint, writable_format
 from retnet_tools.formats.conversion import plan_conversion, write_conversion
+from retnet_tools.formats.files import CheckpointFiles
+from retnet_tools.formats.schedules import floats, paper_log_decay, rope_frequencies
 from retnet_tools.formats.writer import write_checkpoint
 from retnet_tools.model.retention import FORMS
 from retnet_tools.model.retnet import load_model
 from retnet_tools.weights import WeightSource
-from tests.formats.cases import TORCHSCALE_FILES, case_id
+from tests.formats.cases import CONFORMANCE, TORCHSCALE_FILES, case_id
 from tests.helpers import ABLATIONS, BASE, random_source, random_tokens
 
 WRITABLE = [spec.name for spec in FORMATS if spec.write is not None]
@@ -93,14 +97,33 @@ def test_the_field_that_torchscale_cannot_express_is_named(change: dict[str, obj
         plan_conversion(config, random_source(config, 2), writable_format("torchscale"))
 
 
-@pytest.mark.parametrize("file", TORCHSCALE_FILES, ids=case_id)
-def test_a_torchscale_file_survives_the_way_through_canonical(file: Path, tmp_path: Path) -> None:
+HF_FOLDERS = sorted(path.parent for path in CONFORMANCE.glob("*/hf_*/config.json"))
+
+
+@pytest.mark.parametrize("file", [*TORCHSCALE_FILES, *HF_FOLDERS], ids=case_id)
+def test_a_public_checkpoint_survives_the_way_through_canonical(file: Path, tmp_path: Path) -> None:
+    target = {"ts": "torchscale", "sd": "syncdoth", "fl": "fla"}[file.parent.name[:2]]
     first = open_checkpoint(file)
     canonical = open_checkpoint(convert(first.config, first.weights, "canonical", tmp_path / "canonical"))
-    again = open_checkpoint(convert(canonical.config, canonical.weights, "torchscale", tmp_path / "again"))
+    again = open_checkpoint(convert(canonical.config, canonical.weights, target, tmp_path / "again"))
     assert first.config == canonical.config == again.config
     assert_same_weights(first.weights, canonical.weights)
     assert_same_weights(first.weights, again.weights)
+
+
+@pytest.mark.parametrize("folder", HF_FOLDERS, ids=case_id)
+def test_what_is_written_has_the_tensors_of_the_original_file(folder: Path, tmp_path: Path) -> None:
+    target = {"sd": "syncdoth", "fl": "fla"}[folder.parent.name[:2]]
+    checkpoint = open_checkpoint(folder)
+    out = convert(checkpoint.config, checkpoint.weights, target, tmp_path / "out")
+    original, written = CheckpointFiles(folder).tensors, CheckpointFiles(out).tensors
+    missing = set(original.names()) - set(written.names())
+    assert missing <= ({"lm_head.weight"} if checkpoint.config.tie_word_embeddings else set())
+    for name in written.names():
+        np.testing.assert_array_equal(written.read(name), original.read(name), err_msg=name)
+    config = json.loads((folder / "config.json").read_text())
+    wrote = json.loads((out / "config.json").read_text())
+    assert {k: v for k, v in wrote.items() if config.get(k) is not None and v != config[k]} == {}
 
 
 def test_torch_loads_the_state_dict_and_shares_tied_tensors(tmp_path: Path) -> None:
@@ -158,11 +181,61 @@ def torchscale_configs(draw: st.DrawFn) -> RetNetConfig:
     )
 
 
+@st.composite
+def syncdoth_configs(draw: st.DrawFn) -> RetNetConfig:
+    config = draw(torchscale_configs())
+    scores = dataclasses.replace(config.score_normalization, clamp="sum_of_abs")
+    alpha = 1.0 if config.norm_order == "pre" else config.residual_alpha
+    config = dataclasses.replace(config, score_normalization=scores, residual_alpha=alpha)
+    if draw(st.booleans()):
+        return config
+    eps = config.block_norm.eps
+    norm = draw(st.sampled_from([BlockNorm("rms", eps), BlockNorm("layer", eps, bias=True)]))
+    sub_norm = norm if config.norm_order == "pre" and draw(st.booleans()) else None
+    ffn = FeedForward("plain", 7, config.feed_forward.activation, bias=True, norm=sub_norm)
+    return dataclasses.replace(config, feed_forward=ffn)
+
+
+@st.composite
+def fla_configs(draw: st.DrawFn) -> RetNetConfig:
+    groups, kv_heads = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2]))
+    heads, head_k_dim = groups * kv_heads, draw(st.sampled_from([2, 4, 8]))
+    eps = draw(st.sampled_from([1e-6, 1e-5]))
+    activations = st.sampled_from(["silu", "gelu", "relu", "relu2", "sigmoid", "tanh"])
+    return dataclasses.replace(
+        BASE,
+        num_layers=draw(st.integers(1, 2)),
+        num_heads=heads,
+        num_kv_groups=groups,
+        hidden_size=heads * head_k_dim,
+        key_dim=heads * head_k_dim,
+        value_dim=heads * draw(st.integers(1, 5)) * 2,
+        vocab_size=draw(st.integers(3, 20)),
+        decay=floats(paper_log_decay(heads)),
+        rotary_frequencies=floats(rope_frequencies(head_k_dim)),
+        score_normalization=ScoreNormalization(head_k_dim**-0.5, by_decay=False, clamp="none"),
+        head_norm=HeadNorm("rms", eps, draw(st.sampled_from(["shared", "none"]))),
+        block_norm=BlockNorm("rms", eps),
+        feed_forward=FeedForward("glu", draw(st.integers(1, 9)), "silu"),
+        feature_map=draw(st.none() | activations),
+        gate=draw(st.none() | activations),
+        tie_word_embeddings=draw(st.booleans()),
+    )
+
+
+STRATEGIES = {"torchscale": torchscale_configs(), "syncdoth": syncdoth_configs(), "fla": fla_configs()}
+
+
+@pytest.mark.parametrize("target", STRATEGIES)
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(config=torchscale_configs(), seed=st.integers(0, 99))
-def test_any_torchscale_model_makes_the_round_trip(config: RetNetConfig, seed: int, tmp_path: Path) -> None:
+@given(data=st.data(), seed=st.integers(0, 99))
+def test_any_model_of_a_format_makes_the_round_trip(
+    target: str, data: st.DataObject, seed: int, tmp_path: Path
+) -> None:
+    config = data.draw(STRATEGIES[target])
     source = random_source(config, seed)
-    back = open_checkpoint(convert(config, source, "torchscale", tmp_path / "out"))
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    back = open_checkpoint(convert(config, source, target, tmp_path / "out"))
     assert back.config == config
     assert_same_weights(back.weights, source)
     ids = torch.from_numpy(random_tokens(config, 1, 5, seed))
