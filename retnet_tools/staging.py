@@ -4,37 +4,43 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from retnet_tools.errors import OutputError, UsageError
+from retnet_tools.errors import InputError, OutputError, UsageError
 
-PARTIAL_SUFFIX = ".partial"
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
 def staged_folder(target: Path, *, marker: str, force: bool, required_bytes: int) -> Iterator[Path]:
-    """A folder beside `target` to write into; renamed to `target` at the end, removed on any error.
+    """A hidden folder beside `target` to write into; its files appear in `target` at the end, `marker` last.
 
-    A killed process leaves `<target>.partial` behind, which the next run replaces.
+    On any error it is removed, with every folder that was made for it. What a killed process left is removed by the
+    next run for the same target. Files of other names in an existing target are never touched.
 
     Args:
-        target: the folder to make.
-        marker: a file that every folder of this kind holds; with `force`, only a folder with it is replaced.
-        force: replace an existing folder.
+        target: the folder to make; a link is followed.
+        marker: the file that says a folder is complete. Only a folder that has it is written over.
+        force: write over an existing folder.
         required_bytes: what will be written; checked against the free space first.
 
     Raises:
         UsageError: the target exists and `force` is off.
         OutputError: the target is something else, the disk is too small or becomes full, or writing is not allowed.
+        InputError: a file elsewhere cannot be read.
     """
+    target = target.resolve()
     check_target(target, marker=marker, force=force)
-    partial = target.with_name(target.name + PARTIAL_SUFFIX)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    made = _missing_parents(partial)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target)
+        partial.mkdir()
         free = shutil.disk_usage(partial).free
         if free < required_bytes:
             raise OutputError(
@@ -43,31 +49,30 @@ def staged_folder(target: Path, *, marker: str, force: bool, required_bytes: int
                 "free space or choose another -o",
             )
         yield partial
-        _replace(partial, target)
+        _publish(partial, target, marker)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        _remove(partial, made)
+        if error.errno in _DISK_FULL:
             raise OutputError(
-                f"the disk is full: {target} not written", f"{required_bytes / 1e9:.2f} GB free"
+                f"the disk is full: {target} not written", f"{required_bytes / 1e9:.2f} GB free", "free space"
             ) from error
-        raise OutputError(
-            f"cannot write {target} ({error.strerror or error})", "a folder that can be written"
-        ) from error
+        reason = error.strerror or str(error)
+        if error.filename is not None and target.parent not in Path(os.fsdecode(error.filename)).resolve().parents:
+            raise InputError(f"cannot read {os.fsdecode(error.filename)} ({reason})", "a readable file") from error
+        raise OutputError(f"cannot write {target} ({reason})", "a folder that can be written") from error
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial, made)
         raise
 
 
 def check_target(target: Path, *, marker: str, force: bool) -> None:
-    """Check that a target is free, or that it may be replaced.
+    """Check that a target is free, or that it may be written over.
 
     Raises:
         UsageError: it exists and `force` is off.
         OutputError: it exists and is not a folder with the marker.
     """
-    if not target.exists() and not target.is_symlink():
-        return
-    if target.is_dir() and not any(target.iterdir()):
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not force:
         raise UsageError(f"{target} exists already", action="name another output with -o, or add --force to replace it")
@@ -77,15 +82,42 @@ def check_target(target: Path, *, marker: str, force: bool) -> None:
         )
 
 
-def _replace(partial: Path, target: Path) -> None:
+def _publish(partial: Path, target: Path, marker: str) -> None:
     if not target.exists():
         partial.rename(target)
         return
-    old = target.with_name(f"{target.name}.old-{os.getpid()}")
-    target.rename(old)
+    (target / marker).unlink(missing_ok=True)
+    names = sorted((file.name for file in partial.iterdir()), key=lambda name: name == marker)
+    for name in names:
+        os.replace(partial / name, target / name)
+    partial.rmdir()
+
+
+def _missing_parents(path: Path) -> list[Path]:
+    return [parent for parent in path.parents if not parent.exists()]
+
+
+def _remove(partial: Path, made: Collection[Path]) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    for parent in made:
+        if parent.is_dir() and not any(parent.iterdir()):
+            parent.rmdir()
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what runs for this target left whose process is gone."""
+    pattern = re.compile(re.escape(f".{target.name}.partial-") + r"(\d+)")
+    for path in target.parent.iterdir():
+        match = pattern.fullmatch(path.name)
+        if match and not _is_alive(int(match[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
     try:
-        partial.rename(target)
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
     except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old)
+        return True
+    return True

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import os
 import signal
 import sys
 from typing import Annotated
 
 import typer
+from typer.exceptions import TyperException
 
 from retnet_tools import __version__
 from retnet_tools.cli.convert import convert
@@ -19,7 +22,6 @@ from retnet_tools.errors import RetNetToolsError
 app = typer.Typer(
     name="retnet-tools",
     help="Take a RetNet from a training checkpoint to fast, verified inference.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -49,11 +51,23 @@ def options(
 
 def main() -> None:
     """Entry point: run a command, turn errors into one line on stderr and their exit code."""
-    signal.signal(signal.SIGTERM, _stop)
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _stop)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:
-        app(args=arguments, prog_name="retnet-tools")
+        sys.exit(app(args=arguments or ["--help"], prog_name="retnet-tools", standalone_mode=False) or 0)
+    except TyperException as error:
+        _fail(f"{error.format_message().rstrip('.')}; see retnet-tools --help", error.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        # The reader went away; keep the interpreter from complaining when it flushes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(128 + 13)
     except RetNetToolsError as error:
         if debug:
             raise
@@ -68,9 +82,9 @@ def main() -> None:
         _fail(f"unexpected {type(error).__name__}: {' '.join(str(error).split())}; rerun with --debug to see where", 1)
 
 
-def _stop(*_: object) -> None:
+def _stop(number: int, _: object) -> None:
     # Unwinds the stack, so that a half-written output is removed.
-    sys.exit(128 + signal.SIGTERM)
+    sys.exit(128 + number)
 
 
 def _fail(message: str, exit_code: int) -> None:

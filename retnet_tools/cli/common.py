@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from retnet_tools.errors import InputError, UsageError
+
+MAX_THREADS = max(64, 4 * (os.cpu_count() or 1))
+"""More CPU threads than this are a slip of the finger, and would stop the machine."""
+
+Threads = Annotated[int | None, typer.Option("-t", "--threads", help="CPU threads to use.", min=1, max=MAX_THREADS)]
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,8 +58,7 @@ def step_progress() -> Iterator[Callable[[str, int, int], None]]:
 
 def print_json(document: dict[str, Any]) -> None:
     """One JSON document on stdout. NaN and infinities become null, which JSON has no other word for."""
-    json.dump(_finite(document), sys.stdout, indent=2)
-    sys.stdout.write("\n")
+    print(json.dumps(_finite(document), indent=2))
 
 
 def _finite(value: Any) -> Any:
@@ -88,8 +95,9 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         if file is not None:
             return file.read_text(encoding="utf-8")
         if prompt is not None and prompt != "-":
-            return prompt
-        if prompt is None and sys.stdin.isatty():
+            # Arguments are bytes to the system; under a locale that is not UTF-8 Python reads them otherwise.
+            return os.fsencode(prompt).decode("utf-8")
+        if sys.stdin is None or (prompt is None and sys.stdin.isatty()):
             raise UsageError("no prompt", "-p TEXT, --file FILE, or text on stdin")
         return sys.stdin.buffer.read().decode("utf-8")
     except FileNotFoundError as error:

@@ -21,13 +21,15 @@ def generate(
     temperature: Annotated[float, typer.Option("--temperature", help="0 takes the most likely token.")] = 0.0,
     top_k: Annotated[int, typer.Option("--top-k", help="Keep the k most likely tokens; 0 keeps all.")] = 0,
     top_p: Annotated[float, typer.Option("--top-p", help="Keep the smallest set of this probability.")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the sampler.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the sampler.", min=0)] = 0,
     ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on past end-of-text.")] = False,
     token_ids: Annotated[
         bool, typer.Option("--token-ids", help="Token ids in and out, even with a tokenizer.")
     ] = False,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")] = "cpu",
-    threads: Annotated[int | None, typer.Option("-t", "--threads", help="CPU threads to use.", min=1)] = None,
+    threads: Annotated[
+        int | None, typer.Option("-t", "--threads", help="CPU threads to use.", min=1, max=common.MAX_THREADS)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a stream.")] = False,
 ) -> None:
     """Continue a prompt, streaming text to stdout and speed to stderr."""
@@ -47,13 +49,12 @@ def generate(
     def show(token: int) -> None:
         pieces.append(stream.push(token))
         if not as_json:
-            sys.stdout.write(pieces[-1])
-            sys.stdout.flush()
+            print(pieces[-1], end="", flush=True)
 
     end_ids = () if ignore_end else codec.end_ids
     result = run(session, codec.encode(text), max_tokens=max_tokens, sampling=sampling, end_ids=end_ids, on_token=show)
     if as_json:
         common.print_json(generation_document(result, "".join(pieces)))
     else:
-        sys.stdout.write("\n")
+        print()
     print(generation_speed(result), file=sys.stderr)

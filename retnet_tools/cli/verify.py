@@ -34,7 +34,9 @@ def verify(
     source_format: Annotated[
         str | None, typer.Option("--from", help="Format of the checkpoint, if it is not to be detected.")
     ] = None,
-    threads: Annotated[int | None, typer.Option("-t", "--threads", help="CPU threads to use.", min=1)] = None,
+    threads: Annotated[
+        int | None, typer.Option("-t", "--threads", help="CPU threads to use.", min=1, max=common.MAX_THREADS)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Compare the forms on the same tokens and say why they differ: rounding, normalisation epsilon or logic.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from retnet_tools.formats.containers import PlannedTensor, Progress
 from retnet_tools.formats.planned import PlannedFiles
 from retnet_tools.formats.spec import AS_STORED, Checkpoint, FormatSpec, MappedWeights, Transform, Writing, expand_names
 from retnet_tools.formats.writer import DEFAULT_SHARD_SIZE, INDEX_FILE, CheckpointLayout, shard, write_checkpoint
-from retnet_tools.provenance import provenance, provenance_section, sha256_of
+from retnet_tools.provenance import SourceHasher, provenance, provenance_section
 from retnet_tools.weights import Array, TensorInfo, WeightSource, canonical_shapes, check_weights
 
 CARD_FILE = "README.md"
@@ -102,8 +101,7 @@ def plan_checkpoint(
     card = next((file for file in checkpoint.card_files if file.name == CARD_FILE), None)
 
     def card_text() -> str:
-        names = (file.name for file in checkpoint.source_files)
-        record = provenance(checkpoint.format, zip(names, digests(), strict=True), checkpoint.notes)
+        record = provenance(checkpoint.format, checkpoint.source_files, digests(), checkpoint.notes)
         text = "" if card is None else card.read_text(encoding="utf-8").rstrip() + "\n\n"
         return text + provenance_section(record)
 
@@ -135,20 +133,9 @@ def write_conversion(
     Raises:
         UsageError, InputError, OutputError: as `plan_conversion` and `write_checkpoint`.
     """
-    with ThreadPoolExecutor(1) as hasher:
-        hashes = [hasher.submit(sha256_of, file) for file in checkpoint.source_files]
-        try:
-            plan = plan_checkpoint(
-                checkpoint,
-                target,
-                dtype=dtype,
-                max_shard_size=max_shard_size,
-                digests=lambda: [digest.result() for digest in hashes],
-            )
-            write_checkpoint(out, plan.layout, force=force, progress=progress)
-        except BaseException:
-            hasher.shutdown(wait=False, cancel_futures=True)
-            raise
+    with SourceHasher(checkpoint.source_files) as hasher:
+        plan = plan_checkpoint(checkpoint, target, dtype=dtype, max_shard_size=max_shard_size, digests=hasher.digests)
+        write_checkpoint(out, plan.layout, force=force, progress=progress)
     return plan
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from retnet_tools.graph.builder import BuiltGraph, StoredTensor, build_step
 from retnet_tools.graph.manifest import Manifest
 from retnet_tools.graph.ops import ELEMENT_TYPES, OPERATOR_SETS
 from retnet_tools.graph.writer import ALIGNMENT, write_graph, write_weights
-from retnet_tools.provenance import provenance, sha256_of
+from retnet_tools.provenance import SourceHasher, provenance
 from retnet_tools.staging import staged_folder
 
 GRAPH_BYTES = 8 << 20
@@ -58,7 +57,7 @@ def plan_export(checkpoint: Checkpoint, *, dtype: str, ops: str, state_dtype: st
 
 
 def write_export(plan: ExportPlan, out: Path, *, force: bool, progress: Callable[[int], None]) -> Manifest:
-    """Write the folder: weights.data, then step.onnx and retnet.json, then one rename into place.
+    """Write the folder: weights.data, then step.onnx and retnet.json, all of which appear at the end.
 
     Memory: one source tensor, twice while its type changes; a merged projection is written part by part.
 
@@ -78,16 +77,14 @@ def write_export(plan: ExportPlan, out: Path, *, force: bool, progress: Callable
         staged_folder(
             out, marker=contract.MANIFEST_FILE, force=force, required_bytes=plan.weight_bytes + GRAPH_BYTES
         ) as folder,
-        ThreadPoolExecutor(1) as hasher,
+        SourceHasher(checkpoint.source_files) as hasher,
     ):
-        # hashlib releases the interpreter lock, so hashing runs beside writing.
-        digests = hasher.map(sha256_of, checkpoint.source_files)
         tensors = plan.tensors.values()
         places = write_weights(folder / contract.WEIGHTS_FILE, tensors, checkpoint.weights, progress)
         for file in checkpoint.tokenizer_files:
             shutil.copyfile(file, folder / file.name)
         write_graph(folder / contract.STEP_FILE, plan.step, places, producer_version=__version__)
-        manifest = _manifest(plan, digests)
+        manifest = _manifest(plan, hasher.digests())
         (folder / contract.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
@@ -99,14 +96,12 @@ def stored_bytes(tensor: StoredTensor) -> int:
 
 def default_output(checkpoint: Path) -> Path:
     """`<name>-onnx` beside the checkpoint."""
-    name = checkpoint.name or checkpoint.resolve().name
-    stem = Path(name).stem if checkpoint.is_file() else name
-    return checkpoint.with_name(f"{stem}-onnx") if checkpoint.name else checkpoint.resolve().with_name(f"{stem}-onnx")
+    path = checkpoint.resolve() if checkpoint.name in ("", "..") else checkpoint
+    return path.with_name(f"{path.stem if path.is_file() else path.name}-onnx")
 
 
-def _manifest(plan: ExportPlan, digests: Iterable[str]) -> Manifest:
+def _manifest(plan: ExportPlan, digests: Sequence[str]) -> Manifest:
     checkpoint = plan.checkpoint
-    hashes = zip((file.name for file in checkpoint.source_files), digests, strict=True)
     graphs = {
         contract.STEP_FILE: {
             "inputs": contract.step_inputs(checkpoint.config, plan.state_dtype),
@@ -119,7 +114,7 @@ def _manifest(plan: ExportPlan, digests: Iterable[str]) -> Manifest:
         state_dtype=plan.state_dtype,
         ops=plan.ops,
         quantization=None,
-        provenance=provenance(checkpoint.format, hashes, checkpoint.notes),
+        provenance=provenance(checkpoint.format, checkpoint.source_files, digests, checkpoint.notes),
         graphs=graphs,
         tokenizer_files=tuple(file.name for file in checkpoint.tokenizer_files),
     )

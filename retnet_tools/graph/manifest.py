@@ -11,8 +11,10 @@ from typing import Any
 from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import ConfigError, InputError
 from retnet_tools.graph.contract import MANIFEST_FILE, MAX_POSITION, TensorSpec
+from retnet_tools.graph.ops import OPERATOR_SETS
 
 SCHEMA_VERSION = 1
+FLOATS = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,9 @@ def read_manifest(folder: Path) -> Manifest:
                 str(SCHEMA_VERSION),
                 "export the checkpoint again",
             )
+        for name, choices in (("dtype", FLOATS), ("state_dtype", FLOATS), ("ops", tuple(OPERATOR_SETS))):
+            if data[name] not in choices:
+                raise InputError(f"{path} has {name} {data[name]!r}", f"one of {', '.join(choices)}", "export again")
         return Manifest(
             config=RetNetConfig.from_dict(data["config"]),
             dtype=data["dtype"],

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retnet_tools.errors import ProviderError, UsageError
+from retnet_tools.errors import InputError, ProviderError, UsageError
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -73,7 +75,11 @@ def open_session(path: Path, device: Device, threads: int | None = None) -> onnx
                 "a graph whose types the provider has kernels for",
                 "the CPU provider has none for bfloat16: export with --dtype fp32 or fp16",
             ) from error
-        raise ProviderError(f"{path} cannot be opened on {device.kind} ({reason})") from error
+        if device.kind == "cuda":
+            raise ProviderError(f"{path} cannot be opened on cuda:{device.index} ({reason})") from error
+        raise InputError(
+            f"{path} cannot be opened ({reason})", "a complete export", "export the checkpoint again"
+        ) from error
     if session.get_providers()[0] != device.provider:
         raise ProviderError(
             f"{device.provider} did not start; ONNX Runtime offers {', '.join(session.get_providers())}",
@@ -90,7 +96,9 @@ def _require_cuda(onnxruntime: Any) -> None:
             "the package onnxruntime-gpu",
             "pip uninstall onnxruntime, then pip install --force-reinstall onnxruntime-gpu, or use --device cpu",
         )
-    onnxruntime.preload_dlls()
+    # It prints what it cannot load to stdout, which is for results.
+    with contextlib.redirect_stdout(io.StringIO()):
+        onnxruntime.preload_dlls()
     if missing := missing_libraries():
         raise ProviderError(
             f"the CUDA provider cannot load {', '.join(missing)}",

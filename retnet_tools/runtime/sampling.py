@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from retnet_tools.errors import UsageError
+from retnet_tools.errors import InputError, UsageError
 from retnet_tools.weights import Array
 
 
@@ -43,7 +43,15 @@ class Sampler:
         self._random = np.random.default_rng(sampling.seed)
 
     def sample(self, logits: Array) -> Array:
-        """One token id for each row of `[B, vocab]` logits, as `[B]` int64."""
+        """One token id for each row of `[B, vocab]` logits, as `[B]` int64.
+
+        Raises:
+            InputError: logits that are not finite.
+        """
+        if not np.isfinite(logits).all():
+            raise InputError(
+                "the model gives logits that are not finite", "numbers", "look for its cause with retnet-tools inspect"
+            )
         if self.sampling.temperature == 0:
             return np.asarray(logits.argmax(-1), dtype=np.int64)
         return np.array([self._random.choice(len(p), p=p) for p in probabilities(logits, self.sampling)])
@@ -51,16 +59,18 @@ class Sampler:
 
 def probabilities(logits: Array, sampling: Sampling) -> Array:
     """The distribution that is drawn from, `[B, vocab]` float64, for a temperature above 0."""
-    scaled = logits.astype(np.float64) / sampling.temperature
+    distance = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    with np.errstate(over="ignore"):
+        scaled = distance / sampling.temperature
     order = np.argsort(-scaled, axis=-1, kind="stable")
     ranked = np.take_along_axis(scaled, order, -1)
-    weights = np.exp(ranked - ranked[:, :1])
+    weights = np.exp(ranked)
     if 0 < sampling.top_k < weights.shape[-1]:
         weights[:, sampling.top_k :] = 0
     weights /= weights.sum(-1, keepdims=True)
     # A token stays while the tokens before it have not reached top_p.
     weights[np.cumsum(weights, -1) - weights >= sampling.top_p] = 0
     weights /= weights.sum(-1, keepdims=True)
-    result = np.zeros_like(weights)
+    result: Array = np.zeros_like(weights)
     np.put_along_axis(result, order, weights, -1)
     return result

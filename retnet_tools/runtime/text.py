@@ -10,6 +10,9 @@ from typing import Any
 from retnet_tools.errors import InputError, UsageError
 from retnet_tools.tokens import TOKENIZER_FILE, load_tokenizer
 
+_LONGEST_ID = 18
+"""Digits of the longest number that is surely an int64."""
+
 
 class TextCodec:
     """The tokenizer of a folder: encode a prompt, decode a stream, know where text ends.
@@ -26,7 +29,9 @@ class TextCodec:
         self._tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
         size = self._tokenizer.get_vocab_size()
         if size > vocab_size:
-            raise InputError(f"{folder / TOKENIZER_FILE} has {size} tokens", f"at most the model's {vocab_size}")
+            raise InputError(
+                f"{folder / TOKENIZER_FILE} has {size} tokens", f"at most the model's {vocab_size}", "use --token-ids"
+            )
         self.end_ids = end_of_text_ids(folder, self._tokenizer)
 
     def encode(self, text: str) -> list[int]:
@@ -66,7 +71,7 @@ class IdCodec:
         """
         words = [word for word in re.split(r"[\s,]+", text) if word]
         for word in words:
-            if not word.isdecimal():
+            if not word.isdecimal() or len(word) > _LONGEST_ID:
                 raise UsageError(
                     f"{word!r} in the prompt",
                     "token ids, since there is no tokenizer in use",
@@ -112,9 +117,13 @@ def end_of_text_ids(folder: Path, tokenizer: Any) -> frozenset[int]:
     """Ids that end a text: `eos_token_id` of generation_config.json, or `eos_token` of tokenizer_config.json or
     special_tokens_map.json. The first file that names one decides.
     """
-    ids = _read_json(folder / "generation_config.json").get("eos_token_id")
+    file = folder / "generation_config.json"
+    ids = _read_json(file).get("eos_token_id")
     if ids is not None:
-        return frozenset(ids if isinstance(ids, list) else [ids])
+        ids = ids if isinstance(ids, list) else [ids]
+        if not all(type(number) is int for number in ids):
+            raise InputError(f"{file} has eos_token_id {ids}", "a token id or a list of them")
+        return frozenset(ids)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         token = _read_json(folder / name).get("eos_token")
         content = token.get("content") if isinstance(token, dict) else token

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,6 +68,11 @@ def test_seeds_choose_samples(folder: Path, cli) -> None:
         (["-p", "1", "-n", "0"], 2, "--max-tokens 0"),
         (["-p", "1", "--temperature", "-1"], 2, "--temperature -1"),
         (["-p", "1", "--device", "gpu"], 2, "device 'gpu'"),
+        (["-p", "1", "--seed", "-1"], 2, "--seed"),
+        (["-p", "1", "-t", "100000"], 2, "--threads"),
+        (["-p", "1", "--temprature", "1"], 2, "--temprature"),
+        (["-p", "99999999999999999999"], 2, "expected token ids"),
+        (["-p", "\udcff"], 5, "not UTF-8"),
         (["-p", "1", "-f", "x"], 2, "both --prompt and --file"),
         (["-f", "no-such-file"], 5, "no file no-such-file"),
     ],
@@ -91,3 +98,41 @@ def test_cuda_where_there_is_none_ends_with_exit_code_4(folder: Path, monkeypatc
     result = cli("generate", folder, "-p", "1", "--device", "cuda")
     assert result.exit_code == 4
     assert "no CUDA provider" in result.err
+
+
+@pytest.mark.parametrize("name", ["step.onnx", "weights.data"])
+def test_a_cut_export_ends_with_exit_code_5(name: str, folder: Path, tmp_path: Path, cli) -> None:
+    out = shutil.copytree(folder, tmp_path / "out")
+    with (out / name).open("r+b") as file:
+        file.truncate((out / name).stat().st_size // 2)
+    result = cli("generate", out, "-p", "1")
+    assert (result.exit_code, result.out) == (5, "")
+    assert result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("dtype", "float99"), ("state_dtype", 3), ("ops", "magic"), ("schema_version", 2)]
+)
+def test_a_manifest_with_other_values_is_refused(field: str, value: object, folder: Path, tmp_path: Path, cli) -> None:
+    out = shutil.copytree(folder, tmp_path / "out")
+    document = json.loads((out / "retnet.json").read_text())
+    (out / "retnet.json").write_text(json.dumps({**document, field: value}))
+    result = cli("generate", out, "-p", "1")
+    assert (result.exit_code, result.out) == (5, "")
+    assert field in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_standard_streams_may_be_closed_or_narrow(folder: Path) -> None:
+    command = [sys.executable, "-m", "retnet_tools.cli.app", "generate", str(folder), "-n", "3"]
+    closed = subprocess.run(["sh", "-c", 'exec "$@" <&-', "sh", *command], capture_output=True, text=True)
+    assert (closed.returncode, closed.stderr.count("\n")) == (2, 1)
+    mute = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command, "-p", "1"], capture_output=True, text=True)
+    assert (mute.returncode, mute.stderr.count("\n")) == (0, 1)
+
+
+def test_a_reader_that_goes_away_is_no_error(folder: Path) -> None:
+    command = f"{sys.executable} -m retnet_tools.cli.app generate {folder} -p 1 -n 3000 | head -c 5"
+    result = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert "error" not in result.stderr
+    assert "Traceback" not in result.stderr

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import itertools
+import os
 import shutil
+import subprocess
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -144,11 +146,56 @@ def test_a_disk_that_is_too_small_is_refused_before_writing(tmp_path: Path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_export_left_is_replaced(tmp_path: Path) -> None:
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / contract.WEIGHTS_FILE).write_bytes(b"half")
+def test_what_a_killed_export_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    abandoned = tmp_path / f".out.partial-{gone.pid}"
+    mine = [tmp_path / "out.partial", tmp_path / ".out.partial-mine", tmp_path / f".out.partial-{os.getppid()}"]
+    for folder in (abandoned, *mine):
+        folder.mkdir()
+        (folder / contract.WEIGHTS_FILE).write_bytes(b"half")
     export(BASE, random_source(BASE, 10), tmp_path / "out")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    assert set(tmp_path.iterdir()) == {tmp_path / "out", *mine}
+
+
+def test_files_of_other_names_survive_force(tmp_path: Path) -> None:
+    out = export(BASE, random_source(BASE, 10), tmp_path / "out")
+    (out / "ckpt").mkdir()
+    (out / "ckpt" / "model.safetensors").write_bytes(b"years of training")
+    (out / "notes.txt").write_text("mine")
+    plan = plan_export(checkpoint(BASE, random_source(BASE, 11)), dtype="float32", ops="fused")
+    write_export(plan, out, force=True, progress=lambda count: None)
+    assert (out / "ckpt" / "model.safetensors").read_bytes() == b"years of training"
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_links_are_followed_and_empty_folders_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    export(BASE, random_source(BASE, 12), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / contract.MANIFEST_FILE).is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export(BASE, random_source(BASE, 12), Path("."))
+    assert (tmp_path / "here" / contract.MANIFEST_FILE).is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "link", "real"]
+
+
+def test_folders_made_for_a_failed_export_are_removed(tmp_path: Path) -> None:
+    source = random_source(BASE, 13)
+    source.tensors["layers.1.ffn.up_proj.weight"][0, 0] = 1e6
+    with pytest.raises(InputError):
+        export(BASE, source, tmp_path / "a" / "b" / "out", dtype="float16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_source_that_cannot_be_read_is_no_fault_of_the_output(tmp_path: Path) -> None:
+    source = _Failing(random_source(BASE, 14).tensors)
+    object.__setattr__(source, "error", PermissionError(errno.EACCES, "Permission denied", "/elsewhere/model.pt"))
+    with pytest.raises(InputError, match=r"cannot read /elsewhere/model\.pt \(Permission denied\)"):
+        export(BASE, source, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_graphs_are_written_after_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +203,7 @@ def test_the_graphs_are_written_after_the_weights(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(export_module, "write_graph", lambda path, *_, **__: seen.extend(path.parent.iterdir()))
     export(BASE, random_source(BASE, 11), tmp_path / "out")
     assert [path.name for path in seen] == [contract.WEIGHTS_FILE]
-    assert seen[0].parent.name == "out.partial"
+    assert seen[0].parent.name == f".out.partial-{os.getpid()}"
 
 
 def test_an_unknown_operator_set_is_refused() -> None:
@@ -166,7 +213,12 @@ def test_an_unknown_operator_set_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("path", "expected"),
-    [("ckpt", "ckpt-onnx"), ("runs/ckpt/", "runs/ckpt-onnx"), ("model.v2", "model.v2-onnx")],
+    [
+        ("ckpt", "ckpt-onnx"),
+        ("runs/ckpt/", "runs/ckpt-onnx"),
+        ("model.v2", "model.v2-onnx"),
+        ("..", f"{Path.cwd().parent}-onnx"),
+    ],
 )
 def test_the_default_output_lies_beside_the_checkpoint(path: str, expected: str) -> None:
     assert default_output(Path(path)) == Path(expected)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from retnet_tools.errors import UsageError
+from retnet_tools.errors import InputError, UsageError
 from retnet_tools.runtime.sampling import Sampler, Sampling, probabilities
 
 LOGITS = np.log(np.array([[0.5, 0.25, 0.15, 0.1], [0.1, 0.2, 0.3, 0.4]], dtype=np.float32))
@@ -67,3 +67,13 @@ def test_large_logits_do_not_overflow() -> None:
 def test_values_out_of_range_are_refused(fields: dict[str, float]) -> None:
     with pytest.raises(UsageError, match=next(iter(fields)).replace("_", "-")):
         Sampling(**fields)
+
+
+def test_a_tiny_temperature_is_greedy() -> None:
+    assert probabilities(LOGITS, Sampling(1e-320)).argmax(-1).tolist() == [0, 3]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_refused(temperature: float) -> None:
+    with pytest.raises(InputError, match="not finite"):
+        Sampler(Sampling(temperature)).sample(np.array([[0.0, np.nan]]))

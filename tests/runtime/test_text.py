@@ -71,3 +71,11 @@ def test_ids_go_in_and_out_without_a_tokenizer(tmp_path: Path, folder: Path) -> 
     assert "".join(stream.push(token) for token in [12, 7, 300]) == "12 7 300"
     with pytest.raises(UsageError, match="'x' in the prompt; expected token ids"):
         codec.encode("1 x")
+    with pytest.raises(UsageError, match="expected token ids"):
+        codec.encode("99999999999999999999")
+
+
+def test_end_ids_that_are_no_numbers_are_refused(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"eos_token_id": [[1]]}')
+    with pytest.raises(InputError, match=r"generation_config\.json has eos_token_id"):
+        TextCodec(folder, 300)
