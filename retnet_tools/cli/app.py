@@ -12,6 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 from retnet_tools import __version__
+from retnet_tools.cli.bench import bench
 from retnet_tools.cli.convert import convert
 from retnet_tools.cli.export import export
 from retnet_tools.cli.generate import generate
@@ -29,7 +30,7 @@ app = typer.Typer(
     "5 unsafe or corrupt input.",
 )
 
-for command in (inspect, convert, verify, export, generate):
+for command in (inspect, convert, verify, export, generate, bench):
     app.command()(command)
 
 

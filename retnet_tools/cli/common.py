@@ -121,3 +121,18 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise UsageError(f"size {text!r}", "at least one byte")
     return size
+
+
+def parse_counts(option: str, text: str, largest: int | None = None) -> list[int]:
+    """Positive numbers from a comma list.
+
+    Raises:
+        UsageError: anything else.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and len(word) < 10 and int(word) > 0 for word in words):
+        raise UsageError(f"{option} {text!r}", "positive numbers, separated by commas")
+    counts = [int(word) for word in words]
+    if largest is not None and max(counts) > largest:
+        raise UsageError(f"{option} {max(counts)}", f"at most {largest}")
+    return counts

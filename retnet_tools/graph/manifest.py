@@ -98,7 +98,9 @@ def read_manifest(folder: Path) -> Manifest:
             },
             tokenizer_files=tuple(data["tokenizer_files"]),
         )
-    except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+    except ConfigError as error:
+        raise InputError(f"{path}: {error.found}", error.expected, "export the checkpoint again") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not a manifest ({error})", "the JSON that export writes") from error
 
 

@@ -62,8 +62,8 @@ def open_session(path: Path, device: Device, threads: int | None = None) -> onnx
     if threads is not None:
         options.intra_op_num_threads = threads
     provider: Any = device.provider
+    check_device(device)
     if device.kind == "cuda":
-        _require_cuda(onnxruntime)
         provider = (device.provider, {"device_id": device.index})
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
@@ -89,7 +89,16 @@ def open_session(path: Path, device: Device, threads: int | None = None) -> onnx
     return session
 
 
-def _require_cuda(onnxruntime: Any) -> None:
+def check_device(device: Device) -> None:
+    """Check that a device's provider can be had, as far as can be told without opening a graph.
+
+    Raises:
+        ProviderError: what is missing.
+    """
+    if device.kind == "cpu":
+        return
+    import onnxruntime
+
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         raise ProviderError(
             "this onnxruntime has no CUDA provider",
