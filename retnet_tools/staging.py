@@ -16,25 +16,24 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def staged_folder(target: Path, *, marker: str, force: bool, required_bytes: int) -> Iterator[Path]:
+def staged_folder(target: Path, *, marker: str, required_bytes: int, stale: Collection[str] = ()) -> Iterator[Path]:
     """A hidden folder beside `target` to write into; its files appear in `target` at the end, `marker` last.
 
     On any error it is removed, with every folder that was made for it. What a killed process left is removed by the
-    next run for the same target. Files of other names in an existing target are never touched.
+    next run for the same target. Files of other names in an existing target are never touched; files of the same
+    names are replaced, so check the target first.
 
     Args:
         target: the folder to make; a link is followed.
-        marker: the file that says a folder is complete. Only a folder that has it is written over.
-        force: write over an existing folder.
+        marker: the file that says a folder is complete: removed first and written last.
         required_bytes: what will be written; checked against the free space first.
+        stale: further files of an existing target to remove.
 
     Raises:
-        UsageError: the target exists and `force` is off.
-        OutputError: the target is something else, the disk is too small or becomes full, or writing is not allowed.
+        OutputError: the disk is too small or becomes full, or writing is not allowed.
         InputError: a file elsewhere cannot be read.
     """
     target = target.resolve()
-    check_target(target, marker=marker, force=force)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     made = _missing_parents(partial)
     try:
@@ -49,7 +48,7 @@ def staged_folder(target: Path, *, marker: str, force: bool, required_bytes: int
                 "free space or choose another -o",
             )
         yield partial
-        _publish(partial, target, marker)
+        _publish(partial, target, marker, stale)
     except OSError as error:
         _remove(partial, made)
         if error.errno in _DISK_FULL:
@@ -82,11 +81,12 @@ def check_target(target: Path, *, marker: str, force: bool) -> None:
         )
 
 
-def _publish(partial: Path, target: Path, marker: str) -> None:
+def _publish(partial: Path, target: Path, marker: str, stale: Collection[str]) -> None:
     if not target.exists():
         partial.rename(target)
         return
-    (target / marker).unlink(missing_ok=True)
+    for name in (marker, *stale):
+        (target / name).unlink(missing_ok=True)
     names = sorted((file.name for file in partial.iterdir()), key=lambda name: name == marker)
     for name in names:
         os.replace(partial / name, target / name)

@@ -1,12 +1,10 @@
 """Writes a checkpoint folder, one tensor at a time.
 
-Every file is written under a partial name and renamed at the end, the configuration last: a folder without it is no
-checkpoint, so an interrupted write never looks finished.
+The configuration appears last: a folder without it is no checkpoint, so an interrupted write never looks finished.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -16,14 +14,14 @@ from typing import Any
 
 from retnet_tools.errors import OutputError, UsageError
 from retnet_tools.formats.containers import PlannedTensor, Progress, write_safetensors, write_torch
+from retnet_tools.staging import staged_folder
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_PATTERN = "model-*-of-*.safetensors"
-PARTIAL_SUFFIX = ".partial"
 DEFAULT_SHARD_SIZE = 5_000_000_000
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OTHER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -95,37 +93,22 @@ def write_checkpoint(path: Path, layout: CheckpointLayout, *, force: bool, progr
         OutputError: the path is no folder, or the disk is full; nothing new is left behind.
         InputError: a tensor that cannot be read or does not fit its type.
     """
-    names = layout.names
-    if len(set(names)) < len(names):
+    if len(set(layout.names)) < len(layout.names):
         raise OutputError("an extra file has the name of a file of the checkpoint", "another name", "rename it")
     check_folder(path, layout, force=force)
-    created = not path.exists()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        for left in path.glob(f"model*{PARTIAL_SUFFIX}"):
-            left.unlink()
+    *_, config = layout.documents
+    stale = [file.name for file in _present(path) if file.name not in layout.names]
+    with staged_folder(path, marker=config, required_bytes=layout.nbytes + _OTHER_BYTES, stale=stale) as folder:
         for name, tensors in layout.weights.items():
             write = write_safetensors if name.endswith(".safetensors") else write_torch
-            write(_partial(path, name), tensors, progress)
+            write(folder / name, tensors, progress)
         for file in layout.copies:
-            if file.resolve() != (path / file.name).resolve():
-                shutil.copyfile(file, _partial(path, file.name))
+            shutil.copyfile(file, folder / file.name)
         for name, make_text in layout.texts.items():
-            _partial(path, name).write_text(make_text(), encoding="utf-8")
+            (folder / name).write_text(make_text(), encoding="utf-8")
         for name, document in layout.documents.items():
-            _partial(path, name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        _publish(path, layout)
-    except OSError as error:
-        if error.errno in _DISK_FULL:
-            raise OutputError(
-                f"the disk is full: {path} not written", f"{layout.nbytes / 1e9:.2f} GB free", "free space"
-            ) from error
-        raise OutputError(
-            f"cannot write {path} ({error.strerror or error})", "a folder that can be written", "name another folder"
-        ) from error
-    finally:
-        _clean(path, names, created)
-    return [path / name for name in names]
+            (folder / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return [path / name for name in layout.names]
 
 
 def check_folder(path: Path, layout: CheckpointLayout, *, force: bool) -> None:
@@ -146,25 +129,3 @@ def check_folder(path: Path, layout: CheckpointLayout, *, force: bool) -> None:
 def _present(path: Path, names: Sequence[str] = ()) -> list[Path]:
     named = [path / name for name in dict.fromkeys((CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, *names))]
     return [file for file in (*named, *sorted(path.glob(SHARD_PATTERN))) if file.exists()]
-
-
-def _partial(path: Path, name: str) -> Path:
-    return path / f"{name}{PARTIAL_SUFFIX}"
-
-
-def _publish(path: Path, layout: CheckpointLayout) -> None:
-    """Take the old checkpoint away, its configuration first, and rename the new one into place, its own last."""
-    names = layout.names
-    for old in _present(path, list(layout.documents)):
-        if old.name in layout.documents or old.name not in names:
-            old.unlink()
-    for name in names:
-        if _partial(path, name).exists():
-            _partial(path, name).replace(path / name)
-
-
-def _clean(path: Path, names: Sequence[str], created: bool) -> None:
-    for name in names:
-        _partial(path, name).unlink(missing_ok=True)
-    if created and path.is_dir() and not any(path.iterdir()):
-        path.rmdir()

@@ -17,7 +17,7 @@ from retnet_tools.graph.manifest import Manifest
 from retnet_tools.graph.ops import ELEMENT_TYPES, OPERATOR_SETS
 from retnet_tools.graph.writer import ALIGNMENT, write_graph, write_weights
 from retnet_tools.provenance import SourceHasher, provenance
-from retnet_tools.staging import staged_folder
+from retnet_tools.staging import check_target, staged_folder
 
 GRAPH_BYTES = 8 << 20
 """Room for graphs and manifest when the free space is checked."""
@@ -72,11 +72,10 @@ def write_export(plan: ExportPlan, out: Path, *, force: bool, progress: Callable
         OutputError: it cannot be written, or the disk is full; nothing is left behind.
         InputError: the checkpoint cannot be read, or a value does not fit `dtype`.
     """
+    check_target(out, marker=contract.MANIFEST_FILE, force=force)
     checkpoint = plan.checkpoint
     with (
-        staged_folder(
-            out, marker=contract.MANIFEST_FILE, force=force, required_bytes=plan.weight_bytes + GRAPH_BYTES
-        ) as folder,
+        staged_folder(out, marker=contract.MANIFEST_FILE, required_bytes=plan.weight_bytes + GRAPH_BYTES) as folder,
         SourceHasher(checkpoint.source_files) as hasher,
     ):
         tensors = plan.tensors.values()
