@@ -62,15 +62,18 @@ def provenance(
     }
 
 
-def provenance_section(record: dict[str, Any]) -> str:
-    """The record as a section of a model card."""
+def provenance_section(source_format: str, files: Sequence[Path], notes: Sequence[str]) -> str:
+    """Where a converted checkpoint comes from, as a section of a model card: files with their sizes, no hashes.
+
+    Hashing takes longer than converting; the card says what was read, and an export's retnet.json has the hashes.
+    """
     lines = [
         "## Provenance",
         "",
-        f"Converted by retnet-tools {record['retnet_tools']} from {record['source_format']}:",
+        f"Converted by retnet-tools {__version__} from {source_format}:",
         "",
-        *(f"- `{file['name']}`, sha256 `{file['sha256']}`" for file in record["source_files"]),
+        *(f"- `{file.name}`, {file.stat().st_size} bytes" for file in files),
     ]
-    if record["notes"]:
-        lines += ["", *(f"Note: {note}." for note in record["notes"])]
+    if notes:
+        lines += ["", *(f"Note: {note}." for note in notes)]
     return "\n".join(lines) + "\n"

@@ -5,9 +5,10 @@ Linear weights are stored `[out, in]` (y = x W^T), as torch does. Rows of q and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +50,35 @@ class WeightSource(Protocol):
     def read(self, name: str) -> Array:
         """The tensor's data (bfloat16 as `ml_dtypes.bfloat16`)."""
         ...
+
+
+class FileRegion(NamedTuple):
+    """Bytes that lie together in a file."""
+
+    path: Path
+    offset: int
+    nbytes: int
+
+
+@runtime_checkable
+class BlockSource(Protocol):
+    """A `WeightSource` that can also give a tensor piece by piece, so that memory is bounded by a block."""
+
+    def blocks(self, name: str) -> Iterator[Array]:
+        """The tensor in pieces along its first axis, each contiguous and owned by the caller."""
+        ...
+
+    def region(self, name: str) -> FileRegion | None:
+        """Where the tensor's own bytes lie, in order and in its dtype; None where they do not."""
+        ...
+
+
+def read_blocks(source: WeightSource, name: str) -> Iterator[Array]:
+    """A tensor in pieces along its first axis where the source can do that, else whole."""
+    if isinstance(source, BlockSource):
+        yield from source.blocks(name)
+    else:
+        yield source.read(name)
 
 
 def canonical_shapes(config: RetNetConfig) -> dict[str, tuple[int, ...]]:

@@ -28,27 +28,19 @@ def convert(
     """Write a checkpoint in another format, bit for bit unless its type changes."""
     from retnet_tools.dtypes import parse_dtype
     from retnet_tools.formats import open_checkpoint, writable_format
-    from retnet_tools.formats.conversion import plan_checkpoint, write_conversion
-    from retnet_tools.formats.writer import check_folder
+    from retnet_tools.formats.conversion import plan_checkpoint
+    from retnet_tools.formats.writer import check_folder, write_checkpoint
     from retnet_tools.reports.conversion import conversion_document, render_conversion
 
     target = writable_format(to)
     number_type = None if dtype is None else parse_dtype(dtype)
     size = common.parse_size(max_shard_size)
     checkpoint = open_checkpoint(source, source_format)
-    plan = plan_checkpoint(checkpoint, target, dtype=number_type, max_shard_size=size, digests=lambda: [])
+    plan = plan_checkpoint(checkpoint, target, dtype=number_type, max_shard_size=size)
     if not dry_run:
         check_folder(output, plan.layout, force=force)
         with common.progress_bar() as progress:
             task = progress.add_task("convert", total=plan.layout.nbytes)
-            write_conversion(
-                checkpoint,
-                target,
-                output,
-                dtype=number_type,
-                max_shard_size=size,
-                force=force,
-                progress=lambda count: progress.advance(task, count),
-            )
+            write_checkpoint(output, plan.layout, force=force, progress=lambda count: progress.advance(task, count))
     document = conversion_document(checkpoint, target.name, plan, output, written=not dry_run)
     common.print_json(document) if as_json else render_conversion(document)

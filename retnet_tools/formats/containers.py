@@ -1,25 +1,28 @@
 """The two containers that checkpoints are written in, streamed: safetensors, and the zip of `torch.save`.
 
-Memory of both: the one tensor that is being written.
+Memory of both: the one block of a tensor that is being written.
 """
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from retnet_tools.errors import InputError
 from retnet_tools.formats.storage import SAFETENSORS_DTYPES, contiguous_strides
-from retnet_tools.weights import Array, TensorInfo
+from retnet_tools.weights import Array, FileRegion, TensorInfo
 
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _TORCH_STORAGES = {
@@ -28,6 +31,7 @@ _TORCH_STORAGES = {
     "float32": "FloatStorage",
     "float64": "DoubleStorage",
 }
+_NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 Progress = Callable[[int], None]
 
 
@@ -36,13 +40,15 @@ class PlannedTensor:
     """A tensor to write, under the name that the file gives it.
 
     Attributes:
-        read: gives the data, contiguous and of `info`'s dtype and shape.
+        blocks: gives the data in pieces along the first axis, contiguous and of `info`'s dtype.
+        region: where exactly these bytes lie already, to be copied without passing through memory.
         same_as: the name of an earlier tensor whose storage this one shares (torch files only).
     """
 
     name: str
     info: TensorInfo
-    read: Callable[[], Array]
+    blocks: Callable[[], Iterator[Array]]
+    region: FileRegion | None = None
     same_as: str | None = None
 
 
@@ -57,10 +63,11 @@ def write_safetensors(file: Path, tensors: Sequence[PlannedTensor], progress: Pr
         end += tensor.info.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with file.open("wb") as out:
+    with file.open("wb", buffering=0) as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
-            out.write(_bytes(tensor))
+            if tensor.region is None or not _copy_region(out, tensor.region):
+                _write_blocks(out, tensor)
             if progress is not None:
                 progress(tensor.info.nbytes)
 
@@ -78,20 +85,46 @@ def write_torch(file: Path, tensors: Sequence[PlannedTensor], progress: Progress
             if tensor.same_as is not None:
                 continue
             with archive.open(f"{root}/data/{keys[tensor.name]}", "w", force_zip64=True) as entry:
-                entry.write(_bytes(tensor))
+                _write_blocks(entry, tensor)
             if progress is not None:
                 progress(tensor.info.nbytes)
         archive.writestr(f"{root}/version", "3\n")
 
 
-def _bytes(tensor: PlannedTensor) -> memoryview:
-    array = tensor.read()
-    if TensorInfo(array.shape, array.dtype) != tensor.info:
-        raise InputError(
-            f"tensor {tensor.name!r} gave {array.dtype} {list(array.shape)}",
-            f"{tensor.info.dtype} {list(tensor.info.shape)}",
-        )
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+def _copy_region(out: FileIO, region: FileRegion) -> bool:
+    """Let the kernel copy a region to the end of a file; False, with nothing written, where it cannot."""
+    if not hasattr(os, "copy_file_range"):
+        return False
+    done = 0
+    with region.path.open("rb") as source:
+        while done < region.nbytes:
+            try:
+                count = os.copy_file_range(
+                    source.fileno(), out.fileno(), region.nbytes - done, offset_src=region.offset + done
+                )
+            except OSError as error:
+                if done == 0 and error.errno in _NO_KERNEL_COPY:
+                    return False
+                raise
+            if count == 0:
+                raise InputError(
+                    f"{region.path} ends {region.nbytes - done} bytes inside a tensor",
+                    "the size it had when it was opened",
+                    "fetch or copy it again",
+                )
+            done += count
+    return True
+
+
+def _write_blocks(out: IO[bytes], tensor: PlannedTensor) -> None:
+    written = 0
+    for block in tensor.blocks():
+        if block.dtype != tensor.info.dtype:
+            raise InputError(f"tensor {tensor.name!r} gave {block.dtype}", str(tensor.info.dtype))
+        out.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+        written += block.nbytes
+    if written != tensor.info.nbytes:
+        raise InputError(f"tensor {tensor.name!r} gave {written} bytes", f"{tensor.info.nbytes}")
 
 
 def _state_dict_pickle(tensors: Sequence[PlannedTensor], keys: dict[str, str]) -> bytes:

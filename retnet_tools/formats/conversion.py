@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,12 +13,20 @@ import numpy as np
 from retnet_tools.config import RetNetConfig
 from retnet_tools.dtypes import NUMPY_DTYPES, FloatName, convert, parse_dtype
 from retnet_tools.errors import ConfigError, InputError, UsageError
-from retnet_tools.formats.containers import PlannedTensor, Progress
+from retnet_tools.formats.containers import PlannedTensor
 from retnet_tools.formats.planned import PlannedFiles
 from retnet_tools.formats.spec import AS_STORED, Checkpoint, FormatSpec, MappedWeights, Transform, Writing, expand_names
-from retnet_tools.formats.writer import DEFAULT_SHARD_SIZE, INDEX_FILE, CheckpointLayout, shard, write_checkpoint
-from retnet_tools.provenance import SourceHasher, provenance, provenance_section
-from retnet_tools.weights import Array, TensorInfo, WeightSource, canonical_shapes, check_weights
+from retnet_tools.formats.writer import DEFAULT_SHARD_SIZE, INDEX_FILE, CheckpointLayout, shard
+from retnet_tools.provenance import provenance_section
+from retnet_tools.weights import (
+    Array,
+    BlockSource,
+    TensorInfo,
+    WeightSource,
+    canonical_shapes,
+    check_weights,
+    read_blocks,
+)
 
 CARD_FILE = "README.md"
 
@@ -88,12 +96,8 @@ def plan_checkpoint(
     *,
     dtype: FloatName | None,
     max_shard_size: int,
-    digests: Callable[[], Sequence[str]],
 ) -> Conversion:
     """Lay a whole checkpoint out in a format: its tokenizer and licences too, and a card that says where it is from.
-
-    Args:
-        digests: gives the sha256 of each of the checkpoint's source files, called after the weights are written.
 
     Raises:
         UsageError, InputError: as `plan_conversion`.
@@ -101,9 +105,8 @@ def plan_checkpoint(
     card = next((file for file in checkpoint.card_files if file.name == CARD_FILE), None)
 
     def card_text() -> str:
-        record = provenance(checkpoint.format, checkpoint.source_files, digests(), checkpoint.notes)
         text = "" if card is None else card.read_text(encoding="utf-8").rstrip() + "\n\n"
-        return text + provenance_section(record)
+        return text + provenance_section(checkpoint.format, checkpoint.source_files, checkpoint.notes)
 
     return plan_conversion(
         checkpoint.config,
@@ -114,29 +117,6 @@ def plan_checkpoint(
         texts={CARD_FILE: card_text},
         copies=[*checkpoint.tokenizer_files, *(file for file in checkpoint.card_files if file != card)],
     )
-
-
-def write_conversion(
-    checkpoint: Checkpoint,
-    target: FormatSpec,
-    out: Path,
-    *,
-    dtype: FloatName | None,
-    max_shard_size: int,
-    force: bool,
-    progress: Progress,
-) -> Conversion:
-    """Convert a checkpoint; sources are hashed while tensors are written.
-
-    Memory: one tensor as read and as written.
-
-    Raises:
-        UsageError, InputError, OutputError: as `plan_conversion` and `write_checkpoint`.
-    """
-    with SourceHasher(checkpoint.source_files) as hasher:
-        plan = plan_checkpoint(checkpoint, target, dtype=dtype, max_shard_size=max_shard_size, digests=hasher.digests)
-        write_checkpoint(out, plan.layout, force=force, progress=progress)
-    return plan
 
 
 def _stored_tensors(
@@ -151,25 +131,28 @@ def _stored_tensors(
         transform = writing.transforms.get(template, AS_STORED)
         info = weights.info(canonical)
         target = NUMPY_DTYPES[dtype] if dtype is not None else info.dtype
-        read = partial(_read, weights, canonical, transform, target)
-        tensors.append(PlannedTensor(name, TensorInfo(transform.stored_shape(shapes[canonical]), target), read))
+        read = partial(_blocks, weights, canonical, transform, target)
+        region = None
+        if transform is AS_STORED and target == info.dtype and isinstance(weights, BlockSource):
+            region = weights.region(canonical)
+        tensors.append(PlannedTensor(name, TensorInfo(transform.stored_shape(shapes[canonical]), target), read, region))
         names[name] = canonical
     by_name = {tensor.name: tensor for tensor in tensors}
     for name, original in writing.ties.items():
         tensors.append(replace(by_name[original], name=name, same_as=original))
         names[name] = names[original]
     for name, buffer in writing.buffers.items():
-        tensors.append(PlannedTensor(name, TensorInfo(buffer.shape, buffer.dtype), partial(_same, buffer)))
+        tensors.append(PlannedTensor(name, TensorInfo(buffer.shape, buffer.dtype), partial(iter, (buffer,))))
         names[name] = None
     return tensors, names
 
 
-def _read(weights: WeightSource, canonical: str, transform: Transform, dtype: np.dtype[Any]) -> Array:
-    return convert(canonical, transform.invert(weights.read(canonical)), dtype)
-
-
-def _same(buffer: Array) -> Array:
-    return buffer
+def _blocks(weights: WeightSource, canonical: str, transform: Transform, dtype: np.dtype[Any]) -> Iterator[Array]:
+    if transform is AS_STORED:
+        for block in read_blocks(weights, canonical):
+            yield convert(canonical, block, dtype)
+    else:
+        yield convert(canonical, transform.invert(weights.read(canonical)), dtype)
 
 
 def _check_reads_back(

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from retnet_tools.formats.containers import PlannedTensor
 from retnet_tools.formats.files import CheckpointFiles
 from retnet_tools.formats.storage import StoredTensors, TensorLocation, contiguous_strides
@@ -23,7 +25,9 @@ class PlannedTensors(StoredTensors):
 
     def read(self, name: str) -> Array:
         """The data that would be written."""
-        return self._planned[name].read()
+        return np.concatenate([block.reshape(-1) for block in self._planned[name].blocks()]).reshape(
+            self._planned[name].info.shape
+        )
 
     def same_data(self, first: str, second: str) -> bool:
         """Whether two tensors will share their storage."""

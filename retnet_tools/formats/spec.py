@@ -15,7 +15,7 @@ the `RetNetConfig`, and a table from the names that the format stores to the can
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -27,7 +27,7 @@ from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import InputError
 from retnet_tools.formats.files import CheckpointFiles
 from retnet_tools.formats.storage import StoredTensors
-from retnet_tools.weights import Array, TensorInfo, WeightSource, canonical_shapes, is_floating
+from retnet_tools.weights import Array, FileRegion, TensorInfo, WeightSource, canonical_shapes, is_floating
 
 Shape = tuple[int, ...]
 NameTable = Mapping[str, str | None]
@@ -196,6 +196,19 @@ class MappedWeights:
         """The canonical tensor, contiguous and owned by the caller."""
         entry = self._entries[name]
         return np.ascontiguousarray(entry.transform.apply([self._stored.read(part) for part in entry.parts]))
+
+    def region(self, name: str) -> FileRegion | None:
+        """Where the bytes of a tensor that is taken as stored lie."""
+        entry = self._entries[name]
+        return self._stored.region(entry.parts[0]) if entry.transform is AS_STORED else None
+
+    def blocks(self, name: str) -> Iterator[Array]:
+        """The canonical tensor in pieces of whole rows of about 16 MB, or whole where it is not taken as stored."""
+        entry = self._entries[name]
+        if entry.transform is AS_STORED:
+            yield from self._stored.blocks(entry.parts[0])
+        else:
+            yield self.read(name)
 
 
 def check_layer_count(config: RetNetConfig, stored: StoredTensors) -> None:

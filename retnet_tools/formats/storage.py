@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from retnet_tools.errors import InputError
-from retnet_tools.weights import Array, TensorInfo
+from retnet_tools.weights import Array, FileRegion, TensorInfo
 
 SAFETENSORS_DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -107,6 +107,17 @@ class StoredTensors:
     def read(self, name: str) -> Array:
         """The tensor's data, contiguous and owned by the caller."""
         return self.locations[name].read()
+
+    def blocks(self, name: str) -> Iterator[Array]:
+        """The tensor in pieces of whole rows of about 16 MB."""
+        return self.locations[name].blocks()
+
+    def region(self, name: str) -> FileRegion | None:
+        """Where a contiguous tensor's bytes lie."""
+        location = self.locations[name]
+        if location.strides != contiguous_strides(location.shape):
+            return None
+        return FileRegion(location.file, location.offset, location.span * location.dtype.itemsize)
 
     def same_data(self, first: str, second: str) -> bool:
         """Whether two tensors share their storage or are equal byte for byte; memory: two blocks of 16 MB."""

@@ -14,7 +14,7 @@ from retnet_tools.dtypes import convert
 from retnet_tools.graph.builder import BuiltGraph, StoredTensor
 from retnet_tools.graph.contract import WEIGHTS_FILE
 from retnet_tools.graph.ops import ELEMENT_TYPES
-from retnet_tools.weights import Array, WeightSource
+from retnet_tools.weights import Array, WeightSource, read_blocks
 
 IR_VERSION = 11
 """The ONNX IR version that came with opset 23."""
@@ -33,7 +33,7 @@ class Placement:
 def write_weights(
     path: Path, tensors: Iterable[StoredTensor], source: WeightSource, progress: Callable[[int], None]
 ) -> dict[str, Placement]:
-    """Write weights.data, one source tensor in memory at a time (twice its size while its type changes).
+    """Write weights.data, one block of a source tensor in memory at a time.
 
     Args:
         path: the file to write.
@@ -55,7 +55,8 @@ def write_weights(
             if tensor.table is not None:
                 _write_array(file, tensor.table)
             for name in tensor.sources:
-                _write_array(file, convert(name, source.read(name), ELEMENT_TYPES[tensor.dtype].numpy()))
+                for block in read_blocks(source, name):
+                    _write_array(file, convert(name, block, ELEMENT_TYPES[tensor.dtype].numpy()))
             places[tensor.name] = Placement(offset, file.tell() - offset)
             progress(places[tensor.name].length)
     return places

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from retnet_tools.config import BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
 from retnet_tools.errors import InputError, UsageError
 from retnet_tools.formats import FORMATS, open_checkpoint, writable_format
-from retnet_tools.formats.conversion import plan_conversion, write_conversion
+from retnet_tools.formats.conversion import plan_checkpoint, plan_conversion
 from retnet_tools.formats.files import CheckpointFiles
 from retnet_tools.formats.schedules import floats, paper_log_decay, rope_frequencies
 from retnet_tools.formats.writer import write_checkpoint
@@ -254,19 +254,13 @@ def test_card_licences_and_tokenizer_travel(tmp_path: Path) -> None:
     (source / "tokenizer.json").write_text("{}")
     (source / "generation_config.json").write_text('{"eos_token_id": 1}')
     checkpoint = open_checkpoint(source)
-    write_conversion(
-        checkpoint,
-        writable_format("torchscale"),
-        tmp_path / "out",
-        dtype=None,
-        max_shard_size=10**9,
-        force=False,
-        progress=lambda count: None,
-    )
+    plan = plan_checkpoint(checkpoint, writable_format("torchscale"), dtype=None, max_shard_size=10**9)
+    write_checkpoint(tmp_path / "out", plan.layout, force=False, progress=None)
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("# My model\n")
     assert "## Provenance" in card
-    assert card.count("sha256") == len(checkpoint.source_files)
+    for file in checkpoint.source_files:
+        assert f"`{file.name}`, {file.stat().st_size} bytes" in card
     for name in ("LICENSE.txt", "tokenizer.json", "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
     assert (source / "README.md").read_text() == "# My model\n"
