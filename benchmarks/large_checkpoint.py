@@ -51,15 +51,24 @@ def write_checkpoint(folder: Path, size: str, shard_size: int) -> int:
     return sum(file.stat().st_size for file in files)
 
 
+# A child starts with its parent's peak as its own, so a small process stands between them.
+_LAUNCHER = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+print(status, usage.ru_maxrss * 1024)
+"""
+
+
 def timed(command: list[str]) -> Run:
     """Seconds until the command is done and its data on the disk, and its peak resident bytes."""
     began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
+    result = subprocess.run([sys.executable, "-c", _LAUNCHER, *command], stdout=subprocess.PIPE, text=True, check=True)
+    status, peak = map(int, result.stdout.split())
     if status:
         sys.exit(f"{' '.join(command)} failed with status {status}")
     os.sync()
-    return time.perf_counter() - began, usage.ru_maxrss * 1024
+    return time.perf_counter() - began, peak
 
 
 def summary(runs: list[Run], copies: list[Run]) -> dict[str, Any]:
