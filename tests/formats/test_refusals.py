@@ -242,13 +242,13 @@ def test_shards_and_broken_indices(tmp_path: Path) -> None:
         write_index(tmp_path, broken)
         refusal(tmp_path, "no weight_map")
     (tmp_path / "model.safetensors.index.json").write_text("{")
-    refusal(tmp_path, "is not JSON")
+    refusal(tmp_path, "cannot be read as JSON")
 
 
 def test_configuration_that_is_not_json(tmp_path: Path) -> None:
     write_torchscale(tmp_path)
     (tmp_path / "args.json").write_bytes(b"\xff\xfe{")
-    refusal(tmp_path, r"args\.json is not JSON")
+    refusal(tmp_path, r"args\.json cannot be read as JSON")
 
 
 def test_explicit_format_says_what_it_misses(tmp_path: Path) -> None:
