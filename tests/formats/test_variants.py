@@ -169,6 +169,27 @@ def test_the_head_norm_has_another_name_where_it_is_not_fused(
     np.testing.assert_array_equal(weights.read("layers.1.retention.head_norm.weight"), expected)
 
 
+def test_the_merged_feed_forward_matrix_of_first_releases_is_split(tmp_path: Path) -> None:
+    state = load_file(FLA / "model.safetensors")
+    moved: dict[str, Array | None] = {}
+    for i in range(2):
+        gate, up = (f"model.layers.{i}.mlp.{name}_proj.weight" for name in ("gate", "up"))
+        moved |= {gate: np.concatenate([state[gate], state[up]]), up: None}
+    merged, split = open_checkpoint(changed(FLA, tmp_path / "x", {}, moved)).weights, open_checkpoint(FLA).weights
+    assert list(merged.names()) == list(split.names())
+    for name in split.names():
+        assert merged.info(name) == split.info(name)
+        read = merged.read(name)
+        assert read.base is None or read.base.nbytes == read.nbytes
+        np.testing.assert_array_equal(read, split.read(name))
+    moved["model.layers.1.mlp.gate_proj.weight"] = state["model.layers.1.mlp.gate_proj.weight"]
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.gate_proj\.weight' has shape"):
+        open_checkpoint(changed(FLA, tmp_path / "mixed", {}, moved))
+    up = "model.layers.0.mlp.up_proj.weight"
+    with pytest.raises(InputError, match=f"no tensor '{up}'"):
+        open_checkpoint(changed(FLA, tmp_path / "incomplete", {}, {up: None}))
+
+
 def syncdoth(**values: Any) -> RetNetConfig:
     sizes = {"decoder_embed_dim": 48, "decoder_retention_heads": 3, "decoder_value_embed_dim": 72}
     return resolve_syncdoth(Settings("syncdoth", {**sizes, **values}), Schedules((-0.1,) * 3, (1.0,) * 8, ()))
