@@ -7,12 +7,12 @@ evaluated: schedules are tuples of float64, and choices are values.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from retnet_tools.errors import ConfigError
+from retnet_tools.fields import check_not_negative, check_positive, check_size, check_types, from_json
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "leaky_relu", "elu", "sigmoid", "tanh"]
 NormKind = Literal["rms", "layer"]
@@ -40,8 +40,8 @@ class ScoreNormalization:
     clamp: ScoreClamp
 
     def __post_init__(self) -> None:
-        _check_choice("score_normalization.clamp", self.clamp, ScoreClamp)
-        _check_positive("score_normalization.key_scale", self.key_scale)
+        check_types(self, "score_normalization.")
+        check_positive("score_normalization.key_scale", self.key_scale)
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,8 @@ class HeadNorm:
     bias: bool = False
 
     def __post_init__(self) -> None:
-        _check_choice("head_norm.kind", self.kind, HeadNormKind)
-        _check_choice("head_norm.weight", self.weight, HeadNormWeight)
-        if self.eps < 0:
-            raise ConfigError(f"head_norm.eps is {self.eps}", "a number >= 0")
+        check_types(self, "head_norm.")
+        check_not_negative("head_norm.eps", self.eps)
         if self.bias and self.weight == "none":
             raise ConfigError("head_norm.bias without head_norm.weight", "both or neither")
         if self.kind == "none" and self.weight != "none":
@@ -80,9 +78,8 @@ class BlockNorm:
     bias: bool = False
 
     def __post_init__(self) -> None:
-        _check_choice("block_norm.kind", self.kind, NormKind)
-        if self.eps < 0:
-            raise ConfigError(f"block_norm.eps is {self.eps}", "a number >= 0")
+        check_types(self, "block_norm.")
+        check_not_negative("block_norm.eps", self.eps)
 
 
 @dataclass(frozen=True)
@@ -104,9 +101,8 @@ class FeedForward:
     norm: BlockNorm | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("feed_forward.kind", self.kind, FeedForwardKind)
-        _check_choice("feed_forward.activation", self.activation, Activation)
-        _check_size("feed_forward.dim", self.dim)
+        check_types(self, "feed_forward.")
+        check_size("feed_forward.dim", self.dim)
 
 
 @dataclass(frozen=True)
@@ -131,7 +127,8 @@ class RetNetConfig:
         head_bias: whether the output projection has a bias.
 
     Raises:
-        ConfigError: sizes that do not divide, schedules of the wrong length, unknown choices.
+        ConfigError: a field of the wrong type, an unknown choice, sizes that do not divide, schedules of the wrong
+            length.
     """
 
     vocab_size: int
@@ -160,14 +157,11 @@ class RetNetConfig:
     head_bias: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         self._check_sizes()
         self._check_schedules()
-        for name in ("feature_map", "gate"):
-            if getattr(self, name) is not None:
-                _check_choice(name, getattr(self, name), Activation)
-        _check_choice("norm_order", self.norm_order, NormOrder)
-        _check_positive("residual_alpha", self.residual_alpha)
-        _check_positive("embedding_scale", self.embedding_scale)
+        check_positive("residual_alpha", self.residual_alpha)
+        check_positive("embedding_scale", self.embedding_scale)
         around = (self.embedding_scale != 1, self.embedding_norm, self.tie_word_embeddings, self.head_bias)
         if self.tie_word_embeddings and self.head_bias:
             raise ConfigError("head_bias with tie_word_embeddings", "one or the other")
@@ -176,9 +170,9 @@ class RetNetConfig:
 
     def _check_sizes(self) -> None:
         if self.vocab_size != 0:
-            _check_size("vocab_size", self.vocab_size)
+            check_size("vocab_size", self.vocab_size)
         for name in ("hidden_size", "num_layers", "num_heads", "num_kv_groups", "key_dim", "value_dim"):
-            _check_size(name, getattr(self, name))
+            check_size(name, getattr(self, name))
         for name in ("key_dim", "value_dim"):
             if getattr(self, name) % self.num_heads:
                 raise ConfigError(
@@ -192,17 +186,17 @@ class RetNetConfig:
     def _check_schedules(self) -> None:
         pairs = self.head_k_dim // 2
         if len(self.decay) != self.num_heads:
-            raise ConfigError(f"{len(self.decay)} decays", f"one log(gamma) for each of {self.num_heads} heads")
+            raise ConfigError(
+                f"decay of {len(self.decay)} numbers", f"one log(gamma) for each of {self.num_heads} heads"
+            )
         if len(self.key_decay) not in (0, pairs):
-            raise ConfigError(f"{len(self.key_decay)} key decays", f"none, or head_k_dim / 2 = {pairs}")
-        if not all(math.isfinite(g) and g <= 0 for g in (*self.decay, *self.key_decay)):
-            raise ConfigError(f"decay {self.decay}, key decay {self.key_decay}", "finite log(gamma) <= 0")
+            raise ConfigError(f"key_decay of {len(self.key_decay)} numbers", f"none, or head_k_dim / 2 = {pairs}")
+        if any(g > 0 for g in (*self.decay, *self.key_decay)):
+            raise ConfigError(f"decay {self.decay}, key_decay {self.key_decay}", "log(gamma) <= 0")
         if self.key_decay and self.score_normalization.by_decay:
             raise ConfigError("score_normalization.by_decay with key_decay", "one gamma a head to sum the powers of")
-        if len(self.rotary_frequencies) != pairs:
-            raise ConfigError(f"{len(self.rotary_frequencies)} rotary frequencies", f"head_k_dim / 2 = {pairs}")
-        if not all(math.isfinite(f) for f in self.rotary_frequencies):
-            raise ConfigError("rotary frequencies that are not finite", "finite radians per position")
+        if (given := len(self.rotary_frequencies)) != pairs:
+            raise ConfigError(f"rotary_frequencies of {given} numbers", f"head_k_dim / 2 = {pairs}")
 
     @property
     def head_k_dim(self) -> int:
@@ -238,63 +232,10 @@ class RetNetConfig:
         """Inverse of `to_dict`.
 
         Raises:
-            ConfigError: a field that is unknown or missing, by name.
+            ConfigError: a field that is unknown, missing or of the wrong type, by name.
         """
-        values = _exact_fields(cls, data, "config")
-        try:
-            values |= {name: tuple(float(x) for x in values[name]) for name in _SCHEDULES if name in values}
-            config: RetNetConfig = _build(cls, values, "config")
-            return config
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"a configuration field of the wrong type ({error})", "the types of RetNetConfig"
-            ) from error
+        config: RetNetConfig = from_json(cls, data)
+        return config
 
 
 _SCHEDULES = ("decay", "key_decay", "rotary_frequencies")
-_NESTED: dict[type, dict[str, type]] = {
-    RetNetConfig: {
-        "score_normalization": ScoreNormalization,
-        "head_norm": HeadNorm,
-        "block_norm": BlockNorm,
-        "feed_forward": FeedForward,
-    },
-    FeedForward: {"norm": BlockNorm},
-}
-
-
-def _build(kind: type, data: Any, where: str) -> Any:
-    """A dataclass from its fields; nested ones may be None only where that is their default."""
-    values = _exact_fields(kind, data, where)
-    defaults = {f.name: f.default for f in dataclasses.fields(kind)}
-    for name, inner in _NESTED.get(kind, {}).items():
-        if values.get(name, defaults[name]) is not None or defaults[name] is not None:
-            values[name] = _build(inner, values[name], f"{where}.{name}".removeprefix("config."))
-    return kind(**values)
-
-
-def _exact_fields(kind: type, data: Any, where: str) -> dict[str, Any]:
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{where} is {type(data).__name__}", "an object with named fields")
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    if unknown := sorted(set(data) - set(fields)):
-        raise ConfigError(f"{where} has unknown field {unknown[0]!r}", f"only {', '.join(fields)}")
-    required = {n for n, f in fields.items() if f.default is dataclasses.MISSING}
-    if missing := sorted(required - set(data)):
-        raise ConfigError(f"{where} has no field {missing[0]!r}", "every required field")
-    return dict(data)
-
-
-def _check_choice(name: str, value: Any, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise ConfigError(f"{name} is {value!r}", f"one of {', '.join(get_args(choices))}")
-
-
-def _check_size(name: str, value: Any) -> None:
-    if type(value) is not int or value < 1:
-        raise ConfigError(f"{name} is {value!r}", "a positive integer")
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (value > 0 and math.isfinite(value)):
-        raise ConfigError(f"{name} is {value!r}", "a positive number")

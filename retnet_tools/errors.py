@@ -37,11 +37,11 @@ class RetNetToolsError(Exception):
 
 
 class OutputError(RetNetToolsError):
-    """The output exists already, or cannot be written (exit 1)."""
+    """The output cannot be written (exit 1); one that exists already is a `UsageError`."""
 
 
 class UsageError(RetNetToolsError):
-    """An argument is wrong, or does not fit the others (exit 2)."""
+    """An argument is wrong, does not fit the others, or names an output that exists already (exit 2)."""
 
     exit_code = 2
 

@@ -81,6 +81,39 @@ def read_blocks(source: WeightSource, name: str) -> Iterator[Array]:
         yield source.read(name)
 
 
+class FiniteWeights:
+    """The tensors of another source; one that holds NaN or infinities is refused when it is read.
+
+    Memory of `read`: the tensor, and a byte for each of its elements.
+    """
+
+    def __init__(self, source: WeightSource) -> None:
+        self._source = source
+
+    def names(self) -> Iterable[str]:
+        """Names of all tensors."""
+        return self._source.names()
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype, without reading the data."""
+        return self._source.info(name)
+
+    def read(self, name: str) -> Array:
+        """The tensor's data.
+
+        Raises:
+            InputError: a value that is NaN or infinite.
+        """
+        array = self._source.read(name)
+        if wrong := array.size - np.count_nonzero(np.isfinite(array)):
+            raise InputError(
+                f"tensor {name!r} holds {wrong} NaN or infinite value{'s' if wrong > 1 else ''}",
+                "finite weights",
+                "inspect lists all such tensors",
+            )
+        return array
+
+
 def canonical_shapes(config: RetNetConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of a model of this configuration, by canonical name, in storage order."""
     d, f, v = config.hidden_size, config.feed_forward.dim, config.value_dim

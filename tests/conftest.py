@@ -1,12 +1,17 @@
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import settings
 
 from retnet_tools.cli import app
 
 torch.set_num_threads(1)
+settings.register_profile("ci", derandomize=True, deadline=None)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 
 @dataclass(frozen=True)

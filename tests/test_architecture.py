@@ -16,6 +16,7 @@ PACKAGE = Path(retnet_tools.__file__).parent
 ROWS = {
     "": 0,
     "errors": 0,
+    "fields": 1,
     "dtypes": 1,
     "provenance": 1,
     "staging": 1,

@@ -6,7 +6,7 @@ import pytest
 
 from retnet_tools.errors import InputError
 from retnet_tools.model.retnet import RetNet
-from retnet_tools.weights import TensorInfo, canonical_shapes, check_weights, is_floating
+from retnet_tools.weights import FiniteWeights, TensorInfo, canonical_shapes, check_weights, is_floating
 from tests.helpers import ABLATIONS, BASE, MemorySource, random_source
 
 
@@ -42,6 +42,17 @@ def test_sizes_in_bytes_do_not_overflow() -> None:
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
 def test_float_types_may_be_weights(dtype: type) -> None:
     assert is_floating(np.dtype(dtype))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+def test_tensors_that_are_not_finite_are_refused_when_read(dtype: type) -> None:
+    bad = np.array([1, np.nan, -np.inf, np.inf], dtype)
+    source = FiniteWeights(MemorySource({"good": np.ones(3, dtype), "bad": bad}))
+    assert list(source.names()) == ["good", "bad"]
+    assert source.info("bad") == TensorInfo((4,), np.dtype(dtype))
+    np.testing.assert_array_equal(source.read("good"), np.ones(3, dtype))
+    with pytest.raises(InputError, match="tensor 'bad' holds 3 NaN or infinite values; expected finite weights"):
+        source.read("bad")
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint16, np.bool_, np.complex64, ml_dtypes.float8_e4m3fn])

@@ -24,14 +24,23 @@ app = typer.Typer(
     name="retnet-tools",
     help="Take a RetNet from a training checkpoint to fast, verified inference.",
     add_completion=False,
+    rich_markup_mode=None,  # Rich help would take longer to import than to read
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done, 1 failure, 2 usage, 3 verification over its budget, 4 provider not available, "
     "5 unsafe or corrupt input.",
 )
 
-for command in (inspect, convert, verify, export, generate, bench):
-    app.command()(command)
+COMMANDS = (
+    (inspect, "What a checkpoint or an export holds, and lint."),
+    (convert, "A checkpoint to another format, bit for bit."),
+    (verify, "Whether the forms agree on a checkpoint, and why not."),
+    (export, "A checkpoint to a stateful ONNX decoder."),
+    (generate, "Continue a prompt with an exported decoder."),
+    (bench, "How fast a model decodes on this machine."),
+)
+for command, summary in COMMANDS:
+    app.command(short_help=summary)(command)
 
 
 def _print_version(value: bool) -> None:

@@ -20,7 +20,12 @@ def verify(
     dtype: Annotated[str, typer.Option("--dtype", help="fp32, fp16, bf16 or fp64.")] = "fp32",
     tolerance: Annotated[
         float | None,
-        typer.Option("--tolerance", help="Largest difference in logits; by dtype and cause if left out.", min=0.0),
+        typer.Option(
+            "--tolerance",
+            help="Largest difference in logits by rounding and epsilon, in place of the budgets by dtype. A difference "
+            "that is logic, or of a hand-off, fails all the same.",
+            min=0.0,
+        ),
     ] = None,
     chunk_size: Annotated[int, typer.Option("--chunk-size", help="Tokens in a chunk of the chunkwise form.")] = 48,
     tokens: Annotated[int, typer.Option("--tokens", help="Tokens to run, or of the text to use.", min=1)] = 256,

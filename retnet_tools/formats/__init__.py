@@ -42,6 +42,10 @@ def open_checkpoint(path: Path | str, format: str | None = None) -> Checkpoint:
         reading = spec.read(files)
     except ConfigError as error:
         raise InputError(f"{files.path}: {error.found}", error.expected, error.action) from error
+    except (OverflowError, RecursionError) as error:
+        raise InputError(
+            f"the configuration of {files.path} is out of range ({error})", "the numbers of a model", "correct it"
+        ) from error
     weights = MappedWeights(files.tensors, reading)
     return Checkpoint(
         path=files.path,

@@ -36,7 +36,7 @@ def read(files: CheckpointFiles) -> Reading:
     if document.get("format") != FORMAT_NAME:
         raise InputError(f"no {CONFIG_FILE} of retnet-tools in {files.folder}", f'"format": "{FORMAT_NAME}"')
     version = document.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise InputError(f"{path} has format_version {version!r}", str(FORMAT_VERSION), "upgrade retnet-tools")
     config = RetNetConfig.from_dict(document.get("config", {}))
     check_layer_count(config, files.tensors)

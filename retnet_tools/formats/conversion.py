@@ -125,7 +125,7 @@ def _stored_tensors(
     shapes = canonical_shapes(config)
     tensors: list[PlannedTensor] = []
     names: dict[str, str | None] = {}
-    for name, (canonical, template) in expand_names(config, writing.names, writing.prefix).items():
+    for name, canonical, template in expand_names(config, writing.names, writing.prefix):
         if canonical not in shapes:
             continue
         transform = writing.transforms.get(template, AS_STORED)

@@ -2,8 +2,8 @@
 
 Its rotation works on halves of a head, which `halves_to_pairs` turns into pairs at load. It scales q by 1/sqrt(K)
 where we scale k, so its state is ours times sqrt(K). It stores no frequencies and no decay, and computes both in
-float32. The feed-forward network is silu whatever `hidden_act` says: that
-is the activation of the output gate.
+float32. The feed-forward network is silu whatever `hidden_act` says: that is the activation of the output gate. Its
+first releases store the gate and up projections as one matrix, the gate's rows first, under the name of the former.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from retnet_tools.formats.schedules import floats, paper_log_decay, rope_frequen
 from retnet_tools.formats.settings import Settings
 from retnet_tools.formats.spec import FormatSpec, NameTable, Reading, Transform, Writing, check_tie
 from retnet_tools.formats.storage import StoredTensors
-from retnet_tools.formats.transforms import halves_to_pairs
+from retnet_tools.formats.transforms import halves_to_pairs, row_part
 
 ORIGIN = "flash-linear-attention"
 EMBEDDING, HEAD = "model.embeddings.weight", "lm_head.weight"
 QUERY, KEY = "layers.{i}.retention.q_proj.weight", "layers.{i}.retention.k_proj.weight"
+FFN_GATE, FFN_UP = "model.layers.{i}.mlp.gate_proj.weight", "model.layers.{i}.mlp.up_proj.weight"
+FFN_PARTS = ("layers.{i}.ffn.gate_proj.weight", "layers.{i}.ffn.up_proj.weight")
 FFN_MULTIPLE = 256
 ACTIVATIONS: dict[str, Activation] = {
     "swish": "silu",
@@ -50,8 +52,8 @@ NAMES: NameTable = {
     "model.layers.{i}.attn.g_proj.weight": "layers.{i}.retention.gate_proj.weight",
     "model.layers.{i}.attn.o_proj.weight": "layers.{i}.retention.out_proj.weight",
     "model.layers.{i}.mlp_norm.weight": "layers.{i}.ffn_norm.weight",
-    "model.layers.{i}.mlp.gate_proj.weight": "layers.{i}.ffn.gate_proj.weight",
-    "model.layers.{i}.mlp.up_proj.weight": "layers.{i}.ffn.up_proj.weight",
+    FFN_GATE: FFN_PARTS[0],
+    FFN_UP: FFN_PARTS[1],
     "model.layers.{i}.mlp.down_proj.weight": "layers.{i}.ffn.down_proj.weight",
     "model.norm.weight": "final_norm.weight",
 }
@@ -83,17 +85,28 @@ def read(files: CheckpointFiles) -> Reading:
     refuse_unsupported(settings, stored)
     config = resolve(settings)
     fused = settings.text("hidden_act", "swish") == "swish" and settings.flag("fuse_norm", True)
-    names = name_table(fused=fused and config.gate is not None)
+    names: dict[str, str | tuple[str, ...] | None] = {**name_table(fused=fused and config.gate is not None)}
+    changes = transforms(config)
+    if _is_ffn_merged(stored, config):
+        names[FFN_GATE] = FFN_PARTS
+        del names[FFN_UP]
+        changes |= {name: row_part(i, len(FFN_PARTS)) for i, name in enumerate(FFN_PARTS)}
     if config.tie_word_embeddings:
         names[HEAD] = None
         check_tie(stored, HEAD, EMBEDDING)
-    return Reading(config, ORIGIN, names, transforms=transforms(config), config_files=(path,))
+    return Reading(config, ORIGIN, names, transforms=changes, config_files=(path,))
 
 
 def name_table(*, fused: bool) -> dict[str, str | None]:
     """The names of a model; the head norm's tells whether it is fused with a swish gate."""
     head_norm = "g_norm_swish_gate" if fused else "g_norm"
     return {**NAMES, f"model.layers.{{i}}.attn.{head_norm}.weight": HEAD_NORM}
+
+
+def _is_ffn_merged(stored: StoredTensors, config: RetNetConfig) -> bool:
+    gate = stored.locations.get(FFN_GATE.format(i=0))
+    rows = gate.shape[0] if gate is not None and gate.shape else 0
+    return FFN_UP.format(i=0) not in stored.locations and rows == 2 * config.feed_forward.dim
 
 
 def transforms(config: RetNetConfig) -> dict[str, Transform]:

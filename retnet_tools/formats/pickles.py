@@ -7,11 +7,11 @@ stand-in, and any other name is refused. Tensors become `TensorLocation`s: their
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import pickletools
 import struct
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +94,14 @@ def attributes(value: Any) -> dict[str, Any] | None:
     return dict(value) if isinstance(value, Mapping) else None
 
 
+class _Dict(dict[Any, Any]):
+    """Stands for `OrderedDict`: without attributes, whatever a pickle would set on it."""
+
+    __slots__ = ()
+
+    def __setstate__(self, _: Any) -> None: ...
+
+
 class _Namespace:
     """Stands for `argparse.Namespace`: a bag of attributes."""
 
@@ -124,7 +132,7 @@ class _InertUnpickler(pickle.Unpickler):
         if qualified in IGNORED_GLOBALS:
             return type("Ignored", (_Ignored,), {})
         known: dict[str, Callable[[], Any]] = {
-            "collections.OrderedDict": lambda: OrderedDict,
+            "collections.OrderedDict": lambda: type("OrderedDict", (_Dict,), {"__slots__": ()}),
             "torch.Size": lambda: tuple,
             "argparse.Namespace": lambda: type("Namespace", (_Namespace,), {}),
             "torch._utils._rebuild_tensor_v2": lambda: lambda *args: self._tensor(*args[:4]),
@@ -156,6 +164,12 @@ class _InertUnpickler(pickle.Unpickler):
         counts = (offset, *shape, *strides)
         if not isinstance(storage, Storage) or len(shape) != len(strides) or not all(map(_is_count, counts)):
             raise ValueError("a tensor with a broken description")
+        if math.prod(shape) > storage.numel:
+            raise InputError(
+                f"{self._path} has a tensor of shape {list(shape)} in a storage of {storage.numel} elements",
+                "an element of its own for each",
+                "save contiguous tensors",
+            )
         start = self._find_storage(storage) + offset * storage.dtype.itemsize
         location = TensorLocation(self._path, start, tuple(shape), storage.dtype, tuple(strides))
         if offset + location.span > storage.numel:
@@ -267,7 +281,7 @@ def _read_legacy(path: Path) -> Any:
         tree_at = file.tell()
         _unpickle(file, path, remember)
         keys = _unpickle(file, path, refuse)
-        if not isinstance(keys, list) or set(keys) != set(found):
+        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or set(keys) != set(found):
             raise _corrupt(path, "its storages do not match its tensors")
         starts = {}
         for key in keys:

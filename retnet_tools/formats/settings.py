@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import reprlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -10,6 +11,9 @@ from typing import Any, TypeVar
 from retnet_tools.errors import InputError
 
 Choice = TypeVar("Choice")
+
+MAX_COUNT = 1 << 24
+MAX_NUMBER = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -23,19 +27,23 @@ class Settings:
     values: Mapping[str, Any]
 
     def count(self, name: str, default: int | None = None) -> int:
-        """A positive number."""
+        """A positive integer, below a bound that keeps schedules of its length small."""
         value = self._value(name, default)
-        if type(value) is not int or value < 1:
+        if type(value) is not int or not 1 <= value <= MAX_COUNT:
             raise InputError(
-                f"the {self.origin} configuration has {name} = {value!r}", "a positive integer", "correct it"
+                f"the {self.origin} configuration has {name} = {reprlib.repr(value)}",
+                f"a positive integer, at most {MAX_COUNT}",
+                "correct it",
             )
         return value
 
     def number(self, name: str, default: float) -> float:
         """A number that is not negative."""
         value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise InputError(f"the {self.origin} configuration has {name} = {value!r}", "a number >= 0", "correct it")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_NUMBER:
+            raise InputError(
+                f"the {self.origin} configuration has {name} = {reprlib.repr(value)}", "a number >= 0", "correct it"
+            )
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:

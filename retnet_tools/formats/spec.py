@@ -7,10 +7,12 @@ the `RetNetConfig`, and a table from the names that the format stores to the can
         "embed_tokens.weight": "embedding.weight",
         "layers.{i}.ffn.fc1.weight": "layers.{i}.ffn.gate_proj.weight",
         "layers.{i}.retentions.{h}.W_Q": "layers.{i}.retention.q_proj.weight",   # all heads make one tensor
+        "layers.{i}.ffn.both.weight": ("layers.{i}.ffn.gate_proj.weight", "layers.{i}.ffn.up_proj.weight"),
         "retnet_rel_pos.angle": None,                                            # dropped on purpose
     }
 
-`{i}` runs over layers and `{h}` over heads.
+`{i}` runs over layers and `{h}` over heads. A stored tensor that fills several canonical ones needs a transform for
+each, which takes its share.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from retnet_tools.weights import Array, FileRegion, TensorInfo, WeightSource, ca
 
 Shape = tuple[int, ...]
 NameTable = Mapping[str, str | None]
+SplitTable = Mapping[str, str | tuple[str, ...] | None]
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Reading:
 
     Attributes:
         version: which release of the format, for people.
-        names: from stored to canonical names, as templates; None drops a tensor on purpose.
+        names: from stored to canonical names, as templates; None drops a tensor on purpose, a tuple splits it.
         prefix: what every stored name starts with, before the names of the table.
         transforms: by canonical template; tensors without one are taken as stored.
         config_files: the files that the configuration was read from.
@@ -66,7 +69,7 @@ class Reading:
 
     config: RetNetConfig
     version: str
-    names: NameTable
+    names: SplitTable
     prefix: str = ""
     transforms: Mapping[str, Transform] = field(default_factory=dict)
     config_files: tuple[Path, ...] = ()
@@ -161,14 +164,15 @@ class MappedWeights:
         check_layer_count(reading.config, stored)
         shapes = canonical_shapes(reading.config)
         sources = expand_names(reading.config, reading.names, reading.prefix)
+        places = {name: canonical for name, canonical, _ in sources}
         dropped = _dropped_names(reading)
         present = set(stored.names())
         for name in stored.names():
-            if name not in dropped and sources.get(name, ("", ""))[0] not in shapes:
-                raise InputError(f"unknown tensor {name!r}", f"the names of {reading.version}", _hint(name, sources))
+            if name not in dropped and places.get(name) not in shapes:
+                raise InputError(f"unknown tensor {name!r}", f"the names of {reading.version}", _hint(places.get(name)))
         parts: dict[str, list[str]] = {}
         templates: dict[str, str] = {}
-        for name, (canonical, template) in sources.items():
+        for name, canonical, template in sources:
             parts.setdefault(canonical, []).append(name)
             templates[canonical] = template
         self._entries: dict[str, _Entry] = {}
@@ -236,17 +240,17 @@ def check_tie(stored: StoredTensors, head: str, embedding: str) -> None:
         )
 
 
-def expand_names(config: RetNetConfig, names: NameTable, prefix: str) -> dict[str, tuple[str, str]]:
-    """A name table for this many layers and heads: stored name to (canonical name, its template).
+def expand_names(config: RetNetConfig, names: SplitTable, prefix: str) -> list[tuple[str, str, str]]:
+    """A name table for this many layers and heads: stored name, canonical name, its template.
 
     Names that the table drops are left out.
     """
-    expanded = {}
-    for stored, canonical in names.items():
-        if canonical is not None:
-            for i, h in _indices(config, stored):
-                expanded[prefix + stored.format(i=i, h=h)] = (canonical.format(i=i), canonical)
-    return expanded
+    return [
+        (prefix + stored.format(i=i, h=h), template.format(i=i), template)
+        for stored, canonical in names.items()
+        for i, h in _indices(config, stored)
+        for template in ((canonical,) if isinstance(canonical, str) else canonical or ())
+    ]
 
 
 def _dropped_names(reading: Reading) -> set[str]:
@@ -264,9 +268,9 @@ def _indices(config: RetNetConfig, template: str) -> Iterable[tuple[int, int]]:
     return product(layers, heads)
 
 
-def _hint(name: str, sources: Mapping[str, tuple[str, str]]) -> str:
-    if name in sources:
-        return f"the configuration has no place for {sources[name][0]!r}: check that it belongs to these weights"
+def _hint(canonical: str | None) -> str:
+    if canonical is not None:
+        return f"the configuration has no place for {canonical!r}: check that it belongs to these weights"
     return "check that the configuration and the format belong to these weights"
 
 

@@ -158,12 +158,14 @@ def load_json(path: Path) -> Any:
     """The JSON document in a file.
 
     Raises:
-        InputError: not UTF-8 or not JSON.
+        InputError: not UTF-8, not JSON, or an object with a name twice, of which a reader would silently take one.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error})", "a JSON document", "fetch or write it again") from error
+        raise InputError(
+            f"{path} cannot be read as JSON ({error})", "a JSON document", "fetch or write it again"
+        ) from error
 
 
 def open_safetensors(path: Path) -> StoredTensors:
@@ -230,9 +232,11 @@ def open_shards(index: Path, open_shard: Callable[[Path], StoredTensors]) -> Sto
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name occurs twice")
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"the name {name!r} occurs twice")
+        result[name] = value
     return result
 
 

@@ -35,5 +35,14 @@ def joined_heads(num_heads: int) -> Transform:
     )
 
 
+def row_part(index: int, count: int) -> Transform:
+    """One of several matrices that are stored as one, below each other: rows `[index * N, (index + 1) * N)`."""
+
+    def apply(parts: Sequence[Array]) -> Array:
+        return np.split(parts[0], count)[index].copy()
+
+    return Transform(lambda shape: (count * shape[0], *shape[1:]), apply)
+
+
 TRANSPOSED = Transform(lambda shape: shape[::-1], lambda parts: parts[0].T)
 """A matrix `[in, out]`, used as x W."""

@@ -14,10 +14,11 @@ states in place of logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations, product
+from itertools import product
+from math import inf
 from typing import Any
 
 import numpy.typing as npt
@@ -28,13 +29,12 @@ from retnet_tools.config import RetNetConfig
 from retnet_tools.dtypes import FloatName
 from retnet_tools.errors import UsageError, VerificationError, did_you_mean
 from retnet_tools.model.budgets import ACTIONS, Budget, Cause, cause_of
-from retnet_tools.model.differences import Difference, difference, max_abs, max_abs_difference
+from retnet_tools.model.differences import Difference, max_abs_difference
+from retnet_tools.model.memory import check_memory
 from retnet_tools.model.retention import FORMS, RetentionForm, retention_chunkwise
 from retnet_tools.model.retnet import RetNet, load_model
-from retnet_tools.weights import WeightSource
-
-Progress = Callable[[str, int, int], None]
-Pair = tuple[str, str]
+from retnet_tools.model.runs import Pair, Progress, Steps, require_finite, run_forms, without_epsilon
+from retnet_tools.weights import FiniteWeights, WeightSource
 
 DEFAULT_CHUNK_SIZE = 48
 HANDOFF_TOKENS = 64
@@ -144,20 +144,26 @@ def compare_forms(
     A stack without an embedding takes embeddings `[B, T, D]`.
 
     Raises:
-        UsageError: fewer than two forms, no tokens, tokens outside the vocabulary, a negative tolerance.
-        InputError: weights that do not fit the configuration.
+        UsageError: fewer than two forms, no tokens, tokens outside the vocabulary, more tokens than fit into memory, a
+            negative tolerance.
+        InputError: weights that do not fit the configuration or are not finite; logits that are not finite in float64,
+            so that there is nothing to compare.
     """
     _check_arguments(config, inputs, forms, tolerance)
+    check_memory(config, inputs.shape[0], inputs.shape[1], forms)
+    weights = FiniteWeights(weights)
     ids = torch.from_numpy(inputs)
     clamped = config.score_normalization.clamp != "none"
-    step = _Steps(progress, len(forms) * (1 + clamped + (dtype != "float64")) + 1)
+    step = Steps(progress, len(forms) * (1 + clamped + (dtype != "float64")) + 1)
     run = None
     if dtype != "float64":
-        run = _run(load_model(config, weights, TORCH_DTYPES[dtype]), ids, forms, step, dtype)
+        run = run_forms(load_model(config, weights, TORCH_DTYPES[dtype]), ids, forms, step, dtype)
     model = load_model(config, weights, torch.float64)
-    float64 = _run(model, ids, forms, step, "float64")
-    exact = _without_epsilon(model) if clamped else model
-    eps0 = _run(exact, ids, forms, step, "float64, epsilon 0") if clamped else float64
+    float64 = run_forms(model, ids, forms, step, "float64")
+    require_finite(float64)
+    exact = without_epsilon(model) if clamped else model
+    eps0 = run_forms(exact, ids, forms, step, "float64, epsilon 0") if clamped else float64
+    require_finite(eps0)
     run = run or float64
     budget = Budget.of(dtype, float64.scale, tolerance)
     comparisons = tuple(
@@ -165,7 +171,7 @@ def compare_forms(
     )
     step("hand-offs")
     handoffs = tuple(_handoffs(exact, ids[:1], forms, eps0.first_row, budget))
-    notes = (*_notes(config, ids, forms), *run.notes)
+    notes = (*_notes(config, ids, forms), *dict.fromkeys((*run.notes, *float64.notes, *eps0.notes)))
     rows, tokens = ids.shape[:2]
     return AgreementReport(dtype, rows, tokens, float64.scale, budget, comparisons, handoffs, notes)
 
@@ -199,70 +205,22 @@ def prefix_lengths(tokens: int) -> list[int]:
     return sorted({p for p in (1, tokens // 3, tokens // 2, tokens - 1) if 0 < p < tokens})
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One model on all forms: their differences, and each form's logits of the first row `[1, T, vocab]`."""
-
-    pairs: dict[Pair, Difference]
-    first_row: dict[str, Tensor]
-    scale: float
-    notes: tuple[str, ...]
-
-
-class _Steps:
-    """Counts the runs for a progress callback."""
-
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self.progress, self.total, self.done = progress, total, 0
-
-    def __call__(self, what: str) -> None:
-        if self.progress is not None:
-            self.progress(what, self.done, self.total)
-        self.done += 1
-
-
-@torch.inference_mode()
-def _run(model: RetNet, ids: Tensor, forms: Mapping[str, RetentionForm], step: _Steps, label: str) -> _Run:
-    outputs = {}
-    for name, form in forms.items():
-        step(f"{name}, {label}")
-        outputs[name] = model(ids, form=form, keep_hidden=True)
-    wrong = [name for name, output in outputs.items() if not output.logits.isfinite().all()]
-    return _Run(
-        pairs={
-            (a, b): difference(outputs[a], outputs[b], model.config.has_vocabulary) for a, b in combinations(outputs, 2)
-        },
-        first_row={name: output.logits[:1].clone() for name, output in outputs.items()},
-        scale=max(max_abs(output.logits) for output in outputs.values()),
-        notes=tuple(f"the {name} form gives logits that are not finite in {label}" for name in wrong),
-    )
-
-
 @torch.inference_mode()
 def _handoffs(
     model: RetNet, ids: Tensor, forms: Mapping[str, RetentionForm], full: Mapping[str, Tensor], budget: Budget
 ) -> Iterable[Handoff]:
-    limit = budget.logic if budget.tolerance is None else budget.tolerance
     for p, a in product(prefix_lengths(ids.shape[1]), forms):
         states = model(ids[:, :p], form=forms[a]).states
         rest = slice(p, p + HANDOFF_TOKENS)
         for b in forms:
             logits = model(ids[:, rest], form=forms[b], states=states, position=p).logits
             apart = max_abs_difference(logits, full[b][:, rest])
-            yield Handoff(a, b, p, apart, apart <= limit)
+            yield Handoff(a, b, p, apart, apart <= budget.logic)
 
 
 def _compare(pair: Pair, run: Difference, float64: Difference, eps0: Difference, budget: Budget) -> Comparison:
     d, d64, d0 = run.max_abs, float64.max_abs, eps0.max_abs
     return Comparison(*pair, run, float64, eps0, cause_of(d, d64, d0, budget), budget.exceeded(d, d64, d0))
-
-
-def _without_epsilon(model: RetNet) -> RetNet:
-    """The same parameters, shared, under a head-norm epsilon of zero."""
-    with torch.device("meta"):
-        exact = RetNet(model.config.with_head_norm_eps(0.0))
-    exact.load_state_dict(model.state_dict(), assign=True)
-    return exact.eval()
 
 
 def _notes(config: RetNetConfig, ids: Tensor, forms: Mapping[str, RetentionForm]) -> Iterable[str]:
@@ -287,5 +245,5 @@ def _check_arguments(
         raise UsageError(f"tokens of shape {list(inputs.shape)}", f"[{wanted}], at least one of each")
     if config.has_vocabulary and (inputs.min() < 0 or inputs.max() >= config.vocab_size):
         raise UsageError(f"token {inputs.max()}", f"0 to {config.vocab_size - 1}, the vocabulary of the checkpoint")
-    if tolerance is not None and not tolerance >= 0:
-        raise UsageError(f"tolerance {tolerance}", "a number >= 0")
+    if tolerance is not None and not 0 <= tolerance < inf:
+        raise UsageError(f"tolerance {tolerance}", "a finite number >= 0")

@@ -17,6 +17,11 @@ ROUNDING_BUDGETS: dict[FloatName, float] = {"float64": 1e-9, "float32": 1e-4, "f
 EPSILON_BUDGET = 1e-3
 # Correct forms stay below 1e-13 here; the smallest wrong factor seen in a real implementation gives 1e-5.
 LOGIC_BUDGET = 1e-9
+BUDGET_SCALE = 10.0
+# Rounding and epsilon budgets grow with the logits up to logits of 100, and no further: e^0.01 changes a probability
+# by 1 %, whatever the size of the logits, so that a budget which kept growing would pass other distributions as the
+# same (at logits of 1e6 an epsilon budget of 100).
+MAX_FACTOR = 10.0
 
 CAUSES: dict[Cause, str] = {
     "rounding": "the forms add up in different orders; the difference shrinks in float64",
@@ -34,7 +39,11 @@ ACTIONS: dict[Cause, str] = {
 
 @dataclass(frozen=True)
 class Budget:
-    """What is allowed of each cause, in logits; with `tolerance`, one limit for the whole difference instead."""
+    """What is allowed of each cause, in logits.
+
+    With `tolerance`, one limit for the whole difference in place of those of rounding and epsilon; what is `logic` has
+    to keep its own all the same.
+    """
 
     rounding: float
     epsilon: float
@@ -43,23 +52,27 @@ class Budget:
 
     @classmethod
     def of(cls, dtype: FloatName, logits_scale: float, tolerance: float | None) -> Budget:
-        """The defaults of a dtype, growing with max |logits| beyond 10."""
-        factor = max(1.0, logits_scale / 10) if math.isfinite(logits_scale) else 1.0
-        return cls(ROUNDING_BUDGETS[dtype] * factor, EPSILON_BUDGET * factor, LOGIC_BUDGET * factor, tolerance)
+        """The defaults of a dtype, growing with max |logits| beyond 10.
+
+        Up to a factor of 10; without bound for `logic`, which float64 rounding of correct forms must never pass for.
+        """
+        factor = max(1.0, logits_scale / BUDGET_SCALE) if math.isfinite(logits_scale) else 1.0
+        capped = min(factor, MAX_FACTOR)
+        return cls(ROUNDING_BUDGETS[dtype] * capped, EPSILON_BUDGET * capped, LOGIC_BUDGET * factor, tolerance)
 
     def exceeded(self, d: float, d64: float, d0: float) -> Cause | None:
         """The cause whose part of a difference is over its limit, or None; a part that is not finite is over."""
-        if self.tolerance is not None:
-            return None if d <= self.tolerance else cause_of(d, d64, d0, self)
         if not d0 <= self.logic:
             return "logic"
+        if self.tolerance is not None:
+            return None if d <= self.tolerance else cause_of(d, d64, d0, self)
         if not d64 - d0 <= self.epsilon:
             return "normalisation-epsilon"
         return None if d - d64 <= self.rounding else "rounding"
 
     def limit(self, cause: Cause) -> str:
         """The limit that a difference of this cause has to keep, in words."""
-        if self.tolerance is not None:
+        if self.tolerance is not None and cause != "logic":
             return f"at most {self.tolerance:g}"
         value = {"rounding": self.rounding, "normalisation-epsilon": self.epsilon, "logic": self.logic}[cause]
         return f"at most {value:.1e} of this cause"

@@ -20,7 +20,8 @@ class Difference:
         max_abs: max |a - b| over all logits.
         max_rel: max_abs / max |a|, so that a logit near zero does not decide.
         kl_mean: mean over positions of KL(softmax a || softmax b), in nats; None for a stack without a head.
-        top1_agreement: part of the positions where both runs rank the same token first; None likewise.
+        top1_agreement: part of the positions where both runs rank the same token first, which logits that are not
+            finite do not; None likewise.
         layers: max |a - b| of each layer's output.
         first_layer: the first layer whose output differs by more than rounding explains (a part of its largest
             value, by dtype), or None.
@@ -50,7 +51,7 @@ def difference(a: RetNetOutput, b: RetNetOutput, distributions: bool = True) -> 
         max_abs=apart,
         max_rel=apart / largest if largest else apart,
         kl_mean=_kl_mean(a.logits, b.logits) if distributions else None,
-        top1_agreement=(a.logits.argmax(-1) == b.logits.argmax(-1)).double().mean().item() if distributions else None,
+        top1_agreement=_top1_agreement(a.logits, b.logits) if distributions else None,
         layers=tuple(layers),
         first_layer=first,
     )
@@ -65,6 +66,11 @@ def max_abs_difference(a: Tensor, b: Tensor) -> float:
     """max |a - b| in float64, a row of the batch at a time; NaN where a value is not finite on both sides."""
     rows = [(x.double() - y.double()).abs().max() for x, y in zip(a, b, strict=True)]
     return torch.stack(rows).max().item()
+
+
+def _top1_agreement(a: Tensor, b: Tensor) -> float:
+    same = a.argmax(-1) == b.argmax(-1)
+    return (same & a.isfinite().all(-1) & b.isfinite().all(-1)).double().mean().item()
 
 
 def _kl_mean(a: Tensor, b: Tensor) -> float:

@@ -2,10 +2,13 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from retnet_tools.config import HeadNorm
 from retnet_tools.formats.canonical import write_canonical
 from tests.helpers import ABLATIONS, BASE, random_source
 
@@ -99,6 +102,32 @@ def test_a_tolerance_lets_it_pass(cli, large_epsilon):
     assert cli("verify", large_epsilon, "--tolerance", 1, *SHORT).exit_code == 0
 
 
+def test_a_tolerance_does_not_let_logic_pass(cli, tmp_path):
+    config = replace(BASE, head_norm=HeadNorm("none", 0.0))
+    write_canonical(tmp_path / "clamped", config, random_source(config, 1))
+    result = cli("verify", tmp_path / "clamped", "--tolerance", 1000, *SHORT)
+    assert (result.exit_code, "(logic" in result.err) == (3, True)
+
+
+def test_a_weight_that_is_not_finite_exits_with_5_and_its_name(cli, tmp_path):
+    tensors = dict(random_source(BASE, 1).tensors)
+    tensors["layers.0.ffn.down_proj.weight"][0, 0] = np.nan
+    write_canonical(tmp_path / "nan", BASE, tensors)
+    result = cli("verify", tmp_path / "nan", *SHORT)
+    assert (result.exit_code, result.out) == (5, "")
+    expected = "error: tensor 'layers.0.ffn.down_proj.weight' holds 1 NaN or infinite value; expected finite weights"
+    assert result.err.startswith(expected)
+    assert len(result.err.splitlines()) == 1
+
+
+def test_more_tokens_than_fit_into_memory_exit_with_2(cli, checkpoint):
+    result = cli("verify", checkpoint, "--tokens", 3_000_000)
+    assert (result.exit_code, result.out) == (2, "")
+    assert "error: 3000000 tokens need about" in result.err
+    assert "expected at most" in result.err
+    assert len(result.err.splitlines()) == 1
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "float16", "fp64"])
 def test_other_float_types_pass(cli, checkpoint, dtype):
     assert cli("verify", checkpoint, "--dtype", dtype, "--modes", "recurrent,chunkwise", *SHORT).exit_code == 0
@@ -147,8 +176,8 @@ def test_help_answers_without_loading_torch():
     script = "import sys, retnet_tools.cli.app; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
     times = []
-    for _ in range(3):
+    while len(times) < 10 and min(times, default=1) >= 0.4:
         began = time.perf_counter()
         subprocess.run([sys.executable, "-m", "retnet_tools.cli.app", "--help"], check=True, capture_output=True)
         times.append(time.perf_counter() - began)
-    assert min(times) < 0.8
+    assert min(times) < 0.4

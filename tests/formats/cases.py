@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.numpy import save_file
 
+from retnet_tools.errors import InputError
+from retnet_tools.formats import open_checkpoint
 from retnet_tools.weights import Array
 
 CONFORMANCE = Path(__file__).parent.parent / "data" / "conformance"
@@ -85,3 +88,12 @@ def write_torchscale(
     else:
         torch.save({key: torch.from_numpy(value) for key, value in tensors.items()}, folder / name)
     return folder / name
+
+
+def refusal(path: Path, match: str) -> InputError:
+    """The error with which a checkpoint is refused: one line, exit code 5."""
+    with pytest.raises(InputError, match=match) as caught:
+        open_checkpoint(path)
+    assert caught.value.exit_code == 5
+    assert "\n" not in str(caught.value)
+    return caught.value

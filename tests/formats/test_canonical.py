@@ -195,10 +195,12 @@ def test_bad_arguments(tmp_path: Path) -> None:
     [
         ({"format_version": 2}, "format_version 2; expected 1; upgrade"),
         ({"format_version": None}, "format_version None"),
+        ({"format_version": True}, "format_version True"),
+        ({"format_version": 1.0}, r"format_version 1\.0"),
         ({"config": {}}, "has no field"),
         ({"config": []}, "config is list"),
     ],
-    ids=["newer", "no version", "empty", "list"],
+    ids=["newer", "no version", "true", "float", "empty", "list"],
 )
 def test_broken_configurations_are_refused(tmp_path: Path, change: dict[str, Any], match: str) -> None:
     write_canonical(tmp_path, SMALL, random_source(SMALL, seed=13))
@@ -209,13 +211,36 @@ def test_broken_configurations_are_refused(tmp_path: Path, change: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("num_heads", 5), ("num_layers", 10**12), ("decay", "text"), ("extra", 1), ("gate", [])]
+    ("field", "value"),
+    [
+        ("num_heads", 5),
+        ("num_layers", 10**12),
+        ("decay", "0000"),
+        ("extra", 1),
+        ("gate", []),
+        ("tie_word_embeddings", "false"),
+        ("final_norm", "no"),
+        pytest.param("residual_alpha", 10**400, id="residual_alpha-huge"),
+        ("embedding_scale", float("nan")),
+        ("head_norm", {"kind": "rms", "eps": float("inf")}),
+        ("decay", [10**400] * 4),
+        ("num_kv_groups", True),
+    ],
 )
 def test_invalid_fields_are_input_errors(tmp_path: Path, field: str, value: object) -> None:
     write_canonical(tmp_path, SMALL, random_source(SMALL, seed=14))
     document = json.loads((tmp_path / "config.json").read_text())
     document["config"][field] = value
     (tmp_path / "config.json").write_text(json.dumps(document))
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError, match=field.removeprefix("num_")) as caught:
         open_checkpoint(tmp_path)
     assert caught.value.exit_code == 5
+
+
+def test_a_name_that_occurs_twice_is_refused(tmp_path: Path) -> None:
+    write_canonical(tmp_path, SMALL, random_source(SMALL, seed=15))
+    text = (tmp_path / "config.json").read_text()
+    assert '"gate": "silu"' in text
+    (tmp_path / "config.json").write_text(text.replace('"gate": "silu"', '"gate": "relu", "gate": "silu"'))
+    with pytest.raises(InputError, match=r"config\.json cannot be read as JSON \(the name 'gate' occurs twice\)"):
+        open_checkpoint(tmp_path)

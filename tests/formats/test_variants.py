@@ -57,6 +57,11 @@ def changed(source: Path, folder: Path, change: dict[str, Any], tensors: dict[st
         (FLA, {"expand_v": 0}, "expand_v = 0"),
         (FLA, {"num_heads": 16}, "head_k_dim is 3"),
         (FLA, {"vocab_size": "many"}, "vocab_size"),
+        (FLA, {"norm_eps": 10**400}, "norm_eps = 1000.*; expected a number >= 0"),
+        (FLA, {"norm_eps": float("inf")}, "norm_eps = inf"),
+        (FLA, {"hidden_size": 10**400}, "hidden_size = 1000.*; expected a positive integer"),
+        (FLA, {"num_heads": 1 << 40, "hidden_size": 1 << 41}, "num_heads = 1099511627776|hidden_size = 2199023255552"),
+        (FLA, {"hidden_ratio": 1e308, "intermediate_size": None}, "out of range"),
         (SYNCDOTH, {"activation_fn": "tanh"}, "activation_fn = 'tanh'"),
         (SYNCDOTH, {"decoder_retention_heads": 5}, "decoder_retention_heads = 5"),
         (SYNCDOTH, {"vocab_size": 98}, r"embed_tokens.*shape \[97, 48\]"),
@@ -162,6 +167,27 @@ def test_the_head_norm_has_another_name_where_it_is_not_fused(
     weights = open_checkpoint(changed(FLA, tmp_path / "x", change, moved)).weights
     expected = state["model.layers.1.attn.g_norm_swish_gate.weight"]
     np.testing.assert_array_equal(weights.read("layers.1.retention.head_norm.weight"), expected)
+
+
+def test_the_merged_feed_forward_matrix_of_first_releases_is_split(tmp_path: Path) -> None:
+    state = load_file(FLA / "model.safetensors")
+    moved: dict[str, Array | None] = {}
+    for i in range(2):
+        gate, up = (f"model.layers.{i}.mlp.{name}_proj.weight" for name in ("gate", "up"))
+        moved |= {gate: np.concatenate([state[gate], state[up]]), up: None}
+    merged, split = open_checkpoint(changed(FLA, tmp_path / "x", {}, moved)).weights, open_checkpoint(FLA).weights
+    assert list(merged.names()) == list(split.names())
+    for name in split.names():
+        assert merged.info(name) == split.info(name)
+        read = merged.read(name)
+        assert read.base is None or read.base.nbytes == read.nbytes
+        np.testing.assert_array_equal(read, split.read(name))
+    moved["model.layers.1.mlp.gate_proj.weight"] = state["model.layers.1.mlp.gate_proj.weight"]
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.gate_proj\.weight' has shape"):
+        open_checkpoint(changed(FLA, tmp_path / "mixed", {}, moved))
+    up = "model.layers.0.mlp.up_proj.weight"
+    with pytest.raises(InputError, match=f"no tensor '{up}'"):
+        open_checkpoint(changed(FLA, tmp_path / "incomplete", {}, {up: None}))
 
 
 def syncdoth(**values: Any) -> RetNetConfig:

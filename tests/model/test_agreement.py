@@ -8,64 +8,13 @@ import torch
 from retnet_tools.config import HeadNorm
 from retnet_tools.errors import UsageError, VerificationError
 from retnet_tools.model.agreement import compare_forms, prefix_lengths, require_agreement, select_forms
-from retnet_tools.model.budgets import ROUNDING_BUDGETS, Budget
-from retnet_tools.model.decay import decay_matrix, gamma_powers
+from retnet_tools.model.budgets import ROUNDING_BUDGETS
 from retnet_tools.model.retention import FORMS, retention_chunkwise, retention_parallel, retention_recurrent
 from retnet_tools.model.retnet import load_model
-from tests.helpers import ABLATIONS, BASE, MemorySource, random_source, random_tokens
+from tests.helpers import ABLATIONS, BASE, random_source, random_tokens
+from tests.model.planted import LARGE_EPSILON, LENGTH, by_pair, compare, eq7, noisy_in_float32, scaled_in_call
 
-LENGTH = 30
-LARGE_EPSILON = BASE.with_head_norm_eps(1e-2)
 each_config = pytest.mark.parametrize("config", ABLATIONS.values(), ids=ABLATIONS)
-
-
-def compare(config=BASE, forms=None, seed=1, **options):
-    forms = forms or select_forms(["parallel", "recurrent", "chunkwise"], chunk_size=7)
-    return compare_forms(config, random_source(config, seed), random_tokens(config, 2, LENGTH, seed), forms, **options)
-
-
-def by_pair(report):
-    return {(c.a, c.b): c for c in report.comparisons}
-
-
-def eq7(zeta_exponent, chunk_size=7):
-    """Eq. 7 with `zeta_j = gamma^zeta_exponent(B, j)`; None leaves zeta out, as the published text does."""
-
-    def form(q, k, v, decay, *, initial_state=None, score_clamp="none"):
-        state = k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1]) if initial_state is None else initial_state
-        outputs = []
-        for start in range(0, q.shape[2], chunk_size):
-            q_i, k_i, v_i = (x[:, :, start : start + chunk_size] for x in (q, k, v))
-            size = q_i.shape[2]
-            j = torch.arange(size)
-            xi = gamma_powers(decay, j + 1, q.dtype)[..., None]
-            zeta = 1.0 if zeta_exponent is None else gamma_powers(decay, zeta_exponent(size, j), q.dtype)[..., None]
-            inner = (q_i @ k_i.transpose(-1, -2)) * decay_matrix(decay, size, q.dtype)
-            outputs.append(inner @ v_i + (q_i @ state) * xi)
-            carry = gamma_powers(decay, torch.tensor([size]), q.dtype)[..., None]
-            state = k_i.transpose(-1, -2) @ (v_i * zeta) + carry * state
-        return torch.cat(outputs, 2), state
-
-    return form
-
-
-def scaled_in_call(number, factor, layers=BASE.num_layers):
-    """The recurrent form, but the call of this number (counted over the layers) is off by a factor per position."""
-    calls = -1
-
-    def form(q, k, v, decay, *, initial_state=None, score_clamp="none"):
-        nonlocal calls
-        calls += 1
-        output, state = retention_recurrent(q, k, v, decay, initial_state=initial_state)
-        return (output + factor * v if calls % layers == number else output), state
-
-    return form
-
-
-def noisy_in_float32(q, k, v, decay, *, initial_state=None, score_clamp="none"):
-    output, state = retention_recurrent(q, k, v, decay, initial_state=initial_state)
-    noise = torch.from_numpy(np.random.default_rng(0).standard_normal(output.shape)) if q.dtype == torch.float32 else 0
-    return (output * (1 + 3e-5 * noise)).to(q.dtype), state
 
 
 @each_config
@@ -185,29 +134,6 @@ def test_the_numbers_of_a_comparison_follow_their_definitions():
     assert difference.max_rel == pytest.approx(np.abs(a - b).max() / np.abs(a).max())
     assert difference.kl_mean == pytest.approx((p * np.log(p / q)).sum(-1).mean())
     assert difference.top1_agreement == (a.argmax(-1) == b.argmax(-1)).mean() < 1
-
-
-def test_a_tolerance_replaces_the_budgets():
-    assert compare(LARGE_EPSILON, tolerance=10.0).passed
-    strict = compare(tolerance=1e-12)
-    assert not strict.passed
-    with pytest.raises(VerificationError, match="expected at most 1e-12"):
-        require_agreement(strict)
-
-
-def test_budgets_grow_with_logits_beyond_ten():
-    assert Budget.of("float32", 5.0, None).rounding == ROUNDING_BUDGETS["float32"]
-    assert Budget.of("float32", 50.0, None).rounding == pytest.approx(5 * ROUNDING_BUDGETS["float32"])
-    assert Budget.of("float32", float("nan"), None).rounding == ROUNDING_BUDGETS["float32"]
-
-
-def test_logits_that_are_not_finite_do_not_pass():
-    tensors = dict(random_source(BASE, 1).tensors)
-    tensors["layers.0.retention.v_proj.weight"] = tensors["layers.0.retention.v_proj.weight"] * 1e6
-    ids = random_tokens(BASE, 1, 8, 1)
-    report = compare_forms(BASE, MemorySource(tensors), ids, dict(FORMS), dtype="float16")
-    assert not report.passed
-    assert any("not finite in float16" in note for note in report.notes)
 
 
 def test_one_token_has_no_handoffs_and_says_that_one_chunk_was_enough():

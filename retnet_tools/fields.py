@@ -1,0 +1,140 @@
+"""Frozen dataclasses of plain values: checked field by field against the types they declare, and read from JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import reprlib
+from collections.abc import Mapping
+from functools import cache
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from retnet_tools.errors import ConfigError
+
+MAX_SIZE = (1 << 63) - 1
+_IN_WORDS = {bool: "true or false", int: "an integer", float: "a finite number"}
+
+
+def check_types(instance: Any, prefix: str = "") -> None:
+    """Check that every field holds what its annotation says: a Python that ignores annotations would take `"no"` as
+    true.
+
+    Known are bool, int, float (finite; an int will do), `Literal`, `tuple[float, ...]`, dataclasses, and each or None.
+
+    Raises:
+        ConfigError: a field of another type, by name.
+    """
+    for name, kind in _types(instance.__class__).items():
+        _check(prefix + name, getattr(instance, name), kind)
+
+
+def check_size(name: str, value: int) -> None:
+    """Check that an integer can be the size of something.
+
+    Raises:
+        ConfigError: below 1, or beyond 2^63 - 1.
+    """
+    if not 1 <= value <= MAX_SIZE:
+        raise ConfigError(f"{name} is {reprlib.repr(value)}", "a positive integer, below 2^63")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Check that a number is above zero.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not value > 0:
+        raise ConfigError(f"{name} is {value}", "a positive number")
+
+
+def check_not_negative(name: str, value: float) -> None:
+    """Check that a number is not below zero.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if not value >= 0:
+        raise ConfigError(f"{name} is {value}", "a number >= 0")
+
+
+def from_json(kind: Any, data: Any, where: str = "") -> Any:
+    """The dataclass `kind` from a JSON object of its fields; inner dataclasses are objects, tuples are lists.
+
+    Args:
+        where: the field that the object is the value of; empty for a whole configuration.
+
+    Raises:
+        ConfigError: a field that is unknown, missing or of the wrong type, by name.
+    """
+    types = _types(kind)
+    values = _exact_fields(kind, data, where or "config")
+    prefix = f"{where}." if where else ""
+    return kind(**{name: _value(prefix + name, value, types[name]) for name, value in values.items()})
+
+
+@cache
+def _types(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _exact_fields(kind: Any, data: Any, where: str) -> dict[str, Any]:
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where} is {type(data).__name__}", "an object with named fields")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    if unknown := sorted(set(data) - set(fields)):
+        raise ConfigError(f"{where} has unknown field {unknown[0]!r}", f"only {', '.join(fields)}")
+    required = {n for n, f in fields.items() if f.default is dataclasses.MISSING}
+    if missing := sorted(required - set(data)):
+        raise ConfigError(f"{where} has no field {missing[0]!r}", "every required field")
+    return dict(data)
+
+
+def _value(name: str, value: Any, kind: Any) -> Any:
+    if _is_optional(kind):
+        return None if value is None else _value(name, value, get_args(kind)[0])
+    if dataclasses.is_dataclass(kind):
+        return from_json(kind, value, name)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise _wrong(name, value, "a list of finite numbers")
+        for i, item in enumerate(value):
+            _check(f"{name}[{i}]", item, float)
+        return tuple(map(float, value))
+    _check(name, value, kind)
+    return value
+
+
+def _check(name: str, value: Any, kind: Any) -> None:
+    if _is_optional(kind):
+        if value is not None:
+            _check(name, value, get_args(kind)[0])
+    elif get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise _wrong(name, value, f"one of {', '.join(get_args(kind))}")
+    elif get_origin(kind) is tuple:
+        if not isinstance(value, tuple):
+            raise _wrong(name, value, "a tuple of finite numbers")
+        for i, item in enumerate(value):
+            _check(f"{name}[{i}]", item, float)
+    elif kind is float:
+        if not _is_finite(value):
+            raise _wrong(name, value, _IN_WORDS[float])
+    elif not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise _wrong(name, value, _IN_WORDS.get(kind, kind.__name__))
+
+
+def _is_optional(kind: Any) -> bool:
+    return NoneType in get_args(kind)
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond the range of floats
+        return False
+
+
+def _wrong(name: str, value: Any, expected: str) -> ConfigError:
+    return ConfigError(f"{name} is {reprlib.repr(value)}", expected)
