@@ -11,7 +11,14 @@ import onnxruntime
 
 from retnet_tools.config import RetNetConfig
 from retnet_tools.formats import Checkpoint
-from retnet_tools.graph.contract import INPUT_IDS, INPUTS_EMBEDS, POSITION_IDS, past_name, state_shape
+from retnet_tools.graph.contract import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    INPUTS_EMBEDS,
+    POSITION_IDS,
+    past_name,
+    state_shape,
+)
 from retnet_tools.graph.export import plan_export, write_export
 from retnet_tools.weights import Array, WeightSource
 
@@ -57,3 +64,25 @@ def run_steps(
         feeds = {name: ids[:, n : n + 1], POSITION_IDS: (start + n)[:, None]}
         logits, *states = run({**feeds, **{past_name(i): state for i, state in enumerate(states)}})
         yield logits[:, 0], states
+
+
+def run_prefill(
+    run: Callable[[dict[str, Array]], list[Array]],
+    ids: Array,
+    states: list[Array],
+    lengths: Array | None = None,
+    position: int | Array = 0,
+) -> tuple[Array, list[Array]]:
+    """Feed `[B, T]` tokens (or `[B, T, D]` embeddings) in one chunk, the first `lengths` of each row real; logits
+    `[B, vocab]` and states."""
+    batch, length = ids.shape[:2]
+    steps = np.arange(length)
+    lengths = np.full(batch, length) if lengths is None else lengths
+    start = np.broadcast_to(np.asarray(position, dtype=np.int64), (batch,))
+    feeds = {
+        INPUT_IDS if ids.ndim == 2 else INPUTS_EMBEDS: ids,
+        POSITION_IDS: start[:, None] + steps,
+        ATTENTION_MASK: (steps < lengths[:, None]).astype(np.int64),
+    }
+    logits, *states = run({**feeds, **{past_name(i): state for i, state in enumerate(states)}})
+    return logits[:, 0], states

@@ -30,7 +30,7 @@ def export(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Write step.onnx, weights.data and retnet.json: a decoder that takes and returns its recurrent states."""
+    """Write prefill.onnx, step.onnx, weights.data and retnet.json: a decoder that takes and returns its states."""
     from retnet_tools.dtypes import parse_dtype
     from retnet_tools.errors import UsageError, did_you_mean
     from retnet_tools.formats import open_checkpoint

@@ -26,6 +26,9 @@ def generate(
     token_ids: Annotated[
         bool, typer.Option("--token-ids", help="Token ids in and out, even with a tokenizer.")
     ] = False,
+    chunk_size: Annotated[
+        int | None, typer.Option("--chunk-size", help="Prompt tokens to run at once.", min=1, show_default=False)
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")] = "cpu",
     threads: Annotated[
         int | None, typer.Option("-t", "--threads", help="CPU threads to use.", min=1, max=common.MAX_THREADS)
@@ -35,6 +38,7 @@ def generate(
     """Continue a prompt, streaming text to stdout and speed to stderr."""
     from retnet_tools.reports.decoding import generation_document, generation_speed
     from retnet_tools.runtime.decode import generate as run
+    from retnet_tools.runtime.prompts import DEFAULT_CHUNK_SIZE
     from retnet_tools.runtime.providers import parse_device
     from retnet_tools.runtime.sampling import Sampling
     from retnet_tools.runtime.session import DecoderSession
@@ -52,7 +56,15 @@ def generate(
             print(pieces[-1], end="", flush=True)
 
     end_ids = () if ignore_end else codec.end_ids
-    result = run(session, codec.encode(text), max_tokens=max_tokens, sampling=sampling, end_ids=end_ids, on_token=show)
+    result = run(
+        session,
+        codec.encode(text),
+        max_tokens=max_tokens,
+        sampling=sampling,
+        end_ids=end_ids,
+        on_token=show,
+        chunk_size=chunk_size or DEFAULT_CHUNK_SIZE,
+    )
     if as_json:
         common.print_json(generation_document(result, "".join(pieces)))
     else:

@@ -1,4 +1,4 @@
-"""Builds the step graph: one token in, logits and new states out.
+"""What the step and the prefill graph have in common: everything but the token axis and the form of retention.
 
 Activations are `[rows, D]` with one row a token. Linear layers are `Gemm` with transB, which reads weights `[out, in]`
 as checkpoints store them: nothing is transposed, merged projections are rows one after another, and a tied embedding
@@ -7,15 +7,19 @@ is stored once. Retention, rotation, decay and head norms are float32 whatever t
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from retnet_tools.config import BlockNorm, RetNetConfig
-from retnet_tools.graph import contract
-from retnet_tools.graph.ops import ELEMENT_TYPES, GraphBuilder, NormWeights, StandardOps, StepDecay
-from retnet_tools.graph.tables import decay_sum_tables, log_decay, phase_tables
+from retnet_tools.graph.contract import TensorSpec
+from retnet_tools.graph.nodes import GraphBuilder, graph_value, tensor_type
+from retnet_tools.graph.ops import NormWeights, StandardOps
+from retnet_tools.graph.positions import PositionTerms, position_terms
 from retnet_tools.weights import Array, canonical_shapes
 
 WIDE = "float32"
@@ -45,8 +49,23 @@ class BuiltGraph:
     stored: dict[str, StoredTensor]
 
 
-def build_step(config: RetNetConfig, *, dtype: str, state_dtype: str, ops: StandardOps) -> BuiltGraph:
-    """The step graph of a model: o_n = q_n S_n with S_n = gamma S_(n-1) + k_n^T v_n in every layer (Eq. 6, 8, 9).
+@dataclass(frozen=True)
+class TokenInputs:
+    """The inputs of a graph but for the states.
+
+    Attributes:
+        tokens: ids `[B, T]` or embeddings `[B, T, D]`.
+        position_ids: `[B, T]`.
+        key_mask: `[B, T, 1]` float32, 1 at real tokens and 0 at padding; None where every token is real.
+    """
+
+    tokens: ir.Value
+    position_ids: ir.Value
+    key_mask: ir.Value | None = None
+
+
+class DecoderBuilder(ABC):
+    """Builds one graph of a model.
 
     Args:
         config: the model.
@@ -54,41 +73,58 @@ def build_step(config: RetNetConfig, *, dtype: str, state_dtype: str, ops: Stand
         state_dtype: of the states at the graph's border.
         ops: the operator set.
     """
-    return _StepBuilder(config, dtype, state_dtype, ops).build()
 
+    name: ClassVar[str]
 
-@dataclass(frozen=True)
-class _PositionTerms:
-    cos: ir.Value
-    sin: ir.Value
-    key_cos: ir.Value
-    key_sin: ir.Value
-    score_scale: ir.Value | None
-
-
-class _StepBuilder:
     def __init__(self, config: RetNetConfig, dtype: str, state_dtype: str, ops: StandardOps) -> None:
         self.config, self.dtype, self.state_dtype, self.ops = config, dtype, state_dtype, ops
         self.g = GraphBuilder()
         self.shapes = canonical_shapes(config)
         self.stored: dict[str, StoredTensor] = {}
 
+    @abstractmethod
+    def input_specs(self) -> Sequence[TensorSpec]:
+        """Inputs of the graph: tokens, what goes with them, and one state a layer."""
+
+    @abstractmethod
+    def output_specs(self) -> Sequence[TensorSpec]:
+        """Outputs of the graph: logits, and one state a layer."""
+
+    @abstractmethod
+    def read(self, inputs: Sequence[ir.Value]) -> TokenInputs:
+        """The inputs but for the states, ready for use."""
+
+    @abstractmethod
+    def token_axis(self, x: ir.Value) -> ir.Value:
+        """`[rows, N]` to `[B, T, N]`."""
+
+    @abstractmethod
+    def retention(self, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Output `[B, T, H*V]` and state `[B, H, K, V]` of rotated q, k `[B, T, H*K]` and v `[B, T, H*V]`, float32."""
+
+    @abstractmethod
+    def last_rows(self, x: ir.Value) -> ir.Value:
+        """`[rows, D]` to `[B, D]`: the row of the last real token of each sequence."""
+
     def build(self) -> BuiltGraph:
-        inputs = [_graph_value(spec) for spec in contract.step_inputs(self.config, self.state_dtype)]
-        tokens, position_ids, *past = inputs
-        terms = self._position_terms(position_ids)
-        decay = StepDecay(log_decay(self.config), position_ids)
-        x, present = self._layers(self._embed(tokens), terms, decay, past)
+        """The graph, without weights."""
+        inputs = [graph_value(spec) for spec in self.input_specs()]
+        layers = self.config.num_layers
+        self.g.scope = "inputs"
+        entry, past = self.read(inputs[:-layers]), inputs[-layers:]
+        self.g.scope = "positions"
+        terms = position_terms(self.g, self.config, entry.position_ids, self._table, entry.key_mask)
+        x, present = self._layers(self._embed(entry.tokens), terms, past)
         outputs = [self._logits(x), *present]
-        for value, spec in zip(outputs, contract.step_outputs(self.config, self.state_dtype), strict=True):
-            value.name, value.shape, value.type = spec.name, ir.Shape(spec.shape), _tensor_type(spec.dtype)
+        for value, spec in zip(outputs, self.output_specs(), strict=True):
+            value.name, value.shape, value.type = spec.name, ir.Shape(spec.shape), tensor_type(spec.dtype)
         graph = ir.Graph(
             inputs,
             outputs,
             nodes=self.g.nodes,
             initializers=list(self.g.initializers.values()),
             opset_imports=dict(self.ops.opsets),
-            name="retnet_step",
+            name=self.name,
         )
         return BuiltGraph(graph, self.stored)
 
@@ -100,20 +136,21 @@ class _StepBuilder:
         else:
             x = g.cast(tokens, WIDE, self.dtype)
         x = g.reshape(x, -1, config.hidden_size)  # [B, T, D] -> [rows, D]
-        x = self._scale(x, config.embedding_scale)
+        x = g.scale(x, config.embedding_scale, self.dtype)
         return self.ops.norm(g, x, self._norm("embedding_norm")) if config.embedding_norm else x
 
-    def _layers(
-        self, x: ir.Value, terms: _PositionTerms, decay: StepDecay, past: list[ir.Value]
-    ) -> tuple[ir.Value, list[ir.Value]]:
+    def _layers(self, x: ir.Value, terms: PositionTerms, past: Sequence[ir.Value]) -> tuple[ir.Value, list[ir.Value]]:
         config, present = self.config, []
         pre = config.norm_order == "pre"
         # Pre-norm: Y = MSR(LN(X)) + X. Each sum is made together with the norm that follows it.
         normed = self.ops.norm(self.g, x, self._norm("layers.0.retention_norm")) if pre else x
         for i in range(config.num_layers):
             self.g.scope = f"layers.{i}/retention"
-            y, state = self._retention(f"layers.{i}.retention", normed, terms, decay, past[i])
+            y, state = self._retention(f"layers.{i}.retention", normed, terms, past[i])
             present.append(state)
+            if i + 1 == config.num_layers:
+                # Only states need the other tokens from here on.
+                x, y = self.last_rows(x), self.last_rows(y)
             x, normed = self._add_norm(x, y, own=f"layers.{i}.retention_norm", following=f"layers.{i}.ffn_norm")
             self.g.scope = f"layers.{i}/ffn"
             y = self._feed_forward(f"layers.{i}.ffn", normed)
@@ -131,7 +168,7 @@ class _StepBuilder:
             own: the norm of the block that gave y.
             following: the norm of the next block, or `final_norm`.
         """
-        order, x = self.config.norm_order, self._scale(x, self.config.residual_alpha)
+        order, x = self.config.norm_order, self.g.scale(x, self.config.residual_alpha, self.dtype)
         if order == "branch":
             y = self.ops.norm(self.g, y, self._norm(own))
         if order == "branch" or (following == "final_norm" and order == "pre" and not self.config.final_norm):
@@ -140,9 +177,7 @@ class _StepBuilder:
         total, normed = self.ops.add_norm(self.g, x, y, self._norm(following if order == "pre" else own))
         return (total, normed) if order == "pre" else (normed, normed)
 
-    def _retention(
-        self, name: str, x: ir.Value, terms: _PositionTerms, decay: StepDecay, past: ir.Value
-    ) -> tuple[ir.Value, ir.Value]:
+    def _retention(self, name: str, x: ir.Value, terms: PositionTerms, past: ir.Value) -> tuple[ir.Value, ir.Value]:
         g, config = self.g, self.config
         parts = ("q_proj", "k_proj", "v_proj", "gate_proj")[: 3 if config.gate is None else 4]
         names = tuple(f"{name}.{part}" for part in parts)
@@ -151,21 +186,17 @@ class _StepBuilder:
         q, k, v, *gate = g.node("Split", merged, g.integers(*sizes), outputs=len(sizes), axis=-1)
         if config.feature_map is not None:
             q, k = (self.ops.activate(g, config.feature_map, part) for part in (q, k))
-        q, k, v = (self._tokens(part) for part in (q, k, v))
+        q, k, v = (g.cast(self.token_axis(part), self.dtype, WIDE) for part in (q, k, v))
         q = self._rotate(q, terms.cos, terms.sin, config.num_heads)
         k = self._repeat(self._rotate(k, terms.key_cos, terms.key_sin, config.num_kv_heads), config.head_k_dim)
         v = self._repeat(v, config.head_v_dim)
-        y, present = self.ops.retention_step(g, q, k, v, g.cast(past, self.state_dtype, WIDE), decay)
+        y, present = self.retention(q, k, v, g.cast(past, self.state_dtype, WIDE))
         y = self._head_norm(f"{name}.head_norm", y, terms)
-        y = g.cast(g.reshape(y, -1, config.value_dim), WIDE, self.dtype)  # [B, 1, H, V] -> [rows, H*V]
+        y = g.cast(g.reshape(y, -1, config.value_dim), WIDE, self.dtype)  # [B, T, H, V] -> [rows, H*V]
         if config.gate is not None:
             y = g.op("Mul", self.ops.activate(g, config.gate, gate[0]), y)
         y = self._linear(y, f"{name}.out_proj", (f"{name}.out_proj",), config.projection_bias)
         return y, g.cast(present, WIDE, self.state_dtype)
-
-    def _tokens(self, x: ir.Value) -> ir.Value:
-        x = self.g.op("Unsqueeze", x, self.g.integers(1))  # [rows, N] -> [B, 1, N]
-        return self.g.cast(x, self.dtype, WIDE)
 
     def _rotate(self, x: ir.Value, cos: ir.Value, sin: ir.Value, heads: int) -> ir.Value:
         return self.g.op("RotaryEmbedding", x, cos, sin, interleaved=1, num_heads=heads)
@@ -175,14 +206,14 @@ class _StepBuilder:
         g, groups = self.g, self.config.num_kv_groups
         if groups == 1:
             return x
-        x = g.reshape(x, 0, 0, -1, 1, size)  # [B, 1, H*K] -> [B, 1, H, 1, K]
+        x = g.reshape(x, 0, 0, -1, 1, size)  # [B, T, H*K] -> [B, T, H, 1, K]
         x = g.op("Expand", x, g.integers(1, 1, 1, groups, 1))
         return g.reshape(x, 0, 0, self.config.num_heads * size)
 
-    def _head_norm(self, name: str, y: ir.Value, terms: _PositionTerms) -> ir.Value:
+    def _head_norm(self, name: str, y: ir.Value, terms: PositionTerms) -> ir.Value:
         g, config = self.g, self.config
         norm, heads, size = config.head_norm, config.num_heads, config.head_v_dim
-        y = g.reshape(y, 0, 0, heads, size)  # [B, 1, H*V] -> [B, 1, H, V]
+        y = g.reshape(y, 0, 0, heads, size)  # [B, T, H*V] -> [B, T, H, V]
         if terms.score_scale is not None:
             y = g.op("Mul", y, terms.score_scale)
         if norm.kind == "none":
@@ -221,32 +252,6 @@ class _StepBuilder:
             x = g.op("Gemm", x, self._weight(name), *bias, transB=1)
         return g.cast(g.op("Unsqueeze", x, g.integers(1)), self.dtype, WIDE)  # [rows, vocab] -> [B, 1, vocab]
 
-    def _position_terms(self, position_ids: ir.Value) -> _PositionTerms:
-        g, config = self.g, self.config
-        g.scope = "positions"
-        radix = g.constant("position_radix", np.array(contract.POSITION_RADIX, dtype=np.int64))
-        high = g.op("Div", position_ids, radix)
-        low = g.op("Sub", position_ids, g.op("Mul", high, radix))
-
-        def lookup(tables: dict[str, Array], name: str) -> ir.Value:
-            return g.op("Gather", self._table(name, tables[name]), high if name.endswith("high") else low, axis=0)
-
-        phases = phase_tables(config)
-        cos_l, sin_l, cos_h, sin_h = (
-            lookup(phases, f"positions.{f}_{p}") for p in ("low", "high") for f in ("cos", "sin")
-        )
-        cos = g.op("Sub", g.op("Mul", cos_h, cos_l), g.op("Mul", sin_h, sin_l))
-        sin = g.op("Add", g.op("Mul", sin_h, cos_l), g.op("Mul", cos_h, sin_l))
-        # The scale of k rides on its rotation: one product for the whole graph, exact in every weight type.
-        key_cos, key_sin = (self._scale(x, config.score_normalization.key_scale, WIDE) for x in (cos, sin))
-        if not config.score_normalization.by_decay:
-            return _PositionTerms(cos, sin, key_cos, key_sin, None)
-        sums = decay_sum_tables(config)
-        carried = g.op("Mul", lookup(sums, "positions.decay_power_low"), lookup(sums, "positions.decay_sum_high"))
-        root = g.op("Sqrt", g.op("Add", lookup(sums, "positions.decay_sum_low"), carried))
-        scale = g.op("Unsqueeze", g.op("Reciprocal", root), g.integers(-1))  # [B, 1, H] -> [B, 1, H, 1]
-        return _PositionTerms(cos, sin, key_cos, key_sin, scale)
-
     def _linear(self, x: ir.Value, name: str, sources: tuple[str, ...], bias: bool) -> ir.Value:
         """y = x W^T + b; several sources are merged along their outputs."""
         inputs = [x, self._merged(f"{name}.weight", tuple(f"{s}.weight" for s in sources))]
@@ -257,16 +262,6 @@ class _StepBuilder:
     def _norm(self, name: str, norm: BlockNorm | None = None) -> NormWeights:
         norm = norm or self.config.block_norm
         return NormWeights(norm, self._weight(f"{name}.weight"), self._weight(f"{name}.bias") if norm.bias else None)
-
-    def _scale(self, x: ir.Value, factor: float, dtype: str | None = None) -> ir.Value:
-        if factor == 1.0:
-            return x
-        dtype = dtype or self.dtype
-        return self.g.op(
-            "Mul",
-            x,
-            self.g.constant(f"scale_{factor!r}_{dtype}", np.array(factor).astype(ELEMENT_TYPES[dtype].numpy())),
-        )
 
     def _weight(self, name: str) -> ir.Value:
         return self._merged(name, (name,))
@@ -282,14 +277,6 @@ class _StepBuilder:
         if tensor.name not in self.stored:
             self.stored[tensor.name] = tensor
             self.g.initializers[tensor.name] = ir.Value(
-                name=tensor.name, shape=ir.Shape(tensor.shape), type=_tensor_type(tensor.dtype)
+                name=tensor.name, shape=ir.Shape(tensor.shape), type=tensor_type(tensor.dtype)
             )
         return self.g.initializers[tensor.name]
-
-
-def _graph_value(spec: contract.TensorSpec) -> ir.Value:
-    return ir.Value(name=spec.name, shape=ir.Shape(spec.shape), type=_tensor_type(spec.dtype))
-
-
-def _tensor_type(dtype: str) -> ir.TensorType:
-    return ir.TensorType(ELEMENT_TYPES[dtype])

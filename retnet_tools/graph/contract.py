@@ -2,12 +2,17 @@
 
     step.onnx     input_ids [B,1], position_ids [B,1], past_key_values.{i}.recurrent_state [B,H,K,V]
                   -> logits [B,1,vocab] float32, present.{i}.recurrent_state [B,H,K,V]
-    prefill.onnx  the same with [B,T] inputs and attention_mask [B,T]
+    prefill.onnx  input_ids [B,T], position_ids [B,T], attention_mask [B,T] int64, the same states
+                  -> logits [B,1,vocab] of the last real token of each row, the same states
     weights.data  external data of both graphs, every tensor stored once
     retnet.json   the manifest, see `retnet_tools.graph.manifest`
 
-A stack without embedding and head has inputs_embeds [B,1,D] float32 in place of input_ids, and hidden_states [B,1,D]
-float32 in place of logits.
+A stack without embedding and head has inputs_embeds [B,1,D] (prefill [B,T,D]) float32 in place of input_ids, and
+hidden_states [B,1,D] float32 in place of logits.
+
+attention_mask is 1 at real tokens and 0 at padding, which stands on the right: ones, then zeros. Padding changes
+nothing, whatever its ids and positions. A row of padding alone keeps its state bit for bit; its logits are finite and
+mean nothing.
 
 The state is the plain sum S_n = gamma S_(n-1) + k_n^T v_n (Eq. 6) with 1/sqrt(K) on k and rotated keys. It is valid
 only with the position that it stands at. A sequence starts with zero states at position 0.
@@ -63,13 +68,7 @@ def state_shape(config: RetNetConfig) -> tuple[int, int, int]:
 
 def step_inputs(config: RetNetConfig, state_dtype: str) -> tuple[TensorSpec, ...]:
     """Inputs of step.onnx, in order."""
-    tokens = TensorSpec(INPUT_IDS, "int64", ("batch", 1))
-    embeddings = TensorSpec(INPUTS_EMBEDS, "float32", ("batch", 1, config.hidden_size))
-    return (
-        tokens if config.has_vocabulary else embeddings,
-        TensorSpec(POSITION_IDS, "int64", ("batch", 1)),
-        *(TensorSpec(past_name(i), state_dtype, ("batch", *state_shape(config))) for i in range(config.num_layers)),
-    )
+    return (*_token_inputs(config, 1), *_past_states(config, state_dtype))
 
 
 def step_outputs(config: RetNetConfig, state_dtype: str) -> tuple[TensorSpec, ...]:
@@ -80,3 +79,25 @@ def step_outputs(config: RetNetConfig, state_dtype: str) -> tuple[TensorSpec, ..
         logits if config.has_vocabulary else hidden,
         *(TensorSpec(present_name(i), state_dtype, ("batch", *state_shape(config))) for i in range(config.num_layers)),
     )
+
+
+def prefill_inputs(config: RetNetConfig, state_dtype: str) -> tuple[TensorSpec, ...]:
+    """Inputs of prefill.onnx, in order."""
+    mask = TensorSpec(ATTENTION_MASK, "int64", ("batch", "tokens"))
+    return (*_token_inputs(config, "tokens"), mask, *_past_states(config, state_dtype))
+
+
+def prefill_outputs(config: RetNetConfig, state_dtype: str) -> tuple[TensorSpec, ...]:
+    """Outputs of prefill.onnx, in order: those of step.onnx, at the last real token of each row."""
+    return step_outputs(config, state_dtype)
+
+
+def _token_inputs(config: RetNetConfig, tokens: str | int) -> tuple[TensorSpec, TensorSpec]:
+    ids = TensorSpec(INPUT_IDS, "int64", ("batch", tokens))
+    embeddings = TensorSpec(INPUTS_EMBEDS, "float32", ("batch", tokens, config.hidden_size))
+    return ids if config.has_vocabulary else embeddings, TensorSpec(POSITION_IDS, "int64", ("batch", tokens))
+
+
+def _past_states(config: RetNetConfig, state_dtype: str) -> tuple[TensorSpec, ...]:
+    shape = ("batch", *state_shape(config))
+    return tuple(TensorSpec(past_name(i), state_dtype, shape) for i in range(config.num_layers))

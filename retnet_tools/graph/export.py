@@ -12,9 +12,12 @@ from retnet_tools import __version__
 from retnet_tools.errors import UsageError, did_you_mean
 from retnet_tools.formats import Checkpoint
 from retnet_tools.graph import contract
-from retnet_tools.graph.builder import BuiltGraph, StoredTensor, build_step
+from retnet_tools.graph.builder import BuiltGraph, StoredTensor
 from retnet_tools.graph.manifest import Manifest
-from retnet_tools.graph.ops import ELEMENT_TYPES, OPERATOR_SETS
+from retnet_tools.graph.nodes import ELEMENT_TYPES
+from retnet_tools.graph.ops import OPERATOR_SETS
+from retnet_tools.graph.prefill import PrefillBuilder
+from retnet_tools.graph.step import StepBuilder
 from retnet_tools.graph.writer import ALIGNMENT, write_graph, write_weights
 from retnet_tools.provenance import SourceHasher, provenance
 from retnet_tools.staging import check_target, staged_folder
@@ -25,18 +28,22 @@ GRAPH_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """What an export will write, known before any weight is read."""
+    """What an export will write, known before any weight is read.
+
+    Attributes:
+        graphs: by file name, in the order in which they are written.
+    """
 
     checkpoint: Checkpoint
     dtype: str
     state_dtype: str
     ops: str
-    step: BuiltGraph
+    graphs: dict[str, BuiltGraph]
 
     @property
     def tensors(self) -> dict[str, StoredTensor]:
-        """The tensors of weights.data."""
-        return self.step.stored
+        """The tensors of weights.data, which all graphs share."""
+        return {name: tensor for graph in self.graphs.values() for name, tensor in graph.stored.items()}
 
     @property
     def weight_bytes(self) -> int:
@@ -52,12 +59,16 @@ def plan_export(checkpoint: Checkpoint, *, dtype: str, ops: str, state_dtype: st
     """
     if ops not in OPERATOR_SETS:
         raise UsageError(f"--ops {ops!r}", f"one of {', '.join(OPERATOR_SETS)}", did_you_mean(ops, OPERATOR_SETS))
-    step = build_step(checkpoint.config, dtype=dtype, state_dtype=state_dtype, ops=OPERATOR_SETS[ops])
-    return ExportPlan(checkpoint, dtype, state_dtype, ops, step)
+    builders = {contract.PREFILL_FILE: PrefillBuilder, contract.STEP_FILE: StepBuilder}
+    graphs = {
+        name: builder(checkpoint.config, dtype, state_dtype, OPERATOR_SETS[ops]).build()
+        for name, builder in builders.items()
+    }
+    return ExportPlan(checkpoint, dtype, state_dtype, ops, graphs)
 
 
 def write_export(plan: ExportPlan, out: Path, *, force: bool, progress: Callable[[int], None]) -> Manifest:
-    """Write the folder: weights.data, then step.onnx and retnet.json, all of which appear at the end.
+    """Write the folder: weights.data, then prefill.onnx, step.onnx and retnet.json; all appear at the end.
 
     Memory: one source tensor, twice while its type changes; a merged projection is written part by part.
 
@@ -82,7 +93,8 @@ def write_export(plan: ExportPlan, out: Path, *, force: bool, progress: Callable
         places = write_weights(folder / contract.WEIGHTS_FILE, tensors, checkpoint.weights, progress)
         for file in checkpoint.tokenizer_files:
             shutil.copyfile(file, folder / file.name)
-        write_graph(folder / contract.STEP_FILE, plan.step, places, producer_version=__version__)
+        for name, graph in plan.graphs.items():
+            write_graph(folder / name, graph, places, producer_version=__version__)
         manifest = _manifest(plan, hasher.digests())
         (folder / contract.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
@@ -101,11 +113,13 @@ def default_output(checkpoint: Path) -> Path:
 
 def _manifest(plan: ExportPlan, digests: Sequence[str]) -> Manifest:
     checkpoint = plan.checkpoint
+    border = (checkpoint.config, plan.state_dtype)
     graphs = {
-        contract.STEP_FILE: {
-            "inputs": contract.step_inputs(checkpoint.config, plan.state_dtype),
-            "outputs": contract.step_outputs(checkpoint.config, plan.state_dtype),
-        }
+        contract.PREFILL_FILE: {
+            "inputs": contract.prefill_inputs(*border),
+            "outputs": contract.prefill_outputs(*border),
+        },
+        contract.STEP_FILE: {"inputs": contract.step_inputs(*border), "outputs": contract.step_outputs(*border)},
     }
     return Manifest(
         config=checkpoint.config,

@@ -1,20 +1,21 @@
 """The operators that graphs are built from, in two sets: `standard` (ai.onnx only) and `fused` (with com.microsoft).
 
-This is the only file that names com.microsoft operators. Both sets have the same methods, so that the builder does not
-know which one it uses.
+This is the only file that names com.microsoft operators. Both sets have the same methods, so that the builders do not
+know which one they use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from retnet_tools.config import Activation, BlockNorm
-from retnet_tools.weights import Array
+from retnet_tools.graph.decay import ChunkDecay, StepDecay, TokenDecay
+from retnet_tools.graph.nodes import GraphBuilder, scan
 
 OPSET = 23
 """The first ai.onnx opset with RMSNormalization and RotaryEmbedding; ONNX Runtime runs both on CPU and CUDA."""
@@ -28,12 +29,6 @@ _ACTIVATION_OPS: dict[Activation, str] = {
     "sigmoid": "Sigmoid",
     "tanh": "Tanh",
 }
-ELEMENT_TYPES = {
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-    "int64": ir.DataType.INT64,
-}
 
 
 @dataclass(frozen=True)
@@ -43,72 +38,6 @@ class NormWeights:
     norm: BlockNorm
     weight: ir.Value
     bias: ir.Value | None
-
-
-@dataclass(frozen=True)
-class StepDecay:
-    """log(gamma) `[H]` or `[H, K]`, and the graph's position_ids `[B, 1]`, which tell operators the batch size."""
-
-    log_gamma: Array
-    position_ids: ir.Value
-
-
-class GraphBuilder:
-    """Collects nodes and small constants; each node is named after the scope it was made in."""
-
-    def __init__(self) -> None:
-        self.nodes: list[ir.Node] = []
-        self.initializers: dict[str, ir.Value] = {}
-        self.scope = ""
-        self._names: dict[str, int] = {}
-        self._shared: dict[str, ir.Value] = {}
-
-    def node(
-        self, op_type: str, *inputs: ir.Value | None, domain: str = "", outputs: int = 1, **attributes: Any
-    ) -> list[ir.Value]:
-        """Append a node; returns its outputs."""
-        name = self._unique(f"{self.scope}/{op_type}")
-        node = ir.node(op_type, list(inputs), attributes, domain=domain, num_outputs=outputs, name=name)
-        for i, value in enumerate(node.outputs):
-            value.name = f"{name}:{i}" if outputs > 1 else f"{name}:out"
-        self.nodes.append(node)
-        return list(node.outputs)
-
-    def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
-        """Append a node with one output."""
-        return self.node(op_type, *inputs, domain=domain, **attributes)[0]
-
-    def constant(self, name: str, array: Array) -> ir.Value:
-        """A small constant, stored in the graph itself, once for each name."""
-        if name not in self.initializers:
-            tensor = ir.tensor(array, name=name)
-            self.initializers[name] = ir.Value(
-                name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-            )
-        return self.initializers[name]
-
-    def integers(self, *values: int) -> ir.Value:
-        """A vector of int64, for shapes and axes."""
-        return self.constant("ints_" + "_".join(map(str, values)), np.array(values, dtype=np.int64))
-
-    def reshape(self, x: ir.Value, *shape: int) -> ir.Value:
-        """Reshape to a constant shape, with 0 (keep) and -1 (infer)."""
-        return self.op("Reshape", x, self.integers(*shape))
-
-    def cast(self, x: ir.Value, source: str, target: str) -> ir.Value:
-        """Cast, or the value itself where the types agree already."""
-        return x if source == target else self.op("Cast", x, to=ELEMENT_TYPES[target])
-
-    def once(self, key: str, make: Callable[[], ir.Value]) -> ir.Value:
-        """A value that the whole graph shares: made on first use."""
-        if key not in self._shared:
-            self._shared[key] = make()
-        return self._shared[key]
-
-    def _unique(self, name: str) -> str:
-        count = self._names.get(name, 0)
-        self._names[name] = count + 1
-        return f"{name}_{count}" if count else name
 
 
 class StandardOps:
@@ -154,15 +83,71 @@ class StandardOps:
         """
         heads = len(decay.log_gamma)
         gamma = g.constant("gamma", np.exp(decay.log_gamma).astype(np.float32).reshape(1, heads, -1, 1))
-        key = g.op("Reshape", k, g.integers(0, heads, -1, 1))  # [B, H, K, 1]
-        value = g.op("Reshape", v, g.integers(0, heads, 1, -1))  # [B, H, 1, V]
+        key = g.reshape(k, 0, heads, -1, 1)  # [B, H, K, 1]
+        value = g.reshape(v, 0, heads, 1, -1)  # [B, H, 1, V]
         present = g.op("Add", g.op("Mul", past, gamma), g.op("Mul", key, value))
-        output = g.op("MatMul", g.op("Reshape", q, g.integers(0, heads, 1, -1)), present)  # [B, H, 1, V]
-        return g.op("Reshape", output, g.integers(0, 1, -1)), present
+        output = g.op("MatMul", g.reshape(q, 0, heads, 1, -1), present)  # [B, H, 1, V]
+        return g.reshape(output, 0, 1, -1), present
+
+    def retention_chunk(
+        self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value, decay: ChunkDecay
+    ) -> tuple[ir.Value, ir.Value]:
+        """O = (Q K^T * D) V + (Q * xi) R, R' = (K * zeta)^T V + gamma^n R (Eq. 7, corrected), in float32.
+
+        Args:
+            q, k: `[B, T, H*K]`, k zero at padded tokens; v: `[B, T, H*V]`; past: `[B, H, K, V]`, R.
+
+        Returns:
+            O `[B, T, H*V]` and R' `[B, H, K, V]`.
+        """
+        query, value = (
+            g.op("Transpose", g.reshape(x, 0, 0, decay.heads, -1), perm=[0, 2, 1, 3])  # [B, H, T, K or V]
+            for x in (q, v)
+        )
+        key = g.op("Transpose", g.reshape(k, 0, 0, decay.heads, -1), perm=[0, 2, 3, 1])  # [B, H, K, T]
+        scores = g.op("Mul", g.op("MatMul", query, key), decay.matrix)
+        inner = g.op("MatMul", scores, value)
+        cross = g.op("MatMul", g.op("Mul", query, decay.xi), past)
+        update = g.op("MatMul", g.op("Mul", key, decay.zeta), value)
+        present = g.op("Add", update, g.op("Mul", past, decay.carried))
+        output = g.op("Transpose", g.op("Add", inner, cross), perm=[0, 2, 1, 3])  # [B, T, H, V]
+        return g.reshape(output, 0, 0, -1), present
+
+    def retention_tokens(
+        self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value, decay: TokenDecay
+    ) -> tuple[ir.Value, ir.Value]:
+        """S_n = diag(gamma_n) S_(n-1) + k_n^T v_n, o_n = q_n S_n (Eq. 6), token by token in a Scan, in float32.
+
+        For a gamma of each key dimension. As matrix products it would need gamma^(n-c) on q and gamma^(c-m) on k,
+        and no c keeps both within float32 for every decay and chunk.
+
+        Args:
+            q, k: `[B, T, H*K]`, k zero at padded tokens; v: `[B, T, H*V]`; past: `[B, H, K, V]`.
+
+        Returns:
+            O `[B, T, H*V]` and the last S `[B, H, K, V]`.
+        """
+        heads = decay.heads
+        gamma = g.once("gamma_rows", lambda: _time_first(g, g.op("Exp", decay.log_gamma)))
+
+        def step(body: GraphBuilder, state: ir.Value, tokens: list[ir.Value]) -> tuple[ir.Value, ir.Value]:
+            query, key, value, factor = tokens  # [B, H*K], [B, H*K], [B, H*V], [B, H*K]
+            kept = body.op("Mul", state, body.reshape(factor, 0, heads, -1, 1))
+            outer = body.op("Mul", body.reshape(key, 0, heads, -1, 1), body.reshape(value, 0, heads, 1, -1))
+            state = body.op("Add", kept, outer)
+            output = body.op("MatMul", body.reshape(query, 0, heads, 1, -1), state)  # [B, H, 1, V]
+            return state, body.reshape(output, 0, -1)
+
+        present, outputs = scan(g, step, past, [*(_time_first(g, x) for x in (q, k, v)), gamma])
+        return _time_first(g, outputs), present
 
 
 class FusedOps(StandardOps):
-    """The same fragments with ONNX Runtime's contrib operators where they fuse several nodes into one."""
+    """The same fragments with ONNX Runtime's contrib operators where they are faster.
+
+    Chunks stay matrix products: the CPU kernel of LinearAttention walks token by token, and the CUDA kernel's shared
+    memory does not hold RetNet's head sizes.
+    """
 
     name = "fused"
     opsets: ClassVar[Mapping[str, int]] = {"": OPSET, MICROSOFT: 1}
@@ -186,26 +171,30 @@ class FusedOps(StandardOps):
     def retention_step(
         self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value, decay: StepDecay
     ) -> tuple[ir.Value, ir.Value]:
+        """LinearAttention over one token."""
+        rows = g.once("log_gamma_rows", lambda: decay.log_gamma_rows(g))
+        return self.retention_tokens(g, q, k, v, past, TokenDecay(len(decay.log_gamma), rows))
+
+    def retention_tokens(
+        self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value, decay: TokenDecay
+    ) -> tuple[ir.Value, ir.Value]:
         """LinearAttention with the `gated` update: S = exp(decay) S + k (x) v, o = q S."""
-        heads = len(decay.log_gamma)
-
-        def log_gamma_rows() -> ir.Value:
-            # The kernel indexes decay by batch and time, so it must really be [B, 1, H] or [B, 1, H*K].
-            table = g.constant("log_gamma", decay.log_gamma.astype(np.float32).reshape(1, -1))
-            zeros = g.op("Sub", decay.position_ids, decay.position_ids)
-            return g.op("Gather", table, zeros, axis=0)
-
         output, present = g.node(
             "LinearAttention",
-            *(q, k, v, past, g.once("log_gamma_rows", log_gamma_rows)),
+            *(q, k, v, past, decay.log_gamma),
             domain=MICROSOFT,
             outputs=2,
             update_rule="gated",
             scale=1.0,
-            q_num_heads=heads,
-            kv_num_heads=heads,
+            q_num_heads=decay.heads,
+            kv_num_heads=decay.heads,
         )
         return output, present
+
+
+def _time_first(g: GraphBuilder, x: ir.Value) -> ir.Value:
+    """`[B, T, N]` to `[T, B, N]`, and back."""
+    return g.op("Transpose", x, perm=[1, 0, 2])
 
 
 OPERATOR_SETS: dict[str, StandardOps] = {ops.name: ops for ops in (StandardOps(), FusedOps())}

@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from retnet_tools.graph.contract import STEP_FILE, state_shape
+from retnet_tools.graph.contract import state_shape
 from retnet_tools.graph.export import ExportPlan, stored_bytes
-from retnet_tools.graph.ops import ELEMENT_TYPES
+from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.runtime.decode import Generation
 
 SCHEMA_VERSION = 1
@@ -28,7 +28,7 @@ def export_document(plan: ExportPlan, out: Path, *, written: bool) -> dict[str, 
         "dtype": plan.dtype,
         "state_dtype": plan.state_dtype,
         "ops": plan.ops,
-        "graphs": {STEP_FILE: {"nodes": len(plan.step.graph)}},
+        "graphs": {name: {"nodes": len(built.graph)} for name, built in plan.graphs.items()},
         "weight_bytes": sum(sizes.values()),
         "position_table_bytes": tables,
         "state_bytes_per_sequence": state,
@@ -39,10 +39,10 @@ def export_document(plan: ExportPlan, out: Path, *, written: bool) -> dict[str, 
 
 def export_text(document: dict[str, Any]) -> str:
     """The same for people: a line a fact."""
-    verb = "wrote" if document["written"] else "would write"
+    verb, graphs = "wrote" if document["written"] else "would write", document["graphs"]
     lines = [
         f"{verb} {document['output']} from {document['source_format']}",
-        f"  step.onnx     {document['graphs'][STEP_FILE]['nodes']} nodes, {document['ops']} operators",
+        *(f"  {name:<13} {graph['nodes']} nodes, {document['ops']} operators" for name, graph in graphs.items()),
         f"  weights.data  {document['weight_bytes'] / 1e6:.1f} MB, {document['dtype']}",
         f"  states        {document['state_bytes_per_sequence'] / 1e6:.2f} MB a sequence at any length, "
         f"{document['state_dtype']}",

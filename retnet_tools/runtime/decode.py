@@ -7,13 +7,10 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from retnet_tools.errors import UsageError
+from retnet_tools.runtime.prompts import DEFAULT_CHUNK_SIZE
 from retnet_tools.runtime.sampling import Sampler, Sampling
 from retnet_tools.runtime.session import DecoderSession
-from retnet_tools.runtime.state import RecurrentState
-from retnet_tools.weights import Array
 
 
 @dataclass(frozen=True)
@@ -45,24 +42,6 @@ class Generation:
         return steps / self.decode_seconds if steps > 0 else 0.0
 
 
-def prefill(session: DecoderSession, tokens: Sequence[int], state: RecurrentState) -> Array:
-    """Feed a prompt to one sequence, token by token; moves `state` on.
-
-    Returns:
-        Logits after the last token, `[1, vocab]`.
-
-    Raises:
-        UsageError: an empty prompt, or a token outside the vocabulary.
-    """
-    if not tokens:
-        raise UsageError("an empty prompt", "at least one token")
-    for token in tokens[:-1]:
-        session.step(np.array([token]), state, logits=False)
-    logits = session.step(np.array([tokens[-1]]), state)
-    assert logits is not None
-    return logits
-
-
 def generate(
     session: DecoderSession,
     prompt: Sequence[int],
@@ -71,6 +50,7 @@ def generate(
     sampling: Sampling,
     end_ids: Collection[int] = (),
     on_token: Callable[[int], None] | None = None,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
 ) -> Generation:
     """Continue a prompt until an end token or `max_tokens`.
 
@@ -81,16 +61,17 @@ def generate(
         sampling: how to choose.
         end_ids: tokens that end the text; not part of the result.
         on_token: called with each token as it is chosen.
+        chunk_size: tokens of the prompt to run at once.
 
     Raises:
-        UsageError: an empty prompt, a token outside the vocabulary, or `max_tokens` below 1.
+        UsageError: an empty prompt, a token outside the vocabulary, or `max_tokens` or `chunk_size` below 1.
     """
     if max_tokens < 1:
         raise UsageError(f"--max-tokens {max_tokens}", "at least 1")
     sampler = Sampler(sampling)
     state = session.new_state()
     began = time.perf_counter()
-    logits = prefill(session, prompt, state)
+    logits = session.prefill([prompt], state, chunk_size=chunk_size)
     prefilled = time.perf_counter()
     tokens: list[int] = []
     reason: Literal["end-of-text", "length"] = "length"
@@ -104,6 +85,6 @@ def generate(
             on_token(token)
         if len(tokens) == max_tokens:
             break
-        logits = prefill(session, [token], state)
+        logits = session.prefill([[token]], state)
     ended = time.perf_counter()
     return Generation(tuple(tokens), reason, len(prompt), prefilled - began, ended - prefilled)

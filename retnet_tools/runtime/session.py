@@ -1,16 +1,21 @@
-"""An exported folder, opened: one call a token, states staying where the provider keeps them."""
+"""An exported folder, opened: prompts by chunks, then a call a token; states stay where the provider keeps them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from retnet_tools.errors import InputError, UsageError
 from retnet_tools.graph.contract import (
+    ATTENTION_MASK,
     MANIFEST_FILE,
     MAX_POSITION,
     POSITION_IDS,
+    PREFILL_FILE,
     STEP_FILE,
     WEIGHTS_FILE,
     past_name,
@@ -19,13 +24,46 @@ from retnet_tools.graph.contract import (
     step_outputs,
 )
 from retnet_tools.graph.manifest import read_manifest
+from retnet_tools.runtime.prompts import DEFAULT_CHUNK_SIZE, Prompts
 from retnet_tools.runtime.providers import Device, open_session
 from retnet_tools.runtime.state import RecurrentState
 from retnet_tools.weights import Array
 
+if TYPE_CHECKING:
+    import onnxruntime
+
+
+class BoundGraph:
+    """A graph whose states are bound where they lie: it reads the current ones and writes the spare ones."""
+
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        self._session = session
+        self._binding = session.io_binding()
+
+    def run(self, feeds: Mapping[str, Array], state: RecurrentState, fetch: str | None) -> Array | None:
+        """Run once. The new states are in `state.spare`.
+
+        Args:
+            feeds: inputs but for the states, by name.
+            state: of the rows so far.
+            fetch: the output to copy back, or None.
+        """
+        binding = self._binding
+        binding.clear_binding_inputs()
+        binding.clear_binding_outputs()
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for i, (past, present) in enumerate(zip(state.current, state.spare, strict=True)):
+            binding.bind_ortvalue_input(past_name(i), past)
+            binding.bind_ortvalue_output(present_name(i), present)
+        if fetch is not None:
+            binding.bind_output(fetch, "cpu")
+        self._session.run_with_iobinding(binding)
+        return None if fetch is None else np.asarray(binding.get_outputs()[-1].numpy())
+
 
 class DecoderSession:
-    """step.onnx of an exported folder on one device.
+    """An exported folder on one device. prefill.onnx is opened when the first prompt of several tokens comes.
 
     Args:
         folder: what `retnet-tools export` wrote.
@@ -42,12 +80,12 @@ class DecoderSession:
             raise InputError(f"no folder {folder}", f"a folder with {MANIFEST_FILE}, written by `retnet-tools export`")
         self.folder = folder
         self.manifest = read_manifest(folder)
-        for name in (STEP_FILE, WEIGHTS_FILE):
+        for name in (STEP_FILE, PREFILL_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
                 raise InputError(f"{folder} has no {name}", "a complete export", "export the checkpoint again")
         self.device = device or Device("cpu")
-        self._session = open_session(folder / STEP_FILE, self.device, threads)
-        self._binding = self._session.io_binding()
+        self.threads = threads
+        self._step = BoundGraph(open_session(folder / STEP_FILE, self.device, threads))
         config = self.manifest.config
         self._input, *_ = step_inputs(config, self.manifest.state_dtype)
         self._output, *_ = step_outputs(config, self.manifest.state_dtype)
@@ -71,31 +109,77 @@ class DecoderSession:
             UsageError: ids outside the vocabulary, a wrong batch size, or a position past the last one.
         """
         ids = np.asarray(input_ids, dtype=self._input.dtype)
-        self._check(ids, state)
-        binding = self._binding
-        binding.clear_binding_inputs()
-        binding.clear_binding_outputs()
-        binding.bind_cpu_input(self._input.name, np.ascontiguousarray(ids[:, None]))
-        binding.bind_cpu_input(POSITION_IDS, np.ascontiguousarray(state.position[:, None]))
-        for i, (past, present) in enumerate(zip(state.current, state.spare, strict=True)):
-            binding.bind_ortvalue_input(past_name(i), past)
-            binding.bind_ortvalue_output(present_name(i), present)
-        if logits:
-            binding.bind_output(self._output.name, "cpu")
-        self._session.run_with_iobinding(binding)
-        state.advance()
-        return binding.get_outputs()[-1].numpy()[:, 0] if logits else None
-
-    def _check(self, ids: Array, state: RecurrentState) -> None:
-        vocab, expected = self.manifest.config.vocab_size, (state.batch, *self._input.shape[2:])
+        expected = (state.batch, *self._input.shape[2:])
         if ids.shape != expected:
             raise UsageError(
                 f"{self._input.name} of shape {list(ids.shape)}",
                 f"{list(expected)}, one token for each row of the state",
             )
+        self._check_ids(ids)
+        self._check_positions(state.position)
+        feeds = {self._input.name: ids[:, None], POSITION_IDS: state.position[:, None]}
+        result = self._step.run(feeds, state, self._output.name if logits else None)
+        state.advance(1)
+        return None if result is None else result[:, 0]
+
+    def prefill(
+        self,
+        input_ids: Array | Sequence[Any],
+        state: RecurrentState,
+        *,
+        lengths: Array | Sequence[int] | None = None,
+        chunk_size: int = DEFAULT_CHUNK_SIZE,
+    ) -> Array:
+        """Feed a prompt to each row, chunk by chunk (Eq. 7), from wherever its state stands. Moves `state` on.
+
+        Each row moves on by its own tokens; a row that has ended waits for the others unchanged. Memory depends on
+        `chunk_size`, not on the prompts.
+
+        Args:
+            input_ids: `[B, T]` integers, or one sequence of integers for each row, of any lengths; for a stack without
+                an embedding, `[B, T, D]` or one `[T_b, D]` for each row.
+            state: of the rows so far.
+            lengths: how many tokens of each row of `input_ids` count; None takes all.
+            chunk_size: tokens to run at once.
+
+        Returns:
+            Logits `[B, vocab]` float32 after the last token of each row (hidden states `[B, D]` of a stack without a
+            head).
+
+        Raises:
+            UsageError: an empty prompt, ids outside the vocabulary, a wrong batch size, a position past the last one,
+                or a chunk size below 1. Nothing has run then.
+        """
+        width = tuple(int(size) for size in self._input.shape[2:])
+        prompts = Prompts.of(input_ids, lengths, dtype=self._input.dtype, width=width)
+        if len(prompts.lengths) != state.batch:
+            raise UsageError(f"{len(prompts.lengths)} prompts", f"{state.batch}, one for each row of the state")
+        for row, length in zip(prompts.tokens, prompts.lengths, strict=True):
+            self._check_ids(row[:length])
+        self._check_positions(state.position + prompts.lengths - 1)
+        result = np.zeros((state.batch, int(self._output.shape[-1])), dtype=np.float32)
+        for chunk in prompts.chunks(chunk_size):
+            steps = np.arange(chunk.mask.shape[1])
+            feeds = {self._input.name: chunk.tokens, POSITION_IDS: state.position[:, None] + steps}
+            fetch = self._output.name if chunk.ends.any() else None
+            if chunk.mask.shape[1] == 1 and chunk.mask.all():
+                logits = self._step.run(feeds, state, fetch)
+            else:
+                logits = self._prefill.run({**feeds, ATTENTION_MASK: chunk.mask}, state, fetch)
+            state.advance(chunk.counts)
+            if logits is not None:
+                result[chunk.ends] = logits[chunk.ends, 0]
+        return result
+
+    @cached_property
+    def _prefill(self) -> BoundGraph:
+        return BoundGraph(open_session(self.folder / PREFILL_FILE, self.device, self.threads))
+
+    def _check_ids(self, ids: Array) -> None:
+        vocab = self.manifest.config.vocab_size
         if vocab and (ids.min() < 0 or ids.max() >= vocab):
             raise UsageError(f"token id {int(ids.max() if ids.max() >= vocab else ids.min())}", f"0 to {vocab - 1}")
-        if state.position.max() > MAX_POSITION:
-            raise UsageError(
-                f"position {int(state.position.max())}", f"at most {MAX_POSITION}, the last the graph can place"
-            )
+
+    def _check_positions(self, last: Array) -> None:
+        if last.max() > MAX_POSITION:
+            raise UsageError(f"position {int(last.max())}", f"at most {MAX_POSITION}, the last the graph can place")

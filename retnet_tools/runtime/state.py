@@ -23,7 +23,7 @@ class RecurrentState:
 
     Attributes:
         current: one `[B, H, K, V]` a layer, S of Eq. 6.
-        spare: buffers of the same shapes that the next step writes into; the two change places after it.
+        spare: buffers of the same shapes that the next call writes into; the two change places after it.
         position: `[B]` int64, the position of the next token of each row.
     """
 
@@ -57,7 +57,7 @@ class RecurrentState:
         """A copy of the states, one `[B, H, K, V]` a layer."""
         return [np.array(value.numpy()) for value in self.current]
 
-    def advance(self) -> None:
-        """What was written becomes current, and every row moves on by one token."""
+    def advance(self, tokens: int | Array) -> None:
+        """What was written becomes current, and rows move on by one number of tokens or `[B]` of their own."""
         self.current, self.spare = self.spare, self.current
-        self.position = self.position + 1
+        self.position = self.position + tokens

@@ -16,7 +16,7 @@ import pytest
 from retnet_tools.formats.canonical import write_canonical
 from tests.helpers import BASE, random_source
 
-FILES = ["retnet.json", "step.onnx", "weights.data"]
+FILES = ["prefill.onnx", "retnet.json", "step.onnx", "weights.data"]
 
 
 @pytest.fixture
@@ -36,6 +36,7 @@ def test_without_o_the_export_lies_beside_the_checkpoint(checkpoint: Path, cli) 
     assert names(checkpoint.parent) == ["ckpt", "ckpt-onnx"]
     assert names(checkpoint.parent / "ckpt-onnx") == FILES
     assert result.err == ""
+    assert "prefill.onnx" in result.out
     assert "step.onnx" in result.out
 
 
@@ -62,7 +63,7 @@ def test_a_dry_run_writes_nothing(checkpoint: Path, cli) -> None:
 def test_tokenizer_files_travel(checkpoint: Path, tmp_path: Path, cli) -> None:
     (checkpoint / "tokenizer.json").write_text("{}")
     assert cli("export", checkpoint, "-o", tmp_path / "out").exit_code == 0
-    assert names(tmp_path / "out") == [*FILES[:2], "tokenizer.json", FILES[2]]
+    assert names(tmp_path / "out") == sorted([*FILES, "tokenizer.json"])
     assert json.loads((tmp_path / "out" / "retnet.json").read_text())["tokenizer_files"] == ["tokenizer.json"]
 
 

@@ -49,6 +49,14 @@ def test_prompts_come_from_files_and_stdin_too(folder: Path, tmp_path: Path, mon
         assert cli("generate", folder, *arguments, "-n", 5).out == expected
 
 
+def test_the_chunk_size_changes_no_token(folder: Path, cli) -> None:
+    prompt = " ".join(str(7 * i % 61) for i in range(40))
+    expected = cli("generate", folder, "-p", prompt, "-n", 8).out
+    for chunk_size in (1, 7, 1000):
+        assert cli("generate", folder, "-p", prompt, "-n", 8, "--chunk-size", chunk_size).out == expected
+    assert cli("generate", folder, "-p", prompt, "--chunk-size", 0).exit_code == 2
+
+
 def test_seeds_choose_samples(folder: Path, cli) -> None:
     def draw(seed: int) -> str:
         return cli("generate", folder, "-p", "3", "-n", 20, "--temperature", 1.5, "--seed", seed).out

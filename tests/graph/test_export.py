@@ -200,10 +200,15 @@ def test_a_source_that_cannot_be_read_is_no_fault_of_the_output(tmp_path: Path) 
 
 def test_the_graphs_are_written_after_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(export_module, "write_graph", lambda path, *_, **__: seen.extend(path.parent.iterdir()))
+    monkeypatch.setattr(
+        export_module, "write_graph", lambda path, *_, **__: seen.append((path, *path.parent.iterdir()))
+    )
     export(BASE, random_source(BASE, 11), tmp_path / "out")
-    assert [path.name for path in seen] == [contract.WEIGHTS_FILE]
-    assert seen[0].parent.name == f".out.partial-{os.getpid()}"
+    assert [[path.name for path in paths] for paths in seen] == [
+        [contract.PREFILL_FILE, contract.WEIGHTS_FILE],
+        [contract.STEP_FILE, contract.WEIGHTS_FILE],
+    ]
+    assert seen[0][0].parent.name == f".out.partial-{os.getpid()}"
 
 
 def test_an_unknown_operator_set_is_refused() -> None:

@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from onnx.external_data_helper import load_external_data_for_model, set_external_data
 
 from retnet_tools.errors import InputError
-from retnet_tools.graph.contract import STEP_FILE, WEIGHTS_FILE
+from retnet_tools.graph.contract import PREFILL_FILE, STEP_FILE, WEIGHTS_FILE
 from retnet_tools.graph.reader import read_graphs
 from tests.exports import export
 from tests.helpers import BASE, random_source
@@ -56,13 +56,12 @@ def test_tensors_and_nodes_are_those_that_onnx_itself_reads(dtype: str, ops: str
 
 
 def test_a_tensor_that_two_graphs_share_is_listed_once(folder: Path) -> None:
-    (folder / "prefill.onnx").write_bytes((folder / STEP_FILE).read_bytes())
-    graphs = read_graphs(folder, [STEP_FILE, "prefill.onnx"])
-    assert list(graphs.node_counts) == [STEP_FILE, "prefill.onnx"]
-    assert list(graphs.tensors.names()) == list(read_graphs(folder, [STEP_FILE]).tensors.names())
+    graphs = read_graphs(folder, [STEP_FILE, PREFILL_FILE])
+    assert list(graphs.node_counts) == [STEP_FILE, PREFILL_FILE]
+    assert sorted(graphs.tensors.names()) == sorted(read_graphs(folder, [STEP_FILE]).tensors.names())
     edit(folder, "embedding.weight", offset=4096)
     with pytest.raises(InputError, match=r"places 'embedding\.weight' elsewhere"):
-        read_graphs(folder, [STEP_FILE, "prefill.onnx"])
+        read_graphs(folder, [STEP_FILE, PREFILL_FILE])
 
 
 def test_types_below_a_byte_are_read_as_their_bytes(tmp_path: Path) -> None:
@@ -100,7 +99,8 @@ def test_weights_that_are_missing_or_cut_are_refused(folder: Path) -> None:
 
 
 def test_a_graph_that_is_missing_broken_or_outside_is_refused(folder: Path) -> None:
-    for name in ("prefill.onnx", "../out/step.onnx"):
+    (folder / PREFILL_FILE).unlink()
+    for name in (PREFILL_FILE, "../out/step.onnx"):
         with pytest.raises(InputError, match=f"no {name}"):
             read_graphs(folder, [name])
     (folder / STEP_FILE).write_bytes(b"not a graph")

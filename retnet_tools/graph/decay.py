@@ -1,0 +1,84 @@
+"""Powers of gamma inside a graph: for one token, for a chunk of matrix products, for a walk over tokens.
+
+All are float32 exponentials of x = n log(gamma) <= 0. Rounding log(gamma) and the product moves e^x by at most
+2 |x| e^x 2^-24 < 2^-24: float32 is enough at any chunk size and any memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from retnet_tools.graph.nodes import GraphBuilder
+from retnet_tools.weights import Array
+
+
+@dataclass(frozen=True)
+class StepDecay:
+    """log(gamma) `[H]` or `[H, K]`, and the graph's position_ids `[B, T]`, which tell operators the batch size."""
+
+    log_gamma: Array
+    position_ids: ir.Value
+
+    def log_gamma_rows(self, g: GraphBuilder) -> ir.Value:
+        """log(gamma) of every token, `[B, T, H]` or `[B, T, H*K]`: LinearAttention indexes it by batch and time."""
+        table = g.constant("log_gamma", self.log_gamma.astype(np.float32).reshape(1, -1))
+        zeros = g.op("Sub", self.position_ids, self.position_ids)
+        return g.op("Gather", table, zeros, axis=0)
+
+
+@dataclass(frozen=True)
+class TokenDecay:
+    """log(gamma) of every token as a graph value, `[B, T, H]` or `[B, T, H*K]`; 0 at padded tokens."""
+
+    heads: int
+    log_gamma: ir.Value
+
+
+@dataclass(frozen=True)
+class ChunkDecay:
+    """The terms of Eq. 7 for a chunk of T tokens, of which row b has n_b real ones.
+
+    Attributes:
+        matrix: D_nm = gamma^(n-m) for n >= m, else 0, `[H, T, T]`.
+        xi: gamma^(j+1), `[H, T, 1]`.
+        zeta: gamma^(n_b-1-j), `[B, H, 1, T]`; 1 at padded tokens, whose k is 0.
+        carried: gamma^n_b, `[B, H, 1, 1]`; 1 for a row of padding alone.
+    """
+
+    heads: int
+    matrix: ir.Value
+    xi: ir.Value
+    zeta: ir.Value
+    carried: ir.Value
+
+
+def chunk_decay(g: GraphBuilder, log_gamma: Array, length: ir.Value, counts: ir.Value) -> ChunkDecay:
+    """The powers of a chunk, made once for all layers.
+
+    Args:
+        log_gamma: `[H]`.
+        length: T, an int64 scalar.
+        counts: n_b, `[B, 1]` int64.
+    """
+    heads = len(log_gamma)
+    logs = g.constant("log_gamma", log_gamma.astype(np.float32).reshape(heads, 1, 1))
+    zero, one = (g.constant(name, np.array(i, dtype=np.int64)) for i, name in enumerate(("zero", "one")))
+
+    def powers(exponents: ir.Value) -> ir.Value:
+        """gamma^n for int64 exponents `[..., 1, N, M]` as `[..., H, N, M]`."""
+        return g.op("Exp", g.op("Mul", g.cast(exponents, "int64", "float32"), logs))
+
+    index = g.op("Range", zero, length, one)  # [T]
+    column = g.op("Unsqueeze", index, g.integers(1))  # [T, 1]
+    distance = g.op("Max", g.op("Sub", column, index), zero)  # [T, T]
+    left = g.op("Sub", g.op("Sub", counts, one), index)  # [B, T]
+    return ChunkDecay(
+        heads,
+        matrix=g.op("Trilu", powers(distance), upper=0),
+        xi=powers(g.op("Add", column, one)),
+        zeta=powers(g.op("Unsqueeze", g.op("Max", left, zero), g.integers(1, 2))),  # [B, T] -> [B, 1, 1, T]
+        carried=powers(g.op("Unsqueeze", counts, g.integers(2, 3))),  # [B, 1] -> [B, 1, 1, 1]
+    )

@@ -1,0 +1,129 @@
+"""Nodes, small constants and values of a graph under construction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from retnet_tools.graph.contract import TensorSpec
+from retnet_tools.weights import Array
+
+ELEMENT_TYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+    "int64": ir.DataType.INT64,
+}
+
+
+def tensor_type(dtype: str) -> ir.TensorType:
+    """The ONNX type of a tensor."""
+    return ir.TensorType(ELEMENT_TYPES[dtype])
+
+
+def graph_value(spec: TensorSpec) -> ir.Value:
+    """A graph input."""
+    return ir.Value(name=spec.name, shape=ir.Shape(spec.shape), type=tensor_type(spec.dtype))
+
+
+class GraphBuilder:
+    """Collects nodes and small constants; each node is named after the scope it was made in.
+
+    Args:
+        prefix: before the names of constants, which must differ between a graph and its subgraphs.
+    """
+
+    def __init__(self, prefix: str = "") -> None:
+        self.prefix = prefix
+        self.nodes: list[ir.Node] = []
+        self.initializers: dict[str, ir.Value] = {}
+        self.scope = ""
+        self._names: dict[str, int] = {}
+        self._shared: dict[str, ir.Value] = {}
+
+    def node(
+        self, op_type: str, *inputs: ir.Value | None, domain: str = "", outputs: int = 1, **attributes: Any
+    ) -> list[ir.Value]:
+        """Append a node; returns its outputs."""
+        name = self._unique(f"{self.scope}/{op_type}")
+        node = ir.node(op_type, list(inputs), attributes, domain=domain, num_outputs=outputs, name=name)
+        for i, value in enumerate(node.outputs):
+            value.name = f"{name}:{i}" if outputs > 1 else f"{name}:out"
+        self.nodes.append(node)
+        return list(node.outputs)
+
+    def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+        """Append a node with one output."""
+        return self.node(op_type, *inputs, domain=domain, **attributes)[0]
+
+    def constant(self, name: str, array: Array) -> ir.Value:
+        """A small constant, stored in the graph itself, once for each name."""
+        name = self.prefix + name
+        if name not in self.initializers:
+            tensor = ir.tensor(array, name=name)
+            self.initializers[name] = ir.Value(
+                name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
+        return self.initializers[name]
+
+    def integers(self, *values: int) -> ir.Value:
+        """A vector of int64, for shapes and axes."""
+        return self.constant("ints_" + "_".join(map(str, values)), np.array(values, dtype=np.int64))
+
+    def reshape(self, x: ir.Value, *shape: int) -> ir.Value:
+        """Reshape to a constant shape, with 0 (keep) and -1 (infer)."""
+        return self.op("Reshape", x, self.integers(*shape))
+
+    def cast(self, x: ir.Value, source: str, target: str) -> ir.Value:
+        """Cast, or the value itself where the types agree already."""
+        return x if source == target else self.op("Cast", x, to=ELEMENT_TYPES[target])
+
+    def scale(self, x: ir.Value, factor: float, dtype: str) -> ir.Value:
+        """x times a constant, in the type of x."""
+        if factor == 1.0:
+            return x
+        array = np.array(factor).astype(ELEMENT_TYPES[dtype].numpy())
+        return self.op("Mul", x, self.constant(f"scale_{factor!r}_{dtype}", array))
+
+    def once(self, key: str, make: Callable[[], ir.Value]) -> ir.Value:
+        """A value that the whole graph shares: made on first use."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
+    def _unique(self, name: str) -> str:
+        count = self._names.get(name, 0)
+        self._names[name] = count + 1
+        return f"{name}_{count}" if count else name
+
+
+def scan(
+    g: GraphBuilder,
+    step: Callable[[GraphBuilder, ir.Value, list[ir.Value]], tuple[ir.Value, ir.Value]],
+    state: ir.Value,
+    sequences: list[ir.Value],
+) -> tuple[ir.Value, ir.Value]:
+    """A Scan along the first axis of float32 sequences.
+
+    Args:
+        g: the graph that gets the node.
+        step: maps a state and one slice of each sequence to the next state and an output.
+        state: before the first slice.
+        sequences: `[T, ...]` each.
+
+    Returns:
+        The last state, and the outputs `[T, ...]`.
+    """
+    prefix = f"{g.scope}/body"
+    body = GraphBuilder(f"{prefix}/")
+    body.scope = prefix
+    inputs = [ir.Value(name=f"{prefix}/in_{i}", type=tensor_type("float32")) for i in range(len(sequences) + 1)]
+    outputs = step(body, inputs[0], inputs[1:])
+    for value in outputs:
+        value.type = tensor_type("float32")
+    graph = ir.Graph(inputs, outputs, nodes=body.nodes, initializers=list(body.initializers.values()), name=prefix)
+    final, stacked = g.node("Scan", state, *sequences, outputs=2, body=graph, num_scan_inputs=len(sequences))
+    return final, stacked

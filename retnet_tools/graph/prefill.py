@@ -1,0 +1,79 @@
+"""The prefill graph: a chunk of tokens in, logits after the last real token of each row and new states out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from retnet_tools.graph.builder import DecoderBuilder, TokenInputs
+from retnet_tools.graph.contract import TensorSpec, prefill_inputs, prefill_outputs
+from retnet_tools.graph.decay import ChunkDecay, StepDecay, TokenDecay, chunk_decay
+from retnet_tools.graph.tables import log_decay
+
+
+class PrefillBuilder(DecoderBuilder):
+    """Retention by chunks (Eq. 7, corrected) in every layer: matrix products over T tokens and a carried state.
+
+    Padding on the right is exact. Row b has n_b real tokens; its state decays by gamma^n_b, k is 0 at padded tokens,
+    and nothing else reads them. Their ids and positions are replaced by 0, so that they need not be valid. From the
+    last layer's feed-forward on, only the last real token of each row is computed.
+
+    A model with a gamma of each key dimension walks token by token in its retention
+    (`StandardOps.retention_tokens`).
+    """
+
+    name = "retnet_prefill"
+    _decay: ChunkDecay | TokenDecay
+    _shape: ir.Value
+    _last: ir.Value
+
+    def input_specs(self) -> Sequence[TensorSpec]:
+        """Inputs of prefill.onnx."""
+        return prefill_inputs(self.config, self.state_dtype)
+
+    def output_specs(self) -> Sequence[TensorSpec]:
+        """Outputs of prefill.onnx."""
+        return prefill_outputs(self.config, self.state_dtype)
+
+    def read(self, inputs: Sequence[ir.Value]) -> TokenInputs:
+        """Padding blanked, and what depends on the mask made once for all layers."""
+        g = self.g
+        tokens, position_ids, mask = inputs
+        position_ids = g.op("Mul", position_ids, mask)
+        self._shape = g.op("Concat", g.op("Shape", mask), g.integers(-1), axis=0)
+        counts = g.op("ReduceSum", mask, g.integers(1), keepdims=1)  # [B, 1]
+        zero, one = (g.constant(name, np.array(i, dtype=np.int64)) for i, name in enumerate(("zero", "one")))
+        self._last = g.op("Max", g.op("Sub", counts, one), zero)
+        column = g.op("Unsqueeze", mask, g.integers(-1))  # [B, T] -> [B, T, 1]
+        key_mask = g.cast(column, "int64", "float32")
+        self._decay = self._decay_terms(position_ids, counts, key_mask)
+        if self.config.has_vocabulary:
+            tokens = g.op("Mul", tokens, mask)
+        else:
+            blank = g.constant("blank", np.array(0, dtype=np.float32))
+            tokens = g.op("Where", g.op("Equal", column, one), tokens, blank)
+        return TokenInputs(tokens, position_ids, key_mask)
+
+    def token_axis(self, x: ir.Value) -> ir.Value:
+        """Rows are the tokens of one sequence after another."""
+        return self.g.op("Reshape", x, self._shape)  # [B*T, N] -> [B, T, N]
+
+    def retention(self, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """A chunk by matrix products, or token by token where gamma belongs to the key dimension."""
+        if isinstance(self._decay, TokenDecay):
+            return self.ops.retention_tokens(self.g, q, k, v, past, self._decay)
+        return self.ops.retention_chunk(self.g, q, k, v, past, self._decay)
+
+    def last_rows(self, x: ir.Value) -> ir.Value:
+        """Row n_b - 1 of sequence b, and row 0 of one that is padding alone."""
+        return self.g.op("GatherND", self.token_axis(x), self._last, batch_dims=1)  # [B*T, D] -> [B, D]
+
+    def _decay_terms(self, position_ids: ir.Value, counts: ir.Value, key_mask: ir.Value) -> ChunkDecay | TokenDecay:
+        g, log_gamma = self.g, log_decay(self.config)
+        if log_gamma.ndim == 2:
+            rows = StepDecay(log_gamma, position_ids).log_gamma_rows(g)
+            return TokenDecay(self.config.num_heads, g.op("Mul", rows, key_mask))
+        length = g.op("Gather", self._shape, g.constant("one", np.array(1, dtype=np.int64)), axis=0)
+        return chunk_decay(g, log_gamma, length, counts)
