@@ -49,6 +49,7 @@ ABLATIONS: dict[str, RetNetConfig] = {
     "layer_head_norm": replace(BASE, head_norm=HeadNorm("layer", 1e-6)),
     "shared_head_norm": replace(BASE, head_norm=HeadNorm("rms", 1e-5, "shared")),
     "channel_head_norm": replace(BASE, head_norm=HeadNorm("layer", 1e-5, "channel", bias=True)),
+    "rms_with_bias": replace(BASE, block_norm=BlockNorm("rms", 1e-6, bias=True)),
     "large_head_norm_eps": replace(BASE, head_norm=HeadNorm("rms", 1e-3)),
     "post_norm": replace(BASE, norm_order="post", residual_alpha=4**0.25, final_norm=False),
     "pre_norm_alpha": replace(BASE, residual_alpha=4**0.25),

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from retnet_tools.config import BlockNorm, RetNetConfig
 from retnet_tools.graph.contract import TensorSpec
-from retnet_tools.graph.nodes import GraphBuilder, graph_value, tensor_type
+from retnet_tools.graph.nodes import GraphBuilder, epsilon, graph_value, tensor_type
 from retnet_tools.graph.ops import NormWeights, StandardOps
 from retnet_tools.graph.positions import PositionTerms, position_terms
 from retnet_tools.weights import Array, canonical_shapes
@@ -220,9 +220,9 @@ class DecoderBuilder(ABC):
             return y
         ones = g.constant("head_norm.ones", np.ones(size, dtype=np.float32))
         if norm.kind == "rms":
-            y = g.op("RMSNormalization", y, ones, axis=-1, epsilon=norm.eps)
+            y = g.op("RMSNormalization", y, ones, axis=-1, epsilon=epsilon(norm.eps))
         else:
-            y = g.op("LayerNormalization", y, ones, axis=-1, epsilon=norm.eps)
+            y = g.op("LayerNormalization", y, ones, axis=-1, epsilon=epsilon(norm.eps))
         for part, op_type in (("weight", "Mul"), ("bias", "Add")):
             if f"{name}.{part}" in self.shapes:
                 parameter = g.cast(self._weight(f"{name}.{part}"), self.dtype, WIDE)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from retnet_tools.dtypes import convert
 from retnet_tools.graph.contract import TensorSpec
 from retnet_tools.weights import Array
 
@@ -27,6 +28,11 @@ def tensor_type(dtype: str) -> ir.TensorType:
 def graph_value(spec: TensorSpec) -> ir.Value:
     """A graph input."""
     return ir.Value(name=spec.name, shape=ir.Shape(spec.shape), type=tensor_type(spec.dtype))
+
+
+def epsilon(eps: float) -> float:
+    """A norm's epsilon as a graph can hold it: 0 becomes the smallest normal float32, so that a zero vector stays 0."""
+    return max(eps, float(np.finfo(np.float32).tiny))
 
 
 class GraphBuilder:
@@ -82,10 +88,14 @@ class GraphBuilder:
         return x if source == target else self.op("Cast", x, to=ELEMENT_TYPES[target])
 
     def scale(self, x: ir.Value, factor: float, dtype: str) -> ir.Value:
-        """x times a constant, in the type of x."""
+        """x times a constant, in the type of x.
+
+        Raises:
+            InputError: a factor that the type cannot hold.
+        """
         if factor == 1.0:
             return x
-        array = np.array(factor).astype(ELEMENT_TYPES[dtype].numpy())
+        array = convert(f"scale {factor:g}", np.array([factor]), ELEMENT_TYPES[dtype].numpy()).reshape(())
         return self.op("Mul", x, self.constant(f"scale_{factor!r}_{dtype}", array))
 
     def once(self, key: str, make: Callable[[], ir.Value]) -> ir.Value:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from retnet_tools.config import Activation, BlockNorm
 from retnet_tools.graph.decay import ChunkDecay, StepDecay, TokenDecay
-from retnet_tools.graph.nodes import GraphBuilder, scan
+from retnet_tools.graph.nodes import GraphBuilder, epsilon, scan
 
 OPSET = 23
 """The first ai.onnx opset with RMSNormalization and RotaryEmbedding; ONNX Runtime runs both on CPU and CUDA."""
@@ -60,10 +60,10 @@ class StandardOps:
     def norm(self, g: GraphBuilder, x: ir.Value, weights: NormWeights) -> ir.Value:
         """RMSNorm or LayerNorm over the last dimension, accumulated in float32."""
         if weights.norm.kind == "rms":
-            y = g.op("RMSNormalization", x, weights.weight, axis=-1, epsilon=weights.norm.eps)
+            y = g.op("RMSNormalization", x, weights.weight, axis=-1, epsilon=epsilon(weights.norm.eps))
             return y if weights.bias is None else g.op("Add", y, weights.bias)
         inputs = [x, weights.weight] + ([weights.bias] if weights.bias is not None else [])
-        return g.op("LayerNormalization", *inputs, axis=-1, epsilon=weights.norm.eps)
+        return g.op("LayerNormalization", *inputs, axis=-1, epsilon=epsilon(weights.norm.eps))
 
     def add_norm(self, g: GraphBuilder, x: ir.Value, y: ir.Value, weights: NormWeights) -> tuple[ir.Value, ir.Value]:
         """x + y, and the norm of it, for `[rows, D]`."""
@@ -164,7 +164,9 @@ class FusedOps(StandardOps):
             return super().add_norm(g, x, y, weights)
         name = {"rms": "SkipSimplifiedLayerNormalization", "layer": "SkipLayerNormalization"}[weights.norm.kind]
         inputs = [x, y, weights.weight] + ([weights.bias] if weights.bias is not None else [])
-        normed, mean, deviation, total = g.node(name, *inputs, domain=MICROSOFT, outputs=4, epsilon=weights.norm.eps)
+        normed, mean, deviation, total = g.node(
+            name, *inputs, domain=MICROSOFT, outputs=4, epsilon=epsilon(weights.norm.eps)
+        )
         mean.name = deviation.name = ""
         return total, normed
 

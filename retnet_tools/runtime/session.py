@@ -18,7 +18,9 @@ from retnet_tools.graph.contract import (
     PREFILL_FILE,
     STEP_FILE,
     WEIGHTS_FILE,
+    TensorSpec,
     past_name,
+    prefill_inputs,
     present_name,
     step_inputs,
     step_outputs,
@@ -85,10 +87,10 @@ class DecoderSession:
                 raise InputError(f"{folder} has no {name}", "a complete export", "export the checkpoint again")
         self.device = device or Device("cpu")
         self.threads = threads
-        self._step = BoundGraph(open_session(folder / STEP_FILE, self.device, threads))
-        config = self.manifest.config
-        self._input, *_ = step_inputs(config, self.manifest.state_dtype)
-        self._output, *_ = step_outputs(config, self.manifest.state_dtype)
+        border = (self.manifest.config, self.manifest.state_dtype)
+        self._input, *_ = step_inputs(*border)
+        self._output, *_ = step_outputs(*border)
+        self._step = self._open(STEP_FILE, step_inputs(*border))
 
     def new_state(self, batch: int = 1) -> RecurrentState:
         """The state before the first token of `batch` sequences."""
@@ -173,7 +175,16 @@ class DecoderSession:
 
     @cached_property
     def _prefill(self) -> BoundGraph:
-        return BoundGraph(open_session(self.folder / PREFILL_FILE, self.device, self.threads))
+        return self._open(PREFILL_FILE, prefill_inputs(self.manifest.config, self.manifest.state_dtype))
+
+    def _open(self, name: str, inputs: Sequence[TensorSpec]) -> BoundGraph:
+        session = open_session(self.folder / name, self.device, self.threads)
+        found = [(value.name, tuple(value.shape)) for value in session.get_inputs()]
+        if found != [(spec.name, spec.shape) for spec in inputs]:
+            raise InputError(
+                f"{self.folder / name} does not fit {MANIFEST_FILE}", "the graph it describes", "export again"
+            )
+        return BoundGraph(session)
 
     def _check_ids(self, ids: Array) -> None:
         vocab = self.manifest.config.vocab_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,14 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
+from retnet_tools.config import BlockNorm
+from retnet_tools.errors import InputError
 from retnet_tools.graph import contract
 from retnet_tools.graph.ops import OPERATOR_SETS
 from retnet_tools.model.retention import retention_recurrent
 from retnet_tools.model.retnet import load_model
 from tests.exports import cpu_runner, export, run_steps, zero_states
-from tests.helpers import ABLATIONS, BASE, random_source, random_tokens
+from tests.helpers import ABLATIONS, BASE, MemorySource, random_source, random_tokens
 from tests.tolerances import GRAPH_FLOAT16, GRAPH_FLOAT32, GRAPH_POSITIONS
 
 OPS = list(OPERATOR_SETS)
@@ -27,6 +30,23 @@ def torch_logits(config, source, ids, dtype=torch.float32, states=None, position
     return model(torch.from_numpy(ids), form=retention_recurrent, states=states, position=position)
 
 
+def half_ulp_movement(config, source, ids):
+    """How far logits of each token move in float64 when every weight moves by up to half a float32 ulp, `[B, T]`.
+
+    A head whose output nearly cancels is amplified by its norm: there no float32 computation can be closer than this.
+    """
+    rng, exact = np.random.default_rng(0), torch_logits(config, source, ids, torch.float64).logits.numpy()
+    movements = []
+    for _ in range(3):
+        moved = {
+            name: array.astype(np.float64) * (1 + rng.uniform(-1, 1, array.shape) * 2.0**-24)
+            for name, array in source.tensors.items()
+        }
+        logits = torch_logits(config, MemorySource(moved), ids, torch.float64).logits.numpy()
+        movements.append(np.abs(logits - exact).max(-1))
+    return np.max(movements, 0)
+
+
 @pytest.mark.parametrize("ops", OPS)
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_step_equals_the_torch_recurrent_form_over_256_tokens(name: str, ops: str, tmp_path: Path) -> None:
@@ -34,8 +54,11 @@ def test_step_equals_the_torch_recurrent_form_over_256_tokens(name: str, ops: st
     ids = random_tokens(config, 2, 256, seed=4)
     expected = torch_logits(config, source, ids)
     run = cpu_runner(export(config, source, tmp_path / "out", ops=ops) / contract.STEP_FILE)
+    errors = []
     for n, (logits, after) in enumerate(run_steps(run, ids, zero_states(config, 2))):
-        np.testing.assert_allclose(logits, expected.logits[:, n].numpy(), rtol=0, atol=GRAPH_FLOAT32)
+        errors.append(np.abs(logits - expected.logits[:, n].numpy()).max(-1))
+    if np.max(errors) > GRAPH_FLOAT32:
+        assert (np.stack(errors, 1) <= GRAPH_FLOAT32 + 2 * half_ulp_movement(config, source, ids)).all()
     for state, reference in zip(after, expected.states, strict=True):
         scale = max(1.0, float(reference.abs().max()))
         np.testing.assert_allclose(state, reference.numpy(), rtol=0, atol=GRAPH_FLOAT32 * scale)
@@ -153,3 +176,22 @@ def test_fused_graphs_run_retention_in_one_node_a_layer(tmp_path: Path) -> None:
     assert kinds.count("LinearAttention") == BASE.num_layers
     # One merged q, k, v, gate product, one out, one merged gate and up, one down; and the logits.
     assert kinds.count("Gemm") == 4 * BASE.num_layers + 1
+
+
+@pytest.mark.parametrize("ops", OPS)
+def test_a_zero_vector_stays_zero_at_epsilon_zero(ops: str, tmp_path: Path) -> None:
+    config = replace(BASE.with_head_norm_eps(0.0), block_norm=BlockNorm("rms", 0.0))
+    source = random_source(config, seed=17)
+    source.tensors["layers.0.retention.v_proj.weight"][:] = 0
+    ids = random_tokens(config, 1, 8, seed=18)
+    expected = torch_logits(config, source, ids).logits.numpy()
+    assert np.isfinite(expected).all()
+    run = cpu_runner(export(config, source, tmp_path / "out", ops=ops) / contract.STEP_FILE)
+    for n, (logits, _) in enumerate(run_steps(run, ids, zero_states(config, 1))):
+        np.testing.assert_allclose(logits, expected[:, n], rtol=0, atol=GRAPH_FLOAT32)
+
+
+def test_a_scale_beyond_float16_is_refused(tmp_path: Path) -> None:
+    config = replace(BASE, embedding_scale=1e5)
+    with pytest.raises(InputError, match=r"scale 100000.*float16 cannot hold"):
+        export(config, random_source(config, 1), tmp_path / "out", dtype="float16")

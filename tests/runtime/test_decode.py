@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -162,4 +163,13 @@ def test_a_folder_that_is_no_export_is_refused(tmp_path: Path, folder: Path) -> 
 def test_bfloat16_on_the_cpu_says_what_to_do(tmp_path: Path) -> None:
     out = export(BASE, SOURCE, tmp_path / "out", dtype="bfloat16")
     with pytest.raises(ProviderError, match=r"cannot run on cpu.*export with --dtype fp32 or fp16"):
+        DecoderSession(out)
+
+
+def test_a_manifest_of_another_model_is_refused(tmp_path: Path) -> None:
+    out = export(BASE, SOURCE, tmp_path / "out")
+    document = json.loads((out / contract.MANIFEST_FILE).read_text())
+    document["config"]["value_dim"] *= 2
+    (out / contract.MANIFEST_FILE).write_text(json.dumps(document))
+    with pytest.raises(InputError, match=r"step\.onnx does not fit retnet\.json"):
         DecoderSession(out)
