@@ -70,6 +70,8 @@ def generate(
         raise UsageError(f"--max-tokens {max_tokens}", "at least 1")
     sampler = Sampler(sampling)
     state = session.new_state()
+    if min(len(prompt), chunk_size) > 1:
+        session.open_prefill()
     began = time.perf_counter()
     logits = session.prefill([prompt], state, chunk_size=chunk_size)
     prefilled = time.perf_counter()

@@ -12,7 +12,8 @@ from retnet_tools.errors import UsageError
 from retnet_tools.weights import Array
 
 DEFAULT_CHUNK_SIZE = 128
-"""Tokens of a prompt that are run at once (`benchmarks/prefill.py`)."""
+"""Tokens of a prompt that are run at once: on the CPU the rate is nearly flat from here on and memory is not
+(`benchmarks/prefill.py`)."""
 
 
 @dataclass(frozen=True)

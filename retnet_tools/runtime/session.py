@@ -96,6 +96,10 @@ class DecoderSession:
         """The state before the first token of `batch` sequences."""
         return RecurrentState.zeros(self.manifest, batch, self.device)
 
+    def open_prefill(self) -> None:
+        """Open prefill.onnx now rather than with the first prompt of several tokens."""
+        _ = self._prefill
+
     def step(self, input_ids: Array, state: RecurrentState, *, logits: bool = True) -> Array | None:
         """Feed one token to each row: S_n = gamma S_(n-1) + k_n^T v_n, o_n = q_n S_n (Eq. 6). Moves `state` on.
 

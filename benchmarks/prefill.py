@@ -1,0 +1,141 @@
+"""Prompt speed of an exported model: chunks of several sizes, the step loop, and torch's parallel form.
+
+    python benchmarks/prefill.py --size base -o benchmarks/prefill.json
+
+Exports a random model of a published size to a temporary folder. Every way of reading a prompt runs in a process of its
+own, in turns, `--rounds` times: first a prompt of a chunk or two, so that everything is loaded, then the one that is
+timed. Figures are medians. Peak memory is ru_maxrss of the process; mapped pages of weights.data count. The step loop
+and torch's parallel form read prompts up to `--longest-step` and `--longest-parallel` tokens; torch makes the logits of
+every token, and the vocabulary is more than half of the base model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from large_checkpoint import VOCAB_SIZE, RandomWeights, machine
+
+from retnet_tools.formats import Checkpoint
+from retnet_tools.graph.export import plan_export, write_export
+from retnet_tools.paper import MODEL_SIZES
+
+
+def reader(way: str, size: str, folder: Path, threads: int) -> Callable[[np.ndarray], None]:
+    """What reads a prompt `[T]`: `parallel` (torch), `step`, or the chunk size as a number."""
+    if way == "parallel":
+        return torch_parallel(size, threads)
+    from retnet_tools.runtime.session import DecoderSession
+
+    session = DecoderSession(folder, threads=threads)
+
+    def read(prompt: np.ndarray) -> None:
+        state = session.new_state()
+        if way == "step":
+            for n in range(len(prompt)):
+                session.step(prompt[n : n + 1], state, logits=n + 1 == len(prompt))
+        else:
+            session.prefill([prompt], state, chunk_size=int(way))
+
+    return read
+
+
+def torch_parallel(size: str, threads: int) -> Callable[[np.ndarray], None]:
+    import torch
+
+    from retnet_tools.model.retention import retention_parallel
+    from retnet_tools.model.retnet import load_model
+
+    torch.set_num_threads(threads)
+    config = MODEL_SIZES[size].config(VOCAB_SIZE)
+    model = load_model(config, RandomWeights(config), torch.float32)
+
+    @torch.inference_mode()
+    def read(prompt: np.ndarray) -> None:
+        model(torch.from_numpy(prompt[None]), form=retention_parallel)
+
+    return read
+
+
+def time_one(way: str, size: str, folder: Path, threads: int, tokens: int) -> None:
+    """The work of one process: prints seconds and peak bytes as JSON."""
+    read = reader(way, size, folder, threads)
+    prompt = np.random.default_rng(0).integers(0, VOCAB_SIZE, tokens)
+    read(prompt[: 2 * int(way) if way.isdigit() else 64])
+    began = time.perf_counter()
+    read(prompt)
+    seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"seconds": seconds, "peak_resident_bytes": peak}))
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All ways in turns, for each prompt length."""
+    config = MODEL_SIZES[arguments.size].config(VOCAB_SIZE)
+    checkpoint = Checkpoint(Path("random"), "random", config, RandomWeights(config), [], [], [])
+    plan = plan_export(checkpoint, dtype="float32", ops=arguments.ops)
+    write_export(plan, folder / "out", force=False, progress=lambda count: None)
+    limits = {"step": arguments.longest_step, "parallel": arguments.longest_parallel}
+    ways = [*arguments.chunk_sizes.split(","), *limits]
+    cases = [(n, way) for n in map(int, arguments.tokens.split(",")) for way in ways if n <= limits.get(way, n)]
+    runs: dict[tuple[int, str], list[dict[str, float]]] = {case: [] for case in cases}
+    for _ in range(arguments.rounds):
+        for (tokens, way), results in runs.items():
+            command = [sys.executable, __file__, "--size", arguments.size, "--threads", str(arguments.threads)]
+            command += ["--time", way, "--tokens", str(tokens), "--folder", str(folder / "out")]
+            results.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    return {
+        "size": arguments.size,
+        "ops": arguments.ops,
+        "threads": arguments.threads,
+        "machine": machine(),
+        "weight_bytes": plan.weight_bytes,
+        "results": [
+            {
+                "way": f"chunks of {way}" if way.isdigit() else way,
+                "tokens": tokens,
+                "tokens_per_second": round(tokens / statistics.median(run["seconds"] for run in results), 1),
+                "seconds": [round(run["seconds"], 3) for run in results],
+                "peak_resident_bytes": max(run["peak_resident_bytes"] for run in results),
+            }
+            for (tokens, way), results in runs.items()
+        ],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="base", choices=sorted(MODEL_SIZES))
+    parser.add_argument("--tokens", default="512,2048", help="prompt lengths, a comma list")
+    parser.add_argument("--chunk-sizes", default="32,64,128,256,512", help="a comma list")
+    parser.add_argument("--longest-step", type=int, default=512, help="longest prompt for the step loop")
+    parser.add_argument("--longest-parallel", type=int, default=2048, help="longest prompt for torch")
+    parser.add_argument("--ops", default="fused", choices=["fused", "standard"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
+    parser.add_argument("-o", "--output", type=Path, help="also write the JSON here")
+    parser.add_argument("--time", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.time:
+        time_one(arguments.time, arguments.size, arguments.folder, arguments.threads, int(arguments.tokens))
+        return
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        text = json.dumps(measure(arguments, Path(folder)), indent=1) + "\n"
+    print(text, end="")
+    if arguments.output:
+        arguments.output.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
