@@ -63,7 +63,7 @@ def write_canonical(
 ) -> list[Path]:
     """Write a checkpoint in our own format; see `plan_conversion` and `write_checkpoint` for arguments and errors.
 
-    Memory: one tensor, and its converted copy where `dtype` differs.
+    Memory: one block of a tensor (16 MB), or a whole one where its format transforms it.
 
     Returns:
         The files written.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,12 @@ class CheckpointFiles:
         if file.name.endswith(INDEX_SUFFIX):
             return open_shards(file, open_weights)
         return open_safetensors(file)
+
+    def has_settings_or_tensor(self, is_settings: Callable[[Mapping[str, Any]], bool], name: str) -> bool:
+        """Whether there are weights with settings of a format as JSON beside them, or with a tensor of this name."""
+        if self.weights_file is None:
+            return False
+        return any(is_settings(document) for document in self.configs.values()) or name in self.tensors.locations
 
     @property
     def metadata(self) -> Mapping[str, Any]:

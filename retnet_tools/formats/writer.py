@@ -78,7 +78,7 @@ def shard(tensors: Sequence[PlannedTensor], limit: int) -> tuple[dict[str, list[
 def write_checkpoint(path: Path, layout: CheckpointLayout, *, force: bool, progress: Progress | None) -> list[Path]:
     """Write a checkpoint folder; other files that are in it stay.
 
-    Memory: one tensor, and its converted copy where its type changes.
+    Memory: one block of a tensor (16 MB), or a whole one where its format transforms it.
 
     Args:
         path: the folder, made if it does not exist.

@@ -56,9 +56,7 @@ def _is_settings(document: Mapping[str, Any]) -> bool:
 
 def detect(files: CheckpointFiles) -> bool:
     """Its arguments as JSON beside the weights, or its names of tensors."""
-    if files.weights_file is None:
-        return False
-    return any(_is_settings(document) for document in files.configs.values()) or MARK in files.tensors.locations
+    return files.has_settings_or_tensor(_is_settings, MARK)
 
 
 def read(files: CheckpointFiles) -> Reading:

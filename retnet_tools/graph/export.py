@@ -70,7 +70,7 @@ def plan_export(checkpoint: Checkpoint, *, dtype: str, ops: str, state_dtype: st
 def write_export(plan: ExportPlan, out: Path, *, force: bool, progress: Callable[[int], None]) -> Manifest:
     """Write the folder: weights.data, then prefill.onnx, step.onnx and retnet.json; all appear at the end.
 
-    Memory: one source tensor, twice while its type changes; a merged projection is written part by part.
+    Memory: one block of a source tensor (16 MB), or a whole one where its format transforms it.
 
     Args:
         plan: from `plan_export`.
