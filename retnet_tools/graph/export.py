@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,12 +11,12 @@ from retnet_tools import __version__
 from retnet_tools.errors import UsageError, did_you_mean
 from retnet_tools.formats import Checkpoint
 from retnet_tools.graph import contract
-from retnet_tools.graph.builder import BuiltGraph, StoredTensor
+from retnet_tools.graph.builder import BuiltGraph
 from retnet_tools.graph.manifest import Manifest
-from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.graph.ops import OPERATOR_SETS
 from retnet_tools.graph.prefill import PrefillBuilder
 from retnet_tools.graph.step import StepBuilder
+from retnet_tools.graph.stored import StoredTensor, stored_bytes
 from retnet_tools.graph.writer import ALIGNMENT, write_graph, write_weights
 from retnet_tools.provenance import SourceHasher, provenance
 from retnet_tools.staging import check_target, staged_folder
@@ -98,11 +97,6 @@ def write_export(plan: ExportPlan, out: Path, *, force: bool, progress: Callable
         manifest = _manifest(plan, hasher.digests())
         (folder / contract.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
-
-
-def stored_bytes(tensor: StoredTensor) -> int:
-    """Bytes of a tensor in weights.data."""
-    return math.prod(tensor.shape) * ELEMENT_TYPES[tensor.dtype].numpy().itemsize
 
 
 def default_output(checkpoint: Path) -> Path:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from retnet_tools.graph.contract import state_shape
-from retnet_tools.graph.export import ExportPlan, stored_bytes
+from retnet_tools.graph.export import ExportPlan
 from retnet_tools.graph.nodes import ELEMENT_TYPES
+from retnet_tools.graph.stored import stored_bytes
 from retnet_tools.runtime.decode import Generation
 
 SCHEMA_VERSION = 1
