@@ -47,7 +47,7 @@ def read_graphs(folder: Path, names: Iterable[str]) -> ExportedGraphs:
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise InputError(f"no {name} in {folder}", "every graph that its manifest lists", EXPORT_AGAIN)
-        graph = _load(folder / name)
+        graph = load_graph(folder / name)
         operators = Counter(_operator(node) for node in graph)
         counts[name] = dict(sorted(operators.items(), key=lambda item: (-item[1], item[0])))
         for value in graph.initializers.values():
@@ -64,7 +64,12 @@ def read_graphs(folder: Path, names: Iterable[str]) -> ExportedGraphs:
     return ExportedGraphs(counts, StoredTensors(locations))
 
 
-def _load(file: Path) -> ir.Graph:
+def load_graph(file: Path) -> ir.Graph:
+    """A graph without its external data.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     try:
         return ir.load(file).graph
     except Exception as error:
