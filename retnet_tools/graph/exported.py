@@ -12,13 +12,16 @@ from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import InputError
 from retnet_tools.formats import Checkpoint
 from retnet_tools.formats.storage import StoredTensors, TensorLocation
+from retnet_tools.graph import contract
 from retnet_tools.graph.builder import BuiltGraph
 from retnet_tools.graph.export import ExportPlan
+from retnet_tools.graph.genai_config import TOKENIZER_CONFIG_FILE
 from retnet_tools.graph.manifest import Manifest, read_manifest
 from retnet_tools.graph.ops import OPERATOR_SETS
 from retnet_tools.graph.reader import EXPORT_AGAIN, load_graph, read_graphs
 from retnet_tools.graph.step import StepBuilder
 from retnet_tools.graph.stored import StoredTensor
+from retnet_tools.graph.targets import find_target
 from retnet_tools.weights import canonical_shapes
 
 
@@ -44,7 +47,9 @@ def plan_of_export(folder: Path) -> ExportPlan:
         graph = load_graph(folder / name)
         external = [value.const_value for value in graph.initializers.values()]
         names = [tensor.name for tensor in external if isinstance(tensor, ir.ExternalTensor)]
-        graphs[name] = BuiltGraph(graph, {name: stored[name] for name in names if name is not None})
+        border = manifest.graphs[name]
+        own = {name: stored[name] for name in names if name is not None}
+        graphs[name] = BuiltGraph(graph, border["inputs"], border["outputs"], own)
     checkpoint = Checkpoint(
         path=folder,
         format=str(manifest.provenance.get("source_format", "unknown")),
@@ -54,8 +59,16 @@ def plan_of_export(folder: Path) -> ExportPlan:
         tokenizer_files=[folder / name for name in manifest.tokenizer_files],
         notes=list(manifest.provenance.get("notes", ())),
     )
+    target = find_target(manifest.graphs)
     return ExportPlan(
-        checkpoint, manifest.dtype, manifest.state_dtype, manifest.ops, graphs, provenance=manifest.provenance
+        checkpoint,
+        manifest.dtype,
+        manifest.state_dtype,
+        manifest.ops,
+        graphs,
+        files={name: (folder / name).read_text(encoding="utf-8") for name in _own_files(folder, manifest)},
+        notes=(*checkpoint.notes, *target.notes(checkpoint, manifest.dtype)),
+        provenance=manifest.provenance,
     )
 
 
@@ -91,6 +104,16 @@ def _stored_tensors(folder: Path, manifest: Manifest, tensors: StoredTensors) ->
             table = tensors.read(name)
             tables[name] = StoredTensor(name, table.dtype.name, table.shape, table=table)
     return {name: expected.get(name) or tables[name] for name in tensors.names()}
+
+
+def _own_files(folder: Path, manifest: Manifest) -> list[str]:
+    """Files for the runtime that an export made itself."""
+    if contract.GENAI_FILE not in manifest.graphs:
+        return []
+    made = [
+        name for name in (contract.GENAI_CONFIG_FILE, TOKENIZER_CONFIG_FILE) if name not in manifest.tokenizer_files
+    ]
+    return [name for name in own if name not in manifest.tokenizer_files and (folder / name).is_file()]
 
 
 def _rows(location: TensorLocation, start: int, shape: tuple[int, ...]) -> TensorLocation:
