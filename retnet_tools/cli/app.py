@@ -17,6 +17,7 @@ from retnet_tools.cli.convert import convert
 from retnet_tools.cli.export import export
 from retnet_tools.cli.generate import generate
 from retnet_tools.cli.inspect import inspect
+from retnet_tools.cli.quantize import quantize
 from retnet_tools.cli.verify import verify
 from retnet_tools.errors import RetNetToolsError
 
@@ -36,6 +37,7 @@ COMMANDS = (
     (convert, "A checkpoint to another format, bit for bit."),
     (verify, "Whether the forms agree on a checkpoint, and why not."),
     (export, "A checkpoint to a stateful ONNX decoder."),
+    (quantize, "An export with int8, int4 or half-precision weights."),
     (generate, "Continue a prompt with an exported decoder."),
     (bench, "How fast a model decodes on this machine."),
 )

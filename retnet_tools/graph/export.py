@@ -92,6 +92,7 @@ def write_export(
     force: bool,
     progress: Callable[[int], None],
     read: BlockReader | None = None,
+    texts: Mapping[str, Callable[[Manifest], str]] | None = None,
 ) -> Manifest:
     """Write the folder: weights.data, then the graphs and retnet.json; all appear at the end.
 
@@ -103,6 +104,7 @@ def write_export(
         force: replace a folder that an earlier export wrote.
         progress: called with the bytes of weights just written.
         read: gives the content of weights.data; None reads the checkpoint's float weights.
+        texts: further files, by name, and what makes their text of the manifest.
 
     Raises:
         UsageError: the folder exists and `force` is off.
@@ -125,6 +127,8 @@ def write_export(
         for name, graph in plan.graphs.items():
             write_graph(folder / name, graph, places, producer_version=__version__)
         manifest = _manifest(plan, hasher.digests())
+        for name, make_text in (texts or {}).items():
+            (folder / name).write_text(make_text(manifest), encoding="utf-8")
         (folder / contract.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 

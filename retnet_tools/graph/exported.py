@@ -110,9 +110,7 @@ def _own_files(folder: Path, manifest: Manifest) -> list[str]:
     """Files for the runtime that an export made itself."""
     if contract.GENAI_FILE not in manifest.graphs:
         return []
-    made = [
-        name for name in (contract.GENAI_CONFIG_FILE, TOKENIZER_CONFIG_FILE) if name not in manifest.tokenizer_files
-    ]
+    own = (contract.GENAI_CONFIG_FILE, TOKENIZER_CONFIG_FILE)
     return [name for name in own if name not in manifest.tokenizer_files and (folder / name).is_file()]
 
 

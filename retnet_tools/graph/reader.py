@@ -24,7 +24,8 @@ class ExportedGraphs:
 
     Attributes:
         node_counts: for each graph file, its nodes by operator; `com.microsoft.QuickGelu` outside ai.onnx.
-        tensors: the tensors of weights.data under the names that the graphs give them.
+        tensors: the tensors of weights.data under the names that the graphs give them; of several names for the same
+            bytes the first.
     """
 
     node_counts: Mapping[str, Mapping[str, int]]
@@ -61,7 +62,10 @@ def read_graphs(folder: Path, names: Iterable[str]) -> ExportedGraphs:
                     EXPORT_AGAIN,
                 )
     _check_size(folder / WEIGHTS_FILE, locations)
-    return ExportedGraphs(counts, StoredTensors(locations))
+    first: dict[tuple[int, int], str] = {}
+    for name, location in locations.items():
+        first.setdefault((location.offset, location.span * location.dtype.itemsize), name)
+    return ExportedGraphs(counts, StoredTensors({name: locations[name] for name in first.values()}))
 
 
 def load_graph(file: Path) -> ir.Graph:

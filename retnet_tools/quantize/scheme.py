@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, cast
 
 from retnet_tools.config import RetNetConfig
@@ -21,7 +21,8 @@ DEFAULT_BLOCK_SIZES: dict[WeightType, BlockSize] = {"int8": 128, "int4": 64}
 (root of mean square) at 32, 8.8% at 64 and 9.5% at 128, for 5, 4.5 and 4.25 bits a weight."""
 DEFAULT_ACCURACY_LEVEL: AccuracyLevel = 4
 """On the CPU the fast path, and with 8 bits the only usable one."""
-_WORDS = ("int8", "int4", "fp16", "bf16")
+DEFAULT_METHOD = "rtn"
+TARGET_WORDS: dict[WeightType | HalfType, str] = {"int8": "int8", "int4": "int4", "float16": "fp16", "bfloat16": "bf16"}
 
 
 def parse_target(text: str) -> WeightType | HalfType:
@@ -36,7 +37,9 @@ def parse_target(text: str) -> WeightType | HalfType:
     for half in HALF_TYPES:
         if ALIASES.get(word) == half:
             return half
-    raise UsageError(f"--quantize {text!r}", f"one of {', '.join(_WORDS)}", did_you_mean(word, _WORDS))
+    raise UsageError(
+        f"--quantize {text!r}", f"one of {', '.join(TARGET_WORDS.values())}", did_you_mean(word, TARGET_WORDS.values())
+    )
 
 
 def parse_rule(text: str) -> TensorRule:
@@ -52,43 +55,51 @@ def parse_rule(text: str) -> TensorRule:
     return TensorRule(pattern, kind)
 
 
-def make_scheme(
-    kind: WeightType,
-    *,
-    ops: str,
-    block_size: int | None = None,
-    symmetric: bool = True,
-    accuracy_level: int | None = None,
-    method: str = "rtn",
-    exclude: Sequence[str] = (),
-    tensor_types: Sequence[str] = (),
-) -> Scheme:
+@dataclass(frozen=True)
+class SchemeOptions:
+    """The options of `quantize`, as given; None takes the default.
+
+    Attributes:
+        tensor_types: `REGEX=TYPE` each.
+    """
+
+    block_size: int | None = None
+    symmetric: bool | None = None
+    accuracy_level: int | None = None
+    method: str | None = None
+    exclude: tuple[str, ...] = ()
+    tensor_types: tuple[str, ...] = ()
+
+
+NO_OPTIONS = SchemeOptions()
+
+
+def make_scheme(kind: WeightType, options: SchemeOptions = NO_OPTIONS, *, ops: str) -> Scheme:
     """A scheme with its defaults filled in.
 
     Args:
         ops: the operator set of the graphs.
-        block_size, accuracy_level: None takes the default.
-        tensor_types: `REGEX=TYPE` each.
 
     Raises:
         UsageError: a value that is not offered, a pattern that is no regular expression, an accuracy level for
             standard operators.
     """
-    if accuracy_level is not None and ops != "fused":
+    if options.accuracy_level is not None and ops != "fused":
         raise UsageError(
             f"--accuracy-level with {ops} operators",
             "fused operators",
             "ONNX Runtime's session option session.qdq_matmulnbits_accuracy_level sets it there",
         )
+    block_size, level = options.block_size, options.accuracy_level
     default_level = DEFAULT_ACCURACY_LEVEL if ops == "fused" else None
     return Scheme(
         type=kind,
         block_size=DEFAULT_BLOCK_SIZES[kind] if block_size is None else cast(BlockSize, block_size),
-        symmetric=symmetric,
-        accuracy_level=default_level if accuracy_level is None else cast(AccuracyLevel, accuracy_level),
-        method=method,
-        exclude=tuple(exclude),
-        tensor_types=tuple(map(parse_rule, tensor_types)),
+        symmetric=options.symmetric is not False,
+        accuracy_level=default_level if level is None else cast(AccuracyLevel, level),
+        method=options.method or DEFAULT_METHOD,
+        exclude=options.exclude,
+        tensor_types=tuple(map(parse_rule, options.tensor_types)),
     )
 
 
@@ -112,3 +123,12 @@ def matrix_formats(scheme: Scheme, config: RetNetConfig) -> dict[str, BlockForma
     if not any(formats.values()):
         raise UsageError("a scheme that excludes every matrix", "one that quantizes something")
     return formats
+
+
+def scheme_text(scheme: Scheme) -> str:
+    """A scheme in one line."""
+    kind = "symmetric" if scheme.symmetric else "asymmetric"
+    level = "" if scheme.accuracy_level is None else f", accuracy level {scheme.accuracy_level}"
+    rules = [f"{rule.type} where {rule.pattern}" for rule in scheme.tensor_types]
+    rules += [f"float where {pattern}" for pattern in scheme.exclude]
+    return ", ".join([f"{scheme.type} in blocks of {scheme.block_size}, {kind}, {scheme.method}{level}", *rules])

@@ -8,7 +8,7 @@ import pytest
 
 from retnet_tools.errors import UsageError
 from retnet_tools.graph.quantization import BlockFormat, Scheme, TensorRule
-from retnet_tools.quantize.scheme import make_scheme, matrix_formats, parse_rule, parse_target
+from retnet_tools.quantize.scheme import SchemeOptions, make_scheme, matrix_formats, parse_rule, parse_target
 from retnet_tools.weights import canonical_shapes
 from tests.helpers import ABLATIONS, BASE
 
@@ -34,15 +34,8 @@ def test_defaults() -> None:
 
 
 def test_what_is_given_is_kept() -> None:
-    scheme = make_scheme(
-        "int4",
-        ops="fused",
-        block_size=32,
-        symmetric=False,
-        accuracy_level=0,
-        exclude=["lm_head"],
-        tensor_types=["a=b=q8"],
-    )
+    options = SchemeOptions(32, symmetric=False, accuracy_level=0, exclude=("lm_head",), tensor_types=("a=b=q8",))
+    scheme = make_scheme("int4", options, ops="fused")
     rules = (TensorRule("a=b", "int8"),)
     assert scheme == Scheme("int4", 32, False, accuracy_level=0, exclude=("lm_head",), tensor_types=rules)
 
@@ -53,16 +46,20 @@ def test_what_is_given_is_kept() -> None:
         ({"block_size": 48}, "block_size is 48; expected one of 32, 64, 128"),
         ({"block_size": 0}, "block_size is 0; expected one of 32, 64, 128"),
         ({"accuracy_level": 2}, "accuracy_level is 2; expected one of 0, 1, 4"),
-        ({"exclude": ["("]}, "pattern '('"),
-        ({"tensor_types": ["q_proj"]}, "--tensor-type 'q_proj'; expected REGEX=int8 or REGEX=int4"),
-        ({"tensor_types": ["q_proj=float"]}, "stays float: --exclude"),
-        ({"tensor_types": ["=int8"]}, "--tensor-type '=int8'"),
-        ({"ops": "standard", "accuracy_level": 4}, "--accuracy-level with standard operators"),
+        ({"exclude": ("(",)}, "pattern '('"),
+        ({"tensor_types": ("q_proj",)}, "--tensor-type 'q_proj'; expected REGEX=int8 or REGEX=int4"),
+        ({"tensor_types": ("q_proj=float",)}, "stays float: --exclude"),
+        ({"tensor_types": ("=int8",)}, "--tensor-type '=int8'"),
     ],
 )
 def test_values_that_are_not_offered_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
-        make_scheme("int4", **{"ops": "fused", **arguments})
+        make_scheme("int4", SchemeOptions(**arguments), ops="fused")
+
+
+def test_an_accuracy_level_for_standard_operators_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"--accuracy-level with standard operators.*qdq_matmulnbits_accuracy_level"):
+        make_scheme("int4", SchemeOptions(accuracy_level=4), ops="standard")
 
 
 @pytest.mark.parametrize("name", ["base", "tied", "stack", "torchscale_2023", "channel_head_norm"])
@@ -74,7 +71,8 @@ def test_every_matrix_and_nothing_else_has_a_format(name: str) -> None:
 
 
 def test_patterns_choose_among_the_matrices() -> None:
-    scheme = make_scheme("int4", ops="fused", exclude=["embedding"], tensor_types=[r"layers\.1\..*\.[qk]_proj=int8"])
+    options = SchemeOptions(exclude=("embedding",), tensor_types=(r"layers\.1\..*\.[qk]_proj=int8",))
+    scheme = make_scheme("int4", options, ops="fused")
     formats = matrix_formats(scheme, BASE)
     assert [name for name, format in formats.items() if format is None] == ["embedding.weight"]
     assert [name for name, format in formats.items() if format and format.bits == 8] == [
@@ -83,15 +81,15 @@ def test_patterns_choose_among_the_matrices() -> None:
     ]
 
 
-@pytest.mark.parametrize("words", [{"exclude": ["final_norm"]}, {"tensor_types": [r"layers\.7\.=int8"]}])
+@pytest.mark.parametrize("words", [{"exclude": ("final_norm",)}, {"tensor_types": (r"layers\.7\.=int8",)}])
 def test_a_pattern_that_finds_nothing_is_refused(words: dict) -> None:
     with pytest.raises(UsageError, match="is found in no matrix's name"):
-        matrix_formats(make_scheme("int4", ops="fused", **words), BASE)
+        matrix_formats(make_scheme("int4", SchemeOptions(**words), ops="fused"), BASE)
 
 
 def test_excluding_everything_is_refused() -> None:
     with pytest.raises(UsageError, match="excludes every matrix"):
-        matrix_formats(make_scheme("int4", ops="fused", exclude=["weight"]), BASE)
+        matrix_formats(make_scheme("int4", SchemeOptions(exclude=("weight",)), ops="fused"), BASE)
 
 
 def test_a_rule_keeps_the_equals_signs_of_its_pattern() -> None:
