@@ -17,6 +17,7 @@ from retnet_tools.cli.convert import convert
 from retnet_tools.cli.export import export
 from retnet_tools.cli.generate import generate
 from retnet_tools.cli.inspect import inspect
+from retnet_tools.cli.state import app as state_app
 from retnet_tools.cli.verify import verify
 from retnet_tools.errors import RetNetToolsError
 
@@ -41,6 +42,7 @@ COMMANDS = (
 )
 for command, summary in COMMANDS:
     app.command(short_help=summary)(command)
+app.add_typer(state_app, short_help="Sequences as files: save a prompt, go on from it.")
 
 
 def _print_version(value: bool) -> None:
