@@ -180,7 +180,9 @@ def test_the_prefill_graph_is_opened_for_prompts_of_several_tokens_only(
     session: DecoderSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened, real = [], session_module.open_session
-    monkeypatch.setattr(session_module, "open_session", lambda path, *a: opened.append(path.name) or real(path, *a))
+    monkeypatch.setattr(
+        session_module, "open_session", lambda path, *a, **k: opened.append(path.name) or real(path, *a, **k)
+    )
     fresh = DecoderSession(session.folder, threads=1)
     state = fresh.new_state()
     fresh.prefill([[1]], state)
