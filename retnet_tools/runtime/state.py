@@ -39,6 +39,7 @@ class RecurrentState:
         self.current = [device_value(state, device) for state in states]
         self.position = np.array(position, dtype=np.int64)
         self.bindings: dict[Any, Any] = {}
+        self._layouts = [(state.shape, state.dtype) for state in states]
         self._spare: list[onnxruntime.OrtValue] | None = None
 
     @classmethod
@@ -57,7 +58,7 @@ class RecurrentState:
     def spare(self) -> list[onnxruntime.OrtValue]:
         """Buffers of the same shapes for a graph that may not write where it reads."""
         if self._spare is None:
-            self._spare = [device_value(np.zeros_like(value.numpy()), self.device) for value in self.current]
+            self._spare = [device_value(np.zeros(shape, dtype), self.device) for shape, dtype in self._layouts]
         return self._spare
 
     def release_spare(self) -> None:
