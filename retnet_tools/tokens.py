@@ -1,12 +1,13 @@
 """What to run a model on: seeded random token ids, or a text through the checkpoint's tokenizer; random embeddings for
-a stack without one."""
+a stack without one. And which tokens start and end a text."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -87,3 +88,42 @@ def load_tokenizer(file: Path) -> Any:
         return Tokenizer.from_file(str(file))
     except Exception as error:
         raise InputError(f"{file} cannot be read ({error})", "a tokenizer of the tokenizers library") from error
+
+
+def special_token_ids(folder: Path, name: Literal["bos", "eos"], tokenizer: Any) -> tuple[int, ...]:
+    """Ids that start (`bos`) or end (`eos`) a text: `eos_token_id` of generation_config.json, or `eos_token` of
+    tokenizer_config.json or special_tokens_map.json. The first file that names one decides.
+
+    Args:
+        folder: where these files lie.
+        name: which tokens.
+        tokenizer: of the model; None where it has none, and only ids count.
+
+    Raises:
+        InputError: a file that is not a JSON object, or an id that is no number.
+    """
+    file = folder / "generation_config.json"
+    ids = _read_json(file).get(f"{name}_token_id")
+    if ids is not None:
+        ids = ids if isinstance(ids, list) else [ids]
+        if not all(type(number) is int for number in ids):
+            raise InputError(f"{file} has {name}_token_id {ids}", "a token id or a list of them")
+        return tuple(dict.fromkeys(ids))
+    for other in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = _read_json(folder / other).get(f"{name}_token")
+        content = token.get("content") if isinstance(token, dict) else token
+        if tokenizer is not None and content is not None and (number := tokenizer.token_to_id(content)) is not None:
+            return (number,)
+    return ()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error})", "a JSON object") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path} holds {type(data).__name__}", "a JSON object")
+    return data

@@ -1,4 +1,8 @@
 import os
+
+# ONNX Runtime and onnxruntime-genai report to Microsoft by default; they read this when they are loaded.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
 from collections.abc import Callable
 from dataclasses import dataclass
 

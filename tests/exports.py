@@ -15,7 +15,9 @@ from retnet_tools.graph.contract import (
     ATTENTION_MASK,
     INPUT_IDS,
     INPUTS_EMBEDS,
+    PAST_CONV_NAMES,
     POSITION_IDS,
+    padding_id,
     past_name,
     state_shape,
 )
@@ -29,10 +31,16 @@ def checkpoint(config: RetNetConfig, source: WeightSource) -> Checkpoint:
 
 
 def export(
-    config: RetNetConfig, source: WeightSource, out: Path, *, ops: str = "fused", dtype: str = "float32"
+    config: RetNetConfig,
+    source: WeightSource,
+    out: Path,
+    *,
+    ops: str = "fused",
+    dtype: str = "float32",
+    target: str = "onnx",
 ) -> Path:
     """Export to a folder and return it."""
-    plan = plan_export(checkpoint(config, source), dtype=dtype, ops=ops)
+    plan = plan_export(checkpoint(config, source), dtype=dtype, ops=ops, target=target)
     write_export(plan, out, force=False, progress=lambda count: None)
     return out
 
@@ -86,3 +94,32 @@ def run_prefill(
     }
     logits, *states = run({**feeds, **{past_name(i): state for i, state in enumerate(states)}})
     return logits[:, 0], states
+
+
+def run_genai(
+    run: Callable[[dict[str, Array]], list[Array]],
+    config: RetNetConfig,
+    ids: Array,
+    states: list[Array],
+    lengths: Array | None = None,
+    position: int | Array = 0,
+) -> tuple[Array, list[Array]]:
+    """Feed `[B, T]` tokens as onnxruntime-genai does: after the first `lengths` of each row the padding token at
+    position 0; logits `[B, vocab]` and states."""
+    batch, length = ids.shape
+    steps = np.arange(length)
+    real = steps < (np.full(batch, length) if lengths is None else lengths)[:, None]
+    start = np.broadcast_to(np.asarray(position, dtype=np.int64), (batch,))
+    conv = [np.full((batch, 1, 1), i, np.float32) for i in range(config.num_layers)]
+    logits, *after = run(
+        {
+            INPUT_IDS: np.where(real, ids, padding_id(config)),
+            POSITION_IDS: np.where(real, start[:, None] + steps, 0),
+            **{PAST_CONV_NAMES % i: value for i, value in enumerate(conv)},
+            **{past_name(i): state for i, state in enumerate(states)},
+        }
+    )
+    assert (logits[:, 0, config.vocab_size] == np.finfo(np.float32).min).all()
+    for before, passed in zip(conv, after[config.num_layers :], strict=True):
+        np.testing.assert_array_equal(passed, before)
+    return logits[:, 0, : config.vocab_size], after[: config.num_layers]

@@ -14,10 +14,10 @@ def export(
     checkpoint: Annotated[
         Path | None, typer.Argument(help="Checkpoint folder or file; the shipped one if left out.", show_default=False)
     ] = None,
-    to: Annotated[str, typer.Option("--to", help="What to write: onnx.")] = "onnx",
+    to: Annotated[str, typer.Option("--to", help="What to write: onnx, or genai for onnxruntime-genai.")] = "onnx",
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="Folder to make; <name>-onnx beside the checkpoint if left out."),
+        typer.Option("-o", "--output", help="Folder to make; <name>-<to> beside the checkpoint if left out."),
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="Weights and activations: fp32, fp16 or bf16.")] = "fp32",
     ops: Annotated[
@@ -30,23 +30,24 @@ def export(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Write prefill.onnx, step.onnx, weights.data and retnet.json: a decoder that takes and returns its states."""
+    """Write a decoder that takes and returns its states: prefill.onnx and step.onnx, or model.onnx and
+    genai_config.json, each with weights.data and retnet.json.
+    """
     from retnet_tools.dtypes import parse_dtype
-    from retnet_tools.errors import UsageError, did_you_mean
     from retnet_tools.formats import open_checkpoint
     from retnet_tools.graph.contract import MANIFEST_FILE
     from retnet_tools.graph.export import default_output, plan_export, write_export
+    from retnet_tools.graph.targets import export_target
     from retnet_tools.reports.decoding import export_document, export_text
     from retnet_tools.staging import check_target
 
-    if to != "onnx":
-        raise UsageError(f"--to {to!r}", "onnx", did_you_mean(to, ["onnx"]))
-    target = parse_dtype(dtype, ("float32", "float16", "bfloat16"))
+    target = export_target(to).name
+    number_type = parse_dtype(dtype, ("float32", "float16", "bfloat16"))
     path = common.checkpoint_or_default(checkpoint)
-    out = output or (default_output(path) if checkpoint else Path(f"{path.name}-onnx"))
+    out = output or (default_output(path, target) if checkpoint else Path(f"{path.name}-{target}"))
     if not dry_run:
         check_target(out, marker=MANIFEST_FILE, force=force)
-    plan = plan_export(open_checkpoint(path, source_format), dtype=target, ops=ops)
+    plan = plan_export(open_checkpoint(path, source_format), dtype=number_type, ops=ops, target=target)
     if not dry_run:
         with common.progress_bar() as progress:
             task = progress.add_task("export", total=plan.weight_bytes)

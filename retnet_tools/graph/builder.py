@@ -43,9 +43,11 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class BuiltGraph:
-    """A graph and the tensors that it expects in weights.data."""
+    """A graph, its border, and the tensors that it expects in weights.data."""
 
     graph: ir.Graph
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
     stored: dict[str, StoredTensor]
 
 
@@ -83,12 +85,12 @@ class DecoderBuilder(ABC):
         self.stored: dict[str, StoredTensor] = {}
 
     @abstractmethod
-    def input_specs(self) -> Sequence[TensorSpec]:
+    def input_specs(self) -> tuple[TensorSpec, ...]:
         """Inputs of the graph: tokens, what goes with them, and one state a layer."""
 
     @abstractmethod
-    def output_specs(self) -> Sequence[TensorSpec]:
-        """Outputs of the graph: logits, and one state a layer."""
+    def output_specs(self) -> tuple[TensorSpec, ...]:
+        """Outputs of the graph: logits, one state a layer, and `further_outputs`."""
 
     @abstractmethod
     def read(self, inputs: Sequence[ir.Value]) -> TokenInputs:
@@ -106,6 +108,10 @@ class DecoderBuilder(ABC):
     def last_rows(self, x: ir.Value) -> ir.Value:
         """`[rows, D]` to `[B, D]`: the row of the last real token of each sequence."""
 
+    def further_outputs(self) -> list[ir.Value]:
+        """Outputs after the states."""
+        return []
+
     def build(self) -> BuiltGraph:
         """The graph, without weights."""
         inputs = [graph_value(spec) for spec in self.input_specs()]
@@ -115,7 +121,7 @@ class DecoderBuilder(ABC):
         self.g.scope = "positions"
         terms = position_terms(self.g, self.config, entry.position_ids, self._table, entry.key_mask)
         x, present = self._layers(self._embed(entry.tokens), terms, past)
-        outputs = [self._logits(x), *present]
+        outputs = [self.logits(x), *present, *self.further_outputs()]
         for value, spec in zip(outputs, self.output_specs(), strict=True):
             value.name, value.shape, value.type = spec.name, ir.Shape(spec.shape), tensor_type(spec.dtype)
         graph = ir.Graph(
@@ -126,7 +132,7 @@ class DecoderBuilder(ABC):
             opset_imports=dict(self.ops.opsets),
             name=self.name,
         )
-        return BuiltGraph(graph, self.stored)
+        return BuiltGraph(graph, self.input_specs(), self.output_specs(), self.stored)
 
     def _embed(self, tokens: ir.Value) -> ir.Value:
         g, config = self.g, self.config
@@ -243,7 +249,8 @@ class DecoderBuilder(ABC):
             y = self.ops.norm(g, y, self._norm(f"{name}.norm", ffn.norm))
         return self._linear(y, f"{name}.down_proj", (f"{name}.down_proj",), ffn.bias)
 
-    def _logits(self, x: ir.Value) -> ir.Value:
+    def logits(self, x: ir.Value) -> ir.Value:
+        """Logits `[B, 1, vocab]` float32 of `[B, D]`; without a head, `[B, 1, D]`."""
         g = self.g
         g.scope = "lm_head"
         if self.config.has_vocabulary:

@@ -14,6 +14,15 @@ attention_mask is 1 at real tokens and 0 at padding, which stands on the right: 
 nothing, whatever its ids and positions. A row of padding alone keeps its state bit for bit; its logits are finite and
 mean nothing.
 
+`export --to genai` writes model.onnx in place of both graphs, for onnxruntime-genai:
+
+    model.onnx         input_ids [B,T], position_ids [B,T], past_key_values.{i}.conv_state [B,1,1] float32, same states
+                       -> logits [B,1,vocab+1] of the last real token of each row, same states, present.{i}.conv_state
+    genai_config.json  what onnxruntime-genai reads, see `retnet_tools.graph.genai_config`
+
+There padding is where position_ids is 0 in a column other than the first. The padding token is a token of its own, one
+past the vocabulary, and its logit is the lowest float32. conv_state is passed on as it is.
+
 The state is the plain sum S_n = gamma S_(n-1) + k_n^T v_n (Eq. 6) with 1/sqrt(K) on k and rotated keys. It is valid
 only with the position that it stands at. A sequence starts with zero states at position 0.
 """
@@ -26,6 +35,8 @@ from retnet_tools.config import RetNetConfig
 
 STEP_FILE = "step.onnx"
 PREFILL_FILE = "prefill.onnx"
+GENAI_FILE = "model.onnx"
+GENAI_CONFIG_FILE = "genai_config.json"
 WEIGHTS_FILE = "weights.data"
 MANIFEST_FILE = "retnet.json"
 
@@ -51,14 +62,25 @@ class TensorSpec:
     shape: tuple[str | int, ...]
 
 
+PAST_NAMES = "past_key_values.%d.recurrent_state"
+PRESENT_NAMES = "present.%d.recurrent_state"
+PAST_CONV_NAMES = "past_key_values.%d.conv_state"
+PRESENT_CONV_NAMES = "present.%d.conv_state"
+
+
 def past_name(layer: int) -> str:
     """Name of the input state of a layer."""
-    return f"past_key_values.{layer}.recurrent_state"
+    return PAST_NAMES % layer
 
 
 def present_name(layer: int) -> str:
     """Name of the output state of a layer."""
-    return f"present.{layer}.recurrent_state"
+    return PRESENT_NAMES % layer
+
+
+def padding_id(config: RetNetConfig) -> int:
+    """The padding token of model.onnx: one past the vocabulary, so that no prompt ends with it."""
+    return config.vocab_size
 
 
 def state_shape(config: RetNetConfig) -> tuple[int, int, int]:
@@ -90,6 +112,26 @@ def prefill_inputs(config: RetNetConfig, state_dtype: str) -> tuple[TensorSpec, 
 def prefill_outputs(config: RetNetConfig, state_dtype: str) -> tuple[TensorSpec, ...]:
     """Outputs of prefill.onnx, in order: those of step.onnx, at the last real token of each row."""
     return step_outputs(config, state_dtype)
+
+
+def genai_inputs(config: RetNetConfig, state_dtype: str) -> tuple[TensorSpec, ...]:
+    """Inputs of model.onnx, in order."""
+    return (
+        *_token_inputs(config, "tokens"),
+        *_conv_states(config, PAST_CONV_NAMES),
+        *_past_states(config, state_dtype),
+    )
+
+
+def genai_outputs(config: RetNetConfig, state_dtype: str) -> tuple[TensorSpec, ...]:
+    """Outputs of model.onnx, in order."""
+    _, *states = step_outputs(config, state_dtype)
+    logits = TensorSpec(LOGITS, "float32", ("batch", 1, config.vocab_size + 1))
+    return (logits, *states, *_conv_states(config, PRESENT_CONV_NAMES))
+
+
+def _conv_states(config: RetNetConfig, names: str) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(names % i, "float32", ("batch", 1, 1)) for i in range(config.num_layers))
 
 
 def _token_inputs(config: RetNetConfig, tokens: str | int) -> tuple[TensorSpec, TensorSpec]:

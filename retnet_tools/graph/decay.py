@@ -44,8 +44,8 @@ class ChunkDecay:
     Attributes:
         matrix: D_nm = gamma^(n-m) for n >= m, else 0, `[H, T, T]`.
         xi: gamma^(j+1), `[H, T, 1]`.
-        zeta: gamma^(n_b-1-j), `[B, H, 1, T]`; 1 at padded tokens, whose k is 0.
-        carried: gamma^n_b, `[B, H, 1, 1]`; 1 for a row of padding alone.
+        zeta: gamma^(n_b-1-j), `[..., B, H, 1, T]`; 1 at padded tokens, whose k is 0.
+        carried: gamma^n_b, `[..., B, H, 1, 1]`; 1 for a row of padding alone.
     """
 
     heads: int
@@ -56,15 +56,15 @@ class ChunkDecay:
 
 
 def chunk_decay(g: GraphBuilder, log_gamma: Array, length: ir.Value, counts: ir.Value) -> ChunkDecay:
-    """The powers of a chunk, made once for all layers.
+    """The powers of a chunk, or of several of one length, made once for all layers.
 
     Args:
         log_gamma: `[H]`.
         length: T, an int64 scalar.
-        counts: n_b, `[B, 1]` int64.
+        counts: n_b, `[..., B, 1]` int64.
     """
     heads = len(log_gamma)
-    logs = g.constant("log_gamma", log_gamma.astype(np.float32).reshape(heads, 1, 1))
+    logs = g.constant("log_gamma_heads", log_gamma.astype(np.float32).reshape(heads, 1, 1))
     zero, one = (g.constant(name, np.array(i, dtype=np.int64)) for i, name in enumerate(("zero", "one")))
 
     def powers(exponents: ir.Value) -> ir.Value:
@@ -74,11 +74,11 @@ def chunk_decay(g: GraphBuilder, log_gamma: Array, length: ir.Value, counts: ir.
     index = g.op("Range", zero, length, one)  # [T]
     column = g.op("Unsqueeze", index, g.integers(1))  # [T, 1]
     distance = g.op("Max", g.op("Sub", column, index), zero)  # [T, T]
-    left = g.op("Sub", g.op("Sub", counts, one), index)  # [B, T]
+    left = g.op("Sub", g.op("Sub", counts, one), index)  # [..., B, T]
     return ChunkDecay(
         heads,
         matrix=g.op("Trilu", powers(distance), upper=0),
         xi=powers(g.op("Add", column, one)),
-        zeta=powers(g.op("Unsqueeze", g.op("Max", left, zero), g.integers(1, 2))),  # [B, T] -> [B, 1, 1, T]
-        carried=powers(g.op("Unsqueeze", counts, g.integers(2, 3))),  # [B, 1] -> [B, 1, 1, 1]
+        zeta=powers(g.op("Unsqueeze", g.op("Max", left, zero), g.integers(-3, -2))),  # [..., B, 1, 1, T]
+        carried=powers(g.op("Unsqueeze", counts, g.integers(-2, -1))),  # [..., B, 1, 1, 1]
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,7 @@ from retnet_tools.graph.builder import BuiltGraph, StoredTensor
 from retnet_tools.graph.manifest import Manifest
 from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.graph.ops import OPERATOR_SETS
-from retnet_tools.graph.prefill import PrefillBuilder
-from retnet_tools.graph.step import StepBuilder
+from retnet_tools.graph.targets import TARGET_FILES, export_target
 from retnet_tools.graph.writer import ALIGNMENT, write_graph, write_weights
 from retnet_tools.provenance import SourceHasher, provenance
 from retnet_tools.staging import check_target, staged_folder
@@ -32,6 +31,8 @@ class ExportPlan:
 
     Attributes:
         graphs: by file name, in the order in which they are written.
+        files: the text of further files, by name.
+        notes: what the user should know, about the checkpoint and about running it.
     """
 
     checkpoint: Checkpoint
@@ -39,6 +40,8 @@ class ExportPlan:
     state_dtype: str
     ops: str
     graphs: dict[str, BuiltGraph]
+    files: Mapping[str, str]
+    notes: tuple[str, ...]
 
     @property
     def tensors(self) -> dict[str, StoredTensor]:
@@ -51,24 +54,29 @@ class ExportPlan:
         return sum(-(-stored_bytes(tensor) // ALIGNMENT) * ALIGNMENT for tensor in self.tensors.values())
 
 
-def plan_export(checkpoint: Checkpoint, *, dtype: str, ops: str, state_dtype: str = "float32") -> ExportPlan:
+def plan_export(
+    checkpoint: Checkpoint, *, dtype: str, ops: str, state_dtype: str = "float32", target: str = "onnx"
+) -> ExportPlan:
     """Build the graphs of a checkpoint, without weights.
 
     Raises:
-        UsageError: an operator set that does not exist.
+        UsageError: an operator set or a target that does not exist, or a model that the target cannot run.
+        InputError: tokenizer files that do not fit the model.
     """
+    chosen = export_target(target)
     if ops not in OPERATOR_SETS:
         raise UsageError(f"--ops {ops!r}", f"one of {', '.join(OPERATOR_SETS)}", did_you_mean(ops, OPERATOR_SETS))
-    builders = {contract.PREFILL_FILE: PrefillBuilder, contract.STEP_FILE: StepBuilder}
+    files = chosen.files(checkpoint)
     graphs = {
         name: builder(checkpoint.config, dtype, state_dtype, OPERATOR_SETS[ops]).build()
-        for name, builder in builders.items()
+        for name, builder in chosen.graphs.items()
     }
-    return ExportPlan(checkpoint, dtype, state_dtype, ops, graphs)
+    notes = (*checkpoint.notes, *chosen.notes(checkpoint, dtype))
+    return ExportPlan(checkpoint, dtype, state_dtype, ops, graphs, files, notes)
 
 
 def write_export(plan: ExportPlan, out: Path, *, force: bool, progress: Callable[[int], None]) -> Manifest:
-    """Write the folder: weights.data, then prefill.onnx, step.onnx and retnet.json; all appear at the end.
+    """Write the folder: weights.data, then the graphs and retnet.json; all appear at the end.
 
     Memory: one block of a source tensor (16 MB), or a whole one where its format transforms it.
 
@@ -85,14 +93,17 @@ def write_export(plan: ExportPlan, out: Path, *, force: bool, progress: Callable
     """
     check_target(out, marker=contract.MANIFEST_FILE, force=force)
     checkpoint = plan.checkpoint
+    marker, needed = contract.MANIFEST_FILE, plan.weight_bytes + GRAPH_BYTES
     with (
-        staged_folder(out, marker=contract.MANIFEST_FILE, required_bytes=plan.weight_bytes + GRAPH_BYTES) as folder,
+        staged_folder(out, marker=marker, required_bytes=needed, stale=TARGET_FILES) as folder,
         SourceHasher(checkpoint.source_files) as hasher,
     ):
         tensors = plan.tensors.values()
         places = write_weights(folder / contract.WEIGHTS_FILE, tensors, checkpoint.weights, progress)
         for file in checkpoint.tokenizer_files:
             shutil.copyfile(file, folder / file.name)
+        for name, text in plan.files.items():
+            (folder / name).write_text(text, encoding="utf-8")
         for name, graph in plan.graphs.items():
             write_graph(folder / name, graph, places, producer_version=__version__)
         manifest = _manifest(plan, hasher.digests())
@@ -105,22 +116,14 @@ def stored_bytes(tensor: StoredTensor) -> int:
     return math.prod(tensor.shape) * ELEMENT_TYPES[tensor.dtype].numpy().itemsize
 
 
-def default_output(checkpoint: Path) -> Path:
-    """`<name>-onnx` beside the checkpoint."""
+def default_output(checkpoint: Path, target: str = "onnx") -> Path:
+    """`<name>-<target>` beside the checkpoint."""
     path = checkpoint.resolve() if checkpoint.name in ("", "..") else checkpoint
-    return path.with_name(f"{path.stem if path.is_file() else path.name}-onnx")
+    return path.with_name(f"{path.stem if path.is_file() else path.name}-{target}")
 
 
 def _manifest(plan: ExportPlan, digests: Sequence[str]) -> Manifest:
     checkpoint = plan.checkpoint
-    border = (checkpoint.config, plan.state_dtype)
-    graphs = {
-        contract.PREFILL_FILE: {
-            "inputs": contract.prefill_inputs(*border),
-            "outputs": contract.prefill_outputs(*border),
-        },
-        contract.STEP_FILE: {"inputs": contract.step_inputs(*border), "outputs": contract.step_outputs(*border)},
-    }
     return Manifest(
         config=checkpoint.config,
         dtype=plan.dtype,
@@ -128,6 +131,6 @@ def _manifest(plan: ExportPlan, digests: Sequence[str]) -> Manifest:
         ops=plan.ops,
         quantization=None,
         provenance=provenance(checkpoint.format, checkpoint.source_files, digests, checkpoint.notes),
-        graphs=graphs,
+        graphs={name: {"inputs": graph.inputs, "outputs": graph.outputs} for name, graph in plan.graphs.items()},
         tokenizer_files=tuple(file.name for file in checkpoint.tokenizer_files),
     )

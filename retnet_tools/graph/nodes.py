@@ -39,14 +39,14 @@ class GraphBuilder:
     """Collects nodes and small constants; each node is named after the scope it was made in.
 
     Args:
-        prefix: before the names of constants, which must differ between a graph and its subgraphs.
+        parent: the builder of the graph around this one, whose constants and shared values a subgraph uses too.
     """
 
-    def __init__(self, prefix: str = "") -> None:
-        self.prefix = prefix
+    def __init__(self, parent: GraphBuilder | None = None) -> None:
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
         self.scope = ""
+        self._root: GraphBuilder = parent._root if parent else self
         self._names: dict[str, int] = {}
         self._shared: dict[str, ir.Value] = {}
 
@@ -66,14 +66,14 @@ class GraphBuilder:
         return self.node(op_type, *inputs, domain=domain, **attributes)[0]
 
     def constant(self, name: str, array: Array) -> ir.Value:
-        """A small constant, stored in the graph itself, once for each name."""
-        name = self.prefix + name
-        if name not in self.initializers:
+        """A small constant, stored in the outermost graph, once for each name."""
+        initializers = self._root.initializers
+        if name not in initializers:
             tensor = ir.tensor(array, name=name)
-            self.initializers[name] = ir.Value(
+            initializers[name] = ir.Value(
                 name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
             )
-        return self.initializers[name]
+        return initializers[name]
 
     def integers(self, *values: int) -> ir.Value:
         """A vector of int64, for shapes and axes."""
@@ -98,11 +98,12 @@ class GraphBuilder:
         array = convert(f"scale {factor:g}", np.array([factor]), ELEMENT_TYPES[dtype].numpy()).reshape(())
         return self.op("Mul", x, self.constant(f"scale_{factor!r}_{dtype}", array))
 
-    def once(self, key: str, make: Callable[[], ir.Value]) -> ir.Value:
-        """A value that the whole graph shares: made on first use."""
-        if key not in self._shared:
-            self._shared[key] = make()
-        return self._shared[key]
+    def once(self, key: str, make: Callable[[GraphBuilder], ir.Value]) -> ir.Value:
+        """A value that the whole graph shares: made on first use, in the outermost graph."""
+        root = self._root
+        if key not in root._shared:
+            root._shared[key] = make(root)
+        return root._shared[key]
 
     def _unique(self, name: str) -> str:
         count = self._names.get(name, 0)
@@ -127,13 +128,45 @@ def scan(
     Returns:
         The last state, and the outputs `[T, ...]`.
     """
-    prefix = f"{g.scope}/body"
-    body = GraphBuilder(f"{prefix}/")
-    body.scope = prefix
-    inputs = [ir.Value(name=f"{prefix}/in_{i}", type=tensor_type("float32")) for i in range(len(sequences) + 1)]
-    outputs = step(body, inputs[0], inputs[1:])
+    body = _subgraph(g, "body", len(sequences) + 1, lambda b, inputs: step(b, inputs[0], inputs[1:]))
+    final, stacked = g.node("Scan", state, *sequences, outputs=2, body=body, num_scan_inputs=len(sequences))
+    return final, stacked
+
+
+def if_else(
+    g: GraphBuilder,
+    condition: ir.Value,
+    then: Callable[[GraphBuilder], tuple[ir.Value, ir.Value]],
+    otherwise: Callable[[GraphBuilder], tuple[ir.Value, ir.Value]],
+) -> tuple[ir.Value, ir.Value]:
+    """Two float32 values, made by one of two subgraphs that read the graph around them.
+
+    Args:
+        g: the graph that gets the node.
+        condition: a bool scalar.
+        then, otherwise: make the values in the builder that they are given.
+    """
+    a, b = g.node(
+        "If",
+        condition,
+        outputs=2,
+        then_branch=_subgraph(g, "then", 0, lambda body, _: then(body)),
+        else_branch=_subgraph(g, "else", 0, lambda body, _: otherwise(body)),
+    )
+    return a, b
+
+
+def _subgraph(
+    g: GraphBuilder,
+    name: str,
+    count: int,
+    make: Callable[[GraphBuilder, list[ir.Value]], tuple[ir.Value, ...]],
+) -> ir.Graph:
+    """A graph inside a node: `count` float32 inputs, float32 outputs."""
+    body = GraphBuilder(g)
+    body.scope = f"{g.scope}/{name}"
+    inputs = [ir.Value(name=f"{body.scope}/in_{i}", type=tensor_type("float32")) for i in range(count)]
+    outputs = make(body, inputs)
     for value in outputs:
         value.type = tensor_type("float32")
-    graph = ir.Graph(inputs, outputs, nodes=body.nodes, initializers=list(body.initializers.values()), name=prefix)
-    final, stacked = g.node("Scan", state, *sequences, outputs=2, body=graph, num_scan_inputs=len(sequences))
-    return final, stacked
+    return ir.Graph(inputs, outputs, nodes=body.nodes, name=body.scope)

@@ -7,13 +7,14 @@ know which one they use.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from retnet_tools.config import Activation, BlockNorm
+from retnet_tools.graph.chunks import Chunks
 from retnet_tools.graph.decay import ChunkDecay, StepDecay, TokenDecay
 from retnet_tools.graph.nodes import GraphBuilder, epsilon, scan
 
@@ -113,6 +114,37 @@ class StandardOps:
         output = g.op("Transpose", g.op("Add", inner, cross), perm=[0, 2, 1, 3])  # [B, T, H, V]
         return g.reshape(output, 0, 0, -1), present
 
+    def retention_chunks(
+        self,
+        g: GraphBuilder,
+        q: ir.Value,
+        k: ir.Value,
+        v: ir.Value,
+        past: ir.Value,
+        chunks: Chunks,
+        decay: ChunkDecay,
+    ) -> tuple[ir.Value, ir.Value]:
+        """`retention_chunk` over one chunk after another in a Scan: time and memory linear in T.
+
+        Args:
+            q, k: `[B, T, H*K]`, k zero at padded tokens; v: `[B, T, H*V]`; past: `[B, H, K, V]`.
+            chunks: how T is cut.
+            decay: of all chunks: zeta and carried have the chunks as their first axis.
+
+        Returns:
+            O `[B, T, H*V]` and the last R `[B, H, K, V]`.
+        """
+
+        def step(body: GraphBuilder, state: ir.Value, chunk: list[ir.Value]) -> tuple[ir.Value, ir.Value]:
+            query, key, value, zeta, carried = chunk
+            terms = replace(decay, zeta=zeta, carried=carried)
+            output, state = self.retention_chunk(body, query, key, value, state, terms)
+            return state, output
+
+        sequences = [*(chunks.split(g, x) for x in (q, k, v)), decay.zeta, decay.carried]
+        present, outputs = scan(g, step, past, sequences)
+        return chunks.join(g, outputs), present
+
     def retention_tokens(
         self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value, decay: TokenDecay
     ) -> tuple[ir.Value, ir.Value]:
@@ -128,7 +160,7 @@ class StandardOps:
             O `[B, T, H*V]` and the last S `[B, H, K, V]`.
         """
         heads = decay.heads
-        gamma = g.once("gamma_rows", lambda: _time_first(g, g.op("Exp", decay.log_gamma)))
+        gamma = g.once("gamma_rows", lambda root: _time_first(root, root.op("Exp", decay.log_gamma)))
 
         def step(body: GraphBuilder, state: ir.Value, tokens: list[ir.Value]) -> tuple[ir.Value, ir.Value]:
             query, key, value, factor = tokens  # [B, H*K], [B, H*K], [B, H*V], [B, H*K]
@@ -174,7 +206,7 @@ class FusedOps(StandardOps):
         self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value, decay: StepDecay
     ) -> tuple[ir.Value, ir.Value]:
         """LinearAttention over one token."""
-        rows = g.once("log_gamma_rows", lambda: decay.log_gamma_rows(g))
+        rows = g.once("log_gamma_rows", decay.log_gamma_rows)
         return self.retention_tokens(g, q, k, v, past, TokenDecay(len(decay.log_gamma), rows))
 
     def retention_tokens(

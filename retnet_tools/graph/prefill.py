@@ -11,6 +11,7 @@ from retnet_tools.graph.builder import DecoderBuilder, TokenInputs
 from retnet_tools.graph.contract import TensorSpec, prefill_inputs, prefill_outputs
 from retnet_tools.graph.decay import ChunkDecay, StepDecay, TokenDecay, chunk_decay
 from retnet_tools.graph.tables import log_decay
+from retnet_tools.weights import Array
 
 
 class PrefillBuilder(DecoderBuilder):
@@ -29,18 +30,28 @@ class PrefillBuilder(DecoderBuilder):
     _shape: ir.Value
     _last: ir.Value
 
-    def input_specs(self) -> Sequence[TensorSpec]:
+    def input_specs(self) -> tuple[TensorSpec, ...]:
         """Inputs of prefill.onnx."""
         return prefill_inputs(self.config, self.state_dtype)
 
-    def output_specs(self) -> Sequence[TensorSpec]:
+    def output_specs(self) -> tuple[TensorSpec, ...]:
         """Outputs of prefill.onnx."""
         return prefill_outputs(self.config, self.state_dtype)
 
     def read(self, inputs: Sequence[ir.Value]) -> TokenInputs:
-        """Padding blanked, and what depends on the mask made once for all layers."""
-        g = self.g
+        """Padding is where attention_mask is 0."""
         tokens, position_ids, mask = inputs
+        return self.blank_padding(tokens, position_ids, mask)
+
+    def blank_padding(self, tokens: ir.Value, position_ids: ir.Value, mask: ir.Value) -> TokenInputs:
+        """Padding blanked, and what depends on the mask made once for all layers.
+
+        Args:
+            tokens: ids `[B, T]` or embeddings `[B, T, D]`.
+            position_ids: `[B, T]`.
+            mask: `[B, T]` int64: ones, then zeros.
+        """
+        g = self.g
         position_ids = g.op("Mul", position_ids, mask)
         self._shape = g.op("Concat", g.op("Shape", mask), g.integers(-1), axis=0)
         counts = g.op("ReduceSum", mask, g.integers(1), keepdims=1)  # [B, 1]
@@ -48,7 +59,7 @@ class PrefillBuilder(DecoderBuilder):
         self._last = g.op("Max", g.op("Sub", counts, one), zero)
         column = g.op("Unsqueeze", mask, g.integers(-1))  # [B, T] -> [B, T, 1]
         key_mask = g.cast(column, "int64", "float32")
-        self._decay = self._decay_terms(position_ids, counts, key_mask)
+        self._decay = self.decay_terms(position_ids, counts, key_mask)
         if self.config.has_vocabulary:
             tokens = g.op("Mul", tokens, mask)
         else:
@@ -70,10 +81,25 @@ class PrefillBuilder(DecoderBuilder):
         """Row n_b - 1 of sequence b, and row 0 of one that is padding alone."""
         return self.g.op("GatherND", self.token_axis(x), self._last, batch_dims=1)  # [B*T, D] -> [B, D]
 
-    def _decay_terms(self, position_ids: ir.Value, counts: ir.Value, key_mask: ir.Value) -> ChunkDecay | TokenDecay:
+    def decay_terms(self, position_ids: ir.Value, counts: ir.Value, key_mask: ir.Value) -> ChunkDecay | TokenDecay:
+        """Powers of gamma for `retention`.
+
+        Args:
+            position_ids: `[B, T]`.
+            counts: real tokens of each row, `[B, 1]` int64.
+            key_mask: `[B, T, 1]` float32.
+        """
         g, log_gamma = self.g, log_decay(self.config)
         if log_gamma.ndim == 2:
             rows = StepDecay(log_gamma, position_ids).log_gamma_rows(g)
             return TokenDecay(self.config.num_heads, g.op("Mul", rows, key_mask))
-        length = g.op("Gather", self._shape, g.constant("one", np.array(1, dtype=np.int64)), axis=0)
-        return chunk_decay(g, log_gamma, length, counts)
+        return self.chunk_terms(log_gamma, counts)
+
+    def chunk_terms(self, log_gamma: Array, counts: ir.Value) -> ChunkDecay:
+        """All T tokens are one chunk."""
+        return chunk_decay(self.g, log_gamma, self.length(), counts)
+
+    def length(self) -> ir.Value:
+        """T, an int64 scalar."""
+        one = self.g.constant("one", np.array(1, dtype=np.int64))
+        return self.g.op("Gather", self._shape, one, axis=0)

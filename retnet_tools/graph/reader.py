@@ -48,7 +48,7 @@ def read_graphs(folder: Path, names: Iterable[str]) -> ExportedGraphs:
         if Path(name).name != name or not (folder / name).is_file():
             raise InputError(f"no {name} in {folder}", "every graph that its manifest lists", EXPORT_AGAIN)
         graph = _load(folder / name)
-        operators = Counter(_operator(node) for node in graph)
+        operators = Counter(_operator(node) for node in graph.all_nodes())
         counts[name] = dict(sorted(operators.items(), key=lambda item: (-item[1], item[0])))
         for value in graph.initializers.values():
             if not isinstance(value.const_value, ir.ExternalTensor):

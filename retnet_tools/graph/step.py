@@ -18,11 +18,11 @@ class StepBuilder(DecoderBuilder):
     name = "retnet_step"
     _decay: StepDecay
 
-    def input_specs(self) -> Sequence[TensorSpec]:
+    def input_specs(self) -> tuple[TensorSpec, ...]:
         """Inputs of step.onnx."""
         return step_inputs(self.config, self.state_dtype)
 
-    def output_specs(self) -> Sequence[TensorSpec]:
+    def output_specs(self) -> tuple[TensorSpec, ...]:
         """Outputs of step.onnx."""
         return step_outputs(self.config, self.state_dtype)
 

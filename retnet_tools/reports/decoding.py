@@ -30,12 +30,13 @@ def export_document(plan: ExportPlan, out: Path, *, written: bool) -> dict[str, 
         "dtype": plan.dtype,
         "state_dtype": plan.state_dtype,
         "ops": plan.ops,
-        "graphs": {name: {"nodes": len(built.graph)} for name, built in plan.graphs.items()},
+        "graphs": {name: {"nodes": sum(1 for _ in built.graph.all_nodes())} for name, built in plan.graphs.items()},
         "weight_bytes": sum(sizes.values()),
         "position_table_bytes": tables,
         "state_bytes_per_sequence": state,
         "tokenizer_files": [file.name for file in plan.checkpoint.tokenizer_files],
-        "notes": list(plan.checkpoint.notes),
+        "settings_files": list(plan.files),
+        "notes": list(plan.notes),
     }
 
 
@@ -49,6 +50,8 @@ def export_text(document: dict[str, Any]) -> str:
         f"  states        {document['state_bytes_per_sequence'] / 1e6:.2f} MB a sequence at any length, "
         f"{document['state_dtype']}",
     ]
+    if document["settings_files"]:
+        lines.append(f"  settings      {', '.join(document['settings_files'])}")
     if document["tokenizer_files"]:
         lines.append(f"  tokenizer     {', '.join(document['tokenizer_files'])}")
     lines += [f"  note: {note}" for note in document["notes"]]

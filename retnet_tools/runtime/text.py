@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from retnet_tools.errors import InputError, UsageError
-from retnet_tools.tokens import TOKENIZER_FILE, load_tokenizer
+from retnet_tools.tokens import TOKENIZER_FILE, load_tokenizer, special_token_ids
 
 _LONGEST_ID = 18
 """Digits of the longest number that is surely an int64."""
@@ -37,7 +36,7 @@ class TextCodec:
             raise InputError(
                 f"{folder / TOKENIZER_FILE} has {size} tokens", f"at most the model's {vocab_size}", "use --token-ids"
             )
-        self.end_ids = end_of_text_ids(folder, self._tokenizer)
+        self.end_ids = frozenset(special_token_ids(folder, "eos", self._tokenizer))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, as the tokenizer's own post-processor makes them."""
@@ -165,34 +164,3 @@ def open_codec(folder: Path, vocab_size: int, *, token_ids: bool = False) -> Cod
     if token_ids or not (folder / TOKENIZER_FILE).is_file():
         return IdCodec()
     return TextCodec(folder, vocab_size)
-
-
-def end_of_text_ids(folder: Path, tokenizer: Any) -> frozenset[int]:
-    """Ids that end a text: `eos_token_id` of generation_config.json, or `eos_token` of tokenizer_config.json or
-    special_tokens_map.json. The first file that names one decides.
-    """
-    file = folder / "generation_config.json"
-    ids = _read_json(file).get("eos_token_id")
-    if ids is not None:
-        ids = ids if isinstance(ids, list) else [ids]
-        if not all(type(number) is int for number in ids):
-            raise InputError(f"{file} has eos_token_id {ids}", "a token id or a list of them")
-        return frozenset(ids)
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = _read_json(folder / name).get("eos_token")
-        content = token.get("content") if isinstance(token, dict) else token
-        if content is not None and (number := tokenizer.token_to_id(content)) is not None:
-            return frozenset([number])
-    return frozenset()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error})", "a JSON object") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path} holds {type(data).__name__}", "a JSON object")
-    return data

@@ -53,6 +53,16 @@ def test_json_says_what_was_written(dtype: str, ops: str, checkpoint: Path, tmp_
     assert abs(document["weight_bytes"] - (tmp_path / "out" / "weights.data").stat().st_size) < 4096 * 40
 
 
+def test_for_genai_there_is_one_graph_and_its_configuration(checkpoint: Path, cli) -> None:
+    result = cli("export", checkpoint, "--to", "genai")
+    assert result.exit_code == 0
+    out = checkpoint.parent / "ckpt-genai"
+    assert names(out) == ["genai_config.json", "model.onnx", "retnet.json", "weights.data"]
+    assert "settings      genai_config.json" in result.out
+    assert "note: no tokenizer.json: onnxruntime-genai can run token ids only" in result.out
+    assert "model.onnx: " in cli("inspect", out).out
+
+
 def test_a_dry_run_writes_nothing(checkpoint: Path, cli) -> None:
     result = cli("export", checkpoint, "--dry-run")
     assert result.exit_code == 0
@@ -124,7 +134,7 @@ def test_a_damaged_checkpoint_ends_with_exit_code_5(damage, message: str, checkp
 
 def test_usage_errors_end_with_exit_code_2(checkpoint: Path, tmp_path: Path, cli) -> None:
     for arguments, message in [
-        (("--to", "onix"), "'onix'; expected onnx; did you mean 'onnx'?"),
+        (("--to", "onix"), "'onix'; expected one of onnx, genai; did you mean 'onnx'?"),
         (("--dtype", "int8"), "dtype 'int8'"),
         (("--ops", "fuzed"), "did you mean 'fused'?"),
         (("--from", "torchscal"), "did you mean 'torchscale'?"),

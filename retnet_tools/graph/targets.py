@@ -1,0 +1,58 @@
+"""What `export` can write: one row a target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from retnet_tools.errors import UsageError, did_you_mean
+from retnet_tools.formats import Checkpoint
+from retnet_tools.graph import contract
+from retnet_tools.graph.builder import DecoderBuilder
+from retnet_tools.graph.genai import GenaiBuilder
+from retnet_tools.graph.genai_config import genai_files, genai_notes
+from retnet_tools.graph.prefill import PrefillBuilder
+from retnet_tools.graph.step import StepBuilder
+
+
+@dataclass(frozen=True)
+class ExportTarget:
+    """A kind of exported folder.
+
+    Attributes:
+        graphs: the builder of each graph file, in the order in which they are written.
+        files: text files that it needs besides, by name; refuses checkpoints that it cannot run.
+        notes: what the user should know, of a checkpoint and a type of weights.
+    """
+
+    name: str
+    graphs: Mapping[str, type[DecoderBuilder]]
+    files: Callable[[Checkpoint], Mapping[str, str]]
+    notes: Callable[[Checkpoint, str], tuple[str, ...]]
+
+
+TARGETS: dict[str, ExportTarget] = {
+    target.name: target
+    for target in (
+        ExportTarget(
+            "onnx",
+            {contract.PREFILL_FILE: PrefillBuilder, contract.STEP_FILE: StepBuilder},
+            files=lambda checkpoint: {},
+            notes=lambda checkpoint, dtype: (),
+        ),
+        ExportTarget("genai", {contract.GENAI_FILE: GenaiBuilder}, files=genai_files, notes=genai_notes),
+    )
+}
+TARGET_FILES = (*(name for target in TARGETS.values() for name in target.graphs), contract.GENAI_CONFIG_FILE)
+"""Files of any target: those that a new export in the same folder replaces or removes."""
+
+
+def export_target(name: str) -> ExportTarget:
+    """The target of a name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in TARGETS:
+        raise UsageError(f"--to {name!r}", f"one of {', '.join(TARGETS)}", did_you_mean(name, TARGETS))
+    return TARGETS[name]
