@@ -136,22 +136,28 @@ def test_an_export_is_its_checkpoint_and_float16_is_close(cli, exports: dict[str
     assert bfloat["divergence"]["mean_kld"]["value"] > 10 * half["divergence"]["mean_kld"]["value"]
 
 
-@pytest.mark.parametrize(("last_log_gamma", "verdict"), [(0.0, "grows"), (None, "no trend seen")])
+@pytest.mark.parametrize("rounded", [True, False])
 def test_a_gamma_rounded_to_one_is_seen_as_an_error_that_grows(
-    last_log_gamma: float | None, verdict: str, cli, exports: dict[str, Path], tmp_path: Path
+    rounded: bool, cli, exports: dict[str, Path], tmp_path: Path
 ) -> None:
-    text = tmp_path / "text.txt"
+    text, model = tmp_path / "text.txt", exports["float16"]
     text.write_text(HELD_OUT.read_text(encoding="utf-8")[:16_000], encoding="utf-8")
-    model = exports["float16"]
-    if last_log_gamma is not None:
+    if rounded:
         checkpoint, model = open_checkpoint(FIXTURE), tmp_path / "rounded"
-        config = replace(checkpoint.config, decay=(*checkpoint.config.decay[:3], last_log_gamma))
+        config = replace(checkpoint.config, decay=(*checkpoint.config.decay[:3], 0.0))
         write_canonical(model, config, checkpoint.weights, extra_files=checkpoint.tokenizer_files)
     result = cli("perplexity", model, "--text", text, "--against", exports["float32"], "--by-position", "--json", *ONE)
     by_position = json.loads(result.out)["by_position"]
-    assert by_position["kld_trend"]["verdict"] == verdict
-    first, last = by_position["bins"][3]["kld"]["value"], by_position["bins"][-1]["kld"]["value"]
-    assert (last > 100 * first) == (verdict == "grows")
+    trend = by_position["kld_trend"]
+    early, late = by_position["bins"][3]["kld"]["value"], by_position["bins"][-1]["kld"]["value"]
+    # float16 weights err alike at every position: what was measured is -0.3 % and +47 % of the mean a doubling.
+    if rounded:
+        assert trend["verdict"] == "grows"
+        assert trend["slope"] > 0.2 * trend["mean"]
+        assert late > 100 * early
+    else:
+        assert abs(trend["slope"]) < 0.05 * trend["mean"]
+        assert late < 2 * early
 
 
 def test_the_table_has_the_names_of_llama_perplexity(cli, small: Path, words: Path, tmp_path: Path) -> None:
@@ -225,7 +231,7 @@ def test_exports_are_scored_without_torch_and_without_matplotlib(exports: dict[s
         (("--text", "{words}", "--start-token", "x"), "start token 'x'"),
         (("--text", "{words}", "--plot", "a.gif"), "--plot a.gif; expected a name ending in .png"),
         (("--text", "{words}", "--token-ids", "--against", FIXTURE), "has a vocabulary of 2048"),
-        (("--text", "{words}", "-b", 0), "not in the range"),
+        (("--text", "{words}", "-b", 0), "'--batch'"),
     ],
 )
 def test_wrong_arguments_exit_with_2_and_one_line(arguments, message: str, cli, small: Path, words: Path) -> None:

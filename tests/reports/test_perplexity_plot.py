@@ -62,7 +62,7 @@ def test_files_are_of_the_type_that_their_name_says(name: str, tmp_path: Path) -
 def test_an_existing_file_is_kept_unless_forced(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(b"mine")
-    with pytest.raises(UsageError, match="exists already.*--force"):
+    with pytest.raises(UsageError, match=r"exists already.*--force"):
         check_plot(path, force=False)
     write_plot(report(), path, force=True)
     assert path.read_bytes().startswith(b"\x89PNG")
