@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
-
 from retnet_tools.reports.divergence import Divergence, divergence
 from retnet_tools.reports.estimates import Estimate, mean, ratio
 from retnet_tools.reports.logits import LogitsSource
@@ -114,5 +112,5 @@ def measure_perplexity(
 def perplexity(nll: Array, sizes: Array | None) -> Perplexity:
     """The figures of tokens with -ln p `[N]` nats and sizes `[N]` bytes."""
     average = mean(nll)
-    known = sizes is not None and bool(np.any(sizes))
-    return Perplexity(average, average.exp(), ratio(nll / math.log(2), sizes) if known and sizes is not None else None)
+    bits = ratio(nll / math.log(2), sizes) if sizes is not None and sizes.any() else None
+    return Perplexity(average, average.exp(), bits)

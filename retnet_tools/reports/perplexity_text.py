@@ -94,7 +94,7 @@ def estimate_text(estimate: Estimate, unit: str = "") -> str:
     value, error = estimate.value, estimate.error
     if math.isfinite(value) and math.isfinite(error) and error > 0 and max(abs(value), error) >= 1e-3:
         digits = min(12, max(0, 1 - math.floor(math.log10(error))))
-        return f"{value:,.{digits}f} ± {error:.{digits}f}{unit}"
+        return f"{value:,.{digits}f} ± {error:,.{digits}f}{unit}"
     shown = number_text(value)
     return f"{shown} ± {error:.1e}{unit}" if error > 0 else f"{shown}{unit}"
 

@@ -1,8 +1,8 @@
 """Whether a model gets better or worse along a row: figures by the number of tokens that were seen before.
 
 A recurrent state carries whatever error it has picked up, so a model whose state is stored or computed coarsely may
-drift from its baseline as the row goes on. Nothing else than the context differs between the bins if the rows start
-anywhere in the text.
+drift from its baseline as the row goes on. Many rows, begun at even distances in the text, make bins that differ by
+their context and not by what the text is about; a single row does not.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def test_the_document_holds_every_part_that_was_asked_for() -> None:
     ("estimate", "shown"),
     [
         (Estimate(36.4712, 0.4812), "36.47 ± 0.48"),
-        (Estimate(1234567.0, 2345.0), "1,234,567 ± 2345"),
+        (Estimate(1234567.0, 2345.0), "1,234,567 ± 2,345"),
         (Estimate(1.25e-6, 1.1e-8), "1.250e-06 ± 1.1e-08"),
         (Estimate(100.0, 0.0), "100"),
         (Estimate(5.5, math.nan), "5.5"),
