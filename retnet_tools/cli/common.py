@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+    from retnet_tools.reports.logits import LogitsSource
     from retnet_tools.runtime.session import DecoderSession
     from retnet_tools.runtime.text import IdCodec, TextCodec
 
@@ -134,6 +135,46 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         raise InputError(
             f"a prompt that is not UTF-8 ({error.reason} at byte {error.start})", "text in UTF-8"
         ) from error
+
+
+def read_text(file: Path | None) -> str:
+    """The text of a file, or of stdin for `-`.
+
+    Raises:
+        UsageError: no file named.
+        InputError: a file that is missing or not UTF-8.
+    """
+    if file is None:
+        raise UsageError(
+            "no text to score",
+            "--text FILE, or --text - for stdin",
+            "a play that the shipped model has not seen is fixtures/shakespeare/heldout.txt in the source tree",
+        )
+    return read_prompt("-", None) if str(file) == "-" else read_prompt(None, file)
+
+
+def open_logits(
+    path: Path, device: str, threads: int | None, dtype: str = "fp32", source_format: str | None = None
+) -> LogitsSource:
+    """A model that scores text: an exported folder on a device, or a checkpoint, which torch runs on the CPU.
+
+    Raises:
+        UsageError: a checkpoint for another device, or a stack without a vocabulary.
+        InputError, ProviderError: as the exported folder and the checkpoint.
+    """
+    from retnet_tools.dtypes import parse_dtype
+    from retnet_tools.reports.logits import ExportLogits, is_export
+    from retnet_tools.runtime.providers import parse_device
+
+    target, number_type = parse_device(device), parse_dtype(dtype)
+    if source_format is None and is_export(path):
+        return ExportLogits(path, target, threads)
+    if target.kind != "cpu":
+        raise UsageError(f"--device {device} for {path}, which is no export", "--device cpu", "export the checkpoint")
+    from retnet_tools.formats import open_checkpoint
+    from retnet_tools.model.streaming import CheckpointLogits
+
+    return CheckpointLogits(open_checkpoint(path, source_format), number_type, threads)
 
 
 def parse_size(text: str) -> int:
