@@ -64,7 +64,8 @@ def paper_config(
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A published size: torchscale's presets, whose `xl` the paper calls 1.3b."""
+    """A published size: torchscale's presets (whose `xl` is the 1.3b here), syncdoth's 300m, the paper's 2.7b and
+    6.7b."""
 
     name: str
     hidden_size: int
@@ -90,8 +91,11 @@ MODEL_SIZES: dict[str, ModelSize] = {
     for size in (
         ModelSize("base", 512, 864, 864, 6, 2),
         ModelSize("medium", 1024, 1728, 1728, 16, 4),
+        ModelSize("300m", 1280, 2560, 2560, 12, 8),
         ModelSize("1.3b", 2048, 3456, 3456, 24, 8),
+        ModelSize("2.7b", 2560, 5120, 5120, 32, 10),
         ModelSize("3b", 2560, 4280, 4280, 32, 10),
+        ModelSize("6.7b", 4096, 8192, 8192, 32, 16),
         ModelSize("7b", 4096, 6912, 6912, 32, 16),
         ModelSize("13b", 5120, 8560, 8560, 40, 20),
         ModelSize("65b", 8192, 13824, 13824, 64, 32),

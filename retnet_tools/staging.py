@@ -1,4 +1,4 @@
-"""Output folders that appear whole or not at all."""
+"""Output folders and files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -33,12 +33,7 @@ def staged_folder(target: Path, *, marker: str, required_bytes: int, stale: Coll
         OutputError: the disk is too small or becomes full, or writing is not allowed.
         InputError: a file elsewhere cannot be read.
     """
-    target = target.resolve()
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    made = _missing_parents(partial)
-    try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(target)
+    with _partial(target, "a folder", f"{required_bytes / 1e9:.2f} GB free") as (target, partial):
         partial.mkdir()
         free = shutil.disk_usage(partial).free
         if free < required_bytes:
@@ -49,19 +44,61 @@ def staged_folder(target: Path, *, marker: str, required_bytes: int, stale: Coll
             )
         yield partial
         _publish(partial, target, marker, stale)
+
+
+@contextmanager
+def staged_file(target: Path, *, force: bool) -> Iterator[Path]:
+    """A hidden path beside `target` to write a file to, which takes the target's place at the end, or goes away.
+
+    Raises:
+        UsageError, OutputError: as `check_file`.
+        OutputError: the disk becomes full, or writing is not allowed.
+    """
+    check_file(target, force=force)
+    with _partial(target, "a file") as (target, partial):
+        yield partial
+        os.replace(partial, target)
+
+
+@contextmanager
+def _partial(target: Path, kind: str, room: str = "free space") -> Iterator[tuple[Path, Path]]:
+    """The target without links, and a path beside it; if the work fails, that is removed with the parents made for it.
+
+    Args:
+        kind: what the target is, for errors.
+        room: what a disk that became full should have had.
+    """
+    target = target.resolve()
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    made = _missing_parents(partial)
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target)
+        yield target, partial
     except OSError as error:
         _remove(partial, made)
         if error.errno in _DISK_FULL:
-            raise OutputError(
-                f"the disk is full: {target} not written", f"{required_bytes / 1e9:.2f} GB free", "free space"
-            ) from error
+            raise OutputError(f"the disk is full: {target} not written", room, "free space") from error
         reason = error.strerror or str(error)
         if error.filename is not None and target.parent not in Path(os.fsdecode(error.filename)).resolve().parents:
             raise InputError(f"cannot read {os.fsdecode(error.filename)} ({reason})", "a readable file") from error
-        raise OutputError(f"cannot write {target} ({reason})", "a folder that can be written") from error
+        raise OutputError(f"cannot write {target} ({reason})", f"{kind} that can be written") from error
     except BaseException:
         _remove(partial, made)
         raise
+
+
+def check_file(target: Path, *, force: bool) -> None:
+    """Check that a file may be written.
+
+    Raises:
+        UsageError: it exists and `force` is off.
+        OutputError: it is a folder.
+    """
+    if target.is_dir():
+        raise OutputError(f"{target} is a folder", "a file to write", "name another output")
+    if target.exists() and not force:
+        raise UsageError(f"{target} exists already", action="name another output with -o, or add --force to replace it")
 
 
 def check_target(target: Path, *, marker: str, force: bool) -> None:
@@ -98,10 +135,14 @@ def _missing_parents(path: Path) -> list[Path]:
 
 
 def _remove(partial: Path, made: Collection[Path]) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
+    _remove_path(partial)
     for parent in made:
         if parent.is_dir() and not any(parent.iterdir()):
             parent.rmdir()
+
+
+def _remove_path(path: Path) -> None:
+    path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove_abandoned(target: Path) -> None:
@@ -110,7 +151,7 @@ def _remove_abandoned(target: Path) -> None:
     for path in target.parent.iterdir():
         match = pattern.fullmatch(path.name)
         if match and not _is_alive(int(match[1])):
-            shutil.rmtree(path, ignore_errors=True)
+            _remove_path(path)
 
 
 def _is_alive(process: int) -> bool:

@@ -24,6 +24,7 @@ ROWS = {
     "config": 1,
     "paper": 1,
     "weights": 1,
+    "distributions": 1,
     "formats": 2,
     "model": 3,
     "graph": 4,

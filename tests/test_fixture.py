@@ -6,6 +6,7 @@ import importlib.util
 import json
 import lzma
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -20,8 +21,12 @@ from retnet_tools.graph.export import ExportPlan, plan_export
 from retnet_tools.graph.ops import OPERATOR_SETS
 from retnet_tools.graph.stored import stored_bytes
 from retnet_tools.model.agreement import compare_forms, select_forms
-from retnet_tools.model.retention import retention_recurrent
+from retnet_tools.model.retention import retention_parallel, retention_recurrent
 from retnet_tools.model.retnet import RetNet, load_model
+from retnet_tools.runtime.decode import Stopping, generate, generate_from
+from retnet_tools.runtime.sequences import Sequences
+from retnet_tools.runtime.session import DecoderSession
+from retnet_tools.runtime.state_file import capture, read_state, write_state
 from retnet_tools.tokens import load_tokenizer
 from tests.exports import cpu_runner, export, run_steps, zero_states
 from tests.tolerances import FLOAT16_KL, GRAPH_FLOAT32, LOGITS_FLOAT32, LOGITS_FLOAT64
@@ -95,16 +100,19 @@ def test_the_step_graph_equals_the_torch_recurrent_form(
 
 
 @torch.no_grad()
-def torch_greedy_text(model: RetNet, prompt: str, count: int) -> str:
-    tokenizer = load_tokenizer(FIXTURE / "tokenizer.json")
+def torch_greedy(model: RetNet, prompt: list[int], count: int) -> list[int]:
     tokens: list[int] = []
-    output = model(torch.tensor([tokenizer.encode(prompt).ids]), form=retention_recurrent)
-    position = len(tokenizer.encode(prompt).ids)
+    output = model(torch.tensor([prompt]), form=retention_recurrent)
     while len(tokens) < count:
         tokens.append(int(output.logits[0, -1].argmax()))
+        position = len(prompt) + len(tokens) - 1
         output = model(torch.tensor([tokens[-1:]]), form=retention_recurrent, states=output.states, position=position)
-        position += 1
-    return tokenizer.decode(tokens)
+    return tokens
+
+
+def torch_greedy_text(model: RetNet, prompt: str, count: int) -> str:
+    tokenizer = load_tokenizer(FIXTURE / "tokenizer.json")
+    return tokenizer.decode(torch_greedy(model, tokenizer.encode(prompt).ids, count))
 
 
 def test_greedy_text_is_the_same_in_torch_fused_and_standard(model: RetNet, tmp_path: Path, cli) -> None:
@@ -119,6 +127,75 @@ def test_greedy_text_is_the_same_in_torch_fused_and_standard(model: RetNet, tmp_
     known = set(re.findall("[a-z]+", (FIXTURE / "heldout.txt").read_text(encoding="utf-8").lower()))
     assert len(words) > 10
     assert len(words & known) >= 0.75 * len(words)
+
+
+CHUNK_SIZES = [1, 7, 16, 33]
+
+
+@pytest.fixture(scope="module", params=OPERATOR_SETS)
+def session(
+    request: pytest.FixtureRequest, checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
+) -> DecoderSession:
+    out = tmp_path_factory.mktemp("fixture") / "out"
+    return DecoderSession(export(checkpoint.config, checkpoint.weights, out, ops=request.param), threads=1)
+
+
+@pytest.fixture(scope="module")
+def parallel(checkpoint: Checkpoint, tokens: np.ndarray) -> np.ndarray:
+    """Logits `[T, vocab]` of the full parallel form, without the clamp of scores that only this form knows: it moves
+    logits by up to 1.0e-4 (`verify` calls it normalisation-epsilon)."""
+    config = checkpoint.config
+    scores = replace(config.score_normalization, clamp="none")
+    free = load_model(replace(config, score_normalization=scores), checkpoint.weights, torch.float32)
+    with torch.no_grad():
+        return free(torch.from_numpy(tokens), form=retention_parallel).logits[0].numpy()
+
+
+@pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
+def test_every_hand_off_equals_the_full_parallel_form(
+    chunk_size: int, session: DecoderSession, parallel: np.ndarray, tokens: np.ndarray, tmp_path: Path
+) -> None:
+    length, file = 3 * chunk_size + 1, tmp_path / "state"
+    for split in range(1, length + 1):
+        sequences = Sequences.start(session)
+        sequences.feed([tokens[0, :split]], chunk_size=chunk_size)
+        np.testing.assert_allclose(sequences.logits[0], parallel[split - 1], rtol=0, atol=GRAPH_FLOAT32)
+        write_state(file, capture(sequences), force=True)
+        loaded = read_state(file).sequences(session)
+        for n in range(split, length):
+            loaded.append(tokens[0, n : n + 1])
+            np.testing.assert_allclose(loaded.logits[0], parallel[n], rtol=0, atol=GRAPH_FLOAT32)
+
+
+@pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
+def test_ragged_batches_equal_the_full_parallel_form_and_solo_runs(
+    chunk_size: int, session: DecoderSession, parallel: np.ndarray, tokens: np.ndarray, model: RetNet
+) -> None:
+    lengths = sorted({1, 2, chunk_size, chunk_size + 1, 2 * chunk_size, 3 * chunk_size, 3 * chunk_size + 1})
+    prompts = [tokens[0, :n].tolist() for n in lengths]
+    state = session.new_state(len(prompts))
+    logits = session.prefill(prompts, state, chunk_size=chunk_size)
+    np.testing.assert_allclose(logits, parallel[np.array(lengths) - 1], rtol=0, atol=GRAPH_FLOAT32)
+    together = generate(session, prompts, max_tokens=20, chunk_size=chunk_size)
+    alone = [generate(session, [prompt], max_tokens=20, chunk_size=chunk_size).rows[0] for prompt in prompts]
+    assert list(together.rows) == alone
+    assert [list(row.tokens) for row in alone] == [torch_greedy(model, prompt, 20) for prompt in prompts]
+
+
+@pytest.mark.slow
+def test_a_prompt_of_a_hundred_thousand_tokens_is_a_small_file(session: DecoderSession, tmp_path: Path) -> None:
+    text = (FIXTURE / "heldout.txt").read_text(encoding="utf-8")
+    ids = np.array(load_tokenizer(FIXTURE / "tokenizer.json").encode(text).ids)
+    ids = np.resize(ids, 100_000)
+    sequences = Sequences.start(session)
+    sequences.feed([ids], chunk_size=512)
+    write_state(tmp_path / "long", capture(sequences))
+    assert (tmp_path / "long").stat().st_size < 1e6
+    loaded = read_state(tmp_path / "long").sequences(session)
+    np.testing.assert_array_equal(loaded.logits, sequences.logits)
+    for a, b in zip(loaded.state.numpy(), sequences.state.numpy(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert generate_from(loaded, [], Stopping(20)).rows == generate_from(sequences, [], Stopping(20)).rows
 
 
 def test_float16_halves_the_weights_and_keeps_the_distribution(

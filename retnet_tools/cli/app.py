@@ -17,7 +17,9 @@ from retnet_tools.cli.convert import convert
 from retnet_tools.cli.export import export
 from retnet_tools.cli.generate import generate
 from retnet_tools.cli.inspect import inspect
+from retnet_tools.cli.perplexity import perplexity
 from retnet_tools.cli.quantize import quantize
+from retnet_tools.cli.state import app as state_app
 from retnet_tools.cli.verify import verify
 from retnet_tools.errors import RetNetToolsError
 
@@ -39,10 +41,12 @@ COMMANDS = (
     (export, "A checkpoint to a stateful ONNX decoder."),
     (quantize, "An export with int8, int4 or half-precision weights."),
     (generate, "Continue a prompt with an exported decoder."),
+    (perplexity, "How well a model predicts a text, and how far it is from a baseline."),
     (bench, "How fast a model decodes on this machine."),
 )
 for command, summary in COMMANDS:
     app.command(short_help=summary)(command)
+app.add_typer(state_app, short_help="Sequences as files: save a prompt, go on from it.")
 
 
 def _print_version(value: bool) -> None:
@@ -66,6 +70,8 @@ def main() -> None:
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _stop)
+    # ONNX Runtime would report its use to its maker: not from here without being asked.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     arguments = [a for a in sys.argv[1:] if a != "--debug"]

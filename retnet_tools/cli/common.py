@@ -20,10 +20,23 @@ MAX_THREADS = max(64, 4 * (os.cpu_count() or 1))
 """More CPU threads than this are a slip of the finger, and would stop the machine."""
 
 Threads = Annotated[int | None, typer.Option("-t", "--threads", help="CPU threads to use.", min=1, max=MAX_THREADS)]
+DeviceName = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
+Prompt = Annotated[
+    str | None, typer.Option("-p", "--prompt", help="Prompt; - or none reads stdin.", show_default=False)
+]
+PromptFile = Annotated[Path | None, typer.Option("-f", "--file", help="Read the prompt from a file.")]
+TokenIds = Annotated[bool, typer.Option("--token-ids", help="Token ids in and out, even with a tokenizer.")]
+ChunkSize = Annotated[
+    int | None, typer.Option("--chunk-size", help="Prompt tokens to run at once.", min=1, show_default=False)
+]
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+
+    from retnet_tools.reports.logits import LogitsSource
+    from retnet_tools.runtime.session import DecoderSession
+    from retnet_tools.runtime.text import IdCodec, TextCodec
 
 
 def stderr_console() -> Console:
@@ -82,6 +95,22 @@ def checkpoint_or_default(path: Path | None) -> Path:
     return shipped
 
 
+def open_decoder(
+    folder: Path, device: str, threads: int | None, *, token_ids: bool
+) -> tuple[DecoderSession, TextCodec | IdCodec]:
+    """An exported folder on a device, and what turns text into its tokens.
+
+    Raises:
+        UsageError, InputError, ProviderError: as `DecoderSession` and `open_codec`.
+    """
+    from retnet_tools.runtime.providers import parse_device
+    from retnet_tools.runtime.session import DecoderSession
+    from retnet_tools.runtime.text import open_codec
+
+    session = DecoderSession(folder, parse_device(device), threads)
+    return session, open_codec(folder, session.manifest.config.vocab_size, token_ids=token_ids)
+
+
 def read_prompt(prompt: str | None, file: Path | None) -> str:
     """A prompt from `-p`, from a file, or from stdin (`-p -`, or neither option and stdin not a terminal).
 
@@ -108,6 +137,46 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         ) from error
 
 
+def read_text(file: Path | None) -> str:
+    """The text of a file, or of stdin for `-`.
+
+    Raises:
+        UsageError: no file named.
+        InputError: a file that is missing or not UTF-8.
+    """
+    if file is None:
+        raise UsageError(
+            "no text to score",
+            "--text FILE, or --text - for stdin",
+            "a play that the shipped model has not seen is fixtures/shakespeare/heldout.txt in the source tree",
+        )
+    return read_prompt("-", None) if str(file) == "-" else read_prompt(None, file)
+
+
+def open_logits(
+    path: Path, device: str, threads: int | None, dtype: str = "fp32", source_format: str | None = None
+) -> LogitsSource:
+    """A model that scores text: an exported folder on a device, or a checkpoint, which torch runs on the CPU.
+
+    Raises:
+        UsageError: a checkpoint for another device, or a stack without a vocabulary.
+        InputError, ProviderError: as the exported folder and the checkpoint.
+    """
+    from retnet_tools.dtypes import parse_dtype
+    from retnet_tools.reports.logits import ExportLogits, is_export
+    from retnet_tools.runtime.providers import parse_device
+
+    target, number_type = parse_device(device), parse_dtype(dtype)
+    if source_format is None and is_export(path):
+        return ExportLogits(path, target, threads)
+    if target.kind != "cpu":
+        raise UsageError(f"--device {device} for {path}, which is no export", "--device cpu", "export the checkpoint")
+    from retnet_tools.formats import open_checkpoint
+    from retnet_tools.model.streaming import CheckpointLogits
+
+    return CheckpointLogits(open_checkpoint(path, source_format), number_type, threads)
+
+
 def parse_size(text: str) -> int:
     """Bytes from a number with a unit: 5GB, 500MB, 2GiB, or plain bytes.
 
@@ -123,16 +192,27 @@ def parse_size(text: str) -> int:
     return size
 
 
+def parse_numbers(option: str, text: str) -> list[int]:
+    """Numbers from 0 on from a comma list.
+
+    Raises:
+        UsageError: anything else.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and len(word) < 10 for word in words):
+        raise UsageError(f"{option} {text!r}", "whole numbers, separated by commas")
+    return [int(word) for word in words]
+
+
 def parse_counts(option: str, text: str, largest: int | None = None) -> list[int]:
     """Positive numbers from a comma list.
 
     Raises:
         UsageError: anything else.
     """
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and len(word) < 10 and int(word) > 0 for word in words):
+    counts = parse_numbers(option, text)
+    if min(counts) < 1:
         raise UsageError(f"{option} {text!r}", "positive numbers, separated by commas")
-    counts = [int(word) for word in words]
     if largest is not None and max(counts) > largest:
         raise UsageError(f"{option} {max(counts)}", f"at most {largest}")
     return counts

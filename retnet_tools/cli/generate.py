@@ -1,72 +1,124 @@
-"""`retnet-tools generate`: continue a prompt with an exported model."""
+"""`retnet-tools generate`: continue a prompt, or a file of prompts, with an exported model."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retnet_tools.cli import common
+from retnet_tools.cli import common, sampling
+from retnet_tools.errors import UsageError
+
+if TYPE_CHECKING:
+    from retnet_tools.runtime.bulk import BulkOptions
+    from retnet_tools.runtime.session import DecoderSession
+    from retnet_tools.runtime.text import IdCodec, TextCodec
 
 
 def generate(
     folder: Annotated[Path, typer.Argument(help="Folder that `retnet-tools export` wrote.", show_default=False)],
-    prompt: Annotated[
-        str | None, typer.Option("-p", "--prompt", help="Prompt; - or none reads stdin.", show_default=False)
+    prompt: common.Prompt = None,
+    file: common.PromptFile = None,
+    prompts: Annotated[Path | None, typer.Option("--prompts", help="JSON lines with a prompt each; needs -o.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Answers to --prompts; run again to resume.")
     ] = None,
-    file: Annotated[Path | None, typer.Option("-f", "--file", help="Read the prompt from a file.")] = None,
+    batch: Annotated[int, typer.Option("-b", "--batch", help="Rows of --prompts to run at once.", min=1)] = 8,
     max_tokens: Annotated[int, typer.Option("-n", "--max-tokens", help="Tokens to generate at most.")] = 128,
-    temperature: Annotated[float, typer.Option("--temperature", help="0 takes the most likely token.")] = 0.0,
-    top_k: Annotated[int, typer.Option("--top-k", help="Keep the k most likely tokens; 0 keeps all.")] = 0,
-    top_p: Annotated[float, typer.Option("--top-p", help="Keep the smallest set of this probability.")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the sampler.", min=0)] = 0,
+    samples: Annotated[int, typer.Option("--samples", help="Texts for the prompt, which is read once.", min=1)] = 1,
+    temperature: sampling.Temperature = None,
+    top_k: sampling.TopK = None,
+    top_p: sampling.TopP = None,
+    min_p: sampling.MinP = None,
+    repetition_penalty: sampling.RepetitionPenalty = None,
+    seed: sampling.Seed = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="Text to stop before; may be repeated.")] = None,
     ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on past end-of-text.")] = False,
-    token_ids: Annotated[
-        bool, typer.Option("--token-ids", help="Token ids in and out, even with a tokenizer.")
-    ] = False,
-    chunk_size: Annotated[
-        int | None, typer.Option("--chunk-size", help="Prompt tokens to run at once.", min=1, show_default=False)
+    state_in: Annotated[
+        Path | None, typer.Option("--state-in", help="Go on from a saved state, sampling as it says where not given.")
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")] = "cpu",
-    threads: Annotated[
-        int | None, typer.Option("-t", "--threads", help="CPU threads to use.", min=1, max=common.MAX_THREADS)
-    ] = None,
+    state_out: Annotated[Path | None, typer.Option("--state-out", help="Save the state after the last token.")] = None,
+    token_ids: common.TokenIds = False,
+    chunk_size: common.ChunkSize = None,
+    device: common.DeviceName = "cpu",
+    threads: common.Threads = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace existing outputs.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a stream.")] = False,
 ) -> None:
-    """Continue a prompt, streaming text to stdout and speed to stderr."""
+    """Continue a prompt, streaming text to stdout and speed to stderr; or answer a file of prompts."""
     from retnet_tools.reports.decoding import generation_document, generation_speed
-    from retnet_tools.runtime.decode import generate as run
+    from retnet_tools.runtime.bulk import BulkOptions
+    from retnet_tools.runtime.decode import Stopping, generate_from
     from retnet_tools.runtime.prompts import DEFAULT_CHUNK_SIZE
-    from retnet_tools.runtime.providers import parse_device
     from retnet_tools.runtime.sampling import Sampling
-    from retnet_tools.runtime.session import DecoderSession
-    from retnet_tools.runtime.text import open_codec
+    from retnet_tools.runtime.sequences import Sequences
+    from retnet_tools.runtime.state_file import capture, read_state, write_state
+    from retnet_tools.staging import check_file
 
-    sampling = Sampling(temperature, top_k, top_p, seed)
-    text = common.read_prompt(prompt, file)
-    session = DecoderSession(folder, parse_device(device), threads)
-    codec = open_codec(folder, session.manifest.config.vocab_size, token_ids=token_ids)
-    stream, pieces = codec.stream(), list[str]()
-
-    def show(token: int) -> None:
-        pieces.append(stream.push(token))
-        if not as_json:
-            print(pieces[-1], end="", flush=True)
-
-    end_ids = () if ignore_end else codec.end_ids
-    result = run(
-        session,
-        codec.encode(text),
-        max_tokens=max_tokens,
-        sampling=sampling,
-        end_ids=end_ids,
-        on_token=show,
-        chunk_size=chunk_size or DEFAULT_CHUNK_SIZE,
+    chosen = sampling.given(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
     )
-    if as_json:
-        common.print_json(generation_document(result, "".join(pieces)))
+    stops, size = tuple(stop or ()), chunk_size or DEFAULT_CHUNK_SIZE
+    Stopping(max_tokens, (), stops), Sampling(**chosen)
+    if (prompts is None) != (output is None):
+        raise UsageError("--prompts and -o belong together", "both or neither")
+    if state_out is not None:
+        check_file(state_out, force=force)
+    if prompts is not None and output is not None:
+        if prompt is not None or file is not None or state_in or state_out or samples > 1:
+            raise UsageError("--prompts with -p, --file, --samples or a state", "one job at a time")
+        session, codec = common.open_decoder(folder, device, threads, token_ids=token_ids)
+        stopping = Stopping(max_tokens, () if ignore_end else codec.end_ids, stops)
+        options = BulkOptions(stopping, Sampling(**chosen), batch, size)
+        _answer(session, codec, prompts, output, options, force=force, as_json=as_json)
+        return
+    goes_on = state_in is not None and prompt is None and file is None
+    text = None if goes_on else common.read_prompt(prompt, file)
+    session, codec = common.open_decoder(folder, device, threads, token_ids=token_ids)
+    if state_in is None:
+        sequences = Sequences.start(session, 1, Sampling(**chosen))
     else:
-        print()
+        sequences = read_state(state_in).sequences(session, chosen)
+    several = sequences.batch * samples > 1
+    result = generate_from(
+        sequences,
+        [] if text is None else [codec.encode(text)] * sequences.batch,
+        Stopping(max_tokens, () if ignore_end else codec.end_ids, stops),
+        samples=samples,
+        codec=codec,
+        on_token=None if several or as_json else lambda row, token, piece: print(piece, end="", flush=True),
+        chunk_size=size,
+        keep=state_out is not None,
+    )
+    if state_out is not None and result.sequences is not None:
+        write_state(state_out, capture(result.sequences), force=force)
+    if as_json:
+        common.print_json(generation_document(result))
+    else:
+        print(*[f"[{i}] {row.text}" for i, row in enumerate(result.rows)] if several else [], sep="\n")
     print(generation_speed(result), file=sys.stderr)
+
+
+def _answer(
+    session: DecoderSession,
+    codec: TextCodec | IdCodec,
+    prompts: Path,
+    output: Path,
+    options: BulkOptions,
+    *,
+    force: bool,
+    as_json: bool,
+) -> None:
+    from retnet_tools.reports.decoding import bulk_document, bulk_text
+    from retnet_tools.runtime.bulk import generate_bulk
+
+    with common.step_progress() as progress:
+        summary = generate_bulk(session, codec, prompts, output, options, force=force, progress=progress)
+    common.print_json(bulk_document(summary, output)) if as_json else typer.echo(bulk_text(summary, output))

@@ -12,7 +12,7 @@ import os
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -52,9 +52,25 @@ class PlannedTensor:
     same_as: str | None = None
 
 
-def write_safetensors(file: Path, tensors: Sequence[PlannedTensor], progress: Progress | None) -> None:
-    """One safetensors file; `progress` is called with the bytes of each tensor once it is written."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def planned(name: str, array: Array) -> PlannedTensor:
+    """An array in memory, to write under a name."""
+    contiguous = np.ascontiguousarray(array)
+    return PlannedTensor(name, TensorInfo(array.shape, array.dtype), lambda: iter((contiguous,)))
+
+
+def write_safetensors(
+    file: Path,
+    tensors: Sequence[PlannedTensor],
+    progress: Progress | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """One safetensors file.
+
+    Args:
+        progress: called with the bytes of each tensor once it is written.
+        metadata: what to say beside the tensors; None says that they are torch's.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     end = 0
     for tensor in tensors:
         offsets = [end, end + tensor.info.nbytes]

@@ -90,10 +90,16 @@ class TensorLocation(NamedTuple):
 
 
 class StoredTensors:
-    """A `WeightSource` over tensors that lie in files. Memory of `read`: the tensor that it returns."""
+    """A `WeightSource` over tensors that lie in files. Memory of `read`: the tensor that it returns.
 
-    def __init__(self, tensors: Mapping[str, TensorLocation]) -> None:
+    Attributes:
+        locations: where each tensor lies.
+        metadata: what a safetensors file says beside its tensors.
+    """
+
+    def __init__(self, tensors: Mapping[str, TensorLocation], metadata: Mapping[str, str] | None = None) -> None:
         self.locations = dict(tensors)
+        self.metadata = dict(metadata or {})
 
     def names(self) -> Iterable[str]:
         """Names of all tensors, in storage order."""
@@ -190,11 +196,13 @@ def open_safetensors(path: Path) -> StoredTensors:
         raise _broken(path, f"a header that cannot be read ({error})") from error
     if not isinstance(header, dict):
         raise _broken(path, "a header that is no object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _broken(path, "metadata that is no object of strings")
     data_start = 8 + length
     tensors = {name: _location(path, data_start, name, entry) for name, entry in header.items()}
     _check_layout(path, size, data_start, tensors)
-    return StoredTensors(tensors)
+    return StoredTensors(tensors, metadata)
 
 
 def open_shards(index: Path, open_shard: Callable[[Path], StoredTensors]) -> StoredTensors:

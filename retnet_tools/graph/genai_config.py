@@ -8,7 +8,8 @@ What goes wrong there without a word, and so has to be known:
 - Padding on the left is never right, nor is a row without a token.
 
 What onnxruntime-genai refuses itself: `rewind_to(k)` for k > 0 without `snapshot_state()` at k, `append_tokens` twice
-in a batch, `chunk_size` for a batch. Found with onnxruntime-genai 0.18.
+in a batch, `chunk_size` for a batch, batches of more than 32, and its `Engine`, which wants attention it can page.
+Found with onnxruntime-genai 0.18.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,17 @@ class Manifest:
     provenance: dict[str, Any]
     graphs: dict[str, dict[str, tuple[TensorSpec, ...]]]
     tokenizer_files: tuple[str, ...]
+
+    def fingerprint(self) -> dict[str, str]:
+        """What a saved state depends on, by name: the model, and the types that its numbers were made with."""
+        sources = [file["sha256"] for file in self.provenance["source_files"]]
+        model = json.dumps([self.config.to_dict(), sources], sort_keys=True)
+        return {
+            "model": hashlib.sha256(model.encode()).hexdigest(),
+            "dtype": self.dtype,
+            "state_dtype": self.state_dtype,
+            "quantization": json.dumps(self.quantization, sort_keys=True),
+        }
 
     def to_json(self) -> str:
         """The document, as written."""

@@ -1,92 +1,275 @@
-"""Generation: a prompt in, tokens out."""
+"""Generation: prompts in, tokens and text out, for a batch at once."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
 
 from retnet_tools.errors import UsageError
+from retnet_tools.graph.contract import MAX_POSITION
 from retnet_tools.runtime.prompts import DEFAULT_CHUNK_SIZE
-from retnet_tools.runtime.sampling import Sampler, Sampling
+from retnet_tools.runtime.sampling import Sampling
+from retnet_tools.runtime.sequences import Sequences
 from retnet_tools.runtime.session import DecoderSession
+from retnet_tools.runtime.text import Codec, IdStream, StopMatcher, TextStream
+
+StopReason = Literal["end-of-text", "stop-string", "length"]
+OnToken = Callable[[int, int | None, str], None]
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """When a sequence ends.
+
+    Attributes:
+        max_tokens: after so many tokens.
+        end_ids: at a token that ends the text; it is not part of the result.
+        strings: where its text comes to hold one of these; the text is cut before it. Needs a codec.
+
+    Raises:
+        UsageError: `max_tokens` below 1, an empty string.
+    """
+
+    max_tokens: int = 128
+    end_ids: Collection[int] = ()
+    strings: Collection[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise UsageError(f"--max-tokens {self.max_tokens}", "at least 1")
+        StopMatcher(self.strings)
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What was generated, and how fast.
+    """What one sequence got.
 
     Attributes:
         tokens: without the prompt and without the token that ended the text.
-        stop_reason: `end-of-text` or `length`.
-        prompt_seconds: until the logits after the prompt were there.
-        decode_seconds: from then to the end.
+        text: of these tokens, cut before a stop string; empty without a codec.
+        stop_reason: `end-of-text`, `stop-string` or `length`.
     """
 
     tokens: tuple[int, ...]
-    stop_reason: Literal["end-of-text", "length"]
+    text: str
+    stop_reason: StopReason
+
+
+@dataclass(frozen=True)
+class Generations:
+    """What a batch got, and how fast.
+
+    Attributes:
+        rows: one for each sequence: the samples of the first prompt, then those of the second, and so on.
+        prompt_tokens: of all prompts together; a prompt with several samples is read once.
+        prompt_seconds: until the logits after the prompts were there.
+        decode_seconds: from then to the end.
+        sequences: the rows after their last token, ready to go on; None unless asked for.
+    """
+
+    rows: tuple[Generation, ...]
     prompt_tokens: int
     prompt_seconds: float
     decode_seconds: float
+    sequences: Sequences | None = None
 
     @property
     def prompt_tokens_per_second(self) -> float:
-        """Rate of reading the prompt."""
-        return self.prompt_tokens / self.prompt_seconds
+        """Rate of reading the prompts."""
+        return self.prompt_tokens / self.prompt_seconds if self.prompt_tokens else 0.0
 
     @property
     def tokens_per_second(self) -> float:
-        """Rate of generating, over the steps that were run."""
-        steps = len(self.tokens) - (self.stop_reason == "length")
-        return steps / self.decode_seconds if steps > 0 else 0.0
+        """Rate of generating, over the tokens that a step was run for: not the first of a row."""
+        steps = sum(max(len(row.tokens) - (row.stop_reason != "end-of-text"), 0) for row in self.rows)
+        return steps / self.decode_seconds if steps else 0.0
+
+
+@dataclass
+class _Row:
+    """A sequence while it grows."""
+
+    number: int
+    stream: TextStream | IdStream | None
+    matcher: StopMatcher
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    reason: StopReason | None = None
+
+    def take(self, token: int, stopping: Stopping, on_token: OnToken | None) -> None:
+        """Add a token, or end at it."""
+        piece = ""
+        if token in stopping.end_ids:
+            self.reason = "end-of-text"
+        else:
+            self.tokens.append(token)
+            if self.stream is not None:
+                piece, complete = self.matcher.push(self.stream.push(token))
+                self.reason = "stop-string" if complete else None
+            if self.reason is None and len(self.tokens) == stopping.max_tokens:
+                self.reason = "length"
+        if self.reason is not None:
+            piece += self.matcher.rest()
+        self.text += piece
+        if on_token is not None and (self.reason != "end-of-text" or piece):
+            on_token(self.number, None if self.reason == "end-of-text" else token, piece)
 
 
 def generate(
     session: DecoderSession,
-    prompt: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     *,
-    max_tokens: int,
-    sampling: Sampling,
-    end_ids: Collection[int] = (),
-    on_token: Callable[[int], None] | None = None,
+    max_tokens: int = 128,
+    sampling: Sampling | None = None,
+    samples: int = 1,
+    codec: Codec | None = None,
+    stop: Collection[str] = (),
+    end_ids: Collection[int] | None = None,
+    on_token: OnToken | None = None,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
-) -> Generation:
-    """Continue a prompt until an end token or `max_tokens`.
+) -> Generations:
+    """Continue each prompt until it ends; all run as one batch, and a row that has ended is dropped from it.
 
     Args:
         session: an opened export.
-        prompt: token ids.
-        max_tokens: how many to generate at most.
-        sampling: how to choose.
-        end_ids: tokens that end the text; not part of the result.
-        on_token: called with each token as it is chosen.
-        chunk_size: tokens of the prompt to run at once.
+        prompts: token ids of each, of any lengths.
+        max_tokens: for each sequence.
+        sampling: how to choose; None takes the most likely tokens.
+        samples: sequences for each prompt, which is read once and its state forked.
+        codec: turns tokens into text; None leaves the text empty.
+        stop: strings that end a text; need a codec.
+        end_ids: tokens that end a text; None takes the codec's.
+        on_token: called as `(row, token, text)` with each token as it is chosen and the text that became certain;
+            the token is None where only text that was held back for a stop string comes free.
+        chunk_size: tokens of the prompts to run at once.
 
     Raises:
-        UsageError: an empty prompt, a token outside the vocabulary, or `max_tokens` or `chunk_size` below 1.
+        UsageError: an empty prompt, a token outside the vocabulary, a number below 1, stop strings without a codec.
+        InputError: logits that are not finite.
     """
-    if max_tokens < 1:
-        raise UsageError(f"--max-tokens {max_tokens}", "at least 1")
-    sampler = Sampler(sampling)
-    state = session.new_state()
-    if min(len(prompt), chunk_size) > 1:
-        session.open_prefill()
+    if samples < 1:
+        raise UsageError(f"--samples {samples}", "at least 1")
+    ids = (codec.end_ids if codec is not None else ()) if end_ids is None else end_ids
+    stopping = Stopping(max_tokens, frozenset(ids), tuple(stop))
+    sequences = Sequences.start(session, len(prompts), sampling)
+    return generate_from(
+        sequences, prompts, stopping, samples=samples, codec=codec, on_token=on_token, chunk_size=chunk_size
+    )
+
+
+def generate_from(
+    sequences: Sequences,
+    prompts: Sequence[Sequence[int]],
+    stopping: Stopping,
+    *,
+    samples: int = 1,
+    codec: Codec | None = None,
+    on_token: OnToken | None = None,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    keep: bool = False,
+) -> Generations:
+    """Feed a prompt to each sequence and continue it, as `generate` does.
+
+    Args:
+        sequences: used up.
+        prompts: token ids for each row; none at all where the rows hold tokens already and go on from there.
+        keep: return the sequences after their last token.
+
+    Raises:
+        UsageError, InputError: as `generate`.
+    """
+    if stopping.strings and codec is None:
+        raise UsageError("stop strings without a codec", "a codec, to know the text")
+    count = sum(map(len, prompts))
+    longest = int(sequences.state.position.max()) + max(map(len, prompts), default=0) + stopping.max_tokens
+    if longest > MAX_POSITION + 1:
+        raise UsageError(f"a sequence of {longest} tokens", f"at most {MAX_POSITION + 1}", "lower --max-tokens")
+    if prompts and max(map(len, prompts)) > 1:
+        sequences.session.open_prefill()
     began = time.perf_counter()
-    logits = session.prefill([prompt], state, chunk_size=chunk_size)
+    if prompts:
+        sequences.feed(prompts, chunk_size=chunk_size)
+    if samples > 1:
+        sequences = sequences.select([row for row in range(sequences.batch) for _ in range(samples)])
     prefilled = time.perf_counter()
-    tokens: list[int] = []
-    reason: Literal["end-of-text", "length"] = "length"
-    while True:
-        token = int(sampler.sample(logits)[0])
-        if token in end_ids:
-            reason = "end-of-text"
-            break
-        tokens.append(token)
-        if on_token is not None:
-            on_token(token)
-        if len(tokens) == max_tokens:
-            break
-        logits = session.prefill([[token]], state)
+    rows = [
+        _Row(number, codec.stream() if codec is not None else None, StopMatcher(stopping.strings))
+        for number in range(sequences.batch)
+    ]
+    kept = _decode(sequences, rows, stopping, on_token, keep=keep)
     ended = time.perf_counter()
-    return Generation(tuple(tokens), reason, len(prompt), prefilled - began, ended - prefilled)
+    results = tuple(Generation(tuple(row.tokens), row.text, row.reason or "length") for row in rows)
+    return Generations(results, count, prefilled - began, ended - prefilled, kept)
+
+
+def _decode(
+    sequences: Sequences, rows: Sequence[_Row], stopping: Stopping, on_token: OnToken | None, *, keep: bool
+) -> Sequences | None:
+    """Sample and step until every row has ended."""
+    batch, parked = _Batch(sequences, list(rows)), dict[int, Sequences]()
+    while batch.rows:
+        tokens = batch.sample()
+        for row, token in zip(batch.rows, tokens, strict=True):
+            if row.reason is None:
+                row.take(int(token), stopping, on_token)
+        # The token that ended a text is not fed, every other is.
+        tokens = batch.park(parked, tokens, _met_end) if keep else batch.shrink(tokens)
+        if batch.rows:
+            batch.sequences.append(tokens)
+        if keep:
+            batch.park(parked, tokens, _has_ended)
+    return Sequences.join([parked[row.number] for row in rows]) if keep else None
+
+
+def _met_end(row: _Row) -> bool:
+    return row.reason == "end-of-text"
+
+
+def _has_ended(row: _Row) -> bool:
+    return row.reason is not None
+
+
+@dataclass
+class _Batch:
+    """The rows that are stepped together."""
+
+    sequences: Sequences
+    rows: list[_Row]
+
+    def sample(self) -> Any:
+        """The next token of each row, 0 for one that has ended."""
+        live = self._live()
+        tokens = np.zeros(len(self.rows), dtype=np.int64)
+        tokens[live] = self.sequences.sample(live)
+        return tokens
+
+    def shrink(self, tokens: Any) -> Any:
+        """Leave out rows that have ended once they are half of the batch: leaving out copies the states."""
+        live = self._live()
+        if 2 * len(live) <= len(self.rows):
+            return self._keep(live, tokens)
+        for i, row in enumerate(self.rows):
+            if row.reason is not None:
+                # It is stepped along until then, and must not run into the last position.
+                self.sequences.state.position[i] = tokens[i] = 0
+        return tokens
+
+    def park(self, parked: dict[int, Sequences], tokens: Any, ended: Callable[[_Row], bool]) -> Any:
+        """Move rows out of the batch as they are now."""
+        for i, row in enumerate(self.rows):
+            if ended(row):
+                parked[row.number] = self.sequences.select([i])
+        return self._keep([i for i, row in enumerate(self.rows) if not ended(row)], tokens)
+
+    def _live(self) -> list[int]:
+        return [i for i, row in enumerate(self.rows) if row.reason is None]
+
+    def _keep(self, indices: list[int], tokens: Any) -> Any:
+        if indices and len(indices) < len(self.rows):
+            self.sequences = self.sequences.select(indices)
+        self.rows = [self.rows[i] for i in indices]
+        return tokens[indices]

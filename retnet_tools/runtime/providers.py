@@ -44,13 +44,16 @@ def parse_device(text: str) -> Device:
     return Device("cpu") if match[1] else Device("cuda", int(match[3] or 0))
 
 
-def open_session(path: Path, device: Device, threads: int | None = None) -> onnxruntime.InferenceSession:
+def open_session(
+    path: Path, device: Device, threads: int | None = None, *, prepack: bool = True
+) -> onnxruntime.InferenceSession:
     """Open a graph on a device, and on no other.
 
     Args:
         path: the graph; its external data lies beside it.
         device: where to run.
         threads: of the CPU provider; None lets ONNX Runtime choose.
+        prepack: whether the CPU provider may keep rearranged copies of the weights; without, it maps their file.
 
     Raises:
         ProviderError: the provider cannot be had, or has no kernel for the graph; says what is missing.
@@ -61,6 +64,8 @@ def open_session(path: Path, device: Device, threads: int | None = None) -> onnx
     options.log_severity_level = 4
     if threads is not None:
         options.intra_op_num_threads = threads
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     provider: Any = device.provider
     check_device(device)
     if device.kind == "cuda":

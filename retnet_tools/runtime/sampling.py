@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from retnet_tools.errors import InputError, UsageError
 from retnet_tools.weights import Array
 
+_FIRST_RANKED = 256
+"""Tokens that are put in order at first; more only where they do not reach top_p."""
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How to choose a token.
 
-    p_i is softmax(logits / temperature), restricted to the `top_k` most likely tokens (0: all) and then to the
-    smallest set whose probability reaches `top_p` (1: all). Temperature 0 takes the most likely token.
+    Logits l_i of tokens that the sequence holds already (prompt included) become l_i / r where positive and l_i r where
+    negative, with r = `repetition_penalty` (CTRL, arXiv 1909.05858). Then p_i is softmax(l / temperature), restricted
+    to the `top_k` most likely tokens (0: all), to the smallest set whose probability reaches `top_p` (1: all), and to
+    tokens of at least `min_p` times the probability of the most likely one (0: all). Temperature 0 takes the most
+    likely token. Rows draw from streams of their own, so that what a row gets does not depend on its neighbours.
 
     Raises:
         UsageError: a value out of range.
@@ -24,6 +32,8 @@ class Sampling:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -33,44 +43,117 @@ class Sampling:
             raise UsageError(f"--top-k {self.top_k}", "0 (all) or more")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"--top-p {self.top_p}", "a number in (0, 1]")
+        if not 0 <= self.min_p <= 1:
+            raise UsageError(f"--min-p {self.min_p}", "a number from 0 to 1")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise UsageError(f"--repetition-penalty {self.repetition_penalty}", "a number > 0; 1 changes nothing")
+        if self.seed < 0:
+            raise UsageError(f"--seed {self.seed}", "0 or more")
 
 
 class Sampler:
-    """Draws tokens; the same seed draws the same tokens from the same logits."""
+    """Draws tokens for the rows of a batch; the same seed draws the same tokens from the same logits.
 
-    def __init__(self, sampling: Sampling) -> None:
-        self.sampling = sampling
-        self._random = np.random.default_rng(sampling.seed)
+    Attributes:
+        sampling: how to choose.
+        streams: a generator of random numbers for each row.
+        seen: `[B, vocab]` bool, the tokens that each row holds; kept for the repetition penalty.
+    """
 
-    def sample(self, logits: Array) -> Array:
-        """One token id for each row of `[B, vocab]` logits, as `[B]` int64.
+    def __init__(self, sampling: Sampling, streams: Sequence[np.random.Generator], seen: Array) -> None:
+        self.sampling, self.streams, self.seen = sampling, list(streams), seen
+
+    @classmethod
+    def for_rows(cls, sampling: Sampling, rows: Iterable[int], vocab_size: int) -> Sampler:
+        """A sampler for sequences without tokens; a row's number and the seed decide its random numbers."""
+        streams = [np.random.Generator(np.random.PCG64([sampling.seed, row])) for row in rows]
+        return cls(sampling, streams, np.zeros((len(streams), vocab_size), dtype=np.bool_))
+
+    def observe(self, row: int, tokens: Any) -> None:
+        """Note tokens that a row now holds."""
+        self.seen[row, tokens] = True
+
+    def select(self, rows: Sequence[int]) -> Sampler:
+        """A sampler of these rows. The first copy of a row draws what the row would have drawn; the n-th is n jumps
+        of 2^127 draws ahead.
+        """
+        copies: dict[int, int] = {}
+        streams = []
+        for row in rows:
+            copy = copies[row] = copies.get(row, -1) + 1
+            bits = self.streams[row].bit_generator
+            assert isinstance(bits, np.random.PCG64)
+            streams.append(np.random.Generator(bits.jumped(copy)))
+        return Sampler(self.sampling, streams, self.seen[np.asarray(rows, dtype=np.int64)])
+
+    def sample(self, logits: Array, rows: Sequence[int] | None = None) -> Array:
+        """One token id for each of these rows (None: all) of `[B, vocab]` logits, as int64.
 
         Raises:
             InputError: logits that are not finite.
         """
+        return np.array([self._draw(logits[row], row) for row in (range(len(logits)) if rows is None else rows)])
+
+    def _draw(self, logits: Array, row: int) -> int:
         if not np.isfinite(logits).all():
             raise InputError(
                 "the model gives logits that are not finite", "numbers", "look for its cause with retnet-tools inspect"
             )
+        logits = penalized(logits, self.seen[row], self.sampling.repetition_penalty)
         if self.sampling.temperature == 0:
-            return np.asarray(logits.argmax(-1), dtype=np.int64)
-        return np.array([self._random.choice(len(p), p=p) for p in probabilities(logits, self.sampling)])
+            return int(logits.argmax())
+        ids, weights = candidates(logits, self.sampling)
+        reached = np.cumsum(weights)
+        place = np.searchsorted(reached, self.streams[row].random() * reached[-1], side="right")
+        return int(ids[min(int(place), len(ids) - 1)])
+
+
+def penalized(logits: Array, seen: Array, penalty: float) -> Array:
+    """`[vocab]` logits with those of seen tokens moved away from being chosen."""
+    if penalty == 1:
+        return logits
+    wide = logits.astype(np.float64)
+    return np.where(seen, np.where(wide > 0, wide / penalty, wide * penalty), wide)
+
+
+def candidates(logits: Array, sampling: Sampling) -> tuple[Array, Array]:
+    """Ids that may be drawn from `[vocab]` logits, and their weights in float64, for a temperature above 0."""
+    with np.errstate(over="ignore"):
+        scaled = (logits.astype(np.float64) - float(logits.max())) / sampling.temperature
+    weights = np.exp(scaled)
+    ids = np.arange(len(weights))
+    if 0 < sampling.top_k < len(weights):
+        ids = most_likely(weights, sampling.top_k)
+        weights = weights[ids]
+    if sampling.top_p < 1:
+        total, count = weights.sum(), min(_FIRST_RANKED, len(weights))
+        ranked = most_likely(weights, count)
+        while count < len(weights) and weights[ranked].sum() < sampling.top_p * total:
+            count = min(8 * count, len(weights))
+            ranked = most_likely(weights, count)
+        # A token stays while the tokens before it have not reached top_p.
+        before = np.cumsum(weights[ranked]) - weights[ranked]
+        ranked = ranked[before < sampling.top_p * total]
+        ids, weights = ids[ranked], weights[ranked]
+    kept = weights >= sampling.min_p * weights.max()
+    return ids[kept], weights[kept]
+
+
+def most_likely(weights: Array, count: int) -> Array:
+    """Indices of the largest weights, the largest first; of equal ones the lowest index."""
+    if count < len(weights):
+        least = np.partition(weights, len(weights) - count)[len(weights) - count]
+        above = np.flatnonzero(weights > least)
+        index = np.concatenate([above, np.flatnonzero(weights == least)[: count - len(above)]])
+    else:
+        index = np.arange(len(weights))
+    return np.asarray(index[np.lexsort((index, -weights[index]))])
 
 
 def probabilities(logits: Array, sampling: Sampling) -> Array:
-    """The distribution that is drawn from, `[B, vocab]` float64, for a temperature above 0."""
-    distance = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    with np.errstate(over="ignore"):
-        scaled = distance / sampling.temperature
-    order = np.argsort(-scaled, axis=-1, kind="stable")
-    ranked = np.take_along_axis(scaled, order, -1)
-    weights = np.exp(ranked)
-    if 0 < sampling.top_k < weights.shape[-1]:
-        weights[:, sampling.top_k :] = 0
-    weights /= weights.sum(-1, keepdims=True)
-    # A token stays while the tokens before it have not reached top_p.
-    weights[np.cumsum(weights, -1) - weights >= sampling.top_p] = 0
-    weights /= weights.sum(-1, keepdims=True)
-    result: Array = np.zeros_like(weights)
-    np.put_along_axis(result, order, weights, -1)
+    """The distribution that is drawn from, `[B, vocab]` float64, for a temperature above 0; no repetition penalty."""
+    result: Array = np.zeros(logits.shape)
+    for row, values in zip(result, logits, strict=True):
+        ids, weights = candidates(values, sampling)
+        row[ids] = weights / weights.sum()
     return result

@@ -28,40 +28,52 @@ from retnet_tools.graph.contract import (
 from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.runtime.prompts import DEFAULT_CHUNK_SIZE, Prompts
 from retnet_tools.runtime.providers import Device, open_session
-from retnet_tools.runtime.state import RecurrentState
+from retnet_tools.runtime.state import RecurrentState, device_value
 from retnet_tools.weights import Array
 
 if TYPE_CHECKING:
     import onnxruntime
 
 
-class BoundGraph:
-    """A graph whose states are bound where they lie: it reads the current ones and writes the spare ones."""
+class Binding:
+    """A graph with everything bound once: tokens and logits in buffers of its own, states where they lie.
 
-    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+    Args:
+        session: the graph.
+        feeds: the inputs but for the states, of the shapes that every run will have.
+        past, present: the states to read and to write, the same buffers where the graph works in place.
+        output: the first output.
+        device: of the session.
+    """
+
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        feeds: Mapping[str, Array],
+        past: Sequence[onnxruntime.OrtValue],
+        present: Sequence[onnxruntime.OrtValue],
+        output: TensorSpec,
+        device: Device,
+    ) -> None:
         self._session = session
         self._binding = session.io_binding()
+        self._feeds = {name: device_value(np.array(array), device) for name, array in feeds.items()}
+        batch = len(next(iter(feeds.values())))
+        shape = (batch, *map(int, output.shape[1:]))
+        self._logits = device_value(np.zeros(shape, dtype=output.dtype), device)
+        for name, value in self._feeds.items():
+            self._binding.bind_ortvalue_input(name, value)
+        self._binding.bind_ortvalue_output(output.name, self._logits)
+        for i, (before, after) in enumerate(zip(past, present, strict=True)):
+            self._binding.bind_ortvalue_input(past_name(i), before)
+            self._binding.bind_ortvalue_output(present_name(i), after)
 
-    def run(self, feeds: Mapping[str, Array], state: RecurrentState, fetch: str | None) -> Array | None:
-        """Run once. The new states are in `state.spare`.
-
-        Args:
-            feeds: inputs but for the states, by name.
-            state: of the rows so far.
-            fetch: the output to copy back, or None.
-        """
-        binding = self._binding
-        binding.clear_binding_inputs()
-        binding.clear_binding_outputs()
+    def run(self, feeds: Mapping[str, Array], *, fetch: bool) -> Array | None:
+        """Run once; a copy of the first output `[B, ...]` where it is asked for."""
         for name, array in feeds.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        for i, (past, present) in enumerate(zip(state.current, state.spare, strict=True)):
-            binding.bind_ortvalue_input(past_name(i), past)
-            binding.bind_ortvalue_output(present_name(i), present)
-        if fetch is not None:
-            binding.bind_output(fetch, "cpu")
-        self._session.run_with_iobinding(binding)
-        return None if fetch is None else np.asarray(binding.get_outputs()[-1].numpy())
+            self._feeds[name].update_inplace(np.ascontiguousarray(array))
+        self._session.run_with_iobinding(self._binding)
+        return np.array(self._logits.numpy()[:, 0]) if fetch else None
 
 
 class DecoderSession:
@@ -71,22 +83,36 @@ class DecoderSession:
         folder: what `retnet-tools export` wrote.
         device: where to run.
         threads: of the CPU provider; None lets ONNX Runtime choose.
+        in_place: whether step.onnx writes states where it reads them, or into a second buffer; None writes in place on
+            the CPU, whose kernels are known to read a state before they write it.
 
     Raises:
         InputError: not an exported folder, or an incomplete one.
         ProviderError: the device cannot be had.
     """
 
-    def __init__(self, folder: Path, device: Device | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        device: Device | None = None,
+        threads: int | None = None,
+        *,
+        in_place: bool | None = None,
+    ) -> None:
         if not folder.is_dir():
             raise InputError(f"no folder {folder}", f"a folder with {MANIFEST_FILE}, written by `retnet-tools export`")
         self.folder = folder
         self.manifest = read_manifest(folder)
+        if STEP_FILE not in self.manifest.graphs:
+            raise InputError(
+                f"{folder} holds {', '.join(self.manifest.graphs)}", "an export of --to onnx", "export again"
+            )
         for name in (STEP_FILE, PREFILL_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
                 raise InputError(f"{folder} has no {name}", "a complete export", "export the checkpoint again")
         self.device = device or Device("cpu")
         self.threads = threads
+        self.in_place = self.device.kind == "cpu" if in_place is None else in_place
         border = (self.manifest.config, self.manifest.state_dtype)
         self._input, *_ = step_inputs(*border)
         self._output, *_ = step_outputs(*border)
@@ -124,9 +150,7 @@ class DecoderSession:
         self._check_ids(ids)
         self._check_positions(state.position)
         feeds = {self._input.name: ids[:, None], POSITION_IDS: state.position[:, None]}
-        result = self._step.run(feeds, state, self._output.name if logits else None)
-        state.advance(1)
-        return None if result is None else result[:, 0]
+        return self._run_step(feeds, state, fetch=logits)
 
     def prefill(
         self,
@@ -164,31 +188,71 @@ class DecoderSession:
             self._check_ids(row[:length])
         self._check_positions(state.position + prompts.lengths - 1)
         result = np.zeros((state.batch, int(self._output.shape[-1])), dtype=np.float32)
+        bindings: dict[Any, Binding] = {}
         for chunk in prompts.chunks(chunk_size):
             steps = np.arange(chunk.mask.shape[1])
             feeds = {self._input.name: chunk.tokens, POSITION_IDS: state.position[:, None] + steps}
-            fetch = self._output.name if chunk.ends.any() else None
+            fetch = bool(chunk.ends.any())
             if chunk.mask.shape[1] == 1 and chunk.mask.all():
-                logits = self._step.run(feeds, state, fetch)
+                logits = self._run_step(feeds, state, fetch=fetch)
             else:
-                logits = self._prefill.run({**feeds, ATTENTION_MASK: chunk.mask}, state, fetch)
-            state.advance(chunk.counts)
+                feeds[ATTENTION_MASK] = chunk.mask
+                key = (chunk.mask.shape, id(state.current))
+                if key not in bindings:
+                    bindings[key] = self._bind(self._prefill, feeds, state, state.spare)
+                logits = bindings[key].run(feeds, fetch=fetch)
+                state.advance(chunk.counts, swap=True)
             if logits is not None:
-                result[chunk.ends] = logits[chunk.ends, 0]
+                result[chunk.ends] = logits[chunk.ends]
+        if self.in_place:
+            state.release_spare()
         return result
 
-    @cached_property
-    def _prefill(self) -> BoundGraph:
-        return self._open(PREFILL_FILE, prefill_inputs(self.manifest.config, self.manifest.state_dtype))
+    def _run_step(self, feeds: Mapping[str, Array], state: RecurrentState, *, fetch: bool) -> Array | None:
+        key = (self._step, id(state.current))
+        if key not in state.bindings:
+            present = state.current if self.in_place else state.spare
+            state.bindings[key] = self._bind(self._step, feeds, state, present)
+        logits: Array | None = state.bindings[key].run(feeds, fetch=fetch)
+        state.advance(1, swap=not self.in_place)
+        return logits
 
-    def _open(self, name: str, inputs: Sequence[TensorSpec]) -> BoundGraph:
-        session = open_session(self.folder / name, self.device, self.threads)
+    def _bind(
+        self,
+        graph: onnxruntime.InferenceSession,
+        feeds: Mapping[str, Array],
+        state: RecurrentState,
+        present: Sequence[onnxruntime.OrtValue],
+    ) -> Binding:
+        return Binding(graph, feeds, state.current, present, self._output, self.device)
+
+    @cached_property
+    def _prefill(self) -> onnxruntime.InferenceSession:
+        # Products of many rows are as fast on float32 weights as they lie in the file, which are then mapped and not
+        # copied a second time beside the step graph's (1.3b: opened in 0.2 s in place of 6). Single rows are not, and
+        # quantized weights need their packing.
+        plain = self.manifest.dtype == "float32" and self.manifest.quantization is None
+        inputs = prefill_inputs(self.manifest.config, self.manifest.state_dtype)
+        return self._open(PREFILL_FILE, inputs, prepack=not plain)
+
+    def _open(self, name: str, inputs: Sequence[TensorSpec], *, prepack: bool = True) -> onnxruntime.InferenceSession:
+        session = open_session(self.folder / name, self.device, self.threads, prepack=prepack)
         found = [(value.name, tuple(value.shape)) for value in session.get_inputs()]
         if found != [(spec.name, spec.shape) for spec in inputs]:
             raise InputError(
                 f"{self.folder / name} does not fit {MANIFEST_FILE}", "the graph it describes", "export again"
             )
-        return BoundGraph(session)
+        return session
+
+    def check_prompt(self, tokens: Sequence[int]) -> None:
+        """Check one prompt of token ids without running it.
+
+        Raises:
+            UsageError: no tokens, or ids outside the vocabulary.
+        """
+        if not len(tokens):
+            raise UsageError("an empty prompt", "at least one token")
+        self._check_ids(np.array(tokens, dtype=object))
 
     def _check_ids(self, ids: Array) -> None:
         vocab = self.manifest.config.vocab_size

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,47 +17,73 @@ if TYPE_CHECKING:
     from retnet_tools.runtime.providers import Device
 
 
-@dataclass
 class RecurrentState:
     """States and the position they stand at: neither is valid without the other.
 
+    A graph reads `current`. One that may write where it reads does so; another writes `spare`, and the two change
+    places after it. Spare buffers are made when a graph first needs them.
+
+    Args:
+        states: one `[B, H, K, V]` a layer; on the CPU these arrays become the state, so they must be the caller's own.
+        position: `[B]`.
+        device: where to keep them.
+
     Attributes:
         current: one `[B, H, K, V]` a layer, S of Eq. 6.
-        spare: buffers of the same shapes that the next call writes into; the two change places after it.
         position: `[B]` int64, the position of the next token of each row.
+        bindings: what graphs have bound to these buffers, kept here so that it goes when they go.
     """
 
-    current: list[onnxruntime.OrtValue]
-    spare: list[onnxruntime.OrtValue]
-    position: Array
+    def __init__(self, states: Sequence[Array], position: Array, device: Device) -> None:
+        self.device = device
+        self.current = [device_value(state, device) for state in states]
+        self.position = np.array(position, dtype=np.int64)
+        self.bindings: dict[Any, Any] = {}
+        self._layouts = [(state.shape, state.dtype) for state in states]
+        self._spare: list[onnxruntime.OrtValue] | None = None
 
     @classmethod
     def zeros(cls, manifest: Manifest, batch: int, device: Device) -> RecurrentState:
         """The state before the first token: S_0 = 0 at position 0."""
-        import onnxruntime
-
         shape = (batch, *state_shape(manifest.config))
-
-        def buffer() -> onnxruntime.OrtValue:
-            # On the CPU an OrtValue is a view of its array, so each needs an array of its own.
-            zero = np.zeros(shape, dtype=manifest.state_dtype)
-            return onnxruntime.OrtValue.ortvalue_from_numpy(zero, device.kind, device.index)
-
-        def buffers() -> list[onnxruntime.OrtValue]:
-            return [buffer() for _ in range(manifest.config.num_layers)]
-
-        return cls(buffers(), buffers(), np.zeros(batch, dtype=np.int64))
+        states = [np.zeros(shape, dtype=manifest.state_dtype) for _ in range(manifest.config.num_layers)]
+        return cls(states, np.zeros(batch, dtype=np.int64), device)
 
     @property
     def batch(self) -> int:
         """Number of sequences."""
         return len(self.position)
 
+    @property
+    def spare(self) -> list[onnxruntime.OrtValue]:
+        """Buffers of the same shapes for a graph that may not write where it reads."""
+        if self._spare is None:
+            self._spare = [device_value(np.zeros(shape, dtype), self.device) for shape, dtype in self._layouts]
+        return self._spare
+
+    def release_spare(self) -> None:
+        """Give the spare buffers back, with whatever is bound to them."""
+        self._spare = None
+        self.bindings.clear()
+
     def numpy(self) -> list[Array]:
         """A copy of the states, one `[B, H, K, V]` a layer."""
         return [np.array(value.numpy()) for value in self.current]
 
-    def advance(self, tokens: int | Array) -> None:
-        """What was written becomes current, and rows move on by one number of tokens or `[B]` of their own."""
-        self.current, self.spare = self.spare, self.current
+    def select(self, rows: Sequence[int]) -> RecurrentState:
+        """A new state of these rows, in this order; a row may come several times."""
+        index = np.asarray(rows, dtype=np.int64)
+        return RecurrentState([value.numpy()[index] for value in self.current], self.position[index], self.device)
+
+    def advance(self, tokens: int | Array, *, swap: bool) -> None:
+        """Rows move on by one number of tokens or `[B]` of their own; `swap` where the spare buffers were written."""
+        if swap:
+            self.current, self._spare = self.spare, self.current
         self.position = self.position + tokens
+
+
+def device_value(array: Array, device: Device) -> onnxruntime.OrtValue:
+    """An array as a value on a device; on the CPU it is a view of the array."""
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device.kind, device.index)

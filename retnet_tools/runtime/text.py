@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ _LONGEST_ID = 18
 class TextCodec:
     """The tokenizer of a folder: encode a prompt, decode a stream, know where text ends.
 
+    `fingerprint` is the sha256 of its file.
+
     Args:
         folder: an exported folder.
         vocab_size: of the model.
@@ -26,6 +30,7 @@ class TextCodec:
 
     def __init__(self, folder: Path, vocab_size: int) -> None:
         self._tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
+        self.fingerprint = hashlib.sha256((folder / TOKENIZER_FILE).read_bytes()).hexdigest()
         size = self._tokenizer.get_vocab_size()
         if size > vocab_size:
             raise InputError(
@@ -37,6 +42,11 @@ class TextCodec:
         """Token ids of a prompt, as the tokenizer's own post-processor makes them."""
         ids: list[int] = self._tokenizer.encode(text).ids
         return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some tokens by themselves."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        return text
 
     def stream(self) -> TextStream:
         """A decoder for one sequence, token by token."""
@@ -61,6 +71,7 @@ class IdCodec:
     """Token ids as text: numbers separated by spaces or commas in, by spaces out."""
 
     end_ids: frozenset[int] = frozenset()
+    fingerprint = "token ids"
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt.
@@ -77,6 +88,10 @@ class IdCodec:
                     "for example -p '12 7 300'",
                 )
         return [int(word) for word in words]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The numbers, separated by spaces."""
+        return " ".join(map(str, ids))
 
     def stream(self) -> IdStream:
         """A decoder for one sequence, token by token."""
@@ -95,7 +110,46 @@ class IdStream:
         return text
 
 
-def open_codec(folder: Path, vocab_size: int, *, token_ids: bool) -> TextCodec | IdCodec:
+class StopMatcher:
+    """Looks for stop strings in a stream of text, across its pieces.
+
+    Args:
+        stops: the strings; the one that begins first ends the text.
+
+    Raises:
+        UsageError: an empty string.
+    """
+
+    def __init__(self, stops: Collection[str]) -> None:
+        if "" in stops:
+            raise UsageError("an empty --stop", "a text to stop at")
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def push(self, piece: str) -> tuple[str, bool]:
+        """The text that is sure to stand before any stop string, and whether one is complete."""
+        text = self._held + piece
+        if found := [place for stop in self._stops if (place := text.find(stop)) >= 0]:
+            self._held = ""
+            return text[: min(found)], True
+        longest = max(map(len, self._stops), default=1) - 1
+        held = next((n for n in range(min(longest, len(text)), 0, -1) if self._may_begin(text[-n:])), 0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held], False
+
+    def rest(self) -> str:
+        """What was held back and turned out to be no stop string."""
+        text, self._held = self._held, ""
+        return text
+
+    def _may_begin(self, text: str) -> bool:
+        return any(stop.startswith(text) for stop in self._stops)
+
+
+Codec = TextCodec | IdCodec
+
+
+def open_codec(folder: Path, vocab_size: int, *, token_ids: bool = False) -> Codec:
     """The folder's tokenizer, or plain ids when it has none or they are asked for.
 
     Raises:

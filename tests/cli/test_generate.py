@@ -67,6 +67,45 @@ def test_seeds_choose_samples(folder: Path, cli) -> None:
     assert cli("generate", folder, "-p", "3", "-n", 20, "--temperature", 1, "--top-p", 1e-6).out == greedy
 
 
+def test_samples_are_numbered_and_all_in_the_json(folder: Path, cli) -> None:
+    options = ["-p", "3 1 4", "-n", 6, "--temperature", 1.5, "--samples", 3]
+    plain, document = cli("generate", folder, *options), json.loads(cli("generate", folder, *options, "--json").out)
+    texts = [sample["text"] for sample in document["samples"]]
+    assert plain.out == "".join(f"[{i}] {text}\n" for i, text in enumerate(texts))
+    assert len(set(texts)) == 3
+    assert document["text"] == texts[0]
+    assert document["prompt_tokens"] == 3
+
+
+def test_a_stop_string_ends_the_stream(folder: Path, cli) -> None:
+    whole = cli("generate", folder, "-p", "3 1 4", "-n", 10).out
+    stop = " ".join(whole.split()[4:6])
+    cut = cli("generate", folder, "-p", "3 1 4", "-n", 10, "--stop", stop, "--stop", "never")
+    assert cut.out == whole[: whole.index(stop)] + "\n"
+    assert "stopped at stop-string" in cut.err
+
+
+def test_a_file_of_prompts_is_answered_and_resumed(folder: Path, tmp_path: Path, cli) -> None:
+    rows = [{"id": i, "prompt": f"{i} 3"} for i in range(5)] + [{"id": 5}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["generate", folder, "--prompts", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "-n", 4, "-b", 2]
+    result = cli(*arguments)
+    assert (result.exit_code, result.err) == (0, "")
+    assert result.out.startswith(
+        f"{tmp_path / 'out.jsonl'}: 6 answers written, 1 of them errors, 0 were there; 20 tokens"
+    )
+    answers = (tmp_path / "out.jsonl").read_bytes()
+    for i, line in enumerate(answers.splitlines()[:5]):
+        assert json.loads(line)["text"] == cli("generate", folder, "-p", f"{i} 3", "-n", 4).out.strip()
+    (tmp_path / "out.jsonl").write_bytes(answers[:-200])
+    document = json.loads(cli(*arguments, "--json").out)
+    assert (document["rows"], document["written"] + document["skipped"]) == (6, 6)
+    assert (tmp_path / "out.jsonl").read_bytes() == answers
+    refused = cli(*arguments, "--seed", 1)
+    assert refused.exit_code == 2
+    assert refused.err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

@@ -13,10 +13,11 @@ from retnet_tools.errors import InputError, ProviderError, UsageError
 from retnet_tools.graph import contract
 from retnet_tools.model.retention import retention_recurrent
 from retnet_tools.model.retnet import load_model
-from retnet_tools.runtime.decode import generate
+from retnet_tools.runtime.decode import Stopping, generate, generate_from
 from retnet_tools.runtime.sampling import Sampling
+from retnet_tools.runtime.sequences import NO_TOKENS, Sequences, hash_tokens
 from retnet_tools.runtime.session import DecoderSession
-from retnet_tools.runtime.text import open_codec
+from retnet_tools.runtime.text import IdCodec, open_codec
 from tests.exports import export
 from tests.helpers import ABLATIONS, BASE, random_source, random_tokens
 from tests.tolerances import GRAPH_FLOAT32
@@ -78,28 +79,119 @@ def test_two_sequences_in_turn_do_not_mix(session: DecoderSession) -> None:
 
 
 def test_greedy_tokens_equal_torch(session: DecoderSession) -> None:
-    seen: list[int] = []
-    result = generate(session, PROMPT, max_tokens=24, sampling=Sampling(), on_token=seen.append)
-    assert list(result.tokens) == seen == torch_greedy(PROMPT, 24)
-    assert (result.stop_reason, result.prompt_tokens) == ("length", 5)
+    seen: list[tuple[int, int | None, str]] = []
+    result = generate(session, [PROMPT], max_tokens=24, on_token=lambda *call: seen.append(call))
+    assert list(result.rows[0].tokens) == [token for _, token, _ in seen] == torch_greedy(PROMPT, 24)
+    assert (result.rows[0].stop_reason, result.prompt_tokens) == ("length", 5)
     assert result.tokens_per_second > 0
     assert result.prompt_tokens_per_second > 0
+
+
+def test_a_batch_of_ragged_prompts_equals_torch_row_by_row(session: DecoderSession) -> None:
+    prompts = [PROMPT, [7], list(range(20)), [9, 9, 9]]
+    result = generate(session, prompts, max_tokens=12, chunk_size=4)
+    assert [list(row.tokens) for row in result.rows] == [torch_greedy(prompt, 12) for prompt in prompts]
+    assert result.prompt_tokens == 29
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_rows_that_end_leave_the_others_as_they_are(session: DecoderSession, keep: bool) -> None:
+    prompts = [[n, 2 * n, 3 * n] for n in range(1, 8)]
+    alone = [torch_greedy(prompt, 30) for prompt in prompts]
+    ends = frozenset({tokens[n] for n, tokens in zip((3, 20, 8), alone, strict=False)})
+    sequences = Sequences.start(session, len(prompts))
+    result = generate_from(sequences, prompts, Stopping(30, ends), keep=keep)
+    lengths = set()
+    for row, tokens in zip(result.rows, alone, strict=True):
+        end = next((n for n, token in enumerate(tokens) if token in ends), None)
+        assert list(row.tokens) == tokens[:end]
+        assert row.stop_reason == ("length" if end is None else "end-of-text")
+        lengths.add(len(row.tokens))
+    assert len(lengths) > 2
+    assert (result.sequences is not None) == keep
 
 
 def test_an_end_token_ends_the_text_and_is_left_out(session: DecoderSession) -> None:
     tokens = torch_greedy(PROMPT, 24)
     end = tokens[10]
-    result = generate(session, PROMPT, max_tokens=24, sampling=Sampling(), end_ids={end})
-    assert list(result.tokens) == tokens[: tokens.index(end)]
-    assert result.stop_reason == "end-of-text"
+    (row,) = generate(session, [PROMPT], max_tokens=24, end_ids={end}).rows
+    assert list(row.tokens) == tokens[: tokens.index(end)]
+    assert row.stop_reason == "end-of-text"
 
 
-def test_sampling_is_reproducible(session: DecoderSession) -> None:
-    def draw(seed: int) -> tuple[int, ...]:
-        return generate(session, PROMPT, max_tokens=16, sampling=Sampling(1.0, seed=seed)).tokens
+def test_kept_sequences_hold_every_token_but_the_one_that_ended_the_text(session: DecoderSession) -> None:
+    tokens = torch_greedy(PROMPT, 24)
+    end = tokens[10]
+    cut = tokens[: tokens.index(end)]
+    prompts = [PROMPT, PROMPT[:2]]
+    result = generate_from(Sequences.start(session, 2), prompts, Stopping(24, {end}), keep=True)
+    assert result.sequences is not None
+    for i, row in enumerate(result.rows):
+        whole = [*prompts[i], *row.tokens]
+        expected = session.new_state()
+        logits = session.prefill([whole], expected)
+        assert result.sequences.state.position[i] == len(whole)
+        assert result.sequences.token_hashes[i] == hash_tokens(NO_TOKENS, whole)
+        np.testing.assert_allclose(result.sequences.logits[i], logits[0], rtol=0, atol=GRAPH_FLOAT32)
+        for kept, fresh in zip(result.sequences.state.numpy(), expected.numpy(), strict=True):
+            np.testing.assert_allclose(kept[i], fresh[0], rtol=0, atol=GRAPH_FLOAT32)
+    assert list(result.rows[0].tokens) == cut
 
-    assert draw(1) == draw(1)
-    assert draw(1) != draw(2)
+
+def test_samples_of_one_prompt_are_forked_from_one_reading(session: DecoderSession, monkeypatch) -> None:
+    fed, real = [], DecoderSession.prefill
+    monkeypatch.setattr(
+        DecoderSession, "prefill", lambda self, ids, *a, **k: fed.append(len(ids)) or real(self, ids, *a, **k)
+    )
+    sampling = Sampling(1.0, seed=5)
+    several = generate(session, [PROMPT, [1, 2]], max_tokens=12, sampling=sampling, samples=3)
+    assert fed == [2]
+    tokens = [row.tokens for row in several.rows]
+    assert len(set(tokens)) == 6
+    # The first sample of the first prompt draws what a single one would have drawn.
+    assert tokens[0] == generate(session, [PROMPT], max_tokens=12, sampling=sampling).rows[0].tokens
+    greedy = generate(session, [PROMPT], max_tokens=12, samples=3)
+    assert [list(row.tokens) for row in greedy.rows] == [torch_greedy(PROMPT, 12)] * 3
+
+
+def test_sampling_is_reproducible_and_a_row_does_not_depend_on_its_neighbours(session: DecoderSession) -> None:
+    def draw(seed: int, prompts: list[list[int]]) -> tuple[int, ...]:
+        return generate(session, prompts, max_tokens=16, sampling=Sampling(1.0, seed=seed)).rows[0].tokens
+
+    assert draw(1, [PROMPT]) == draw(1, [PROMPT]) == draw(1, [PROMPT, [4], [5, 6]])
+    assert draw(1, [PROMPT]) != draw(2, [PROMPT])
+
+
+def test_a_repetition_penalty_counts_the_prompt_too(session: DecoderSession) -> None:
+    plain = torch_greedy(PROMPT, 1)[0]
+    penalty = Sampling(repetition_penalty=1e6)
+    tokens = generate(session, [[*PROMPT]], max_tokens=20, sampling=penalty).rows[0].tokens
+    assert len({*tokens, *PROMPT}) == len(tokens) + len(set(PROMPT))
+    state = session.new_state()
+    logits = session.prefill([PROMPT], state)[0]
+    assert plain == logits.argmax()
+
+
+def test_stop_strings_cut_the_text_across_tokens(session: DecoderSession) -> None:
+    codec = IdCodec()
+    tokens = torch_greedy(PROMPT, 24)
+    text = " ".join(map(str, tokens))
+    words = text.split(" ")
+    stop = f"{words[9]} {words[10]} "
+    place = text.index(stop)
+    seen: list[str] = []
+    result = generate(
+        session,
+        [PROMPT],
+        max_tokens=24,
+        codec=codec,
+        stop=[stop],
+        on_token=lambda row, token, piece: seen.append(piece),
+    )
+    assert result.rows[0].text == "".join(seen) == text[:place]
+    assert result.rows[0].stop_reason == "stop-string"
+    with pytest.raises(UsageError, match="stop strings without a codec"):
+        generate(session, [PROMPT], stop=[stop])
 
 
 @pytest.mark.parametrize(
@@ -113,7 +205,30 @@ def test_sampling_is_reproducible(session: DecoderSession) -> None:
 )
 def test_wrong_input_is_refused(session: DecoderSession, prompt: list[int], count: int, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        generate(session, prompt, max_tokens=count, sampling=Sampling())
+        generate(session, [prompt], max_tokens=count)
+
+
+def test_a_text_that_would_pass_the_last_position_is_refused_before_it_begins(session: DecoderSession) -> None:
+    sequences = Sequences.start(session)
+    sequences.state.position[:] = contract.MAX_POSITION - 10
+    with pytest.raises(UsageError, match="a sequence of 16777218 tokens; expected at most 16777216"):
+        generate_from(sequences, [[1, 2, 3]], Stopping(10))
+
+
+@pytest.mark.parametrize("ops", ["fused", "standard"])
+def test_states_written_in_place_are_those_of_a_double_buffer(ops: str, tmp_path: Path) -> None:
+    config = ABLATIONS["shared_key_value_heads"]
+    out = export(config, random_source(config, seed=25), tmp_path / "out", ops=ops)
+    ids, states = random_tokens(config, 3, 60, seed=26), []
+    for in_place in (True, False):
+        session = DecoderSession(out, threads=1, in_place=in_place)
+        state = session.new_state(3)
+        logits = [session.prefill(ids[:, :20], state, chunk_size=8)]
+        logits += [session.step(ids[:, n], state) for n in range(20, 40)]
+        logits += [session.prefill(ids[:, 40:50], state, chunk_size=4), session.step(ids[:, 50], state)]
+        states.append([*logits, *state.numpy()])
+    for a, b in zip(*states, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_a_wrong_batch_is_refused(session: DecoderSession) -> None:
@@ -142,7 +257,7 @@ def test_a_stack_steps_on_embeddings_and_generates_no_text(tmp_path: Path) -> No
         hidden = session.step(embeddings[:, n], state)
         np.testing.assert_allclose(hidden, expected[:, n].numpy(), rtol=0, atol=GRAPH_FLOAT32)
     with pytest.raises(UsageError, match=r"shape \[1\] in row 0; expected \[tokens, 32\]"):
-        generate(session, [1], max_tokens=1, sampling=Sampling())
+        generate(session, [[1]], max_tokens=1)
     with pytest.raises(UsageError, match="stack without embedding and head; expected a model with a vocabulary"):
         open_codec(out, config.vocab_size, token_ids=True)
 
@@ -172,4 +287,10 @@ def test_a_manifest_of_another_model_is_refused(tmp_path: Path) -> None:
     document["config"]["value_dim"] *= 2
     (out / contract.MANIFEST_FILE).write_text(json.dumps(document))
     with pytest.raises(InputError, match=r"step\.onnx does not fit retnet\.json"):
+        DecoderSession(out)
+
+
+def test_an_export_for_genai_is_named(tmp_path: Path) -> None:
+    out = export(BASE, SOURCE, tmp_path / "out", target="genai")
+    with pytest.raises(InputError, match=r"holds model\.onnx; expected an export of --to onnx"):
         DecoderSession(out)

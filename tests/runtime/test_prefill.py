@@ -16,7 +16,6 @@ from retnet_tools.model.retention import retention_parallel, retention_recurrent
 from retnet_tools.model.retnet import load_model
 from retnet_tools.runtime import session as session_module
 from retnet_tools.runtime.decode import generate
-from retnet_tools.runtime.sampling import Sampling
 from retnet_tools.runtime.session import DecoderSession
 from retnet_tools.runtime.state import RecurrentState
 from retnet_tools.weights import Array
@@ -31,10 +30,13 @@ MODEL = load_model(CONFIG, SOURCE, torch.float32)
 CHUNK_SIZES = [1, 2, 7, 16, 128]
 
 
-@pytest.fixture(scope="module", params=OPERATOR_SETS)
+@pytest.fixture(
+    scope="module", params=[(ops, in_place) for ops in OPERATOR_SETS for in_place in (True, False)], ids=str
+)
 def session(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DecoderSession:
-    folder = export(CONFIG, SOURCE, tmp_path_factory.mktemp("prefill") / "out", ops=request.param)
-    return DecoderSession(folder, threads=1)
+    ops, in_place = request.param
+    folder = export(CONFIG, SOURCE, tmp_path_factory.mktemp("prefill") / "out", ops=ops)
+    return DecoderSession(folder, threads=1, in_place=in_place)
 
 
 @torch.no_grad()
@@ -104,8 +106,8 @@ def test_greedy_tokens_are_those_of_torch_at_every_awkward_length(session: Decod
     (ids,) = random_tokens(CONFIG, 1, 3 * chunk_size + 1, seed=44)
     lengths = {1, chunk_size - 1, chunk_size, chunk_size + 1, 2 * chunk_size, 3 * chunk_size, 3 * chunk_size + 1}
     for length in lengths - {0}:
-        result = generate(session, ids[:length].tolist(), max_tokens=12, sampling=Sampling(), chunk_size=chunk_size)
-        assert list(result.tokens) == greedy(ids[:length], 12)
+        result = generate(session, [ids[:length].tolist()], max_tokens=12, chunk_size=chunk_size)
+        assert list(result.rows[0].tokens) == greedy(ids[:length], 12)
 
 
 def test_prefill_goes_on_from_steps_and_from_prefill_row_by_row(session: DecoderSession) -> None:
@@ -178,7 +180,9 @@ def test_the_prefill_graph_is_opened_for_prompts_of_several_tokens_only(
     session: DecoderSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened, real = [], session_module.open_session
-    monkeypatch.setattr(session_module, "open_session", lambda path, *a: opened.append(path.name) or real(path, *a))
+    monkeypatch.setattr(
+        session_module, "open_session", lambda path, *a, **k: opened.append(path.name) or real(path, *a, **k)
+    )
     fresh = DecoderSession(session.folder, threads=1)
     state = fresh.new_state()
     fresh.prefill([[1]], state)

@@ -4,13 +4,17 @@ import numpy as np
 import pytest
 
 from retnet_tools.errors import InputError, UsageError
-from retnet_tools.runtime.sampling import Sampler, Sampling, probabilities
+from retnet_tools.runtime.sampling import Sampler, Sampling, penalized, probabilities
 
 LOGITS = np.log(np.array([[0.5, 0.25, 0.15, 0.1], [0.1, 0.2, 0.3, 0.4]], dtype=np.float32))
 
 
+def sampler(sampling: Sampling, rows: int = 2, vocab: int = 4) -> Sampler:
+    return Sampler.for_rows(sampling, range(rows), vocab)
+
+
 def test_temperature_zero_takes_the_most_likely() -> None:
-    assert Sampler(Sampling()).sample(LOGITS).tolist() == [0, 3]
+    assert sampler(Sampling()).sample(LOGITS).tolist() == [0, 3]
 
 
 def test_temperature_one_is_the_softmax() -> None:
@@ -41,8 +45,8 @@ def test_a_tiny_top_p_still_keeps_one() -> None:
 
 
 def test_draws_follow_the_distribution() -> None:
-    sampler = Sampler(Sampling(1.0, seed=1))
-    draws = [int(sampler.sample(LOGITS[:1])[0]) for _ in range(4000)]
+    one = sampler(Sampling(1.0, seed=1))
+    draws = [int(one.sample(LOGITS[:1])[0]) for _ in range(4000)]
     shares = np.bincount(draws, minlength=4) / 4000
     # Four standard deviations of a share.
     np.testing.assert_allclose(shares, [0.5, 0.25, 0.15, 0.1], atol=4 * 0.5 / 4000**0.5)
@@ -50,8 +54,8 @@ def test_draws_follow_the_distribution() -> None:
 
 def test_the_same_seed_draws_the_same_tokens() -> None:
     def draw(seed: int) -> list[int]:
-        sampler = Sampler(Sampling(1.0, seed=seed))
-        return [int(sampler.sample(LOGITS[:1])[0]) for _ in range(50)]
+        one = sampler(Sampling(1.0, seed=seed))
+        return [int(one.sample(LOGITS[:1])[0]) for _ in range(50)]
 
     assert draw(7) == draw(7)
     assert draw(7) != draw(8)
@@ -62,7 +66,18 @@ def test_large_logits_do_not_overflow() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}]
+    "fields",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"min_p": -0.1},
+        {"min_p": 1.1},
+        {"repetition_penalty": 0.0},
+        {"seed": -1},
+    ],
 )
 def test_values_out_of_range_are_refused(fields: dict[str, float]) -> None:
     with pytest.raises(UsageError, match=next(iter(fields)).replace("_", "-")):
@@ -76,4 +91,56 @@ def test_a_tiny_temperature_is_greedy() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_not_finite_are_refused(temperature: float) -> None:
     with pytest.raises(InputError, match="not finite"):
-        Sampler(Sampling(temperature)).sample(np.array([[0.0, np.nan]]))
+        sampler(Sampling(temperature), vocab=2).sample(np.array([[0.0, np.nan]]))
+
+
+@pytest.mark.parametrize(("min_p", "kept"), [(0.0, 4), (0.25, 4), (0.26, 2), (0.5, 2), (0.6, 1), (1.0, 1)])
+def test_min_p_keeps_tokens_of_a_share_of_the_best_ones_probability(min_p: float, kept: int) -> None:
+    logits = np.log(np.array([[0.5, 0.25, 0.125, 0.125]]))
+    found = probabilities(logits, Sampling(1.0, min_p=min_p))
+    assert np.count_nonzero(found) == kept
+    assert found.sum() == pytest.approx(1)
+
+
+def test_a_repetition_penalty_moves_seen_tokens_away_from_being_chosen() -> None:
+    logits = np.array([[2.0, 1.5, -1.0, -1.5]])
+    one = sampler(Sampling(repetition_penalty=2.0), rows=1)
+    assert one.sample(logits).tolist() == [0]
+    one.observe(0, [0])
+    assert one.sample(logits).tolist() == [1]
+    np.testing.assert_array_equal(penalized(logits[0], np.array([True, False, True, False]), 2.0), [1, 1.5, -2, -1.5])
+    one.observe(0, np.array([1, 2, 3]))
+    assert one.sample(logits).tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(0.7, 40, 0.9, 0.02), Sampling(1.3, top_p=0.95), Sampling(1.0, 7), Sampling(2.0)]
+)
+@pytest.mark.parametrize("vocab", [5, 1000, 50257])
+def test_the_distribution_is_that_of_a_plain_sort(sampling: Sampling, vocab: int) -> None:
+    logits = np.random.default_rng(vocab).standard_normal(vocab) * 3
+    p = np.exp(logits / sampling.temperature)
+    order = np.argsort(-p)
+    kept = np.zeros(vocab, dtype=bool)
+    ranked = order[: sampling.top_k or vocab]
+    reached = np.cumsum(p[ranked]) / p[ranked].sum()
+    kept[ranked[: int(np.searchsorted(reached, sampling.top_p)) + 1]] = True
+    kept &= p >= sampling.min_p * p.max()
+    expected = np.where(kept, p, 0) / p[kept].sum()
+    np.testing.assert_allclose(probabilities(logits[None], sampling)[0], expected, rtol=1e-9)
+
+
+def test_equal_tokens_are_kept_in_the_order_of_their_ids() -> None:
+    assert np.flatnonzero(probabilities(np.zeros((1, 9)), Sampling(1.0, top_k=3))[0]).tolist() == [0, 1, 2]
+
+
+def test_the_first_copy_of_a_row_draws_as_the_row_would_and_the_others_apart() -> None:
+    logits = np.zeros((2, 1000))
+    first, second = sampler(Sampling(1.0), vocab=1000), sampler(Sampling(1.0), vocab=1000)
+    forked = second.select([0, 0, 1])
+    draws = np.array([forked.sample(np.zeros((3, 1000))) for _ in range(20)])
+    expected = np.array([first.sample(logits) for _ in range(20)])
+    np.testing.assert_array_equal(draws[:, [0, 2]], expected)
+    assert (draws[:, 1] != draws[:, 0]).sum() > 15
+    # Copies leave the original where it was.
+    np.testing.assert_array_equal(np.array([second.sample(logits) for _ in range(20)]), expected)

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from retnet_tools.errors import InputError, UsageError
-from retnet_tools.runtime.text import IdCodec, TextCodec, open_codec
+from retnet_tools.runtime.text import IdCodec, StopMatcher, TextCodec, open_codec
 
 END = "<|endoftext|>"
 
@@ -79,3 +79,52 @@ def test_end_ids_that_are_no_numbers_are_refused(folder: Path) -> None:
     (folder / "generation_config.json").write_text('{"eos_token_id": [[1]]}')
     with pytest.raises(InputError, match=r"generation_config\.json has eos_token_id"):
         TextCodec(folder, 300)
+
+
+def cut(stops: list[str], pieces: list[str]) -> tuple[list[str], bool]:
+    matcher, shown = StopMatcher(stops), []
+    for piece in pieces:
+        text, complete = matcher.push(piece)
+        shown.append(text)
+        if complete:
+            return shown, True
+    shown.append(matcher.rest())
+    return shown, False
+
+
+@pytest.mark.parametrize(
+    ("stops", "pieces", "shown", "complete"),
+    [
+        ([], ["ab", "c"], ["ab", "c", ""], False),
+        (["END"], ["some E", "N", "D more"], ["some ", "", ""], True),
+        (["END"], ["some E", "N", "ough"], ["some ", "", "ENough", ""], False),
+        (["END"], ["some EN"], ["some ", "EN"], False),
+        (["aab"], ["aa", "ab"], ["", "a"], True),
+        (["b", "ab"], ["xa", "b"], ["x", ""], True),
+        (["\n\n", "."], ["one\n", "two. three"], ["one", "\ntwo"], True),
+    ],
+)
+def test_text_is_held_back_while_it_may_become_a_stop_string(stops, pieces, shown, complete) -> None:
+    assert cut(stops, pieces) == (shown, complete)
+
+
+def test_every_cut_of_a_text_into_pieces_stops_at_the_same_place() -> None:
+    text, stops = "the cat sat on the catalogue", ["cata", "on the cb"]
+    for width in range(1, len(text)):
+        pieces = [text[i : i + width] for i in range(0, len(text), width)]
+        shown, complete = cut(stops, pieces)
+        assert ("".join(shown), complete) == ("the cat sat on the ", True)
+
+
+def test_an_empty_stop_string_is_refused() -> None:
+    with pytest.raises(UsageError, match="an empty --stop"):
+        StopMatcher(["x", ""])
+
+
+def test_a_tokenizer_that_would_cut_long_texts_does_not(folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=20)
+    tokenizer.save(str(file))
+    assert [len(open_codec(folder, 300).encode(text)) for text in ("abcdefgh", "ab")] == [8, 2]

@@ -1,0 +1,63 @@
+"""A checkpoint's logits of token rows, a block of tokens at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from retnet_tools.dtypes import FloatName
+from retnet_tools.errors import UsageError
+from retnet_tools.formats.spec import Checkpoint
+from retnet_tools.model.agreement import TORCH_DTYPES, use_threads
+from retnet_tools.model.retention import retention_chunkwise
+from retnet_tools.model.retnet import load_model
+from retnet_tools.tokens import TOKENIZER_FILE
+from retnet_tools.weights import Array, FiniteWeights
+
+
+class CheckpointLogits:
+    """A checkpoint in torch on the CPU, in the chunkwise form (Eq. 7) with states carried from block to block.
+
+    Args:
+        checkpoint: an opened checkpoint.
+        dtype: to compute in.
+        threads: of torch, from now on; None leaves its choice.
+
+    Raises:
+        UsageError: a stack without a vocabulary.
+        InputError: weights that do not fit the configuration or are not finite.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: FloatName = "float32", threads: int | None = None) -> None:
+        if not checkpoint.config.has_vocabulary:
+            raise UsageError(f"{checkpoint.path} is a stack without embedding and head", "a model with a vocabulary")
+        use_threads(threads)
+        self.name = str(checkpoint.path)
+        self.description = f"{checkpoint.format} checkpoint, {dtype}"
+        self.vocab_size = checkpoint.config.vocab_size
+        self.tokenizer_file: Path | None = next(
+            (file for file in checkpoint.tokenizer_files if file.name == TOKENIZER_FILE), None
+        )
+        self.notes = tuple(checkpoint.notes)
+        self._model = load_model(checkpoint.config, FiniteWeights(checkpoint.weights), TORCH_DTYPES[dtype])
+
+    def stream(self, rows: Array, block: int) -> Iterator[Array]:
+        """Logits after every token of the rows, from zero states and position 0.
+
+        Args:
+            rows: token ids `[B, T]`.
+            block: tokens at a time.
+
+        Yields:
+            `[B, block, vocab]` float32 (float64 of a float64 model), in order; the last block may be shorter.
+        """
+        states = None
+        for start in range(0, rows.shape[1], block):
+            ids = torch.from_numpy(rows[:, start : start + block])
+            with torch.inference_mode():
+                output = self._model(ids, form=retention_chunkwise, states=states, position=start)
+                logits = output.logits if output.logits.dtype == torch.float64 else output.logits.float()
+            states = output.states
+            yield logits.numpy()

@@ -1,0 +1,89 @@
+"""Where logits of a text come from: an exported folder here, a checkpoint in `retnet_tools.model.streaming`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from retnet_tools.errors import UsageError
+from retnet_tools.graph.contract import MANIFEST_FILE
+from retnet_tools.runtime.providers import Device
+from retnet_tools.runtime.session import DecoderSession
+from retnet_tools.tokens import TOKENIZER_FILE
+from retnet_tools.weights import Array
+
+
+class LogitsSource(Protocol):
+    """A model that is shown token rows and says what it expected next (teacher forcing).
+
+    Attributes:
+        name: its path, for people.
+        description: kind and number type, for people.
+        tokenizer_file: its tokenizer.json, or None.
+        notes: what the user should know about how it was read.
+    """
+
+    name: str
+    description: str
+    vocab_size: int
+    tokenizer_file: Path | None
+    notes: tuple[str, ...]
+
+    def stream(self, rows: Array, block: int) -> Iterator[Array]:
+        """Logits after every token of rows `[B, T]` int64, from zero states and position 0.
+
+        Yields:
+            `[B, block, vocab]` float32 or float64, in order; the last block may be shorter. Memory: one block.
+        """
+        ...
+
+
+class ExportLogits:
+    """An exported folder: its step graph is fed a token of every row at a time (Eq. 6).
+
+    prefill.onnx gives the logits of the last token alone, so it is not used.
+
+    Args:
+        folder: what `retnet-tools export` wrote.
+        device: where to run; None is the CPU.
+        threads: of the CPU provider; None lets ONNX Runtime choose.
+
+    Raises:
+        UsageError: a stack without a vocabulary.
+        InputError, ProviderError: as `DecoderSession`.
+    """
+
+    def __init__(self, folder: Path, device: Device | None = None, threads: int | None = None) -> None:
+        self._session = DecoderSession(folder, device, threads)
+        manifest = self._session.manifest
+        if not manifest.config.has_vocabulary:
+            raise UsageError(f"{folder} is a stack without embedding and head", "a model with a vocabulary")
+        scheme = "" if manifest.quantization is None else ", quantized"
+        self.name = str(folder)
+        self.description = f"export, {manifest.dtype}{scheme}, {manifest.ops} operators, {self._session.device.kind}"
+        self.vocab_size = manifest.config.vocab_size
+        file = folder / TOKENIZER_FILE
+        self.tokenizer_file = file if file.is_file() else None
+        self.notes: tuple[str, ...] = ()
+
+    def stream(self, rows: Array, block: int) -> Iterator[Array]:
+        """Logits `[B, block, vocab]` float32 of rows `[B, T]`; see `LogitsSource.stream`.
+
+        Raises:
+            UsageError: ids outside the vocabulary, or rows longer than the graph can place.
+        """
+        state = self._session.new_state(len(rows))
+        for start in range(0, rows.shape[1], block):
+            ids = rows[:, start : start + block]
+            logits = np.empty((*ids.shape, self.vocab_size), dtype=np.float32)
+            for n in range(ids.shape[1]):
+                logits[:, n] = self._session.step(ids[:, n], state)
+            yield logits
+
+
+def is_export(path: Path) -> bool:
+    """Whether a path is an exported folder."""
+    return (path / MANIFEST_FILE).is_file()

@@ -1,0 +1,131 @@
+"""A picture of a perplexity report: figures by the tokens of context. Needs matplotlib, the extra `plot`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from retnet_tools.errors import OutputError, RetNetToolsError, UsageError
+from retnet_tools.reports.estimates import Estimate
+from retnet_tools.reports.perplexity import PerplexityReport
+from retnet_tools.reports.perplexity_text import estimate_text, trend_text
+from retnet_tools.reports.positions import ByPosition
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PLOT_TYPES = (".png", ".svg", ".pdf")
+_MODEL, _BASELINE = "#0072B2", "#D55E00"
+_LOG_SCALE_FROM = 5
+"""How many times as high as the lowest the highest has to be for a logarithmic axis."""
+_WIDTH, _HEIGHT, _DPI = 5.6, 4.2, 150
+
+
+def check_plot(path: Path, *, force: bool) -> None:
+    """Check, before anything is computed, that a plot can be drawn and written.
+
+    Raises:
+        RetNetToolsError: matplotlib is not installed.
+        UsageError: another type of file, or one that exists.
+        OutputError: no such folder.
+    """
+    if path.suffix.lower() not in PLOT_TYPES:
+        raise UsageError(f"--plot {path}", f"a name ending in {', '.join(PLOT_TYPES)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RetNetToolsError("--plot needs matplotlib", action="pip install 'retnet-tools[plot]'")
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists already", action="name another file, or add --force to replace it")
+    if not path.parent.is_dir():
+        raise OutputError(f"no folder {path.parent} for {path.name}", "a folder that exists")
+
+
+def write_plot(report: PerplexityReport, path: Path, *, force: bool) -> None:
+    """Draw NLL, and against a baseline KLD, over the context; the file appears whole or not at all.
+
+    Raises:
+        ValueError: a report without figures by position.
+        RetNetToolsError, UsageError, OutputError: as `check_plot`, or the file cannot be written.
+    """
+    check_plot(path, force=force)
+    figure = draw(report)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        figure.savefig(partial, format=path.suffix[1:].lower(), dpi=_DPI)
+        os.replace(partial, path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path} ({error.strerror or error})", "a file that can be written") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def draw(report: PerplexityReport) -> Figure:
+    """The figure: a panel for NLL, and one for KLD where there is a baseline.
+
+    Raises:
+        ValueError: a report without figures by position.
+    """
+    from matplotlib.figure import Figure
+
+    positions = report.by_position
+    if positions is None:
+        raise ValueError("the report has no figures by position")
+    panels = 1 if positions.trend is None else 2
+    figure = Figure(figsize=(_WIDTH * panels, _HEIGHT), layout="constrained")
+    axes: list[Axes] = list(np.ravel(figure.subplots(1, panels)))
+    against = "" if report.baseline_name is None else f"\nagainst {report.baseline_name}"
+    figure.suptitle(f"{report.name}{against}: {report.scored_tokens:,} tokens scored", fontsize=10)
+    _draw_nll(axes[0], positions)
+    if panels == 2:
+        _draw_kld(axes[1], positions, report)
+    return figure
+
+
+def _draw_nll(axes: Axes, positions: ByPosition) -> None:
+    bins = positions.bins
+    baseline = [bin.baseline_nll for bin in bins if bin.baseline_nll is not None]
+    _line(axes, positions, [bin.nll for bin in bins], _MODEL, "model")
+    axes.set_ylabel("mean NLL, nats a token")
+    if baseline:
+        _line(axes, positions, baseline, _BASELINE, "baseline", dashed=True)
+        axes.legend(frameon=False)
+
+
+def _draw_kld(axes: Axes, positions: ByPosition, report: PerplexityReport) -> None:
+    kld = [bin.kld for bin in positions.bins if bin.kld is not None]
+    _line(axes, positions, kld, _MODEL, "by context")
+    if report.divergence is not None:
+        overall = report.divergence.mean_kld
+        axes.axhline(overall.value, color="0.5", linestyle=":", label=f"scored tokens: {estimate_text(overall)}")
+    heights = [estimate.value for estimate in kld if estimate.value > 0]
+    if heights and max(heights) > _LOG_SCALE_FROM * min(heights):
+        axes.set_yscale("log", nonpositive="mask")
+    else:
+        axes.set_ylim(bottom=0)
+    axes.set_ylabel("mean KLD, nats a token")
+    axes.legend(frameon=False)
+    if positions.trend is not None:
+        axes.set_title(trend_text(positions.trend).replace(" (", "\n("), fontsize=8, pad=14)
+
+
+def _line(
+    axes: Axes, positions: ByPosition, values: Sequence[Estimate], colour: str, label: str, *, dashed: bool = False
+) -> None:
+    """A value for each bin with its standard error, at the geometric middle of the bin."""
+    middle = [float(np.sqrt(bin.first * bin.last)) for bin in positions.bins]
+    heights = [value.value for value in values]
+    errors = np.nan_to_num([value.error for value in values])
+    style = "--" if dashed else "-"
+    axes.errorbar(
+        middle, heights, yerr=errors, color=colour, label=label, linestyle=style, marker="o", markersize=4, capsize=2
+    )
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("tokens of context")
+    axes.grid(visible=True, color="0.9", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,266 @@
+"""Bulk generation: a file of prompts in, a file of answers out, resumable at any point.
+
+Prompts are JSON lines `{"prompt": "text"}` or `{"tokens": [ids]}`, with an `id` of the caller's choice (else the row's
+number). Answers are JSON lines `{"index", "id", "key", "text", "tokens", "stop_reason", "prompt_tokens"}`, or
+`{"index", "id", "key", "error"}` for a row that cannot be answered.
+
+Rows run in batches of neighbours, and random numbers belong to the row's number: what a row gets is a function of the
+prompts file, the model and the options. A run that was killed is continued by running it again: a batch of which any
+answer is missing runs whole, so that it computes what it would have computed, and only missing answers are written.
+`key` is a hash of the row, the model and the options; an answer with another key is refused, never mixed in.
+
+Memory: the prompts and states of one batch, and a few bytes for each answer that is there already.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+from retnet_tools.errors import InputError, OutputError, RetNetToolsError, UsageError
+from retnet_tools.graph.contract import MAX_POSITION
+from retnet_tools.runtime.decode import Generation, Stopping, generate_from
+from retnet_tools.runtime.prompts import DEFAULT_CHUNK_SIZE
+from retnet_tools.runtime.sampling import Sampling
+from retnet_tools.runtime.sequences import Sequences
+from retnet_tools.runtime.session import DecoderSession
+from retnet_tools.runtime.text import Codec
+
+DEFAULT_BATCH = 8
+
+
+@dataclass(frozen=True)
+class BulkOptions:
+    """How every row is answered.
+
+    Raises:
+        UsageError: a batch size below 1.
+    """
+
+    stopping: Stopping
+    sampling: Sampling
+    batch: int = DEFAULT_BATCH
+    chunk_size: int = DEFAULT_CHUNK_SIZE
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise UsageError(f"--batch {self.batch}", "at least 1")
+
+    def digest(self, session: DecoderSession, codec: Codec) -> str:
+        """A hash of everything but the prompts that decides what a row gets."""
+        stopping = [self.stopping.max_tokens, sorted(self.stopping.end_ids), list(self.stopping.strings)]
+        model = [session.manifest.fingerprint(), session.manifest.ops, codec.fingerprint]
+        how = [stopping, dataclasses.asdict(self.sampling), self.batch, self.chunk_size]
+        return hashlib.sha256(json.dumps([model, how]).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class BulkSummary:
+    """What a run did.
+
+    Attributes:
+        rows: in the prompts file.
+        written: answers of this run, errors included.
+        skipped: rows that were answered before.
+        errors: rows among `written` that could not be answered.
+        tokens: generated in this run.
+    """
+
+    rows: int
+    written: int
+    skipped: int
+    errors: int
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _BulkRow:
+    index: int
+    line: str
+    key: str
+
+
+def generate_bulk(
+    session: DecoderSession,
+    codec: Codec,
+    prompts: Path,
+    output: Path,
+    options: BulkOptions,
+    *,
+    force: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> BulkSummary:
+    """Answer every row of a file that has no answer yet.
+
+    Args:
+        force: start over, whatever the output holds.
+        progress: called as `(what, rows done, rows in all)`.
+
+    Raises:
+        InputError: prompts that are missing or not UTF-8, an output of another kind.
+        UsageError: an output of other prompts, another model or other options.
+        OutputError: the output cannot be written.
+    """
+    began, digest = time.perf_counter(), options.digest(session, codec)
+    if not prompts.is_file():
+        raise InputError(f"no file {prompts}", "a file of JSON lines with a prompt each")
+    if output.exists() and prompts.samefile(output):
+        raise UsageError(f"{output} for prompts and answers", "two files")
+    done = {} if force else _answers(output)
+    total = _check(prompts, digest, done, output)
+    written = errors = tokens = 0
+    try:
+        with output.open("wb" if force else "ab") as file:
+            for batch in _batches(prompts, digest, options.batch):
+                if progress is not None:
+                    progress(f"{tokens} tokens", min(batch[0].index, total), total)
+                missing = [row for row in batch if row.index not in done]
+                answers = _answer(session, codec, batch, options) if missing else {}
+                for row in missing:
+                    answer = answers[row.index]
+                    _write(file, {"index": row.index, "id": _id(row), "key": row.key, **answer})
+                    written, errors = written + 1, errors + ("error" in answer)
+                    tokens += len(answer.get("tokens", ()))
+    except OSError as error:
+        raise OutputError(f"cannot write {output} ({error.strerror})", "a file that can be written") from error
+    return BulkSummary(total, written, total - written, errors, tokens, time.perf_counter() - began)
+
+
+def _answers(output: Path) -> dict[int, str]:
+    """Key of each answer that is there, by row; an answer that was cut short is cut off."""
+    done: dict[int, str] = {}
+    if not output.exists():
+        return done
+    if not output.is_file():
+        raise OutputError(f"{output} is no file", "a file of JSON lines", "name another output")
+    whole = 0
+    with output.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            whole += len(line)
+            try:
+                answer = json.loads(line)
+                done[int(answer["index"])] = str(answer["key"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(
+                    f"{output} holds something else than answers", "what generate --prompts wrote", "name another -o"
+                ) from error
+    if whole < output.stat().st_size:
+        with output.open("r+b") as file:
+            file.truncate(whole)
+    return done
+
+
+def _check(prompts: Path, digest: str, done: dict[int, str], output: Path) -> int:
+    """Number of rows; every answer that is there must belong to its row."""
+    count = 0
+    for row in _rows(prompts, digest):
+        count += 1
+        if done.get(row.index, row.key) != row.key:
+            raise UsageError(
+                f"the answer to row {row.index} in {output} is of another prompt, model or options",
+                "the run that it began with",
+                "name another -o, or add --force to start over",
+            )
+    if any(index >= count for index in done):
+        raise UsageError(f"{output} has answers past the {count} prompts", "the file that it began with")
+    return count
+
+
+def _rows(prompts: Path, digest: str) -> Iterator[_BulkRow]:
+    """The lines of a file that are not blank."""
+    try:
+        with prompts.open(encoding="utf-8-sig") as file:
+            for index, line in enumerate(text for text in map(str.strip, file) if text):
+                yield _BulkRow(index, line, hashlib.sha256(f"{digest}{line}".encode()).hexdigest()[:16])
+    except UnicodeDecodeError as error:
+        raise InputError(f"{prompts} is not UTF-8 ({error.reason})", "JSON lines in UTF-8") from error
+
+
+def _batches(prompts: Path, digest: str, size: int) -> Iterator[list[_BulkRow]]:
+    rows = _rows(prompts, digest)
+    while batch := list(islice(rows, size)):
+        yield batch
+
+
+def _answer(
+    session: DecoderSession, codec: Codec, batch: Sequence[_BulkRow], options: BulkOptions
+) -> dict[int, dict[str, Any]]:
+    """What is written for each row of a batch, by row."""
+    answers: dict[int, dict[str, Any]] = {}
+    good: list[tuple[int, list[int]]] = []
+    for row in batch:
+        try:
+            good.append((row.index, _prompt(row, session, codec, options)))
+        except RetNetToolsError as error:
+            answers[row.index] = {"error": str(error)}
+    try:
+        return answers | (_run(session, codec, good, options) if good else {})
+    except RetNetToolsError:
+        # One of them cannot be answered; alone it shows which.
+        for pair in good:
+            try:
+                answers |= _run(session, codec, [pair], options)
+            except RetNetToolsError as error:
+                answers[pair[0]] = {"error": str(error)}
+        return answers
+
+
+def _run(
+    session: DecoderSession, codec: Codec, rows: Sequence[tuple[int, list[int]]], options: BulkOptions
+) -> dict[int, dict[str, Any]]:
+    numbers, prompts = [index for index, _ in rows], [tokens for _, tokens in rows]
+    sequences = Sequences.start(session, len(rows), options.sampling, rows=numbers)
+    result = generate_from(sequences, prompts, options.stopping, codec=codec, chunk_size=options.chunk_size)
+    return {
+        index: _document(generation, len(tokens)) for (index, tokens), generation in zip(rows, result.rows, strict=True)
+    }
+
+
+def _document(generation: Generation, prompt_tokens: int) -> dict[str, Any]:
+    return dataclasses.asdict(generation) | {"prompt_tokens": prompt_tokens}
+
+
+def _prompt(row: _BulkRow, session: DecoderSession, codec: Codec, options: BulkOptions) -> list[int]:
+    """The token ids of a row.
+
+    Raises:
+        InputError: a line that is no prompt.
+        UsageError: an empty prompt, ids outside the vocabulary, or more tokens than there are positions.
+    """
+    try:
+        document = json.loads(row.line)
+    except ValueError as error:
+        raise InputError(f"row {row.index} is not JSON ({error})", 'an object with a "prompt"') from error
+    prompt = document.get("prompt") if isinstance(document, dict) else None
+    tokens = document.get("tokens") if isinstance(document, dict) else None
+    if isinstance(prompt, str) and tokens is None:
+        tokens = codec.encode(prompt)
+    elif not isinstance(tokens, list) or prompt is not None or not all(type(token) is int for token in tokens):
+        raise InputError(f"row {row.index} has no prompt", 'a "prompt" of text, or "tokens" of integers')
+    session.check_prompt(tokens)
+    if len(tokens) + options.stopping.max_tokens > MAX_POSITION + 1:
+        raise UsageError(f"{len(tokens)} tokens in row {row.index}", f"at most {MAX_POSITION + 1} with those to come")
+    return tokens
+
+
+def _id(row: _BulkRow) -> Any:
+    try:
+        document = json.loads(row.line)
+    except ValueError:
+        return row.index
+    return document.get("id", row.index) if isinstance(document, dict) else row.index
+
+
+def _write(file: IO[bytes], document: dict[str, Any]) -> None:
+    file.write((json.dumps(document, ensure_ascii=False) + "\n").encode())
+    file.flush()

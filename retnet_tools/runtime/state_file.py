@@ -1,0 +1,254 @@
+"""Sequences as files: a prompt read once is kept in a file whose size does not depend on its length.
+
+A state file is safetensors. Tensors, for B rows of a model of L layers:
+
+    layers.{i}.recurrent_state  [B, H, K, V]  S after the last token (Eq. 6), in the states' type
+    position                    [B]           int64, tokens so far
+    logits                      [B, vocab]    float32, after the last token
+    seen                        [B, vocab]    bool, tokens of the row, for the repetition penalty
+
+Its metadata holds `format`, `schema_version`, the `fingerprint` of the model (`Manifest.fingerprint`), `token_hashes`
+(`retnet_tools.runtime.sequences.Sequences`), `sampling` and `streams` (the state of each row's random numbers).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retnet_tools.errors import InputError, RetNetToolsError, UsageError
+from retnet_tools.formats.containers import planned, write_safetensors
+from retnet_tools.formats.storage import StoredTensors, open_safetensors
+from retnet_tools.graph.contract import MAX_POSITION, state_shape
+from retnet_tools.runtime.sampling import Sampler, Sampling
+from retnet_tools.runtime.sequences import Sequences
+from retnet_tools.runtime.session import DecoderSession
+from retnet_tools.runtime.state import RecurrentState
+from retnet_tools.staging import staged_file
+from retnet_tools.weights import Array
+
+FORMAT = "retnet-tools state"
+SCHEMA_VERSION = "1"
+
+
+@dataclass(frozen=True)
+class StateFile:
+    """What a state file holds.
+
+    Attributes:
+        states: one `[B, H, K, V]` a layer.
+        position: `[B]`.
+        logits: `[B, vocab]`.
+        seen: `[B, vocab]`.
+        fingerprint: of the model that made it.
+        token_hashes: of each row.
+        sampling: how tokens are chosen.
+        streams: the state of each row's random numbers.
+    """
+
+    states: tuple[Array, ...]
+    position: Array
+    logits: Array
+    seen: Array
+    fingerprint: dict[str, str]
+    token_hashes: tuple[str, ...]
+    sampling: Sampling
+    streams: tuple[dict[str, Any], ...]
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return len(self.position)
+
+    def sequences(self, session: DecoderSession, changes: Mapping[str, Any] | None = None) -> Sequences:
+        """The sequences, in a session of the model that made them.
+
+        Args:
+            changes: fields of the sampling to set; a new seed starts new streams, else the file's streams go on.
+
+        Raises:
+            InputError: another model, dtype, state dtype or quantization, by name.
+            UsageError: a value out of range.
+        """
+        self.check(session)
+        sampling = dataclasses.replace(self.sampling, **(changes or {}))
+        sampler = Sampler.for_rows(sampling, range(self.batch), self.seen.shape[1])
+        sampler.seen = self.seen
+        if "seed" not in (changes or {}):
+            sampler.streams = [np.random.Generator(_stream(state)) for state in self.streams]
+        state = RecurrentState(self.states, self.position, session.device)
+        return Sequences(session, state, self.logits, [bytes.fromhex(text) for text in self.token_hashes], sampler)
+
+    def check(self, session: DecoderSession) -> None:
+        """Check that a session runs the model that made the state, in the same types.
+
+        Raises:
+            InputError: what differs, by name.
+        """
+        for name, expected in session.manifest.fingerprint().items():
+            if self.fingerprint.get(name) != expected:
+                raise InputError(
+                    f"a state of {_words(name)} {self.fingerprint.get(name)}",
+                    f"{_words(name)} {expected}, as {session.folder} has",
+                    "use the export that made the state, or make the state again",
+                )
+        config = session.manifest.config
+        shapes = {state.shape for state in self.states}
+        if len(self.states) != config.num_layers or shapes != {(self.batch, *state_shape(config))}:
+            raise InputError(
+                f"{len(self.states)} states of {sorted(shapes)}",
+                f"{config.num_layers} of {(self.batch, *state_shape(config))}, as {session.folder} has",
+                "make the state again",
+            )
+
+    def select(self, rows: list[int]) -> StateFile:
+        """These rows, in this order; a row that comes several times is forked, as `Sampler.select` does.
+
+        Raises:
+            UsageError: a row that is not there, or none at all.
+        """
+        if not rows or not all(0 <= row < self.batch for row in rows):
+            raise UsageError(f"rows {rows}", f"some of 0 to {self.batch - 1}, the rows of the state")
+        index = np.array(rows)
+        generators = [np.random.Generator(_stream(state)) for state in self.streams]
+        sampler = Sampler(self.sampling, generators, self.seen).select(rows)
+        return dataclasses.replace(
+            self,
+            states=tuple(state[index] for state in self.states),
+            position=self.position[index],
+            logits=self.logits[index],
+            seen=sampler.seen,
+            token_hashes=tuple(self.token_hashes[row] for row in rows),
+            streams=tuple(_stream_state(stream) for stream in sampler.streams),
+        )
+
+
+def capture(sequences: Sequences) -> StateFile:
+    """What a state file of these sequences holds.
+
+    Raises:
+        UsageError: sequences without tokens.
+    """
+    if sequences.logits is None:
+        raise UsageError("a state without tokens", "at least one token in each row")
+    return StateFile(
+        states=tuple(sequences.state.numpy()),
+        position=sequences.state.position,
+        logits=sequences.logits,
+        seen=sequences.sampler.seen,
+        fingerprint=sequences.session.manifest.fingerprint(),
+        token_hashes=tuple(digest.hex() for digest in sequences.token_hashes),
+        sampling=sequences.sampler.sampling,
+        streams=tuple(_stream_state(stream) for stream in sequences.sampler.streams),
+    )
+
+
+def write_state(path: Path, state: StateFile, *, force: bool = False) -> None:
+    """Write a state file; it appears whole or not at all.
+
+    Raises:
+        UsageError: the file exists and `force` is off.
+        OutputError: it cannot be written.
+    """
+    tensors = {f"layers.{i}.recurrent_state": array for i, array in enumerate(state.states)}
+    tensors |= {"position": state.position, "logits": state.logits, "seen": state.seen}
+    metadata = {
+        "format": FORMAT,
+        "schema_version": SCHEMA_VERSION,
+        "fingerprint": json.dumps(state.fingerprint),
+        "token_hashes": json.dumps(state.token_hashes),
+        "sampling": json.dumps(dataclasses.asdict(state.sampling)),
+        "streams": json.dumps(state.streams),
+    }
+    with staged_file(path, force=force) as partial:
+        write_safetensors(partial, [planned(name, array) for name, array in tensors.items()], metadata=metadata)
+
+
+def read_state(path: Path) -> StateFile:
+    """Read a state file.
+
+    Raises:
+        InputError: a file that is missing, corrupt, of another kind or version, or that contradicts itself.
+    """
+    if not path.is_file():
+        raise InputError(f"no file {path}", "a state that `state save` or `generate --state-out` wrote")
+    stored = open_safetensors(path)
+    meta = stored.metadata
+    if meta.get("format") != FORMAT:
+        raise InputError(f"{path} is no state (format {meta.get('format')!r})", "what `state save` wrote")
+    if meta.get("schema_version") != SCHEMA_VERSION:
+        raise InputError(
+            f"{path} has schema_version {meta.get('schema_version')}", SCHEMA_VERSION, "make the state again"
+        )
+    try:
+        state = StateFile(
+            states=_states(stored),
+            position=stored.read("position"),
+            logits=stored.read("logits"),
+            seen=stored.read("seen"),
+            fingerprint=json.loads(meta["fingerprint"]),
+            token_hashes=tuple(json.loads(meta["token_hashes"])),
+            sampling=Sampling(**json.loads(meta["sampling"])),
+            streams=tuple(json.loads(meta["streams"])),
+        )
+        _check(state)
+    except InputError:
+        raise
+    except (RetNetToolsError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is broken ({error})", "a whole state file", "make the state again") from error
+    return state
+
+
+def _states(stored: StoredTensors) -> tuple[Array, ...]:
+    count = sum(name.startswith("layers.") for name in stored.names())
+    return tuple(stored.read(f"layers.{i}.recurrent_state") for i in range(count))
+
+
+def _check(state: StateFile) -> None:
+    """Check what a file says against itself.
+
+    Raises:
+        ValueError: what does not fit.
+    """
+    batch, vocab = state.batch, state.logits.shape[-1]
+    expected = {
+        "position": (np.int64, (batch,)),
+        "logits": (np.float32, (batch, vocab)),
+        "seen": (bool, (batch, vocab)),
+    }
+    for name, (dtype, shape) in expected.items():
+        array = getattr(state, name)
+        if array.dtype != dtype or array.shape != shape:
+            raise ValueError(f"{name} is {array.dtype} of {array.shape}")
+    if not batch or not state.states or any(s.ndim != 4 or len(s) != batch for s in state.states):
+        raise ValueError(f"states that do not have {batch} rows")
+    if state.position.min() < 1 or state.position.max() > MAX_POSITION + 1:
+        raise ValueError(f"positions {state.position.tolist()}")
+    if not all(np.isfinite(array.astype(np.float32)).all() for array in (*state.states, state.logits)):
+        raise ValueError("NaN or infinite values")
+    if not len(state.token_hashes) == len(state.streams) == batch:
+        raise ValueError(f"not {batch} token hashes and streams")
+    for digest, stream in zip(state.token_hashes, state.streams, strict=True):
+        if len(bytes.fromhex(digest)) != 32:
+            raise ValueError("a token hash that is no sha256")
+        _stream(stream)
+
+
+def _stream_state(stream: np.random.Generator) -> dict[str, Any]:
+    return dict(stream.bit_generator.state)
+
+
+def _stream(state: Any) -> np.random.PCG64:
+    bits = np.random.PCG64(0)
+    bits.state = state
+    return bits
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
