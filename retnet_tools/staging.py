@@ -78,6 +78,7 @@ def appended_file(target: Path) -> Iterator[IO[bytes]]:
     if target.exists() and not target.is_file():
         raise OutputError(f"{target} is no file", "a file to write", "name another output")
     new, mine = not target.exists(), False
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with target.open("ab") as file:
             _lock(file, target)
