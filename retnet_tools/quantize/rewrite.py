@@ -41,7 +41,7 @@ def quantize_graph(
     nodes = list(rewriting.graph)
     # Linear layers first: a tied embedding is looked up in what the output head has stored.
     for node in nodes:
-        if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) and _input(node, 1).name in weights:
+        if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1 and _input(node, 1).name in weights:
             rewriting.replace(node, rewriting.linear(node))
     for node in nodes:
         if node.op_type == "Gather" and _input(node, 0).name in weights:
