@@ -67,8 +67,8 @@ def render_state(document: dict[str, Any]) -> None:
 
 
 def difference_document(a: StateFile, b: StateFile) -> dict[str, Any]:
-    """How far two states are apart, layer by layer; `max_rel` is relative to the largest element of the first, and at the
-    top it is the largest of all layers and the logits."""
+    """How far two states are apart, layer by layer; `max_rel` is relative to the largest element of the first, and at
+    the top it is the largest of all layers and the logits."""
     comparable = len(a.states) == len(b.states) and all(
         x.shape == y.shape for x, y in zip((*a.states, a.logits), (*b.states, b.logits), strict=True)
     )

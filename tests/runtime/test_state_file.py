@@ -20,6 +20,7 @@ from retnet_tools.runtime.session import DecoderSession
 from retnet_tools.runtime.state_file import StateFile, capture, read_state, write_state
 from tests.exports import export
 from tests.helpers import ABLATIONS, BASE, random_source, random_tokens
+from tests.quantized import quantize
 
 SAMPLING = Sampling(1.2, top_p=0.95, repetition_penalty=1.3, seed=4)
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2]]
@@ -286,3 +287,16 @@ def test_an_existing_file_is_replaced_only_when_asked(session: DecoderSession, t
         write_state(tmp_path / "folder", state, force=True)
     with pytest.raises(UsageError, match="a state without tokens"):
         capture(Sequences.start(session))
+
+
+def test_another_quantization_is_refused_by_name(session: DecoderSession, folder: Path, tmp_path: Path) -> None:
+    write_state(tmp_path / "a.state", capture(grown(session)))
+    int8 = DecoderSession(quantize(folder, tmp_path / "int8", "int8"), threads=1)
+    with pytest.raises(InputError, match=r"a state of quantization none; expected quantization int8 by rtn \("):
+        read_state(tmp_path / "a.state").sequences(int8)
+    write_state(tmp_path / "b.state", capture(grown(int8)))
+    same(read_state(tmp_path / "b.state"), capture(read_state(tmp_path / "b.state").sequences(int8)))
+    int4 = DecoderSession(quantize(folder, tmp_path / "int4", "int4"), threads=1)
+    for other in (session, int4):
+        with pytest.raises(InputError, match="a state of quantization int8"):
+            read_state(tmp_path / "b.state").sequences(other)
