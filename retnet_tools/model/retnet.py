@@ -78,6 +78,11 @@ class MultiScaleRetention(nn.Module):
         self, x: Tensor, terms: PositionTerms, state: Tensor | None, form: RetentionForm
     ) -> tuple[Tensor, Tensor]:
         """Output `[B, T, D]` and state `[B, H, K, V]` for x `[B, T, D]`."""
+        y, state = self.mix(x, terms, state, form)
+        return self.out_proj(y), state
+
+    def mix(self, x: Tensor, terms: PositionTerms, state: Tensor | None, form: RetentionForm) -> tuple[Tensor, Tensor]:
+        """What W_O reads, act(X W_G) * GroupNorm_h(Retention(X)) `[B, T, H*V]`, and the state."""
         config, scores = self.config, self.config.score_normalization
         q, k = (_activate(config.feature_map, project(x)) for project in (self.q_proj, self.k_proj))
         q = rotate(_heads(q, config.head_k_dim), terms.cos, terms.sin)
@@ -91,7 +96,7 @@ class MultiScaleRetention(nn.Module):
         y = self.head_norm(y.transpose(1, 2)).flatten(-2).to(x.dtype)  # [B, H, T, V] -> [B, T, H*V]
         if self.gate_proj is not None:
             y = _activate(config.gate, self.gate_proj(x)) * y
-        return self.out_proj(y), state
+        return y, state
 
 
 class FeedForwardNetwork(nn.Module):
@@ -108,12 +113,17 @@ class FeedForwardNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[B, T, D]` to `[B, T, D]`."""
+        output: Tensor = self.down_proj(self.expand(x))
+        return output
+
+    def expand(self, x: Tensor) -> Tensor:
+        """What the last projection reads, `[B, T, F]`."""
         if self.gate_proj is not None:
             y = _activate(self.activation, self.gate_proj(x)) * self.up_proj(x)
         else:
             y = _activate(self.activation, self.up_proj(x))
-        output: Tensor = self.down_proj(y if self.norm is None else self.norm(y))
-        return output
+        normed: Tensor = y if self.norm is None else self.norm(y)
+        return normed
 
 
 class Layer(nn.Module):
@@ -135,16 +145,24 @@ class Layer(nn.Module):
         self, x: Tensor, terms: PositionTerms, state: Tensor | None, form: RetentionForm
     ) -> tuple[Tensor, Tensor]:
         """Output `[B, T, D]` and state `[B, H, K, V]` for x `[B, T, D]`."""
+        y, state = self.retention(self.block_input(self.retention_norm, x), terms, state, form)
+        x = self.add(self.retention_norm, x, y)
+        return self.add(self.ffn_norm, x, self.ffn(self.block_input(self.ffn_norm, x))), state
+
+    def block_input(self, norm: Norm, x: Tensor) -> Tensor:
+        """What the block of this norm reads of the residual stream x."""
+        y: Tensor = norm(x) if self.order == "pre" else x
+        return y
+
+    def add(self, norm: Norm, x: Tensor, y: Tensor) -> Tensor:
+        """The residual stream x after the block of this norm gave y."""
         if self.order == "pre":
-            y, state = self.retention(self.retention_norm(x), terms, state, form)
-            x = self.alpha * x + y
-            return self.alpha * x + self.ffn(self.ffn_norm(x)), state
-        y, state = self.retention(x, terms, state, form)
-        if self.order == "branch":
-            x = self.alpha * x + self.retention_norm(y)
-            return self.alpha * x + self.ffn_norm(self.ffn(x)), state
-        x = self.retention_norm(self.alpha * x + y)
-        return self.ffn_norm(self.alpha * x + self.ffn(x)), state
+            total: Tensor = self.alpha * x + y
+        elif self.order == "branch":
+            total = self.alpha * x + norm(y)
+        else:
+            total = norm(self.alpha * x + y)
+        return total
 
 
 class RetNet(nn.Module):
@@ -186,7 +204,8 @@ class RetNet(nn.Module):
         x = self._embed(inputs)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
-        terms = self._position_terms(inputs, position, x.dtype)
+        start = torch.as_tensor(position, device=x.device).view(-1, 1)
+        terms = position_terms(self.config, start + torch.arange(x.shape[1], device=x.device), x.dtype)
         hidden, new_states = [x], []
         for i, layer in enumerate(self.layers):
             x, state = layer(x, terms, None if states is None else states[i], form)
@@ -209,16 +228,15 @@ class RetNet(nn.Module):
         x: Tensor = self.embedding(inputs) * self.config.embedding_scale
         return x
 
-    def _position_terms(self, inputs: Tensor, position: int | Tensor, dtype: torch.dtype) -> PositionTerms:
-        config, device = self.config, inputs.device
-        start = torch.as_tensor(position, device=device).view(-1, 1)
-        positions = start + torch.arange(inputs.shape[1], device=device)  # [B or 1, T]
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        cos, sin = rotary_phases(positions, config.rotary_frequencies, wide)
-        if not config.score_normalization.by_decay:
-            return PositionTerms(cos, sin, None)
-        decay = torch.tensor(config.decay, dtype=torch.float64, device=device)
-        return PositionTerms(cos, sin, decay_sums(decay, positions, torch.float64).rsqrt().to(wide))
+
+def position_terms(config: RetNetConfig, positions: Tensor, dtype: torch.dtype) -> PositionTerms:
+    """What positions `[B or 1, T]` contribute to activations of a dtype."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    cos, sin = rotary_phases(positions, config.rotary_frequencies, wide)
+    if not config.score_normalization.by_decay:
+        return PositionTerms(cos, sin, None)
+    decay = torch.tensor(config.decay, dtype=torch.float64, device=positions.device)
+    return PositionTerms(cos, sin, decay_sums(decay, positions, torch.float64).rsqrt().to(wide))
 
 
 def initialize(model: RetNet, seed: int) -> RetNet:

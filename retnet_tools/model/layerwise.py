@@ -1,0 +1,157 @@
+"""A model one block at a time, for work on weights that looks at activations: `embed`, then the retention and the
+feed-forward block of each layer (2L of them), then the head.
+
+Everything runs in float32 on the CPU, in the chunkwise form (Eq. 7), on whole sequences from zero states and position
+0. Memory: the weights of one block and the activations of one call.
+
+Shapes: B sequences, T tokens, D hidden size, N and K outputs and inputs of a matrix.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from retnet_tools.config import RetNetConfig
+from retnet_tools.model.norms import Norm
+from retnet_tools.model.retention import retention_chunkwise
+from retnet_tools.model.retnet import Layer, position_terms, to_torch
+from retnet_tools.weights import Array, WeightSource, canonical_shapes
+
+EMBEDDING = "embedding.weight"
+Part = Literal["retention", "ffn"]
+_ENTRIES: dict[Part, tuple[str, ...]] = {
+    "retention": ("q_proj", "k_proj", "v_proj", "gate_proj"),
+    "ffn": ("gate_proj", "up_proj"),
+}
+_EXITS: dict[Part, str] = {"retention": "out_proj", "ffn": "down_proj"}
+
+
+class Block:
+    """A block with its norm and its residual connection, x `[B, T, D]` to `[B, T, D]`.
+
+    Attributes:
+        name: such as `layers.0.retention`.
+        matrices: the canonical names of its weights `[N, K]`, in two steps: all of a step read the same input.
+
+    Args:
+        weights: where its tensors are read from.
+        index: 0 to 2L - 1, in the order of the model.
+    """
+
+    def __init__(self, config: RetNetConfig, weights: WeightSource, index: int) -> None:
+        self._config = config
+        part: Part = "ffn" if index % 2 else "retention"
+        layer = f"layers.{index // 2}."
+        self.name = f"{layer}{part}"
+        shapes = canonical_shapes(config)
+        names = [name for name in shapes if name.startswith((f"{self.name}.", f"{self.name}_norm."))]
+        entries = (f"{self.name}.{linear}.weight" for linear in _ENTRIES[part])
+        self.matrices = (
+            tuple(name for name in entries if name in shapes),
+            (f"{self.name}.{_EXITS[part]}.weight",),
+        )
+        with torch.device("meta"):
+            self._layer = Layer(config)
+        # The other half of the layer stays without data.
+        tensors = {name.removeprefix(layer): _float32(weights.read(name)) for name in names}
+        self._layer.load_state_dict(tensors, strict=False, assign=True)
+        self._layer.requires_grad_(False)
+        self._prefix, self._is_retention = layer, part == "retention"
+
+    @property
+    def _norm(self) -> Norm:
+        return self._layer.retention_norm if self._is_retention else self._layer.ffn_norm
+
+    def matrix(self, name: str) -> Array:
+        """A weight `[N, K]` by its canonical name."""
+        return self._parameter(name).data.numpy()
+
+    def set_matrix(self, name: str, values: Array) -> None:
+        """Replace a weight `[N, K]`."""
+        self._parameter(name).data = torch.from_numpy(values)
+
+    def inputs(self, step: int, x: Array) -> Array:
+        """What the matrices of a step read, `[B T, K]`."""
+        entry = self._layer.block_input(self._norm, torch.from_numpy(x))
+        y = entry if step == 0 else self._inner(entry)
+        return y.flatten(0, 1).numpy()  # [B, T, K] -> [B T, K]
+
+    def __call__(self, x: Array) -> Array:
+        """The residual stream after the block, `[B, T, D]`."""
+        stream = torch.from_numpy(x)
+        inner = self._inner(self._layer.block_input(self._norm, stream))
+        last = self._layer.retention.out_proj if self._is_retention else self._layer.ffn.down_proj
+        return self._layer.add(self._norm, stream, last(inner)).numpy()
+
+    def _inner(self, entry: Tensor) -> Tensor:
+        """What the matrix of the second step reads."""
+        if not self._is_retention:
+            return self._layer.ffn.expand(entry)
+        terms = position_terms(self._config, torch.arange(entry.shape[1])[None], entry.dtype)
+        return self._layer.retention.mix(entry, terms, None, retention_chunkwise)[0]
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        return self._layer.get_parameter(name.removeprefix(self._prefix))
+
+
+class Head:
+    """The final norm and the output projection: hidden states x `[B, T, D]` to logits.
+
+    Args:
+        matrix: the weight of the projection, `[vocab, D]` float32.
+    """
+
+    def __init__(self, config: RetNetConfig, weights: WeightSource, matrix: Array) -> None:
+        self._norm = _load_norm(config, weights, "final_norm") if config.final_norm else None
+        self._matrix = torch.from_numpy(matrix)
+        self._bias = _float32(weights.read("lm_head.bias")) if config.head_bias else None
+
+    def inputs(self, x: Array) -> Array:
+        """What the projection reads, `[B T, D]`."""
+        stream = torch.from_numpy(x)
+        y = stream if self._norm is None else self._norm(stream)
+        inputs: Array = y.flatten(0, 1).numpy()  # [B, T, D] -> [B T, D]
+        return inputs
+
+    def logits(self, x: Array) -> Array:
+        """Logits `[B T, vocab]`."""
+        return F.linear(torch.from_numpy(self.inputs(x)), self._matrix, self._bias).numpy()
+
+
+def block_count(config: RetNetConfig) -> int:
+    """Blocks of a model: two a layer."""
+    return 2 * config.num_layers
+
+
+def head_matrix(config: RetNetConfig) -> str:
+    """The canonical name of the output projection's weight, which a tied model shares with the embedding."""
+    return EMBEDDING if config.tie_word_embeddings else "lm_head.weight"
+
+
+def embed(config: RetNetConfig, weights: WeightSource, matrix: Array, ids: Array) -> Array:
+    """The residual stream before the first block, `[B, T, D]`.
+
+    Args:
+        matrix: the embedding, `[vocab, D]` float32.
+        ids: tokens `[B, T]`.
+    """
+    x = torch.from_numpy(matrix[ids] * np.float32(config.embedding_scale))
+    if config.embedding_norm:
+        x = _load_norm(config, weights, "embedding_norm")(x)
+    return x.numpy()
+
+
+def _load_norm(config: RetNetConfig, weights: WeightSource, name: str) -> Any:
+    norm = Norm(config.hidden_size, config.block_norm)
+    state = {part: _float32(weights.read(f"{name}.{part}")) for part, _ in norm.named_parameters()}
+    norm.load_state_dict(state, assign=True)
+    return norm.requires_grad_(False)
+
+
+def _float32(array: Array) -> Tensor:
+    return to_torch(array).float()
