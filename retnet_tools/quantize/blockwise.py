@@ -10,6 +10,7 @@ Rows do not depend on one another: a matrix may come in pieces of any number of 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
@@ -96,6 +97,16 @@ def dequantize_rows(rows: QuantizedRows, format: BlockFormat) -> Array:
     zeros = np.float32(format.middle) if rows.zero_points is None else _spread(rows.zero_points, columns, format)
     steps: Array = rows.codes.astype(np.float32) - zeros
     return steps * _spread(rows.scales.astype(np.float32), columns, format)
+
+
+def join_rows(pieces: Sequence[QuantizedRows]) -> QuantizedRows:
+    """Pieces of a matrix, in order, as one."""
+    zeros = [piece.zero_points for piece in pieces if piece.zero_points is not None]
+    return QuantizedRows(
+        np.concatenate([piece.codes for piece in pieces]),
+        np.concatenate([piece.scales for piece in pieces]),
+        np.concatenate(zeros) if zeros else None,
+    )
 
 
 def _spread(values: Array, columns: int, format: BlockFormat) -> Array:

@@ -10,7 +10,7 @@ from retnet_tools.dtypes import convert
 from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.graph.stored import PartName, QuantizedPart, StoredTensor
 from retnet_tools.graph.writer import float_blocks
-from retnet_tools.quantize.blockwise import QuantizedRows
+from retnet_tools.quantize.blockwise import QuantizedRows, join_rows
 from retnet_tools.quantize.methods import Method
 from retnet_tools.quantize.packing import pack
 from retnet_tools.weights import Array, FiniteWeights, WeightSource, read_blocks
@@ -51,7 +51,7 @@ class QuantizedContents:
     def _codes(self, sources: tuple[str, ...], part: QuantizedPart) -> Iterator[Array]:
         pieces = self._quantized(sources, part)
         if part.layout == "columns":
-            pieces = iter([_joined(list(pieces))])
+            pieces = iter([join_rows(list(pieces))])
         scales, zeros = [], []
         for rows in pieces:
             codes, scale, zero = pack(rows, part.format, part.layout)
@@ -67,12 +67,3 @@ class QuantizedContents:
             for block in read_blocks(self._source, name):
                 rows = convert(name, block, self._type).astype(np.float32, copy=False)
                 yield self._method.quantize(name, rows, part.format, self._type)
-
-
-def _joined(pieces: list[QuantizedRows]) -> QuantizedRows:
-    zeros = [piece.zero_points for piece in pieces if piece.zero_points is not None]
-    return QuantizedRows(
-        np.concatenate([piece.codes for piece in pieces]),
-        np.concatenate([piece.scales for piece in pieces]),
-        np.concatenate(zeros) if zeros else None,
-    )

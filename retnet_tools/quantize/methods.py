@@ -6,17 +6,21 @@ and zero points back. A calibrated one learns from a text first, when it is made
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import UsageError, did_you_mean
-from retnet_tools.graph.quantization import BlockFormat, Calibration
+from retnet_tools.graph.quantization import BlockFormat
 from retnet_tools.quantize.blockwise import QuantizedRows, quantize_rows
+from retnet_tools.quantize.calibration import CalibrationText
 from retnet_tools.weights import Array, WeightSource
+
+Progress = Callable[[str, int, int], None]
 
 
 class Method(Protocol):
@@ -34,16 +38,26 @@ class Method(Protocol):
 
 
 @dataclass(frozen=True)
-class CalibrationText:
-    """A text to learn from.
+class MethodTask:
+    """What a method is made for.
 
     Attributes:
-        record: what retnet.json says of it.
-        sequences: its tokens, `[T]` int64 each.
+        config: the model.
+        weights: its float weights.
+        formats: of every matrix by canonical name; None where it stays float.
+        dtype: the float type of the export, which weights are rounded to first, and which scales are stored in.
+        text: for a calibrated method.
+        work: the folder for what is worth keeping if the run is stopped; whoever writes the output removes it.
+        progress: called with what is done now, steps done and steps in all.
     """
 
-    record: Calibration
-    sequences: Sequence[Array]
+    config: RetNetConfig
+    weights: WeightSource
+    formats: Mapping[str, BlockFormat | None]
+    dtype: np.dtype[Any]
+    text: CalibrationText | None
+    work: Path
+    progress: Progress
 
 
 @dataclass(frozen=True)
@@ -52,12 +66,12 @@ class MethodSpec:
 
     Attributes:
         calibrated: whether it needs a text.
-        make: the method for a model, its float weights and a text.
+        make: the method for a task.
     """
 
     name: str
     calibrated: bool
-    make: Callable[[RetNetConfig, WeightSource, CalibrationText | None], Method]
+    make: Callable[[MethodTask], Method]
 
 
 class RoundToNearest:
@@ -68,8 +82,19 @@ class RoundToNearest:
         return quantize_rows(rows, format, scale_type)
 
 
+def _gptq(task: MethodTask) -> Method:
+    # torch is not to be loaded where nothing is calibrated.
+    from retnet_tools.quantize.gptq_run import Gptq
+
+    return Gptq(task)
+
+
 METHODS: dict[str, MethodSpec] = {
-    spec.name: spec for spec in (MethodSpec("rtn", calibrated=False, make=lambda *_: RoundToNearest()),)
+    spec.name: spec
+    for spec in (
+        MethodSpec("rtn", calibrated=False, make=lambda task: RoundToNearest()),
+        MethodSpec("gptq", calibrated=True, make=_gptq),
+    )
 }
 
 
@@ -83,7 +108,9 @@ def find_method(name: str, text: CalibrationText | None) -> MethodSpec:
         raise UsageError(f"--method {name!r}", f"one of {', '.join(METHODS)}", did_you_mean(name, METHODS))
     spec = METHODS[name]
     if spec.calibrated and text is None:
-        raise UsageError(f"--method {name} without a text", "a text to calibrate on", "name one, or use --method rtn")
+        raise UsageError(
+            f"--method {name} without a text to calibrate on", "--calibration FILE", "name one, or use --method rtn"
+        )
     if not spec.calibrated and text is not None:
         raise UsageError(f"a text to calibrate on with --method {name}", "a calibrated method")
     return spec

@@ -5,19 +5,22 @@ whoever has codes from elsewhere can write the same plan with `retnet_tools.grap
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from retnet_tools.errors import UsageError
 from retnet_tools.graph.export import ExportPlan, plan_export, write_export
 from retnet_tools.graph.manifest import Manifest
+from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.graph.ops import OPERATOR_SETS
 from retnet_tools.graph.quantization import Quantization, Scheme, WeightType
 from retnet_tools.graph.targets import find_target
 from retnet_tools.graph.writer import float_blocks
+from retnet_tools.quantize.calibration import CalibrationText
 from retnet_tools.quantize.card import CARD_FILE, model_card
 from retnet_tools.quantize.contents import QuantizedContents
-from retnet_tools.quantize.methods import CalibrationText, find_method
+from retnet_tools.quantize.methods import MethodTask, Progress, find_method
 from retnet_tools.quantize.rewrite import quantize_graph
 from retnet_tools.quantize.scheme import (
     NO_OPTIONS,
@@ -27,6 +30,7 @@ from retnet_tools.quantize.scheme import (
     make_scheme,
     matrix_formats,
 )
+from retnet_tools.quantize.unfinished import unfinished_folder
 from retnet_tools.weights import FiniteWeights, canonical_shapes
 
 
@@ -87,11 +91,16 @@ def write_quantized(
     force: bool,
     progress: Callable[[int], None],
     text: CalibrationText | None = None,
+    calibrating: Progress = lambda what, done, total: None,
 ) -> Manifest:
     """Read the float weights tensor by tensor and write the folder of a plan; see `write_export`.
 
+    What a calibrated method has done is kept in a folder beside the output until that is written; see
+    `retnet_tools.quantize.unfinished`.
+
     Args:
         plan: from `plan_quantization` (with the same text) or `plan_half`.
+        calibrating: progress of a calibrated method: what it does now, steps done, steps in all.
 
     Raises:
         InputError: weights that are NaN or infinite, or do not fit the float type, besides those of `write_export`.
@@ -99,7 +108,10 @@ def write_quantized(
     source = plan.checkpoint.weights
     if plan.quantization is None:
         return write_export(plan, out, force=force, progress=progress, read=float_blocks(FiniteWeights(source)))
-    spec = find_method(plan.quantization.scheme.method, text)
-    method = spec.make(plan.checkpoint.config, source, text)
-    read = QuantizedContents(source, method, plan.dtype)
-    return write_export(plan, out, force=force, progress=progress, read=read, texts={CARD_FILE: model_card})
+    scheme, config, work = plan.quantization.scheme, plan.checkpoint.config, unfinished_folder(out)
+    dtype = ELEMENT_TYPES[plan.dtype].numpy()
+    task = MethodTask(config, source, matrix_formats(scheme, config), dtype, text, work, calibrating)
+    read = QuantizedContents(source, find_method(scheme.method, text).make(task), plan.dtype)
+    manifest = write_export(plan, out, force=force, progress=progress, read=read, texts={CARD_FILE: model_card})
+    shutil.rmtree(work, ignore_errors=True)
+    return manifest

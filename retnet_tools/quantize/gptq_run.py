@@ -1,0 +1,191 @@
+"""GPTQ over a whole model, block by block, in the order in which the model computes.
+
+Two streams of hidden states run through the model: the float model's, and that of the model whose blocks so far are
+quantized. In each block first the matrices that read its input are rounded, then, with these in place, the one that
+reads what they make (see `retnet_tools.quantize.gptq`). The embedding is a lookup, which has no inputs: it is rounded
+to nearest, and the output head comes last. A tied matrix is embedding and head in one: it is rounded first, as the
+head, on the float model's hidden states, and all blocks see the embedding that results.
+
+On the shipped model (int4 in blocks of 64, 65,536 tokens) the mean KL divergence on held-out text is 0.022 to nearest,
+0.016 with both streams the quantized one, as the paper has it, and 0.013 as it is done here; with the tied matrix to
+nearest or rounded after the blocks, 0.015 and 0.014. Choosing scales for errors weighted by diag(H) changes nothing.
+
+Memory: one block in float32 twice, its input's K^2 statistics (see `ErrorFeedback`), activations of 2048 tokens;
+while tokens are embedded, and for the head, the vocabulary's matrix. On disk: both streams twice, 16 bytes a token and
+hidden dimension (2.1 GB for 65,536 tokens of a model of 2048), and a byte for each weight that is done.
+
+A run that is stopped goes on at the block it was at: see `retnet_tools.quantize.unfinished`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from retnet_tools.errors import OutputError
+from retnet_tools.graph.quantization import BlockFormat
+from retnet_tools.model.layerwise import EMBEDDING, Block, Head, block_count, embed, head_matrix
+from retnet_tools.quantize.blockwise import QuantizedRows, dequantize_rows, join_rows, quantize_rows
+from retnet_tools.quantize.float_weights import FloatWeights
+from retnet_tools.quantize.gptq import ErrorFeedback, InputStatistics
+from retnet_tools.quantize.hidden_states import batches, read_states, write_states
+from retnet_tools.quantize.methods import MethodTask
+from retnet_tools.quantize.unfinished import Unfinished, hash_work
+from retnet_tools.weights import Array
+
+_ROWS = 1024
+"""Rows of a matrix that are rounded at a time."""
+_Pairs = Iterable[tuple[Array, Array]]
+
+
+class Gptq:
+    """The method: every matrix is rounded when it is made, and handed out when it is asked for.
+
+    Raises:
+        InputError: weights or activations that are not finite.
+        OutputError: too little space for the hidden states.
+    """
+
+    def __init__(self, task: MethodTask) -> None:
+        self._work = _Run(task).finish()
+        self._open: tuple[str, QuantizedRows, int] | None = None
+
+    def quantize(self, name: str, rows: Array, format: BlockFormat, scale_type: np.dtype[Any]) -> QuantizedRows:
+        """The codes of the next rows of a matrix; the rows themselves are known from the task."""
+        if self._open is None or self._open[0] != name:
+            self._open = name, self._work.load_rows(name, scale_type), 0
+        _, done, start = self._open
+        part = slice(start, start + len(rows))
+        self._open = name, done, part.stop
+        zeros = done.zero_points
+        return QuantizedRows(done.codes[part], done.scales[part], None if zeros is None else zeros[part])
+
+
+class _Run:
+    def __init__(self, task: MethodTask) -> None:
+        assert task.text is not None
+        self._config, self._task, self._formats = task.config, task, task.formats
+        self._weights, self._ids = FloatWeights(task.weights, task.dtype), task.text.sequences
+        self._parts = batches(self._ids)
+        self._shape = (*self._ids.shape, task.config.hidden_size)
+        self._head, self._last = head_matrix(task.config), block_count(task.config)
+        task.progress("reading weights", 0, self._last + 2)
+        key = hash_work(task.config, task.weights, task.formats, self._ids, dtype=task.dtype.name)
+        self._work = Unfinished(task.work, "gptq", key)
+
+    def finish(self) -> Unfinished:
+        """Do what is not done yet; gives back where the codes are."""
+        if not all(self._work.has_rows(name) for name, format in self._formats.items() if format):
+            self._check_space()
+            self._begin()
+            start = next((n for n in range(self._last, -1, -1) if all(s in self._work for s in _streams(n))), None)
+            if start is None:
+                start = 0
+                self._embed()
+            for n in range(start, self._last):
+                self._quantize_block(n)
+            self._finish_head()
+        return self._work
+
+    def _begin(self) -> None:
+        """The embedding, which all blocks see: as the head where it is tied, else to nearest."""
+        format = self._formats[EMBEDDING]
+        if format is None or self._work.has_rows(EMBEDDING):
+            return
+        self._progress("embedding", 0)
+        if self._head == EMBEDDING:
+            self._quantize_tied(format)
+        else:
+            matrix = self._weights.read(EMBEDDING)
+            self._work.save_rows(EMBEDDING, quantize_rows(matrix, format, self._task.dtype))
+
+    def _quantize_tied(self, format: BlockFormat) -> None:
+        matrix = self._weights.read(EMBEDDING)
+        self._write("hidden-float", (embed(self._config, self._weights, matrix, self._ids[p]) for p in self._parts))
+        for n in range(self._last):
+            block = Block(self._config, self._weights, n)
+            self._write("hidden-float", (block(x) for x in self._read("hidden-float")))
+        head = Head(self._config, self._weights, matrix)
+        inputs = (head.inputs(x) for x in self._read("hidden-float"))
+        feedback = self._feedback("the output head", ((x, x) for x in inputs))
+        self._work.save_rows(EMBEDDING, self._round(feedback, matrix, format))
+        self._work.discard("hidden-float")
+
+    def _embed(self) -> None:
+        matrix = self._weights.read(EMBEDDING)
+        for name in _streams(0):
+            if "quantized" in name and (format := self._formats[EMBEDDING]) is not None:
+                matrix = dequantize_rows(self._work.load_rows(EMBEDDING, self._task.dtype), format)
+            self._write(name, (embed(self._config, self._weights, matrix, self._ids[p]) for p in self._parts))
+
+    def _quantize_block(self, n: int) -> None:
+        floats, block = (Block(self._config, self._weights, n) for _ in range(2))
+        self._progress(block.name, n + 1)
+        for step, names in enumerate(block.matrices):
+            chosen = {name: format for name in names if (format := self._formats[name]) is not None}
+            if not chosen:
+                continue
+            pairs = ((floats.inputs(step, x), block.inputs(step, y)) for x, y in self._states(n))
+            feedback = self._feedback(block.name, pairs)
+            for name, format in chosen.items():
+                rows = self._round(feedback, block.matrix(name), format)
+                self._work.save_rows(name, rows)
+                block.set_matrix(name, dequantize_rows(rows, format))
+        for old, new, run in zip(_streams(n), _streams(n + 1), (floats, block), strict=True):
+            self._write(new, (run(x) for x in self._read(old)))
+        for old in _streams(n):
+            self._work.discard(old)
+
+    def _finish_head(self) -> None:
+        format = self._formats[self._head]
+        if self._head == EMBEDDING or format is None:
+            return
+        self._progress("output head", self._last + 1)
+        matrix = self._weights.read(self._head)
+        head = Head(self._config, self._weights, matrix)
+        pairs = ((head.inputs(x), head.inputs(y)) for x, y in self._states(self._last))
+        self._work.save_rows(self._head, self._round(self._feedback("the output head", pairs), matrix, format))
+
+    def _feedback(self, name: str, pairs: _Pairs) -> ErrorFeedback:
+        statistics: InputStatistics | None = None
+        for float_inputs, inputs in pairs:
+            statistics = statistics or InputStatistics(inputs.shape[1])
+            statistics.add(float_inputs, inputs)
+        assert statistics is not None
+        return ErrorFeedback(statistics, name)
+
+    def _round(self, feedback: ErrorFeedback, matrix: Array, format: BlockFormat) -> QuantizedRows:
+        starts = range(0, len(matrix), _ROWS)
+        return join_rows([feedback.quantize(matrix[n : n + _ROWS], format, self._task.dtype) for n in starts])
+
+    def _states(self, n: int) -> Iterator[tuple[Array, Array]]:
+        floats, quantized = (self._read(name) for name in _streams(n))
+        return zip(floats, quantized, strict=True)
+
+    def _read(self, name: str) -> Iterator[Array]:
+        return read_states(self._work.folder / name, self._parts)
+
+    def _write(self, name: str, parts: Iterable[Array]) -> None:
+        with self._work.writing(name) as path:
+            write_states(path, self._shape, parts)
+
+    def _progress(self, what: str, done: int) -> None:
+        self._task.progress(what, done, self._last + 2)
+
+    def _check_space(self) -> None:
+        needed = 16 * int(np.prod(self._shape))
+        free = shutil.disk_usage(self._work.folder).free
+        if free < needed:
+            raise OutputError(
+                f"{free / 1e9:.2f} GB free for the hidden states of {self._ids.size} tokens in {self._work.folder}",
+                f"{needed / 1e9:.2f} GB",
+                "free space, or calibrate on fewer tokens",
+            )
+
+
+def _streams(n: int) -> tuple[str, str]:
+    """The files of the hidden states before block n: the float model's, and the quantized one's."""
+    return f"hidden-{n}-float", f"hidden-{n}-quantized"
