@@ -147,7 +147,7 @@ class Quantization:
     Attributes:
         float_bytes: of weights.data with every matrix in the export's float type.
         weight_bytes: of weights.data as it is.
-        calibration: of a calibrated method.
+        calibration: of a calibrated method, or of types chosen by sensitivity.
         quality: where it was measured.
     """
 

@@ -102,7 +102,7 @@ def find_method(name: str, text: CalibrationText | None) -> MethodSpec:
     """The method of this name.
 
     Raises:
-        UsageError: no such method, a calibrated one without a text, or a text for one that learns nothing from it.
+        UsageError: no such method, or a calibrated one without a text.
     """
     if name not in METHODS:
         raise UsageError(f"--method {name!r}", f"one of {', '.join(METHODS)}", did_you_mean(name, METHODS))
@@ -111,6 +111,4 @@ def find_method(name: str, text: CalibrationText | None) -> MethodSpec:
         raise UsageError(
             f"--method {name} without a text to calibrate on", "--calibration FILE", "name one, or use --method rtn"
         )
-    if not spec.calibrated and text is not None:
-        raise UsageError(f"a text to calibrate on with --method {name}", "a calibrated method")
     return spec

@@ -5,7 +5,6 @@ whoever has codes from elsewhere can write the same plan with `retnet_tools.grap
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,23 +13,15 @@ from retnet_tools.graph.export import ExportPlan, plan_export, write_export
 from retnet_tools.graph.manifest import Manifest
 from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.graph.ops import OPERATOR_SETS
-from retnet_tools.graph.quantization import Quantization, Scheme, WeightType
+from retnet_tools.graph.quantization import Quantization, Scheme
 from retnet_tools.graph.targets import find_target
 from retnet_tools.graph.writer import float_blocks
 from retnet_tools.quantize.calibration import CalibrationText
 from retnet_tools.quantize.card import CARD_FILE, model_card
 from retnet_tools.quantize.contents import QuantizedContents
-from retnet_tools.quantize.methods import MethodTask, Progress, find_method
+from retnet_tools.quantize.methods import Method, MethodTask, Progress, find_method
 from retnet_tools.quantize.rewrite import quantize_graph
-from retnet_tools.quantize.scheme import (
-    NO_OPTIONS,
-    TARGET_WORDS,
-    HalfType,
-    SchemeOptions,
-    make_scheme,
-    matrix_formats,
-)
-from retnet_tools.quantize.unfinished import unfinished_folder
+from retnet_tools.quantize.scheme import HalfType, matrix_formats
 from retnet_tools.weights import FiniteWeights, canonical_shapes
 
 
@@ -39,7 +30,7 @@ def plan_quantization(plan: ExportPlan, scheme: Scheme, text: CalibrationText | 
 
     Args:
         plan: from `plan_export` or `plan_of_export`; it stays as it is.
-        text: for a calibrated method.
+        text: for a calibrated method, or what types were chosen on.
 
     Raises:
         UsageError: a method that does not exist or lacks its text, a pattern that finds no matrix, nothing to quantize.
@@ -70,48 +61,41 @@ def plan_half(plan: ExportPlan, dtype: HalfType) -> ExportPlan:
     return dataclasses.replace(half, files=plan.files, provenance=plan.provenance)
 
 
-def plan_target(plan: ExportPlan, target: WeightType | HalfType, options: SchemeOptions) -> ExportPlan:
-    """The plan for what `--quantize` names.
+def make_method(
+    plan: ExportPlan, text: CalibrationText | None = None, *, work: Path, progress: Progress = lambda *step: None
+) -> Method | None:
+    """The method of a plan; a calibrated one does its work here. None for a plan that quantizes nothing.
+
+    Args:
+        plan: from `plan_quantization`, with the same text, or `plan_half`.
+        work: the folder for what a calibrated method keeps if the run is stopped.
+        progress: what it does now, steps done, steps in all.
 
     Raises:
-        UsageError: options of a scheme with a half-precision target, besides those of `make_scheme`,
-            `plan_quantization` and `plan_half`.
+        UsageError, InputError, OutputError: as the method.
     """
-    if target == "int8" or target == "int4":
-        return plan_quantization(plan, make_scheme(target, options, ops=plan.ops))
-    if options != NO_OPTIONS:
-        raise UsageError(f"options of a quantization scheme with {TARGET_WORDS[target]}", "none of them")
-    return plan_half(plan, target)
+    if plan.quantization is None:
+        return None
+    scheme, config = plan.quantization.scheme, plan.checkpoint.config
+    formats, dtype = matrix_formats(scheme, config), ELEMENT_TYPES[plan.dtype].numpy()
+    task = MethodTask(config, plan.checkpoint.weights, formats, dtype, text, work, progress)
+    return find_method(scheme.method, text).make(task)
 
 
 def write_quantized(
-    plan: ExportPlan,
-    out: Path,
-    *,
-    force: bool,
-    progress: Callable[[int], None],
-    text: CalibrationText | None = None,
-    calibrating: Progress = lambda what, done, total: None,
+    plan: ExportPlan, out: Path, method: Method | None, *, force: bool, progress: Callable[[int], None]
 ) -> Manifest:
     """Read the float weights tensor by tensor and write the folder of a plan; see `write_export`.
 
-    What a calibrated method has done is kept in a folder beside the output until that is written; see
-    `retnet_tools.quantize.unfinished`.
-
     Args:
-        plan: from `plan_quantization` (with the same text) or `plan_half`.
-        calibrating: progress of a calibrated method: what it does now, steps done, steps in all.
+        plan: from `plan_quantization` or `plan_half`.
+        method: from `make_method`.
 
     Raises:
         InputError: weights that are NaN or infinite, or do not fit the float type, besides those of `write_export`.
     """
     source = plan.checkpoint.weights
-    if plan.quantization is None:
+    if method is None:
         return write_export(plan, out, force=force, progress=progress, read=float_blocks(FiniteWeights(source)))
-    scheme, config, work = plan.quantization.scheme, plan.checkpoint.config, unfinished_folder(out)
-    dtype = ELEMENT_TYPES[plan.dtype].numpy()
-    task = MethodTask(config, source, matrix_formats(scheme, config), dtype, text, work, calibrating)
-    read = QuantizedContents(source, find_method(scheme.method, text).make(task), plan.dtype)
-    manifest = write_export(plan, out, force=force, progress=progress, read=read, texts={CARD_FILE: model_card})
-    shutil.rmtree(work, ignore_errors=True)
-    return manifest
+    read = QuantizedContents(source, method, plan.dtype)
+    return write_export(plan, out, force=force, progress=progress, read=read, texts={CARD_FILE: model_card})
