@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -31,7 +32,8 @@ def run_quantization(
             method = make_method(plan, text, work=work, progress=steps)
         with common.progress_bar() as progress:
             task = progress.add_task("quantize", total=plan.weight_bytes)
-            write_quantized(plan, out, method, force=force, progress=lambda count: progress.advance(task, count))
+            advance = partial(progress.advance, task)
+            write_quantized(plan, out, force=force, progress=advance, method=method)
     return plan
 
 

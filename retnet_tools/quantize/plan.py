@@ -22,6 +22,7 @@ from retnet_tools.quantize.contents import QuantizedContents
 from retnet_tools.quantize.methods import Method, MethodTask, Progress, find_method
 from retnet_tools.quantize.rewrite import quantize_graph
 from retnet_tools.quantize.scheme import HalfType, matrix_formats
+from retnet_tools.quantize.unfinished import unfinished_folder
 from retnet_tools.weights import FiniteWeights, canonical_shapes
 
 
@@ -72,7 +73,8 @@ def make_method(
         progress: what it does now, steps done, steps in all.
 
     Raises:
-        UsageError, InputError, OutputError: as the method.
+        UsageError: a calibrated method without a text.
+        InputError, OutputError: as the method.
     """
     if plan.quantization is None:
         return None
@@ -83,18 +85,20 @@ def make_method(
 
 
 def write_quantized(
-    plan: ExportPlan, out: Path, method: Method | None, *, force: bool, progress: Callable[[int], None]
+    plan: ExportPlan, out: Path, *, force: bool, progress: Callable[[int], None], method: Method | None = None
 ) -> Manifest:
     """Read the float weights tensor by tensor and write the folder of a plan; see `write_export`.
 
     Args:
         plan: from `plan_quantization` or `plan_half`.
-        method: from `make_method`.
+        method: from `make_method`; None makes the plan's, if it needs no text.
 
     Raises:
+        UsageError: no method for a plan of a calibrated one.
         InputError: weights that are NaN or infinite, or do not fit the float type, besides those of `write_export`.
     """
     source = plan.checkpoint.weights
+    method = method or make_method(plan, work=unfinished_folder(out))
     if method is None:
         return write_export(plan, out, force=force, progress=progress, read=float_blocks(FiniteWeights(source)))
     read = QuantizedContents(source, method, plan.dtype)
