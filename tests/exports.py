@@ -45,11 +45,17 @@ def export(
     return out
 
 
-def cpu_runner(graph: Path) -> Callable[[dict[str, Array]], list[Array]]:
-    """The graph on ONNX Runtime's CPU provider."""
+def cpu_runner(graph: Path, *, exact: bool = False) -> Callable[[dict[str, Array]], list[Array]]:
+    """The graph on ONNX Runtime's CPU provider.
+
+    Args:
+        exact: multiply quantized weights of standard operators in float32 (fused ones say so themselves).
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
+    if exact:
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     return lambda feeds: session.run(None, feeds)
 

@@ -26,3 +26,7 @@ GOLDEN_FLOAT32 = 1e-4
 GOLDEN_STATES = 1e-5
 # What case.json states of an implementation's disagreement with itself, found again.
 STATED_DISAGREEMENT = 1e-10
+FLOAT32_PRODUCT = 2e-6
+"""A matrix product in float32 over 256 columns or fewer, relative to the largest element."""
+FLOAT16_PRODUCT = 2e-3
+"""The same with activations and results in float16."""

@@ -20,25 +20,10 @@ from retnet_tools.graph.contract import TensorSpec
 from retnet_tools.graph.nodes import GraphBuilder, epsilon, graph_value, tensor_type
 from retnet_tools.graph.ops import NormWeights, StandardOps
 from retnet_tools.graph.positions import PositionTerms, position_terms
+from retnet_tools.graph.stored import StoredTensor
 from retnet_tools.weights import Array, canonical_shapes
 
 WIDE = "float32"
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor of weights.data: canonical tensors one after another along the first axis, or a computed table.
-
-    Attributes:
-        sources: canonical names; empty for a table.
-        table: the data of a table.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    sources: tuple[str, ...] = ()
-    table: Array | None = None
 
 
 @dataclass(frozen=True)
