@@ -1,6 +1,6 @@
 """Prompt speed of an exported model: chunks of several sizes, the step loop, and torch's parallel form.
 
-    python benchmarks/prefill.py --size base -o benchmarks/prefill.json
+    python benchmarks/prefill.py --size 1.3b -o benchmarks/prefill_1.3b.json
 
 Exports a random model of a published size to a temporary folder. Every way of reading a prompt runs in a process of its
 own, in turns, `--rounds` times: first a prompt of a chunk or two, so that everything is loaded, then the one that is
@@ -115,9 +115,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="base", choices=sorted(MODEL_SIZES))
+    parser.add_argument("--size", default="1.3b", choices=sorted(MODEL_SIZES))
     parser.add_argument("--tokens", default="512,2048", help="prompt lengths, a comma list")
-    parser.add_argument("--chunk-sizes", default="32,64,128,256,512", help="a comma list")
+    parser.add_argument("--chunk-sizes", default="128,256", help="a comma list")
     parser.add_argument("--longest-step", type=int, default=512, help="longest prompt for the step loop")
     parser.add_argument("--longest-parallel", type=int, default=2048, help="longest prompt for torch")
     parser.add_argument("--ops", default="fused", choices=["fused", "standard"])

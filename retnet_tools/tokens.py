@@ -77,7 +77,7 @@ def text_tokens(text: str, tokenizer_files: Iterable[Path]) -> npt.NDArray[np.in
 
 
 def load_tokenizer(file: Path) -> Any:
-    """The `tokenizers.Tokenizer` of a file.
+    """The `tokenizers.Tokenizer` of a file, without the truncation and padding that it may ask for.
 
     Raises:
         InputError: a file that is missing or not a tokenizer.
@@ -85,9 +85,13 @@ def load_tokenizer(file: Path) -> Any:
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:
         raise InputError(f"{file} cannot be read ({error})", "a tokenizer of the tokenizers library") from error
+    # Settings of its training: they would cut a long text without a word.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def special_token_ids(folder: Path, name: Literal["bos", "eos"], tokenizer: Any) -> tuple[int, ...]:

@@ -70,6 +70,8 @@ def main() -> None:
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _stop)
+    # ONNX Runtime would report its use to its maker: not from here without being asked.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     arguments = [a for a in sys.argv[1:] if a != "--debug"]

@@ -89,11 +89,7 @@ def _open_tokenizer(source: LogitsSource) -> Any:
         raise UsageError(
             f"{source.name} has no tokenizer.json", "one, to read a text with", "add it, or give token ids: --token-ids"
         )
-    tokenizer = load_tokenizer(source.tokenizer_file)
-    # A tokenizer.json may carry the settings of training, which would cut the text.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+    return load_tokenizer(source.tokenizer_file)
 
 
 def _encode(tokenizer: Any, text: str) -> ScoredText:

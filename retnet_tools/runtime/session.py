@@ -103,6 +103,10 @@ class DecoderSession:
             raise InputError(f"no folder {folder}", f"a folder with {MANIFEST_FILE}, written by `retnet-tools export`")
         self.folder = folder
         self.manifest = read_manifest(folder)
+        if STEP_FILE not in self.manifest.graphs:
+            raise InputError(
+                f"{folder} holds {', '.join(self.manifest.graphs)}", "an export of --to onnx", "export again"
+            )
         for name in (STEP_FILE, PREFILL_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
                 raise InputError(f"{folder} has no {name}", "a complete export", "export the checkpoint again")

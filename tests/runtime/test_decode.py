@@ -288,3 +288,9 @@ def test_a_manifest_of_another_model_is_refused(tmp_path: Path) -> None:
     (out / contract.MANIFEST_FILE).write_text(json.dumps(document))
     with pytest.raises(InputError, match=r"step\.onnx does not fit retnet\.json"):
         DecoderSession(out)
+
+
+def test_an_export_for_genai_is_named(tmp_path: Path) -> None:
+    out = export(BASE, SOURCE, tmp_path / "out", target="genai")
+    with pytest.raises(InputError, match=r"holds model\.onnx; expected an export of --to onnx"):
+        DecoderSession(out)

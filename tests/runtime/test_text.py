@@ -119,3 +119,12 @@ def test_every_cut_of_a_text_into_pieces_stops_at_the_same_place() -> None:
 def test_an_empty_stop_string_is_refused() -> None:
     with pytest.raises(UsageError, match="an empty --stop"):
         StopMatcher(["x", ""])
+
+
+def test_a_tokenizer_that_would_cut_long_texts_does_not(folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=20)
+    tokenizer.save(str(file))
+    assert [len(open_codec(folder, 300).encode(text)) for text in ("abcdefgh", "ab")] == [8, 2]
