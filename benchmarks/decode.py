@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from large_checkpoint import VOCAB_SIZE, RandomWeights, machine
+from large_checkpoint import machine, random_weights
 
 from retnet_tools.formats import Checkpoint
 from retnet_tools.graph.export import plan_export, write_export
-from retnet_tools.paper import MODEL_SIZES
+from retnet_tools.paper import MODEL_SIZES, VOCABULARY_SIZE
 
 WAYS = ("in place", "double buffer", "torch recurrent")
 WARM_UP = 5
@@ -49,8 +49,8 @@ def torch_recurrent(size: str, threads: int) -> Callable[[np.ndarray], Any]:
     from retnet_tools.model.retnet import load_model
 
     torch.set_num_threads(threads)
-    config = MODEL_SIZES[size].config(VOCAB_SIZE)
-    model = load_model(config, RandomWeights(config), torch.float32)
+    config = MODEL_SIZES[size].config(VOCABULARY_SIZE)
+    model = load_model(config, random_weights(config), torch.float32)
     states, position = None, 0
 
     @torch.inference_mode()
@@ -66,7 +66,7 @@ def time_one(arguments: argparse.Namespace) -> None:
     """The work of one process: prints the seconds of each step as JSON."""
     step = stepper(arguments.time, arguments.size, arguments.folder, arguments.threads)
     seconds = []
-    for token in np.random.default_rng(0).integers(0, VOCAB_SIZE, (WARM_UP + arguments.steps, 1)):
+    for token in np.random.default_rng(0).integers(0, VOCABULARY_SIZE, (WARM_UP + arguments.steps, 1)):
         began = time.perf_counter()
         step(token)
         seconds.append(time.perf_counter() - began)
@@ -75,8 +75,8 @@ def time_one(arguments: argparse.Namespace) -> None:
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All ways in turns."""
-    config = MODEL_SIZES[arguments.size].config(VOCAB_SIZE)
-    checkpoint = Checkpoint(Path("random"), "random", config, RandomWeights(config), [], [], [])
+    config = MODEL_SIZES[arguments.size].config(VOCABULARY_SIZE)
+    checkpoint = Checkpoint(Path("random"), "random", config, random_weights(config), [], [], [])
     plan = plan_export(checkpoint, dtype="float32", ops=arguments.ops)
     write_export(plan, folder / "out", force=False, progress=lambda count: None)
     rounds: dict[str, list[float]] = {way: [] for way in WAYS}

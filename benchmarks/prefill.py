@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from large_checkpoint import VOCAB_SIZE, RandomWeights, machine
+from large_checkpoint import machine, random_weights
 
 from retnet_tools.formats import Checkpoint
 from retnet_tools.graph.export import plan_export, write_export
-from retnet_tools.paper import MODEL_SIZES
+from retnet_tools.paper import MODEL_SIZES, VOCABULARY_SIZE
 
 
 def reader(way: str, size: str, folder: Path, threads: int) -> Callable[[np.ndarray], None]:
@@ -57,8 +57,8 @@ def torch_parallel(size: str, threads: int) -> Callable[[np.ndarray], None]:
     from retnet_tools.model.retnet import load_model
 
     torch.set_num_threads(threads)
-    config = MODEL_SIZES[size].config(VOCAB_SIZE)
-    model = load_model(config, RandomWeights(config), torch.float32)
+    config = MODEL_SIZES[size].config(VOCABULARY_SIZE)
+    model = load_model(config, random_weights(config), torch.float32)
 
     @torch.inference_mode()
     def read(prompt: np.ndarray) -> None:
@@ -70,7 +70,7 @@ def torch_parallel(size: str, threads: int) -> Callable[[np.ndarray], None]:
 def time_one(way: str, size: str, folder: Path, threads: int, tokens: int) -> None:
     """The work of one process: prints seconds and peak bytes as JSON."""
     read = reader(way, size, folder, threads)
-    prompt = np.random.default_rng(0).integers(0, VOCAB_SIZE, tokens)
+    prompt = np.random.default_rng(0).integers(0, VOCABULARY_SIZE, tokens)
     read(prompt[: 2 * int(way) if way.isdigit() else 64])
     began = time.perf_counter()
     read(prompt)
@@ -81,8 +81,8 @@ def time_one(way: str, size: str, folder: Path, threads: int, tokens: int) -> No
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All ways in turns, for each prompt length."""
-    config = MODEL_SIZES[arguments.size].config(VOCAB_SIZE)
-    checkpoint = Checkpoint(Path("random"), "random", config, RandomWeights(config), [], [], [])
+    config = MODEL_SIZES[arguments.size].config(VOCABULARY_SIZE)
+    checkpoint = Checkpoint(Path("random"), "random", config, random_weights(config), [], [], [])
     plan = plan_export(checkpoint, dtype="float32", ops=arguments.ops)
     write_export(plan, folder / "out", force=False, progress=lambda count: None)
     limits = {"step": arguments.longest_step, "parallel": arguments.longest_parallel}
