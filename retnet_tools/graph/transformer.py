@@ -4,9 +4,10 @@
                       int32, past_key_values.{i}.key and .value [B,G,N,D] -> logits [B,1,vocab] float32,
                       present.{i}.key and .value
 
-N is the room of the cache; bound as past and present at once, it is written where it is read. T > 1 reads a prompt: from
-an empty cache, or of one row. What is shared with RetNet is built by the same code: embedding, RMSNorm with the residual
-sum, merged projections, GLU, output head of the last token; in the last layer only that token goes on after attention.
+N is the room of the cache; bound as past and present at once, it is written where it is read. T > 1 reads a prompt:
+from an empty cache, or of one row. What is shared with RetNet is built by the same code: embedding, RMSNorm with the
+residual sum, merged projections, GLU, output head of the last token; in the last layer only that token goes on after
+attention.
 
 Source of the comparison: Sun et al. 2023, section 3.4 and Figure 6, with rotary positions and GLU in place of the
 paper's Transformer blocks, as RetNet's official code has them.
