@@ -22,6 +22,8 @@ from retnet_tools.graph.nodes import GraphBuilder, epsilon, scan
 OPSET = 23
 """The first ai.onnx opset with RMSNormalization and RotaryEmbedding; ONNX Runtime runs both on CPU and CUDA."""
 MICROSOFT = "com.microsoft"
+LOOKUPS = ("Gather", "GatherBlockQuantized")
+"""Operators that read some rows of a stored tensor."""
 
 _ACTIVATION_OPS: dict[Activation, str] = {
     "gelu": "Gelu",
