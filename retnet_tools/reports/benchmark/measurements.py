@@ -26,7 +26,7 @@ class Sample:
 
     Attributes:
         seconds: of each step, or of the whole prompt.
-        peak_resident_bytes: of the process while it ran; None where that is not known.
+        peak_resident_bytes: of the process while it ran, its states in place; None where that is not known.
         device_bytes: of GPU memory that this process had taken by then.
     """
 
@@ -51,7 +51,6 @@ class Measurements:
     def run(self, test: Test) -> Sample:
         """One repetition: the context is placed, warmed up, and the test timed, logits fetched after every call."""
         before = device_used(self._device)
-        reset_peak()
         seconds = self._decode(test) if test.kind == "decode" else self._prefill(test)
         peak = peak_resident()
         self._take(before)
@@ -85,6 +84,7 @@ class Measurements:
     def _decode(self, test: Test) -> list[float]:
         ids = self._ids((WARM_UP_STEPS + test.tokens, test.batch, 1))
         self._engine.place(test.batch, test.depth, test.room)
+        reset_peak()
         seconds = [self._timed(step) for step in ids]
         return seconds[WARM_UP_STEPS:]
 
@@ -93,6 +93,7 @@ class Measurements:
         self._engine.place(test.batch, 0, _WARM_UP_PROMPT)
         self._timed(ids[:, :_WARM_UP_PROMPT])
         self._engine.place(test.batch, test.depth, test.room)
+        reset_peak()
         return [self._timed(ids)]
 
     def _timed(self, input_ids: Array) -> float:

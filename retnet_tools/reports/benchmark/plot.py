@@ -25,28 +25,34 @@ class Quantity:
     """What a panel shows.
 
     Attributes:
-        value: of a row, in the unit of the label; None where it is not known.
-        error: its standard deviation in the same unit, where there is one.
+        value: of a row; None where it is not known.
+        error: its standard deviation, where there is one.
+        in_bytes: whether the label is followed by the unit that fits: kB, MB or GB.
     """
 
     label: str
     value: Callable[[BenchRow], float | None]
     error: Callable[[BenchRow], float | None] = lambda row: None
+    in_bytes: bool = False
 
-
-def _gigabytes(count: float | None) -> float | None:
-    return None if count is None else count / 1e9
+    def scaled(self, rows: Sequence[BenchRow]) -> tuple[str, float]:
+        """The label with its unit, and what to divide values by."""
+        if not self.in_bytes:
+            return self.label, 1.0
+        largest = max((self.value(row) or 0.0 for row in rows), default=0.0)
+        unit, size = next((u for u in (("GB", 1e9), ("MB", 1e6)) if largest >= u[1]), ("kB", 1e3))
+        return f"{self.label}, {unit}", size
 
 
 def _memory(row: BenchRow) -> float | None:
-    return _gigabytes(row.peak_resident_bytes if row.device_bytes is None else row.device_bytes)
+    return row.peak_resident_bytes if row.device_bytes is None else row.device_bytes
 
 
 QUANTITIES = (
-    Quantity("latency, ms a step (median)", lambda row: row.ms_per_token_p50),
+    Quantity("latency of a step, ms (median)", lambda row: row.ms_per_token_p50),
     Quantity("throughput, tokens/s", lambda row: row.tokens_per_second, lambda row: row.tokens_per_second_std),
-    Quantity("memory in use with weights, GB", _memory),
-    Quantity("state or cache, GB a sequence", lambda row: _gigabytes(row.state_bytes_per_sequence)),
+    Quantity("memory of the process, weights included", _memory, in_bytes=True),
+    Quantity("state or cache of a sequence", lambda row: row.state_bytes_per_sequence, in_bytes=True),
 )
 
 
@@ -108,45 +114,49 @@ def _curves(axes: list[Axes], rows: Sequence[BenchRow], x: Callable[[BenchRow], 
     names = list(dict.fromkeys(row.implementation for row in rows))
     ticks = sorted({x(row) for row in rows})
     for panel, quantity in zip(axes, QUANTITIES, strict=True):
+        text, size = quantity.scaled(rows)
         for name, colour in zip(names, COLOURS, strict=False):
-            _curve(panel, sorted((row for row in rows if row.implementation == name), key=x), x, quantity, name, colour)
-        _decorate(panel, quantity.label)
+            points = sorted((row for row in rows if row.implementation == name), key=x)
+            values = [(x(row), value / size, quantity.error(row)) for row in points if (value := quantity.value(row))]
+            _curve(panel, values, name, colour, above=name == names[0])
+        _decorate(panel, text)
         panel.set_xlabel(label)
-        panel.set_xscale("symlog" if ticks[0] == 0 else "log", base=2)
+        panel.set_xscale("symlog", base=2, linthresh=next((tick for tick in ticks if tick), 1))
         panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=45 if len(ticks) > 5 else 0)
         panel.minorticks_off()
-        panel.margins(x=0.12, y=0.12)
+        panel.margins(x=0.15, y=0.12)
         panel.set_ylim(bottom=0)
     if len(names) > 1:
         axes[0].legend(frameon=False)
 
 
 def _curve(
-    panel: Axes, rows: Sequence[BenchRow], x: Callable[[BenchRow], int], quantity: Quantity, name: str, colour: str
+    panel: Axes, points: Sequence[tuple[int, float, float | None]], name: str, colour: str, *, above: bool
 ) -> None:
-    """A line through the rows whose value is known, with the last value written beside it."""
-    points = [(x(row), quantity.value(row), quantity.error(row) or 0.0) for row in rows]
-    known = [(place, value, error) for place, value, error in points if value is not None]
-    if not known:
+    """A line through points with their errors, the last value written beside it."""
+    if not points:
         return
-    places, values, errors = zip(*known, strict=True)
-    panel.errorbar(places, values, yerr=errors, color=colour, label=name, marker="o", markersize=4, capsize=2)
-    end, offset = (places[-1], values[-1]), (4, 4)
-    panel.annotate(f"{values[-1]:.3g}", end, offset, textcoords="offset points", color=colour, fontsize=8)
+    places, values, errors = zip(*points, strict=True)
+    bars = [error or 0.0 for error in errors]
+    style = {"marker": "o", "markersize": 4, "capsize": 2, "zorder": 3 if above else 2}
+    panel.errorbar(places, values, yerr=bars, color=colour, label=name, **style)
+    end, offset = (places[-1], values[-1]), (5, -3)
+    panel.annotate(_number(values[-1]), end, offset, textcoords="offset points", color=colour, fontsize=8)
 
 
 def _bars(axes: list[Axes], rows: Sequence[BenchRow]) -> None:
-    labels = [f"{row.test}\n{row.implementation}, {row.threads or 'all'} threads" for row in rows]
+    labels = [f"{row.implementation}\n{row.test}, {row.threads or 'all'} threads" for row in rows]
     names = list(dict.fromkeys(row.implementation for row in rows))
     colours = [COLOURS[names.index(row.implementation)] for row in rows]
     for panel, quantity in zip(axes, QUANTITIES, strict=True):
-        values = [quantity.value(row) or 0.0 for row in rows]
+        text, size = quantity.scaled(rows)
+        values = [(quantity.value(row) or 0.0) / size for row in rows]
         bars = panel.barh(range(len(rows)), values, color=colours, xerr=[quantity.error(row) or 0.0 for row in rows])
-        panel.bar_label(bars, fmt="%.3g", padding=6, fontsize=8)
-        panel.set_yticks(range(len(rows)), labels, fontsize=8)
+        panel.bar_label(bars, labels=[_number(value) for value in values], padding=6, fontsize=8)
+        panel.set_yticks(range(len(rows)), labels if panel is axes[0] else [""] * len(rows), fontsize=8)
         panel.invert_yaxis()
-        panel.margins(x=0.2)
-        panel.set_xlabel(quantity.label)
+        panel.margins(x=0.25)
+        panel.set_xlabel(text)
         panel.spines[["top", "right"]].set_visible(False)
 
 
@@ -167,7 +177,7 @@ def _positions(axes: list[Axes], flat: Flatness) -> None:
         fontsize=8,
     )
     panel.set_ylim(0, 1.2 * max(p.ms_per_token for p in flat.positions))
-    _decorate(panel, "latency, ms a step")
+    _decorate(panel, "latency of a step, ms")
     known = [(p.position, p.max_abs) for p in flat.positions if p.max_abs is not None]
     errors.plot([at for at, _ in known], [error for _, error in known], color=COLOURS[0], marker="o", markersize=4)
     _decorate(errors, "largest difference of a logit from float64")
@@ -177,6 +187,11 @@ def _positions(axes: list[Axes], flat: Flatness) -> None:
         axis.set_xlabel("position")
     for unused in rest:
         unused.set_axis_off()
+
+
+def _number(value: float) -> str:
+    """Three digits, and no powers of ten."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _decorate(axes: Axes, label: str) -> None:
