@@ -10,14 +10,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from retnet_tools.config import RetNetConfig
+from retnet_tools.formats import Checkpoint
 from retnet_tools.formats.canonical import write_canonical
+from retnet_tools.graph.export import plan_export, write_export
 from retnet_tools.machine import this_machine
 from retnet_tools.paper import MODEL_SIZES, VOCABULARY_SIZE
+from retnet_tools.quantize.plan import plan_target, write_quantized
+from retnet_tools.quantize.scheme import NO_OPTIONS, parse_target
 from retnet_tools.random_weights import RandomWeights
 from retnet_tools.weights import canonical_shapes
 
@@ -35,6 +39,26 @@ def write_checkpoint(folder: Path, size: str, shard_size: int) -> int:
     config = MODEL_SIZES[size].config(VOCABULARY_SIZE)
     files = write_canonical(folder, config, random_weights(config), max_shard_size=shard_size)
     return sum(file.stat().st_size for file in files)
+
+
+def write_exports(folder: Path, size: str, ops: str, kinds: Iterable[str]) -> dict[str, int]:
+    """Export a random model of a published size to `folder / kind` (float32, int8, int4) where it is not there yet;
+    bytes of each."""
+    config = MODEL_SIZES[size].config(VOCABULARY_SIZE)
+    plan = plan_export(
+        Checkpoint(Path("random"), "random", config, random_weights(config), [], [], []), dtype="float32", ops=ops
+    )
+    sizes = {}
+    for kind in kinds:
+        if (folder / kind).exists():
+            pass
+        elif kind == "float32":
+            write_export(plan, folder / kind, force=False, progress=lambda count: None)
+        else:
+            quantized = plan_target(plan, parse_target(kind), NO_OPTIONS)
+            write_quantized(quantized, folder / kind, force=False, progress=lambda count: None)
+        sizes[kind] = (folder / kind / "weights.data").stat().st_size
+    return sizes
 
 
 # A child starts with its parent's peak as its own, so a small process stands between them.
@@ -72,12 +96,12 @@ def machine() -> dict[str, Any]:
     return {"processor": found.processor, "cores": found.cores}
 
 
-def main(doc: str, measure: Callable[[str, int, Path, list[str]], dict[str, Any]]) -> None:
-    """The command line of both benchmarks."""
+def main(doc: str, measure: Callable[[str, int, Path, list[str]], dict[str, Any]], *, types: str = "fp32,fp16") -> None:
+    """The command line of the memory benchmarks."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="1.3b", choices=sorted(MODEL_SIZES))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dtype", default="fp32,fp16", help="comma list")
+    parser.add_argument("--dtype", default=types, help="comma list")
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
     parser.add_argument("-o", "--output", type=Path, help="also write the JSON here")
     arguments = parser.parse_args()

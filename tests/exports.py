@@ -37,10 +37,11 @@ def export(
     *,
     ops: str = "fused",
     dtype: str = "float32",
+    state_dtype: str = "float32",
     target: str = "onnx",
 ) -> Path:
     """Export to a folder and return it."""
-    plan = plan_export(checkpoint(config, source), dtype=dtype, ops=ops, target=target)
+    plan = plan_export(checkpoint(config, source), dtype=dtype, ops=ops, state_dtype=state_dtype, target=target)
     write_export(plan, out, force=False, progress=lambda count: None)
     return out
 

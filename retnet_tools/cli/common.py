@@ -131,6 +131,8 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         return sys.stdin.buffer.read().decode("utf-8")
     except FileNotFoundError as error:
         raise InputError(f"no file {file}", "a text file in UTF-8") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{file} is a folder", "a text file in UTF-8") from error
     except UnicodeDecodeError as error:
         raise InputError(
             f"a prompt that is not UTF-8 ({error.reason} at byte {error.start})", "text in UTF-8"

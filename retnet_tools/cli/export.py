@@ -20,6 +20,9 @@ def export(
         typer.Option("-o", "--output", help="Folder to make; <name>-<to> beside the checkpoint if left out."),
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="Weights and activations: fp32, fp16 or bf16.")] = "fp32",
+    state_dtype: Annotated[
+        str, typer.Option("--state-dtype", help="Recurrent states between calls: fp32 or fp16 (scaled, within range).")
+    ] = "fp32",
     ops: Annotated[
         str, typer.Option("--ops", help="fused (ONNX Runtime's contrib operators) or standard (ai.onnx only).")
     ] = "fused",
@@ -53,12 +56,14 @@ def export(
     kind = quantizing.parse(quantize, options)
     target = export_target(to).name
     number_type = parse_dtype(dtype, ("float32", "float16", "bfloat16"))
+    state_type = parse_dtype(state_dtype, ("float32", "float16"))
     path = common.checkpoint_or_default(checkpoint)
     ending = f"{target}{quantizing.ending(kind)}"
     out = output or (default_output(path, ending) if checkpoint else Path(f"{path.name}-{ending}"))
     if not dry_run:
         check_target(out, marker=MANIFEST_FILE, force=force)
-    plan = plan_export(open_checkpoint(path, source_format), dtype=number_type, ops=ops, target=target)
+    opened = open_checkpoint(path, source_format)
+    plan = plan_export(opened, dtype=number_type, ops=ops, state_dtype=state_type, target=target)
     if kind is not None:
         plan = plan_target(plan, kind, options)
     if not dry_run:

@@ -16,7 +16,7 @@ from retnet_tools.graph.manifest import Manifest
 from retnet_tools.graph.ops import OPERATOR_SETS
 from retnet_tools.graph.quantization import Quantization
 from retnet_tools.graph.stored import StoredTensor, stored_bytes
-from retnet_tools.graph.targets import TARGET_FILES, export_target
+from retnet_tools.graph.targets import TARGET_FILES, ExportTarget, export_target
 from retnet_tools.graph.weighted import BuiltGraph
 from retnet_tools.graph.writer import ALIGNMENT, BlockReader, float_blocks, write_graph, write_weights
 from retnet_tools.provenance import SourceHasher, provenance
@@ -81,7 +81,7 @@ def plan_export(
         name: builder(checkpoint.config, dtype, state_dtype, OPERATOR_SETS[ops]).build()
         for name, builder in chosen.graphs.items()
     }
-    notes = (*checkpoint.notes, *chosen.notes(checkpoint, dtype))
+    notes = export_notes(checkpoint, chosen, dtype, state_dtype)
     return ExportPlan(checkpoint, dtype, state_dtype, ops, graphs, files, notes)
 
 
@@ -131,6 +131,18 @@ def write_export(
             (folder / name).write_text(make_text(manifest), encoding="utf-8")
         (folder / contract.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
+
+
+def export_notes(checkpoint: Checkpoint, target: ExportTarget, dtype: str, state_dtype: str) -> tuple[str, ...]:
+    """What the user should know, about the checkpoint and about running it."""
+    slow = [str(h) for h, scale in enumerate(contract.state_scale(checkpoint.config, state_dtype)) if scale < 2**-10]
+    notes = [*checkpoint.notes, *target.notes(checkpoint, dtype)]
+    if slow:
+        notes.append(
+            f"float16 states of head{'s' if len(slow) > 1 else ''} {', '.join(slow)} lose what a token adds below half "
+            "a step of float16, since gamma is within 2^-10 of 1: a tenth of the state in places"
+        )
+    return tuple(notes)
 
 
 def default_output(checkpoint: Path, target: str = "onnx") -> Path:

@@ -13,7 +13,7 @@ from retnet_tools.errors import InputError
 from retnet_tools.formats import Checkpoint
 from retnet_tools.formats.storage import StoredTensors, TensorLocation
 from retnet_tools.graph import contract
-from retnet_tools.graph.export import ExportPlan
+from retnet_tools.graph.export import ExportPlan, export_notes
 from retnet_tools.graph.genai_config import TOKENIZER_CONFIG_FILE
 from retnet_tools.graph.manifest import Manifest, read_manifest
 from retnet_tools.graph.ops import OPERATOR_SETS
@@ -59,7 +59,7 @@ def plan_of_export(folder: Path) -> ExportPlan:
         tokenizer_files=[folder / name for name in manifest.tokenizer_files],
         notes=list(manifest.provenance.get("notes", ())),
     )
-    target = find_target(manifest.graphs)
+    notes = export_notes(checkpoint, find_target(manifest.graphs), manifest.dtype, manifest.state_dtype)
     return ExportPlan(
         checkpoint,
         manifest.dtype,
@@ -67,7 +67,7 @@ def plan_of_export(folder: Path) -> ExportPlan:
         manifest.ops,
         graphs,
         files={name: (folder / name).read_text(encoding="utf-8") for name in _own_files(folder, manifest)},
-        notes=(*checkpoint.notes, *target.notes(checkpoint, manifest.dtype)),
+        notes=notes,
         provenance=manifest.provenance,
     )
 

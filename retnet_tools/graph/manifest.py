@@ -11,7 +11,7 @@ from typing import Any
 
 from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import ConfigError, InputError
-from retnet_tools.graph.contract import MANIFEST_FILE, MAX_POSITION, TensorSpec
+from retnet_tools.graph.contract import MANIFEST_FILE, MAX_POSITION, TensorSpec, state_scale
 from retnet_tools.graph.ops import OPERATOR_SETS
 from retnet_tools.graph.quantization import Quantization
 
@@ -26,7 +26,7 @@ class Manifest:
     Attributes:
         config: the model.
         dtype: of weights and activations: float32, float16 or bfloat16.
-        state_dtype: of the recurrent states.
+        state_dtype: of the recurrent states; the JSON also says `state_scale`, which follows from it and the model.
         ops: `fused` (ONNX Runtime's contrib operators) or `standard` (the ai.onnx domain only).
         quantization: the scheme and what came of it; None for float weights.
         provenance: source format, sha256 of each source file, tool and library versions.
@@ -51,7 +51,7 @@ class Manifest:
             "model": hashlib.sha256(model.encode()).hexdigest(),
             "dtype": self.dtype,
             "state_dtype": self.state_dtype,
-            "quantization": json.dumps(self.quantization and self.quantization.to_dict(), sort_keys=True),
+            "quantization": "none" if self.quantization is None else self.quantization.fingerprint(),
         }
 
     def to_json(self) -> str:
@@ -60,6 +60,7 @@ class Manifest:
             "schema_version": SCHEMA_VERSION,
             "dtype": self.dtype,
             "state_dtype": self.state_dtype,
+            "state_scale": list(state_scale(self.config, self.state_dtype)),
             "ops": self.ops,
             "quantization": None if self.quantization is None else self.quantization.to_dict(),
             "max_position": MAX_POSITION,

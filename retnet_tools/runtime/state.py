@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from retnet_tools.errors import UsageError
 from retnet_tools.graph.contract import state_shape
 from retnet_tools.graph.manifest import Manifest
 from retnet_tools.weights import Array
@@ -44,7 +45,13 @@ class RecurrentState:
 
     @classmethod
     def zeros(cls, manifest: Manifest, batch: int, device: Device) -> RecurrentState:
-        """The state before the first token: S_0 = 0 at position 0."""
+        """The state before the first token: S_0 = 0 at position 0.
+
+        Raises:
+            UsageError: a batch below 1.
+        """
+        if batch < 1:
+            raise UsageError(f"a batch of {batch}", "at least one sequence")
         shape = (batch, *state_shape(manifest.config))
         states = [np.zeros(shape, dtype=manifest.state_dtype) for _ in range(manifest.config.num_layers)]
         return cls(states, np.zeros(batch, dtype=np.int64), device)

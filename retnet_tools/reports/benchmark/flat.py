@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from retnet_tools.graph.contract import state_scale
 from retnet_tools.model.stepping import reference_logits
 from retnet_tools.reports.benchmark.engines import placed_states
 from retnet_tools.reports.benchmark.models import Model, Progress
@@ -64,7 +65,10 @@ def fit_slope(x: Array, latencies: Array) -> tuple[float, float]:
 def _differences(model: Model, positions: Array, ids: Array, logits: Array) -> list[float | None]:
     if model.weights is None:
         return [None] * len(positions)
-    states = placed_states(model.config, len(positions), model.state_dtype, empty=False)
+    # A graph's state is c S, c = 1 but for float16.
+    scale = np.array(state_scale(model.config, model.state_dtype)).reshape(-1, 1, 1)
+    placed = placed_states(model.config, len(positions), model.state_dtype, empty=False)
+    states = [state / scale for state in placed]
     exact = reference_logits(model.config, model.weights, ids, states, positions)
     return [float(difference) for difference in np.abs(logits - exact).max(axis=1)]
 

@@ -138,8 +138,8 @@ def _curve(
         return
     places, values, errors = zip(*points, strict=True)
     bars = [error or 0.0 for error in errors]
-    style = {"marker": "o", "markersize": 4, "capsize": 2, "zorder": 3 if above else 2}
-    panel.errorbar(places, values, yerr=bars, color=colour, label=name, **style)
+    lines = panel.errorbar(places, values, yerr=bars, color=colour, label=name, marker="o", markersize=4, capsize=2)
+    lines[0].set_zorder(4 if above else 3)
     end, offset = (places[-1], values[-1]), (5, -3)
     panel.annotate(_number(values[-1]), end, offset, textcoords="offset points", color=colour, fontsize=8)
 
