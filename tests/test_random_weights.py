@@ -43,12 +43,10 @@ def test_matrices_keep_the_size_of_what_they_map_and_norms_are_near_one() -> Non
 
 def test_no_two_tensors_and_no_two_rows_are_equal() -> None:
     # ONNX Runtime keeps equal weights once, and a model of equal layers would run from the cache.
-    shapes = canonical_shapes(MODEL_SIZES["1.3b"].config(50257))
+    shapes = canonical_shapes(MODEL_SIZES["base"].config(5000))
     source = RandomWeights(shapes)
-    starts = {name: source._starts[name] for name in shapes}
-    assert len(set(starts.values())) == len(shapes)
-    first, second = (source.read(f"layers.{i}.retention.q_proj.weight") for i in (3, 4))
-    assert not np.array_equal(first, second)
+    beginnings = {tuple(source.read(name).flat[:8]) for name in shapes}
+    assert len(beginnings) == len(shapes)
     rows = source.read("lm_head.weight")[:, :8]
     assert len(np.unique(rows, axis=0)) == len(rows)
 
