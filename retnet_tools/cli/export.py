@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from retnet_tools.cli import common, quantizing
-from retnet_tools.cli.quantizing_run import run_quantization
+from retnet_tools.cli import calibrating, common, quantizing
 
 
 def export(
@@ -37,12 +36,14 @@ def export(
     method: quantizing.MethodName = None,
     exclude: quantizing.Exclude = None,
     tensor_type: quantizing.TensorType = None,
-    calibration: quantizing.Calibration = None,
-    calibration_tokens: quantizing.CalibrationTokens = None,
-    seed: quantizing.Seed = None,
-    target_size: quantizing.TargetSize = None,
-    target_bits: quantizing.TargetBits = None,
-    keep_merged: quantizing.KeepMerged = False,
+    calibration: calibrating.Calibration = None,
+    calibration_tokens: calibrating.CalibrationTokens = None,
+    seed: calibrating.Seed = None,
+    target_size: calibrating.TargetSize = None,
+    target_bits: calibrating.TargetBits = None,
+    keep_merged: calibrating.KeepMerged = False,
+    text: quantizing.Text = None,
+    text_tokens: quantizing.TextTokens = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing export.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -53,43 +54,31 @@ def export(
     from retnet_tools.dtypes import parse_dtype
     from retnet_tools.formats import open_checkpoint
     from retnet_tools.graph.contract import MANIFEST_FILE
-    from retnet_tools.graph.export import default_output, plan_export, write_export
+    from retnet_tools.graph.export import default_output, plan_export
     from retnet_tools.graph.targets import export_target
     from retnet_tools.reports.decoding import export_document, export_text
+    from retnet_tools.reports.quality import check_measurable
     from retnet_tools.staging import check_target
 
-    request = quantizing.request(
-        quantize,
-        block_size=block_size,
-        symmetric=symmetric,
-        accuracy_level=accuracy_level,
-        method=method,
-        exclude=exclude,
-        tensor_type=tensor_type,
-        calibration=calibration,
-        calibration_tokens=calibration_tokens,
-        seed=seed,
-        target_size=target_size,
-        target_bits=target_bits,
-        keep_merged=keep_merged,
-    )
+    options = quantizing.options(block_size, symmetric, accuracy_level, method, exclude, tensor_type)
+    learning = calibrating.options(calibration, calibration_tokens, seed, target_size, target_bits, keep_merged)
+    kind = quantizing.parse(quantize, options)
     target = export_target(to).name
     number_type = parse_dtype(dtype, ("float32", "float16", "bfloat16"))
     state_type = parse_dtype(state_dtype, ("float32", "float16"))
     path = common.checkpoint_or_default(checkpoint)
-    ending = f"{target}{quantizing.ending(request)}"
+    ending = f"{target}{quantizing.ending(kind)}"
     out = output or (default_output(path, ending) if checkpoint else Path(f"{path.name}-{ending}"))
     if not dry_run:
         check_target(out, marker=MANIFEST_FILE, force=force)
     opened = open_checkpoint(path, source_format)
     plan = plan_export(opened, dtype=number_type, ops=ops, state_dtype=state_type, target=target)
-    if request is not None:
-        plan = run_quantization(plan, request, out, force=force, dry_run=dry_run)
-    elif not dry_run:
-        with common.progress_bar() as progress:
-            task = progress.add_task("export", total=plan.weight_bytes)
-            write_export(plan, out, force=force, progress=lambda count: progress.advance(task, count))
-    document = export_document(plan, out, written=not dry_run)
+    content, quality = common.read_text(text) if text else "", None
+    check = None if text is None else check_measurable
+    plan = calibrating.run(plan, kind, options, learning, out, force=force, dry_run=dry_run, check=check)
+    if text is not None and not dry_run:
+        quality = quantizing.measure(out, path, text, content, text_tokens, source_format)
+    document = export_document(plan, out, written=not dry_run, quality=quality)
     if as_json:
         common.print_json(document)
     else:

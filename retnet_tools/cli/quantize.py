@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from retnet_tools.cli import common, quantizing
-from retnet_tools.cli.quantizing_run import run_quantization
+from retnet_tools.cli import calibrating, common, quantizing
 
 
 def quantize(
@@ -25,12 +24,14 @@ def quantize(
     method: quantizing.MethodName = None,
     exclude: quantizing.Exclude = None,
     tensor_type: quantizing.TensorType = None,
-    calibration: quantizing.Calibration = None,
-    calibration_tokens: quantizing.CalibrationTokens = None,
-    seed: quantizing.Seed = None,
-    target_size: quantizing.TargetSize = None,
-    target_bits: quantizing.TargetBits = None,
-    keep_merged: quantizing.KeepMerged = False,
+    calibration: calibrating.Calibration = None,
+    calibration_tokens: calibrating.CalibrationTokens = None,
+    seed: calibrating.Seed = None,
+    target_size: calibrating.TargetSize = None,
+    target_bits: calibrating.TargetBits = None,
+    keep_merged: calibrating.KeepMerged = False,
+    text: quantizing.Text = None,
+    text_tokens: quantizing.TextTokens = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing export.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -39,28 +40,22 @@ def quantize(
     from retnet_tools.graph.contract import MANIFEST_FILE
     from retnet_tools.graph.export import default_output
     from retnet_tools.graph.exported import plan_of_export
+    from retnet_tools.quantize.scheme import TARGET_WORDS, parse_target
     from retnet_tools.reports.decoding import export_document, export_text
+    from retnet_tools.reports.quality import check_measurable
     from retnet_tools.staging import check_target
 
-    request = quantizing.request(
-        target,
-        block_size=block_size,
-        symmetric=symmetric,
-        accuracy_level=accuracy_level,
-        method=method,
-        exclude=exclude,
-        tensor_type=tensor_type,
-        calibration=calibration,
-        calibration_tokens=calibration_tokens,
-        seed=seed,
-        target_size=target_size,
-        target_bits=target_bits,
-        keep_merged=keep_merged,
-    )
-    assert request is not None
-    out = output or default_output(folder, quantizing.ending(request)[1:])
+    options = quantizing.options(block_size, symmetric, accuracy_level, method, exclude, tensor_type)
+    learning = calibrating.options(calibration, calibration_tokens, seed, target_size, target_bits, keep_merged)
+    kind = parse_target(target)
+    out = output or default_output(folder, TARGET_WORDS[kind])
     if not dry_run:
         check_target(out, marker=MANIFEST_FILE, force=force)
-    plan = run_quantization(plan_of_export(folder), request, out, force=force, dry_run=dry_run)
-    document = export_document(plan, out, written=not dry_run)
+    plan = plan_of_export(folder)
+    content, quality = common.read_text(text) if text else "", None
+    check = None if text is None else check_measurable
+    plan = calibrating.run(plan, kind, options, learning, out, force=force, dry_run=dry_run, check=check)
+    if text is not None and not dry_run:
+        quality = quantizing.measure(out, folder, text, content, text_tokens)
+    document = export_document(plan, out, written=not dry_run, quality=quality)
     common.print_json(document) if as_json else typer.echo(export_text(document))

@@ -11,7 +11,8 @@ from retnet_tools.cli import common
 from retnet_tools.errors import UsageError
 
 if TYPE_CHECKING:
-    from retnet_tools.quantize.request import QuantizationRequest
+    from retnet_tools.graph.quantization import Quality, WeightType
+    from retnet_tools.quantize.scheme import HalfType, SchemeOptions
 
 Target = Annotated[
     str | None,
@@ -32,10 +33,7 @@ AccuracyLevel = Annotated[
         help="Of products on the CPU: 4 in int8 (if left out), 0 or 1 in float32, which is slow with int8 weights.",
     ),
 ]
-MethodName = Annotated[
-    str | None,
-    typer.Option("--method", help="How weights are rounded: rtn (to nearest) or gptq, which learns from a text."),
-]
+MethodName = Annotated[str | None, typer.Option("--method", help="How weights are rounded: rtn (to nearest).")]
 Exclude = Annotated[
     list[str] | None,
     typer.Option("--exclude", metavar="REGEX", help="Matrices that stay float, by their names; may be repeated."),
@@ -45,72 +43,57 @@ TensorType = Annotated[
     typer.Option("--tensor-type", metavar="REGEX=TYPE", help="int8 or int4 for some matrices; may be repeated."),
 ]
 
-
-Calibration = Annotated[
+Text = Annotated[
     Path | None,
-    typer.Option("--calibration", metavar="FILE", help="Text to learn from, for gptq and for targets."),
+    typer.Option("--text", help="Measure what it cost on this text, against the float model; kept in the folder."),
 ]
-CalibrationTokens = Annotated[
-    int | None, typer.Option("--calibration-tokens", help="Tokens drawn from it (65536 if left out).")
-]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of that draw (0 if left out).", min=0)]
-TargetSize = Annotated[
-    str | None,
-    typer.Option("--target-size", metavar="SIZE", help="Size of weights.data to keep to, such as 5MB, by mixed types."),
-]
-TargetBits = Annotated[
-    float | None, typer.Option("--target-bits", help="The same as bits a weight over all matrices, such as 5.0.")
-]
-KeepMerged = Annotated[
-    bool, typer.Option("--keep-merged", help="With a target: one type for matrices that the graph keeps as one.")
+TextTokens = Annotated[
+    int | None, typer.Option("--text-tokens", help="Tokens of --text to use at most.", min=2, show_default=False)
 ]
 
 
-def request(
-    target: str | None,
-    *,
+def measure(
+    folder: Path, baseline: Path, text: Path, content: str, limit: int | None, source_format: str | None = None
+) -> Quality:
+    """Measure a quantized folder against its float parent, with a progress bar."""
+    from retnet_tools.reports.quality import measure_quality
+
+    parent = common.open_logits(baseline, "cpu", None, source_format=source_format)
+    with common.step_progress() as progress:
+        return measure_quality(folder, parent, text.name, content, limit=limit, progress=progress)
+
+
+def options(
     block_size: int | None,
     symmetric: bool | None,
     accuracy_level: int | None,
     method: str | None,
     exclude: list[str] | None,
     tensor_type: list[str] | None,
-    calibration: Path | None,
-    calibration_tokens: int | None,
-    seed: int | None,
-    target_size: str | None,
-    target_bits: float | None,
-    keep_merged: bool,
-) -> QuantizationRequest | None:
-    """What the options ask for; None without `--quantize`.
+) -> SchemeOptions:
+    """The options of a scheme, as given."""
+    from retnet_tools.quantize.scheme import SchemeOptions
+
+    return SchemeOptions(block_size, symmetric, accuracy_level, method, tuple(exclude or ()), tuple(tensor_type or ()))
+
+
+def parse(target: str | None, options: SchemeOptions) -> WeightType | HalfType | None:
+    """What `--quantize` names; None without it.
 
     Raises:
-        UsageError: a type that does not exist, or options that do not go together.
+        UsageError: a type that does not exist, or options of a scheme without one.
     """
-    from retnet_tools.quantize.budget import Budget
-    from retnet_tools.quantize.calibration import CalibrationOptions
-    from retnet_tools.quantize.request import QuantizationRequest
-    from retnet_tools.quantize.scheme import NO_OPTIONS, SchemeOptions, parse_target
+    from retnet_tools.quantize.scheme import NO_OPTIONS, parse_target
 
-    scheme = SchemeOptions(
-        block_size, symmetric, accuracy_level, method, tuple(exclude or ()), tuple(tensor_type or ())
-    )
-    draw = {name: value for name, value in (("tokens", calibration_tokens), ("seed", seed)) if value is not None}
-    if calibration is None and draw:
-        raise UsageError("--calibration-tokens or --seed without a text", "--calibration FILE")
-    text = None if calibration is None else CalibrationOptions(calibration, **draw)
-    budget = None
-    if target_size is not None or target_bits is not None:
-        budget = Budget(None if target_size is None else common.parse_size(target_size), target_bits)
     if target is not None:
-        return QuantizationRequest(parse_target(target), scheme, text, budget, keep_merged)
-    if (scheme, text, budget, keep_merged) != (NO_OPTIONS, None, None, False):
+        return parse_target(target)
+    if options != NO_OPTIONS:
         raise UsageError("options of a quantization scheme without --quantize", "--quantize int8 or int4")
     return None
 
 
-def ending(request: QuantizationRequest | None) -> str:
+def ending(kind: WeightType | HalfType | None) -> str:
     """What the name of a quantized folder ends with."""
     from retnet_tools.quantize.scheme import TARGET_WORDS
 
-    return "" if request is None else f"-{TARGET_WORDS[request.target]}"
+    return "" if kind is None else f"-{TARGET_WORDS[kind]}"

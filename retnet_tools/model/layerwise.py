@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from retnet_tools.config import RetNetConfig
 from retnet_tools.model.norms import Norm
 from retnet_tools.model.retention import retention_chunkwise
-from retnet_tools.model.retnet import Layer, position_terms, to_torch
+from retnet_tools.model.retnet import Layer, terms_at, to_torch
 from retnet_tools.weights import Array, WeightSource, canonical_shapes
 
 EMBEDDING = "embedding.weight"
@@ -92,7 +92,7 @@ class Block:
         """What the matrix of the second step reads."""
         if not self._is_retention:
             return self._layer.ffn.expand(entry)
-        terms = position_terms(self._config, torch.arange(entry.shape[1])[None], entry.dtype)
+        terms = terms_at(self._config, torch.arange(entry.shape[1])[None], entry.dtype)
         return self._layer.retention.mix(entry, terms, None, retention_chunkwise)[0]
 
     def _parameter(self, name: str) -> nn.Parameter:

@@ -13,7 +13,7 @@ from retnet_tools.graph.export import ExportPlan, plan_export, write_export
 from retnet_tools.graph.manifest import Manifest
 from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.graph.ops import OPERATOR_SETS
-from retnet_tools.graph.quantization import Quantization, Scheme
+from retnet_tools.graph.quantization import Quantization, Scheme, WeightType
 from retnet_tools.graph.targets import find_target
 from retnet_tools.graph.writer import float_blocks
 from retnet_tools.quantize.calibration import CalibrationText
@@ -21,7 +21,14 @@ from retnet_tools.quantize.card import CARD_FILE, model_card
 from retnet_tools.quantize.contents import QuantizedContents
 from retnet_tools.quantize.methods import Method, MethodTask, Progress, find_method
 from retnet_tools.quantize.rewrite import quantize_graph
-from retnet_tools.quantize.scheme import HalfType, matrix_formats
+from retnet_tools.quantize.scheme import (
+    NO_OPTIONS,
+    TARGET_WORDS,
+    HalfType,
+    SchemeOptions,
+    make_scheme,
+    matrix_formats,
+)
 from retnet_tools.quantize.unfinished import unfinished_folder
 from retnet_tools.weights import FiniteWeights, canonical_shapes
 
@@ -60,6 +67,20 @@ def plan_half(plan: ExportPlan, dtype: HalfType) -> ExportPlan:
     target = find_target(plan.graphs).name
     half = plan_export(plan.checkpoint, dtype=dtype, ops=plan.ops, state_dtype=plan.state_dtype, target=target)
     return dataclasses.replace(half, files=plan.files, provenance=plan.provenance)
+
+
+def plan_target(plan: ExportPlan, target: WeightType | HalfType, options: SchemeOptions) -> ExportPlan:
+    """The plan for what `--quantize` names.
+
+    Raises:
+        UsageError: options of a scheme with a half-precision target, besides those of `make_scheme`,
+            `plan_quantization` and `plan_half`.
+    """
+    if target == "int8" or target == "int4":
+        return plan_quantization(plan, make_scheme(target, options, ops=plan.ops))
+    if options != NO_OPTIONS:
+        raise UsageError(f"options of a quantization scheme with {TARGET_WORDS[target]}", "none of them")
+    return plan_half(plan, target)
 
 
 def make_method(

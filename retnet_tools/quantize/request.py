@@ -1,4 +1,4 @@
-"""What `--quantize` and its options ask for, as a plan."""
+"""What the options of quantization ask for, as a plan."""
 
 from __future__ import annotations
 
@@ -11,70 +11,70 @@ from retnet_tools.graph.quantization import WeightType
 from retnet_tools.quantize.budget import Budget
 from retnet_tools.quantize.calibration import CalibrationOptions, CalibrationText, read_calibration
 from retnet_tools.quantize.methods import Progress, find_method
-from retnet_tools.quantize.plan import plan_half, plan_quantization
-from retnet_tools.quantize.scheme import NO_OPTIONS, TARGET_WORDS, HalfType, SchemeOptions, make_scheme
+from retnet_tools.quantize.plan import plan_quantization, plan_target
+from retnet_tools.quantize.scheme import HalfType, SchemeOptions, make_scheme
 
 
 @dataclass(frozen=True)
-class QuantizationRequest:
-    """The options of quantization, as given.
+class LearningOptions:
+    """What is to be learnt from a text.
 
     Attributes:
-        target: what `--quantize` names.
-        calibration: a text for a calibrated method, and to choose types on.
+        calibration: the text, for a calibrated method and to choose types on.
         budget: for types chosen by sensitivity.
         together: matrices that the graph keeps as one get one type.
     """
 
-    target: WeightType | HalfType
-    options: SchemeOptions = NO_OPTIONS
     calibration: CalibrationOptions | None = None
     budget: Budget | None = None
     together: bool = False
 
     def __post_init__(self) -> None:
-        others = (self.options, self.calibration, self.budget, self.together)
-        if self.target not in ("int8", "int4") and others != (NO_OPTIONS, None, None, False):
-            raise UsageError(f"options of a quantization scheme with {TARGET_WORDS[self.target]}", "none of them")
         if self.budget is not None and self.calibration is None:
             raise UsageError(
                 "a target for size or bits without a text",
                 "--calibration FILE",
-                "types are chosen by how much the model's predictions on it suffer",
+                "types are chosen by how much predictions on it suffer",
             )
         if self.together and self.budget is None:
             raise UsageError("--keep-merged without a target", "--target-size or --target-bits")
 
 
+NO_LEARNING = LearningOptions()
+
+
 def plan_request(
-    plan: ExportPlan, request: QuantizationRequest, *, work: Path, progress: Progress
+    plan: ExportPlan,
+    target: WeightType | HalfType,
+    options: SchemeOptions,
+    learning: LearningOptions = NO_LEARNING,
+    *,
+    work: Path,
+    progress: Progress,
 ) -> tuple[ExportPlan, CalibrationText | None]:
-    """The plan of what is asked for, and the text for `write_quantized`.
+    """The plan of what is asked for, and the text for `make_method`.
 
     Args:
         plan: of float weights.
+        target: what `--quantize` names.
         work: the folder for results that are worth keeping if the run is stopped.
 
     Raises:
-        UsageError: options that do not fit one another or the model, besides those of `plan_mixed` and `plan_half`.
+        UsageError: options that do not fit one another or the model, besides those of `plan_target` and `plan_mixed`.
         InputError: a text that cannot be read.
     """
-    target = request.target
+    if learning.calibration is None:
+        return plan_target(plan, target, options), None
     if target != "int8" and target != "int4":
-        return plan_half(plan, target), None
-    scheme = make_scheme(target, request.options, ops=plan.ops)
-    if request.calibration is None:
-        return plan_quantization(plan, scheme), None
-    checkpoint = plan.checkpoint
-    text = read_calibration(request.calibration, checkpoint.config, checkpoint.tokenizer_files)
-    if request.budget is None:
+        raise UsageError(f"a text to calibrate on with {target} weights", "--quantize int8 or int4")
+    scheme, checkpoint = make_scheme(target, options, ops=plan.ops), plan.checkpoint
+    text = read_calibration(learning.calibration, checkpoint.config, checkpoint.tokenizer_files)
+    if learning.budget is None:
         if not find_method(scheme.method, text).calibrated:
             raise UsageError(f"a text to calibrate on with --method {scheme.method}", "a calibrated method or a target")
         return plan_quantization(plan, scheme, text), text
     # torch is not to be loaded where nothing is measured.
     from retnet_tools.quantize.mixed import plan_mixed
 
-    return (
-        plan_mixed(plan, scheme, request.budget, text, work=work, progress=progress, together=request.together),
-        text,
-    )
+    mixed = plan_mixed(plan, scheme, learning.budget, text, work=work, progress=progress, together=learning.together)
+    return mixed, text

@@ -45,7 +45,7 @@ def parse_device(text: str) -> Device:
 
 
 def open_session(
-    path: Path, device: Device, threads: int | None = None, *, prepack: bool = True
+    path: Path, device: Device, threads: int | None = None, *, prepack: bool = True, profile: Path | None = None
 ) -> onnxruntime.InferenceSession:
     """Open a graph on a device, and on no other.
 
@@ -54,6 +54,7 @@ def open_session(
         device: where to run.
         threads: of the CPU provider; None lets ONNX Runtime choose.
         prepack: whether the CPU provider may keep rearranged copies of the weights; without, it maps their file.
+        profile: the start of the name of a profile that ONNX Runtime writes when the session's profiling ends.
 
     Raises:
         ProviderError: the provider cannot be had, or has no kernel for the graph; says what is missing.
@@ -66,6 +67,9 @@ def open_session(
         options.intra_op_num_threads = threads
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     provider: Any = device.provider
     check_device(device)
     if device.kind == "cuda":

@@ -26,54 +26,14 @@ from retnet_tools.graph.contract import (
     step_outputs,
 )
 from retnet_tools.graph.manifest import read_manifest
+from retnet_tools.runtime.binding import Binding
 from retnet_tools.runtime.prompts import DEFAULT_CHUNK_SIZE, Prompts
 from retnet_tools.runtime.providers import Device, open_session
-from retnet_tools.runtime.state import RecurrentState, device_value
+from retnet_tools.runtime.state import RecurrentState
 from retnet_tools.weights import Array
 
 if TYPE_CHECKING:
     import onnxruntime
-
-
-class Binding:
-    """A graph with everything bound once: tokens and logits in buffers of its own, states where they lie.
-
-    Args:
-        session: the graph.
-        feeds: the inputs but for the states, of the shapes that every run will have.
-        past, present: the states to read and to write, the same buffers where the graph works in place.
-        output: the first output.
-        device: of the session.
-    """
-
-    def __init__(
-        self,
-        session: onnxruntime.InferenceSession,
-        feeds: Mapping[str, Array],
-        past: Sequence[onnxruntime.OrtValue],
-        present: Sequence[onnxruntime.OrtValue],
-        output: TensorSpec,
-        device: Device,
-    ) -> None:
-        self._session = session
-        self._binding = session.io_binding()
-        self._feeds = {name: device_value(np.array(array), device) for name, array in feeds.items()}
-        batch = len(next(iter(feeds.values())))
-        shape = (batch, *map(int, output.shape[1:]))
-        self._logits = device_value(np.zeros(shape, dtype=output.dtype), device)
-        for name, value in self._feeds.items():
-            self._binding.bind_ortvalue_input(name, value)
-        self._binding.bind_ortvalue_output(output.name, self._logits)
-        for i, (before, after) in enumerate(zip(past, present, strict=True)):
-            self._binding.bind_ortvalue_input(past_name(i), before)
-            self._binding.bind_ortvalue_output(present_name(i), after)
-
-    def run(self, feeds: Mapping[str, Array], *, fetch: bool) -> Array | None:
-        """Run once; a copy of the first output `[B, ...]` where it is asked for."""
-        for name, array in feeds.items():
-            self._feeds[name].update_inplace(np.ascontiguousarray(array))
-        self._session.run_with_iobinding(self._binding)
-        return np.array(self._logits.numpy()[:, 0]) if fetch else None
 
 
 class DecoderSession:
@@ -85,6 +45,7 @@ class DecoderSession:
         threads: of the CPU provider; None lets ONNX Runtime choose.
         in_place: whether step.onnx writes states where it reads them, or into a second buffer; None writes in place on
             the CPU, whose kernels are known to read a state before they write it.
+        profile: where ONNX Runtime writes a profile of step.onnx when `end_profile` is called: the start of its name.
 
     Raises:
         InputError: not an exported folder, or an incomplete one.
@@ -98,6 +59,7 @@ class DecoderSession:
         threads: int | None = None,
         *,
         in_place: bool | None = None,
+        profile: Path | None = None,
     ) -> None:
         folder = Path(folder)
         if not folder.is_dir():
@@ -117,7 +79,7 @@ class DecoderSession:
         border = (self.manifest.config, self.manifest.state_dtype)
         self._input, *_ = step_inputs(*border)
         self._output, *_ = step_outputs(*border)
-        self._step = self._open(STEP_FILE, step_inputs(*border))
+        self._step = self._open(STEP_FILE, step_inputs(*border), profile=profile)
 
     def new_state(self, batch: int = 1) -> RecurrentState:
         """The state before the first token of `batch` sequences."""
@@ -225,7 +187,9 @@ class DecoderSession:
         state: RecurrentState,
         present: Sequence[onnxruntime.OrtValue],
     ) -> Binding:
-        return Binding(graph, feeds, state.current, present, self._output, self.device)
+        past = {past_name(i): value for i, value in enumerate(state.current)}
+        written = {present_name(i): value for i, value in enumerate(present)}
+        return Binding(graph, feeds, past, written, self._output, self.device)
 
     @cached_property
     def _prefill(self) -> onnxruntime.InferenceSession:
@@ -236,8 +200,15 @@ class DecoderSession:
         inputs = prefill_inputs(self.manifest.config, self.manifest.state_dtype)
         return self._open(PREFILL_FILE, inputs, prepack=not plain)
 
-    def _open(self, name: str, inputs: Sequence[TensorSpec], *, prepack: bool = True) -> onnxruntime.InferenceSession:
-        session = open_session(self.folder / name, self.device, self.threads, prepack=prepack)
+    def end_profile(self) -> Path:
+        """Write the profile that was asked for, and say where it is."""
+        return Path(self._step.end_profiling())
+
+    def _open(
+        self, name: str, inputs: Sequence[TensorSpec], *, prepack: bool = True, profile: Path | None = None
+    ) -> onnxruntime.InferenceSession:
+        path = self.folder / name
+        session = open_session(path, self.device, self.threads, prepack=prepack, profile=profile)
         found = [(value.name, tuple(value.shape)) for value in session.get_inputs()]
         if found != [(spec.name, spec.shape) for spec in inputs]:
             raise InputError(

@@ -1,0 +1,134 @@
+"""The options of calibrated quantization, which `export` and `quantize` share, and its progress."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from retnet_tools.cli import common
+from retnet_tools.errors import UsageError
+
+if TYPE_CHECKING:
+    from retnet_tools.graph.export import ExportPlan
+    from retnet_tools.graph.quantization import WeightType
+    from retnet_tools.quantize.request import LearningOptions
+    from retnet_tools.quantize.scheme import HalfType, SchemeOptions
+
+Calibration = Annotated[
+    Path | None,
+    typer.Option("--calibration", metavar="FILE", help="Text to learn from, for gptq and for targets."),
+]
+CalibrationTokens = Annotated[
+    int | None, typer.Option("--calibration-tokens", help="Tokens drawn from it (65536 if left out).")
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of that draw (0 if left out).", min=0)]
+TargetSize = Annotated[
+    str | None,
+    typer.Option("--target-size", metavar="SIZE", help="Size of weights.data to keep to, such as 5MB, by mixed types."),
+]
+TargetBits = Annotated[
+    float | None, typer.Option("--target-bits", help="The same as bits a weight over all matrices, such as 5.0.")
+]
+KeepMerged = Annotated[
+    bool, typer.Option("--keep-merged", help="With a target: one type for matrices that the graph keeps as one.")
+]
+
+
+def options(
+    calibration: Path | None,
+    tokens: int | None,
+    seed: int | None,
+    target_size: str | None,
+    target_bits: float | None,
+    keep_merged: bool,
+) -> LearningOptions:
+    """What is to be learnt from a text, as given.
+
+    Raises:
+        UsageError: options that do not go together, or values out of range.
+    """
+    from retnet_tools.quantize.budget import Budget
+    from retnet_tools.quantize.calibration import CalibrationOptions
+    from retnet_tools.quantize.request import LearningOptions
+
+    draw = {name: value for name, value in (("tokens", tokens), ("seed", seed)) if value is not None}
+    if calibration is None and draw:
+        raise UsageError("--calibration-tokens or --seed without a text", "--calibration FILE")
+    text = None if calibration is None else CalibrationOptions(calibration, **draw)
+    size = None if target_size is None else common.parse_size(target_size)
+    budget = None if size is None and target_bits is None else Budget(size, target_bits)
+    return LearningOptions(text, budget, keep_merged)
+
+
+def run(
+    plan: ExportPlan,
+    kind: WeightType | HalfType | None,
+    scheme: SchemeOptions,
+    learning: LearningOptions,
+    out: Path,
+    *,
+    force: bool,
+    dry_run: bool,
+    check: Callable[[ExportPlan], None] | None = None,
+) -> ExportPlan:
+    """Plan what is asked for and write it, with progress on stderr; gives back the plan.
+
+    Args:
+        check: raises for a plan that is not to be written.
+
+    Raises:
+        UsageError: something to learn without `--quantize`, besides what planning and writing raise.
+    """
+    from retnet_tools.graph.export import write_export
+    from retnet_tools.quantize.plan import make_method, write_quantized
+    from retnet_tools.quantize.request import NO_LEARNING, plan_request
+
+    if kind is None and learning != NO_LEARNING:
+        raise UsageError("options of a quantization scheme without --quantize", "--quantize int8 or int4")
+    with _workplace(out, keep=not dry_run) as work:
+        method = None
+        with common.step_progress() as steps:
+            if kind is not None:
+                plan, text = plan_request(plan, kind, scheme, learning, work=work, progress=steps)
+            if check is not None:
+                check(plan)
+            if kind is not None and not dry_run:
+                method = make_method(plan, text, work=work, progress=steps)
+        if not dry_run:
+            write = write_export if kind is None else partial(write_quantized, method=method)
+            with common.progress_bar() as progress:
+                task = progress.add_task("write", total=plan.weight_bytes)
+                write(plan, out, force=force, progress=partial(progress.advance, task))
+    return plan
+
+
+@contextmanager
+def _workplace(out: Path, *, keep: bool) -> Iterator[Path]:
+    """A folder for results that are worth keeping if a run is stopped, which is said on stderr then.
+
+    Args:
+        out: the output that they are for.
+        keep: False for a folder that is removed again in any case.
+    """
+    from retnet_tools.quantize.unfinished import unfinished_folder
+
+    if not keep:
+        with TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
+    work = unfinished_folder(out)
+    try:
+        yield work
+    except BaseException:
+        if work.is_dir():
+            message = f"what was done is kept in {work}; the same command goes on from there"
+            common.stderr_console().print(message, highlight=False, soft_wrap=True)
+        raise
+    shutil.rmtree(work, ignore_errors=True)
