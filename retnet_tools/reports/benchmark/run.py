@@ -10,6 +10,7 @@ from retnet_tools.machine import this_machine
 from retnet_tools.reports.benchmark.file_bytes import bytes_read_whole
 from retnet_tools.reports.benchmark.floor import last_cache_bytes
 from retnet_tools.reports.benchmark.implementations import alternative, retnet
+from retnet_tools.reports.benchmark.memory import device_name
 from retnet_tools.reports.benchmark.models import PROBE_FOLDER, Model, Progress, write_probes
 from retnet_tools.reports.benchmark.options import KINDS, BenchOptions
 from retnet_tools.reports.benchmark.results import BenchReport, BenchRow, ModelSummary, SkippedTest
@@ -51,13 +52,13 @@ def run_benchmark(
     for threads in options.threads:
         for kind in KINDS:
             if tests := options.tests(kind):
-                running = [i for i in implementations if kind in i.kinds]
+                running = [i for i in implementations if kind in i.buffers]
                 round = Round(running, tests, threads, setting)
                 done = round.run(progress, done, total)
                 rows += round.rows()
                 skipped += round.skipped
     summary = _summary(model, implementations[0].subject.traffic)
-    return BenchReport(summary, this_machine(), device.kind, tuple(rows), tuple(skipped))
+    return BenchReport(summary, this_machine(), device.kind, device_name(device), tuple(rows), tuple(skipped))
 
 
 def _summary(model: Model, traffic: Traffic) -> ModelSummary:
