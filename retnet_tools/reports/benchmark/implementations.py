@@ -17,6 +17,8 @@ from retnet_tools.reports.benchmark.specs import EngineSpec, RetNetSpec, TorchSp
 from retnet_tools.reports.benchmark.traffic import Traffic, retnet_traffic, transformer_traffic
 from retnet_tools.runtime.providers import Device
 
+ATTENTION_TYPES = {"cpu": ("float32", "float16"), "cuda": ("float16",)}
+"""In which GroupQueryAttention is measured, by device."""
 _LEAST_POSITIONS = 512
 """Room in a Transformer's rotary tables, at least."""
 
@@ -79,11 +81,11 @@ def _torch(model: Model, options: BenchOptions) -> Implementation:
 
 def _transformer(name: str, model: Model, options: BenchOptions, device: Device, scratch: Path) -> Implementation:
     precision = model.precision
-    if device.kind == "cuda" and precision.dtype == "float32":
+    if precision.dtype not in ATTENTION_TYPES[device.kind]:
         raise UsageError(
-            f"--against {name} in float32 on {device.kind}",
-            "--dtype fp16 or bf16",
-            "GroupQueryAttention has no float32 kernel there",
+            f"--against {name} in {precision.dtype} on {device.kind}",
+            " or ".join(ATTENTION_TYPES[device.kind]),
+            "GroupQueryAttention has no kernel for others there",
         )
     config = matching_transformer(
         model.config,

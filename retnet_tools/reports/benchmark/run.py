@@ -80,10 +80,12 @@ def _product_shape(model: Model, *, quick: bool) -> ProductShape:
     """A weight like the model's largest, within bounds that are quick to write and large enough to be fast."""
     config = model.config
     rows, columns = 2 * config.feed_forward.dim, config.hidden_size
+    # numpy has no bfloat16 to feed; float16 has its rate.
+    dtype = "float16" if model.precision.dtype == "bfloat16" else model.precision.dtype
     if quick:
-        return ProductShape(_PRODUCT_ROWS[0], _PRODUCT_COLUMNS[0], model.precision.dtype)
+        return ProductShape(_PRODUCT_ROWS[0], _PRODUCT_COLUMNS[0], dtype)
     return ProductShape(
         min(max(rows, _PRODUCT_ROWS[0]), _PRODUCT_ROWS[1]),
         min(max(columns, _PRODUCT_COLUMNS[0]), _PRODUCT_COLUMNS[1]),
-        model.precision.dtype,
+        dtype,
     )
