@@ -1,11 +1,12 @@
 # `make demo` runs the main job on the shipped checkpoint; `make test` runs lint, types and all tests.
-# Both make their environment first: .venv, with the tested versions of constraints.txt.
+# `make bench` and `make bench-gpu` measure what README says of speed and memory, on a quiet machine, and rewrite it.
+# All make their environment first: .venv, with the tested versions of constraints.txt.
 
 PYTHON ?= python3
 BIN := .venv/bin
 OUT := out/shakespeare-onnx
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench bench-gpu clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -26,6 +27,19 @@ lint: .venv/.installed
 
 test: lint
 	$(BIN)/pytest
+
+# The official decoder is an alternative too; it comes without what it depends on.
+out/torchscale: .venv/.installed
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --target $@ torchscale==0.3.0
+
+bench: .venv/.installed out/torchscale
+	$(BIN)/python benchmarks/record.py --device cpu
+	$(BIN)/python benchmarks/torchscale_step.py --torchscale out/torchscale -o benchmarks/torchscale_step.json
+	$(BIN)/python benchmarks/readme_tables.py
+
+bench-gpu: .venv/.installed
+	$(BIN)/python benchmarks/record.py --device cuda
+	$(BIN)/python benchmarks/readme_tables.py
 
 clean:
 	rm -rf .venv out

@@ -22,7 +22,14 @@ def noise(shape: tuple[int, ...], start: int = 0) -> Array:
         shape: of the array.
         start: where in the run to begin.
     """
-    return np.resize(np.roll(_run(), -start), shape)
+    run, place = _run(), start % PERIOD
+    result = np.empty(math.prod(shape), dtype=np.float32)
+    filled = 0
+    while filled < len(result):
+        piece = run[place : place + len(result) - filled]
+        result[filled : filled + len(piece)] = piece
+        filled, place = filled + len(piece), 0
+    return result.reshape(shape)
 
 
 @cache

@@ -133,7 +133,7 @@ def matching_transformer(config: RetNetConfig, *, kv_groups: int = 1, max_positi
     wanted = parameters(canonical_shapes(config))
     each = parameters(transformer_shapes(sized(2))) - parameters(transformer_shapes(sized(1)))
     exact = (wanted - parameters(transformer_shapes(sized(0)))) / each
-    unit = 128 if exact >= 2048 else 8
+    unit = 128 if exact >= 2048 else 8 if exact >= 256 else 1
     found = sized(max(unit, round(exact / unit) * unit))
     if abs(parameters(transformer_shapes(found)) / wanted - 1) > MATCHED_WITHIN:
         raise UsageError(

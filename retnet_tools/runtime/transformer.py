@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,15 @@ class KeyValues:
 
     Args:
         buffers: keys and values of each layer in turn, `[B, G, room, D]`; on the CPU these arrays become the cache.
+        shape: of each.
         tokens: how many each row holds.
 
     Attributes:
         bindings: what the graph has bound to these buffers.
     """
 
-    def __init__(self, buffers: list[Array], tokens: int, device: Device) -> None:
-        self.batch, _, self.room, _ = buffers[0].shape
+    def __init__(self, buffers: Iterable[Array], shape: tuple[int, ...], tokens: int, device: Device) -> None:
+        self.batch, _, self.room, _ = shape
         self.buffers = [device_value(buffer, device) for buffer in buffers]
         self.tokens = tokens
         self.bindings: dict[Any, Binding] = {}
@@ -83,8 +84,8 @@ class TransformerSession:
         if room > self.config.max_positions:
             raise UsageError(f"{room} tokens in a cache", f"at most {self.config.max_positions}")
         shape = self.config.cache_shape(batch, room)
-        buffers = [np.asarray(fill(shape), dtype=self.dtype) for _ in range(2 * self.config.num_layers)]
-        return KeyValues(buffers, tokens, self.device)
+        buffers = (np.asarray(fill(shape), dtype=self.dtype) for _ in range(2 * self.config.num_layers))
+        return KeyValues(buffers, shape, tokens, self.device)
 
     def run(self, input_ids: Array, cache: KeyValues) -> Array:
         """Feed tokens `[B, T]`; logits `[B, vocab]` after the last of them. Moves the cache on.

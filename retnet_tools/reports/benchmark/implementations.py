@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -11,12 +11,14 @@ from retnet_tools.dtypes import FloatName
 from retnet_tools.errors import UsageError
 from retnet_tools.graph.transformer import matching_transformer
 from retnet_tools.reports.benchmark.models import Model, Precision, write_transformer
-from retnet_tools.reports.benchmark.options import RETNET, BenchOptions, Kind
+from retnet_tools.reports.benchmark.options import RETNET, BenchOptions, Case, Kind
 from retnet_tools.reports.benchmark.results import Subject
 from retnet_tools.reports.benchmark.specs import EngineSpec, RetNetSpec, TorchSpec, TransformerSpec
 from retnet_tools.reports.benchmark.traffic import Traffic, retnet_traffic, transformer_traffic
 from retnet_tools.runtime.providers import Device
 
+ATTENTION_TYPES = {"cpu": ("float32", "float16"), "cuda": ("float16",)}
+"""In which GroupQueryAttention is measured, by device."""
 _LEAST_POSITIONS = 512
 """Room in a Transformer's rotary tables, at least."""
 
@@ -27,23 +29,21 @@ class Implementation:
 
     Attributes:
         spec: what to open with a number of threads.
-        kinds: of tests that it runs.
-        buffers: how many times it holds the states of a batch at once.
+        buffers: how many times it holds the states of a batch at once, for each kind of test that it runs.
     """
 
     subject: Subject
     spec: Callable[[int | None], EngineSpec]
-    kinds: tuple[Kind, ...]
-    buffers: int
+    buffers: Mapping[Kind, int]
 
     @property
     def name(self) -> str:
         """As `--against` and reports name it."""
         return self.subject.implementation
 
-    def bytes_needed(self, batch: int, room: int) -> int:
-        """What the states of a batch take."""
-        return self.buffers * batch * self.subject.traffic.state_bytes(room)
+    def bytes_needed(self, test: Case) -> int:
+        """What the states of a test take."""
+        return self.buffers[test.kind] * test.batch * self.subject.traffic.state_bytes(test.room)
 
 
 def retnet(model: Model, options: BenchOptions, device: Device) -> Implementation:
@@ -53,8 +53,8 @@ def retnet(model: Model, options: BenchOptions, device: Device) -> Implementatio
     return Implementation(
         _subject(RETNET, device, precision, traffic),
         lambda threads: RetNetSpec(model.folder, device, threads, options.chunk_size),
-        kinds=("prefill", "decode"),
-        buffers=2,
+        # On the CPU a step writes states where it reads them.
+        buffers={"prefill": 2, "decode": 1 if device.kind == "cpu" else 2},
     )
 
 
@@ -75,18 +75,17 @@ def _torch(model: Model, options: BenchOptions) -> Implementation:
     return Implementation(
         _subject("torch", Device("cpu"), precision, traffic),
         lambda threads: TorchSpec(config, dtype, threads),
-        kinds=("decode",),
-        buffers=2,
+        buffers={"decode": 2},
     )
 
 
 def _transformer(name: str, model: Model, options: BenchOptions, device: Device, scratch: Path) -> Implementation:
     precision = model.precision
-    if device.kind == "cuda" and precision.dtype == "float32":
+    if precision.dtype not in ATTENTION_TYPES[device.kind]:
         raise UsageError(
-            f"--against {name} in float32 on {device.kind}",
-            "--dtype fp16 or bf16",
-            "GroupQueryAttention has no float32 kernel there",
+            f"--against {name} in {precision.dtype} on {device.kind}",
+            " or ".join(ATTENTION_TYPES[device.kind]),
+            "GroupQueryAttention has no kernel for others there",
         )
     config = matching_transformer(
         model.config,
@@ -98,8 +97,7 @@ def _transformer(name: str, model: Model, options: BenchOptions, device: Device,
     return Implementation(
         _subject(name, device, Precision(precision.dtype, precision.scheme, "fused"), traffic),
         lambda threads: TransformerSpec(folder, config, precision.dtype, device, threads),
-        kinds=("prefill", "decode"),
-        buffers=1,
+        buffers={"prefill": 1, "decode": 1},
     )
 
 

@@ -15,6 +15,7 @@ from retnet_tools.reports.benchmark.floor import product_rate, read_bandwidth
 from retnet_tools.reports.benchmark.memory import device_free, device_used, peak_resident, reset_peak
 from retnet_tools.reports.benchmark.options import WARM_UP_STEPS, Case
 from retnet_tools.reports.benchmark.specs import EngineSpec
+from retnet_tools.runtime.providers import check_device
 from retnet_tools.weights import Array
 
 _WARM_UP_PROMPT = 256
@@ -44,6 +45,8 @@ class Measurements:
     def __init__(self, engine: Callable[[EngineSpec], Engine], spec: EngineSpec) -> None:
         self._device, self._threads = spec.device, spec.threads
         self._taken = 0
+        # It loads the CUDA libraries, which are asked for the memory.
+        check_device(self._device)
         before = device_used(self._device)
         self._engine = engine(spec)
         self._take(before)

@@ -1,4 +1,4 @@
-"""How much memory this process and a GPU use."""
+"""How much memory this process and a GPU use, and what the GPU is."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ try:
 except ImportError:  # Windows has none
     resource = None  # type: ignore[assignment]
 
+_DRIVER = next(name for name in CUDA_LIBRARIES if name.startswith("libcuda."))
 _RUNTIME = next(name for name in CUDA_LIBRARIES if name.startswith("libcudart"))
 
 
@@ -52,6 +53,20 @@ def device_free(device: Device) -> int | None:
     """Bytes free on a GPU; None for the CPU, or where the CUDA runtime does not say."""
     found = _device_memory(device)
     return None if found is None else found[0]
+
+
+def device_name(device: Device) -> str | None:
+    """A GPU's name; None for the CPU, or where the CUDA driver does not say."""
+    if device.kind == "cpu":
+        return None
+    try:
+        driver = ctypes.CDLL(_DRIVER)
+    except OSError:
+        return None
+    name, handle = ctypes.create_string_buffer(256), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(handle), device.index):
+        return None
+    return None if driver.cuDeviceGetName(name, len(name), handle) else name.value.decode("utf-8", "replace")
 
 
 def _device_memory(device: Device) -> tuple[int, int] | None:

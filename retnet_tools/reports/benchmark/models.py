@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -166,7 +167,7 @@ def write_transformer(config: TransformerConfig, precision: Precision, folder: P
 def write_probes(shape: ProductShape, precision: Precision, folder: Path) -> Path:
     """The graphs that measure the device, in a folder."""
     graphs = {PRODUCT_FILE: product_graph(shape), COPY_FILE: copy_graph()}
-    return _write(folder, graphs, shape.shapes, precision)
+    return _write(folder, graphs, shape.shapes, dataclasses.replace(precision, dtype=shape.input_dtype))
 
 
 def _check_space(scratch: Path, needed: int) -> None:

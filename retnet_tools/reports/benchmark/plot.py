@@ -86,7 +86,7 @@ def _title(report: BenchReport) -> str:
     model, machine = report.model, report.machine
     types = f"{model.dtype}, {model.quantization}" if model.quantization else model.dtype
     name = f"RetNet {model.name}: {model.parameters / 1e6:,.0f} million parameters, {types}"
-    return f"{name}\n{report.device}, {machine.processor}, {machine.cores} cores"
+    return f"{name}\n{report.device_name or report.device}, {machine.processor}, {machine.cores} cores"
 
 
 def _panel_rows(report: BenchReport) -> Iterator[Callable[[list[Axes]], None]]:

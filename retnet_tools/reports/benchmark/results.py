@@ -167,11 +167,17 @@ class OperatorTime:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """All of a run."""
+    """All of a run.
+
+    Attributes:
+        device: `cpu` or `cuda`.
+        device_name: of a GPU.
+    """
 
     model: ModelSummary
     machine: Machine
     device: str
+    device_name: str | None
     rows: tuple[BenchRow, ...]
     skipped: tuple[SkippedTest, ...]
     flat: Flatness | None = None

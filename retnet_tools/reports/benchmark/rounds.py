@@ -140,7 +140,7 @@ class Round:
 
 def _too_large(implementation: Implementation, worker: Worker, test: Case) -> str | None:
     """Why the states of a test do not fit into memory now; None where they do, or where that is not known."""
-    needed = implementation.bytes_needed(test.batch, test.room)
+    needed = implementation.bytes_needed(test)
     free = worker.call("device_free")
     available = available_memory() if free is None else free
     if available is None or needed + MEMORY_MARGIN <= available:

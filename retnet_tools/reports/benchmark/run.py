@@ -10,6 +10,7 @@ from retnet_tools.machine import this_machine
 from retnet_tools.reports.benchmark.file_bytes import bytes_read_whole
 from retnet_tools.reports.benchmark.floor import last_cache_bytes
 from retnet_tools.reports.benchmark.implementations import alternative, retnet
+from retnet_tools.reports.benchmark.memory import device_name
 from retnet_tools.reports.benchmark.models import PROBE_FOLDER, Model, Progress, write_probes
 from retnet_tools.reports.benchmark.options import KINDS, BenchOptions
 from retnet_tools.reports.benchmark.results import BenchReport, BenchRow, ModelSummary, SkippedTest
@@ -51,13 +52,13 @@ def run_benchmark(
     for threads in options.threads:
         for kind in KINDS:
             if tests := options.tests(kind):
-                running = [i for i in implementations if kind in i.kinds]
+                running = [i for i in implementations if kind in i.buffers]
                 round = Round(running, tests, threads, setting)
                 done = round.run(progress, done, total)
                 rows += round.rows()
                 skipped += round.skipped
     summary = _summary(model, implementations[0].subject.traffic)
-    return BenchReport(summary, this_machine(), device.kind, tuple(rows), tuple(skipped))
+    return BenchReport(summary, this_machine(), device.kind, device_name(device), tuple(rows), tuple(skipped))
 
 
 def _summary(model: Model, traffic: Traffic) -> ModelSummary:
@@ -79,10 +80,12 @@ def _product_shape(model: Model, *, quick: bool) -> ProductShape:
     """A weight like the model's largest, within bounds that are quick to write and large enough to be fast."""
     config = model.config
     rows, columns = 2 * config.feed_forward.dim, config.hidden_size
+    # numpy has no bfloat16 to feed; float16 has its rate.
+    dtype = "float16" if model.precision.dtype == "bfloat16" else model.precision.dtype
     if quick:
-        return ProductShape(_PRODUCT_ROWS[0], _PRODUCT_COLUMNS[0], model.precision.dtype)
+        return ProductShape(_PRODUCT_ROWS[0], _PRODUCT_COLUMNS[0], dtype)
     return ProductShape(
         min(max(rows, _PRODUCT_ROWS[0]), _PRODUCT_ROWS[1]),
         min(max(columns, _PRODUCT_COLUMNS[0]), _PRODUCT_COLUMNS[1]),
-        model.precision.dtype,
+        dtype,
     )

@@ -87,7 +87,7 @@ def _heading(report: BenchReport) -> Iterator[str]:
     weights = f"{model.dtype}, {model.quantization}" if model.quantization else model.dtype
     yield f"{model.name}: {model.parameters / 1e6:.1f} million parameters, {weights}, {model.ops} operators"
     memory = "" if machine.memory_bytes is None else f", {machine.memory_bytes / 2**30:.0f} GiB"
-    yield f"{report.device}; {machine.processor}, {machine.cores} cores{memory}"
+    yield f"{report.device_name or report.device}; {machine.processor}, {machine.cores} cores{memory}"
     if report.rows:
         bandwidths = [row.read_bandwidth for row in report.rows]
         text = f"reads {min(bandwidths) / 1e9:.1f} to {max(bandwidths) / 1e9:.1f} GB/s"

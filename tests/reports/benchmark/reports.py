@@ -49,6 +49,7 @@ def report(rows: list[BenchRow], *, flat: bool = False, profile: bool = False) -
         model=ModelSummary("1.3b", 10**9, "float32", "int8 in 128s", "fused", "float32", 10**7, 10**9, 10**9, 1 << 25),
         machine=Machine("Some processor", 2, 24 << 30, "Linux 6"),
         device="cpu",
+        device_name=None,
         rows=tuple(rows),
         skipped=(SkippedTest("transformer", "tg8 @ d32768", 64, 2, "its states need 900.0 GB, and 1.0 GB are free"),),
         flat=Flatness(positions, 5, 0.01, -0.01, 0.03, 0.03, -0.03, 0.09, True) if flat else None,

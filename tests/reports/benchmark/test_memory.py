@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from retnet_tools.reports.benchmark import memory
-from retnet_tools.reports.benchmark.memory import device_free, device_used, peak_resident, reset_peak
+from retnet_tools.reports.benchmark.memory import device_free, device_name, device_used, peak_resident, reset_peak
 from retnet_tools.runtime.providers import Device
 
 SIZE = 200 << 20
@@ -46,3 +46,21 @@ def test_device_memory_is_what_the_cuda_runtime_says(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: Runtime())
     assert (device_used(Device("cuda", 1)), device_free(Device("cuda", 1))) == (50 << 30, 30 << 30)
     assert device_used(Device("cuda", 0)) is None
+
+
+def test_a_gpu_is_named_by_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Driver:
+        def cuInit(self, flags: int) -> int:
+            return 0
+
+        def cuDeviceGet(self, handle, index: int) -> int:
+            handle._obj.value = 7 + index
+            return 0
+
+        def cuDeviceGetName(self, name, length: int, handle) -> int:
+            name.value = f"GPU {handle.value}".encode()
+            return 0
+
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: Driver())
+    assert device_name(Device("cuda", 1)) == "GPU 8"
+    assert device_name(Device("cpu")) is None

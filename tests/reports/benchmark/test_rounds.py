@@ -24,7 +24,7 @@ SETTING = Setting(3, Path("probes"), ProductShape(8, 8, "float32"), quick=True)
 
 def implementation(name: str) -> Implementation:
     subject = Subject(name, "cpu", "float32", None, "fused", TRAFFIC)
-    return Implementation(subject, lambda threads: name, ("prefill", "decode"), 2)
+    return Implementation(subject, lambda threads: name, {"prefill": 2, "decode": 1})
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_retnet_must_run(calls: list[tuple[str, ...]], monkeypatch: pytest.Monke
 def test_what_does_not_fit_into_memory_is_not_tried(
     calls: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rounds, "available_memory", lambda: rounds.MEMORY_MARGIN + 2 * 4 * TRAFFIC.fixed_state)
+    monkeypatch.setattr(rounds, "available_memory", lambda: rounds.MEMORY_MARGIN + 7 * TRAFFIC.fixed_state)
     round = run("retnet", "torch")
     assert {(s.implementation, s.batch) for s in round.skipped} == {("retnet", 8), ("torch", 8)}
     assert all("GB are free" in s.reason for s in round.skipped)

@@ -1,0 +1,128 @@
+"""Runs the benchmarks of record and writes what they found, with the machine, to benchmarks/bench/.
+
+    python benchmarks/record.py --device cpu                 all runs for the CPU (make bench)
+    python benchmarks/record.py --device cuda                all runs for a GPU (make bench-gpu)
+    python benchmarks/record.py --device cpu --only int8     one of them
+    python benchmarks/record.py --device cpu --list          what would run
+
+Each run is a `retnet-tools bench` in a process of its own; its command stands in its JSON. Nothing else should run on
+the machine. Afterwards `python benchmarks/readme_tables.py` puts the figures into README.md. Models take up to 12 GB on
+the disk at a time for the CPU, and 40 GB for a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "bench"
+CONTEXTS = "512,1024,2048,4096,8192,16384,32768"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One command.
+
+    Attributes:
+        options: after `retnet-tools bench`.
+        picture: whether to draw it too.
+    """
+
+    name: str
+    options: str
+    picture: bool = False
+
+
+CPU = (
+    Run("float32", "--size {size} -p 512,2048 -n 64 -t 2 --against torch --profile"),
+    Run("int8", "--size {size} --quantize int8 -p 512,2048 -n 64 -t 1,2 --profile"),
+    Run("int4", "--size {size} --quantize int4 --block-size 128 -p 512,2048 -n 64 -t 1,2 --profile"),
+    Run("flat", "--size {size} --quantize int8 -p 0 -n 32 -t 2 -r 10 --flat", picture=True),
+    Run("flat-float32", "--size {size} -p 0 -n 16 -t 2 -r 8 --flat"),
+    Run("transformer", "--size {size} --quantize int8 -p 0 -n 32 -d 8192 -t 2 --against transformer,transformer-gqa"),
+    Run("transformer-prompt", "--size {size} --quantize int8 -p 512,2048 -n 0 -t 2 -r 3 --against transformer"),
+    Run(
+        "context",
+        f"--size {{size}} --quantize int8 -p 0 -n 8 -d {CONTEXTS} -b 1,4,16,64 -t 2 -r 3 "
+        "--against transformer,transformer-gqa",
+        picture=True,
+    ),
+)
+CUDA = (
+    Run("float32", "--size {size} -p 512,2048 -n 128 --profile"),
+    Run("float16", "--size {size} --dtype fp16 -p 512,2048 -n 128 --profile"),
+    Run("int4", "--size {size} --dtype fp16 --quantize int4 --block-size 128 -p 512,2048 -n 128 --profile"),
+    Run("flat", "--size {size} --dtype fp16 -p 0 -n 64 -r 10 --flat", picture=True),
+    Run("transformer-prompt", "--size 6.7b --dtype fp16 -p 512,2048,8192 -n 0 -r 3 --against transformer"),
+    Run(
+        "context",
+        f"--size 6.7b --dtype fp16 -p 0 -n 16 -d {CONTEXTS} -b 1,2,4,8,16,32,64 -r 3 --against transformer",
+        picture=True,
+    ),
+)
+RUNS = {"cpu": CPU, "cuda": CUDA}
+
+
+def record(run: Run, device: str, size: str, folder: Path | None, extra: str) -> bool:
+    """Run one command and write its document; False where it failed, which its messages say."""
+    options = [*shlex.split(run.options.format(size=size)), *shlex.split(extra)]
+    if device != "cpu":
+        options += ["--device", device]
+    command = ["bench", *options]
+    if folder is not None:
+        options += ["--folder", str(folder)]
+    kind = device.partition(":")[0]
+    if run.picture:
+        options += ["--plot", str(FOLDER / f"{kind}-{run.name}.svg"), "--force"]
+    began = time.time()
+    process = subprocess.run(
+        [sys.executable, "-m", "retnet_tools.cli.app", "bench", *options, "--json"], stdout=subprocess.PIPE, text=True
+    )
+    seconds = time.time() - began
+    print(f"{run.name}: exit code {process.returncode} after {seconds:.0f} s", file=sys.stderr)
+    if process.returncode:
+        return False
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=FOLDER).stdout.strip()
+    document = {
+        "command": shlex.join(["retnet-tools", *command]),
+        "recorded": time.strftime("%Y-%m-%d", time.gmtime(began)),
+        "commit": commit,
+        "seconds": round(seconds),
+        **json.loads(process.stdout),
+    }
+    (FOLDER / f"{kind}-{run.name}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--size", default="1.3b", help="of the runs that are not about 6.7b")
+    parser.add_argument("--only", help="names of runs, a comma list")
+    parser.add_argument("--folder", type=Path, help="where models are written for the time of a run")
+    parser.add_argument("--extra", default="", help="options to add to every command, such as '-r 2'")
+    parser.add_argument("--list", action="store_true", help="print the commands and stop")
+    arguments = parser.parse_args()
+    runs = RUNS[arguments.device.partition(":")[0]]
+    if arguments.only:
+        names = arguments.only.split(",")
+        if unknown := set(names) - {run.name for run in runs}:
+            parser.error(f"no run {', '.join(sorted(unknown))}; there are {', '.join(run.name for run in runs)}")
+        runs = tuple(run for run in runs if run.name in names)
+    if arguments.list:
+        for run in runs:
+            print(f"{run.name:<20} retnet-tools bench {run.options.format(size=arguments.size)} {arguments.extra}")
+        return
+    FOLDER.mkdir(exist_ok=True)
+    done = [record(run, arguments.device, arguments.size, arguments.folder, arguments.extra) for run in runs]
+    sys.exit(0 if all(done) else 1)
+
+
+if __name__ == "__main__":
+    main()
