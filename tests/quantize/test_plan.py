@@ -18,14 +18,15 @@ from retnet_tools.graph import contract
 from retnet_tools.graph.export import plan_export, write_export
 from retnet_tools.graph.exported import plan_of_export
 from retnet_tools.graph.manifest import read_manifest
-from retnet_tools.graph.quantization import Calibration, Quality, Scheme
+from retnet_tools.graph.quantization import BlockFormat, Calibration, Quality, Scheme
 from retnet_tools.graph.reader import read_graphs
 from retnet_tools.graph.stored import StoredTensor, stored_bytes
 from retnet_tools.quantize import methods
 from retnet_tools.quantize.blockwise import QuantizedRows
+from retnet_tools.quantize.calibration import CalibrationText
 from retnet_tools.quantize.card import update_record
-from retnet_tools.quantize.methods import CalibrationText, MethodSpec, RoundToNearest
-from retnet_tools.quantize.plan import plan_half, plan_quantization, plan_target, write_quantized
+from retnet_tools.quantize.methods import MethodSpec, RoundToNearest
+from retnet_tools.quantize.plan import make_method, plan_half, plan_quantization, plan_target, write_quantized
 from retnet_tools.quantize.scheme import SchemeOptions, make_scheme
 from retnet_tools.runtime.session import DecoderSession
 from tests.exports import checkpoint, export
@@ -271,11 +272,11 @@ class _Learned(RoundToNearest):
 
 def test_a_calibrated_method_sees_every_matrix_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list = []
-    text = CalibrationText(Calibration("text", "00" * 32, 8), [np.arange(8)])
+    text = CalibrationText(Calibration("text", "00" * 32, 8), np.arange(8)[None])
     made = []
 
-    def make(config, weights, given):
-        made.append((config, sorted(weights.names()), given))
+    def make(task):
+        made.append((task.config, sorted(task.weights.names()), task.text, set(task.formats.values()), task.dtype))
         return _Learned(seen)
 
     monkeypatch.setitem(methods.METHODS, "learned", MethodSpec("learned", calibrated=True, make=make))
@@ -284,9 +285,11 @@ def test_a_calibrated_method_sees_every_matrix_under_its_name(tmp_path: Path, mo
     scheme = Scheme("int4", 64, method="learned")
     with pytest.raises(UsageError, match="--method learned without a text"):
         plan_quantization(plan, scheme)
-    manifest = write_quantized(
-        plan_quantization(plan, scheme, text), tmp_path / "out", force=False, progress=lambda count: None, text=text
-    )
+    quantized = plan_quantization(plan, scheme, text)
+    with pytest.raises(UsageError, match="--method learned without a text"):
+        write_quantized(quantized, tmp_path / "out", force=False, progress=lambda count: None)
+    method = make_method(quantized, text, work=tmp_path / "work")
+    manifest = write_quantized(quantized, tmp_path / "out", force=False, progress=lambda count: None, method=method)
     assert manifest.quantization.calibration == text.record
-    assert made == [(BASE, sorted(source.names()), text)]
+    assert made == [(BASE, sorted(source.names()), text, {BlockFormat(4, 64, True)}, np.float32)]
     assert dict(seen) == {name: array.shape for name, array in source.tensors.items() if array.ndim == 2}

@@ -1,0 +1,175 @@
+"""`quantize` and `export --quantize` that learn from a text: the folder, going on after a stop, one line an error."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from retnet_tools.formats.canonical import write_canonical
+from retnet_tools.graph.contract import WEIGHTS_FILE
+from retnet_tools.graph.manifest import read_manifest
+from retnet_tools.paper import paper_config
+from tests.helpers import random_source
+from tests.quantize.calibrated import FIXTURE
+
+TEXT = FIXTURE / "calibration.txt"
+# The tokenizer is the fixture's, and so is the vocabulary.
+CONFIG = paper_config(vocab_size=2048, hidden_size=64, value_dim=64, ffn_dim=64, num_layers=2, num_heads=2)
+LEARN = ["--calibration", TEXT, "--calibration-tokens", 1024]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "model"
+    write_canonical(folder, CONFIG, random_source(CONFIG, 1), extra_files=[FIXTURE / "tokenizer.json"])
+    return folder
+
+
+@pytest.fixture
+def folder(model: Path, tmp_path: Path, cli) -> Path:
+    assert cli("export", model, "-o", tmp_path / "model").exit_code == 0
+    return tmp_path / "model"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_gptq_writes_the_folder_and_says_what_it_learnt_from(folder: Path, cli) -> None:
+    result = cli("quantize", folder, "--quantize", "int4", "--method", "gptq", *LEARN)
+    assert result.exit_code == 0
+    assert result.err == ""
+    assert "int4 in blocks of 64, symmetric, gptq" in result.out
+    assert names(folder.parent) == ["model", "model-int4"]
+    record = read_manifest(folder.parent / "model-int4").quantization
+    assert (record.calibration.text, record.calibration.tokens) == ("calibration.txt", 1024)
+    card = (folder.parent / "model-int4" / "README.md").read_text(encoding="utf-8")
+    assert f"Calibrated on 1024 tokens of `calibration.txt` (sha256 {record.calibration.sha256})." in card
+
+
+def test_codes_differ_from_round_to_nearest_and_by_the_seed_alone(folder: Path, tmp_path: Path, cli) -> None:
+    runs = {"rtn": [], "a": ["--method", "gptq", *LEARN], "again": ["--method", "gptq", *LEARN, "--seed", 0]}
+    runs["b"] = ["--method", "gptq", *LEARN, "--seed", 1]
+    data = {}
+    for name, arguments in runs.items():
+        assert cli("quantize", folder, "--quantize", "int4", "-o", tmp_path / name, *arguments).exit_code == 0
+        data[name] = (tmp_path / name / WEIGHTS_FILE).read_bytes()
+    assert len({len(content) for content in data.values()}) == 1
+    assert data["a"] == data["again"]
+    assert len({data["rtn"], data["a"], data["b"]}) == 3
+
+
+def test_calibrating_at_export_writes_the_same_weights(model: Path, folder: Path, tmp_path: Path, cli) -> None:
+    arguments = ["--quantize", "int4", "--method", "gptq", *LEARN]
+    assert cli("quantize", folder, "-o", tmp_path / "two", *arguments).exit_code == 0
+    assert cli("export", model, "-o", tmp_path / "one", *arguments).exit_code == 0
+    for name in names(tmp_path / "two"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_target_chooses_types_and_keeps_to_it(method: str, folder: Path, tmp_path: Path, cli) -> None:
+    arguments = ["--quantize", "int4", "--method", method, "--target-bits", 6, "--keep-merged", *LEARN]
+    result = cli("quantize", folder, "-o", tmp_path / "out", *arguments, "--json")
+    document = json.loads(result.out)
+    assert document["quantization"]["scheme"]["tensor_types"]
+    assert re.fullmatch(
+        r"types chosen by sensitivity: mean KL divergence \S+ predicted, \S+ measured \(rounded to nearest, 1024 "
+        r"tokens of calibration.txt\)",
+        document["notes"][-1],
+    )
+    assert names(tmp_path) == ["model", "out"]
+
+
+def test_a_target_size_is_that_of_the_file(folder: Path, tmp_path: Path, cli) -> None:
+    size = int(0.7 * (folder / WEIGHTS_FILE).stat().st_size)
+    arguments = ["--quantize", "int4", "--target-size", f"{size / 1e6:.3f}MB", *LEARN]
+    dry = cli("quantize", folder, "-o", tmp_path / "out", *arguments, "--dry-run", "--json")
+    assert dry.err == ""
+    assert names(tmp_path) == ["model"]
+    result = cli("quantize", folder, "-o", tmp_path / "out", *arguments, "--json")
+    assert json.loads(dry.out)["quantization"] == json.loads(result.out)["quantization"]
+    assert 0.9 * size < (tmp_path / "out" / WEIGHTS_FILE).stat().st_size <= size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--quantize", "int4", "--method", "gptq"], "--method gptq without a text to calibrate on; expected --calib"),
+        (["--quantize", "int4", "--calibration", TEXT], "a text to calibrate on with --method rtn"),
+        (["--quantize", "fp16", "--calibration", TEXT], "a text to calibrate on with float16 weights"),
+        (["--quantize", "int4", "--target-bits", "5"], "a target for size or bits without a text"),
+        (["--quantize", "int4", "--target-bits", "2", *LEARN], "--target-bits 2 cannot be met; expected at least 4.5"),
+        (["--quantize", "int4", "--target-size", "1kB", *LEARN], "--target-size 0.00MB cannot be met; expected at le"),
+        (["--quantize", "int4", "--target-size", "1TB", *LEARN], "is enough for float weights"),
+        (["--quantize", "int4", "--target-size", "x", *LEARN], "size 'x'; expected a number with a unit"),
+        (["--quantize", "int4", "--target-size", "1MB", "--target-bits", "5", *LEARN], "together; expected one of th"),
+        (["--quantize", "int4", "--seed", "1"], "--calibration-tokens or --seed without a text"),
+        (["--quantize", "int4", "--calibration", TEXT, "--calibration-tokens", "100"], "expected at least 512"),
+        (["--quantize", "int4", "--keep-merged", *LEARN], "--keep-merged without a target"),
+    ],
+)
+def test_usage_errors_end_with_exit_code_2(arguments: list, message: str, folder: Path, cli) -> None:
+    result = cli("quantize", folder, *arguments)
+    assert result.exit_code == 2
+    assert message in result.err
+    assert result.err.count("\n") == 1
+    assert names(folder.parent) == ["model"]
+
+
+def test_a_text_without_quantize_is_refused_by_export(model: Path, tmp_path: Path, cli) -> None:
+    result = cli("export", model, "-o", tmp_path / "out", "--calibration", TEXT)
+    assert result.exit_code == 2
+    assert "options of a quantization scheme without --quantize" in result.err
+    assert names(tmp_path) == []
+
+
+def test_a_missing_text_ends_with_exit_code_5(folder: Path, cli) -> None:
+    result = cli("quantize", folder, "--quantize", "int4", "--method", "gptq", "--calibration", folder / "none.txt")
+    assert result.exit_code == 5
+    assert "cannot read" in result.err
+
+
+STOP = """
+import os, signal, sys
+from retnet_tools.cli import app
+from retnet_tools.quantize import gptq_run
+block, number = gptq_run._Run._quantize_block, getattr(signal, sys.argv.pop(1))
+def stop(self, n):
+    if n == 2:
+        os.kill(os.getpid(), number)
+    block(self, n)
+gptq_run._Run._quantize_block = stop
+app.main()
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGKILL"])
+def test_a_stopped_command_goes_on_and_leaves_nothing_when_it_is_done(
+    name: str, folder: Path, tmp_path: Path, cli
+) -> None:
+    arguments = ["quantize", folder, "-o", tmp_path / "out", "--quantize", "int4", "--method", "gptq", *LEARN]
+    command = [sys.executable, "-c", STOP, name, *map(str, arguments)]
+    stopped = subprocess.run(command, check=False, capture_output=True, text=True, env={**os.environ, "NO_COLOR": "1"})
+    number = getattr(signal, name)
+    assert stopped.returncode == (-number if name == "SIGKILL" else 128 + number)
+    assert names(tmp_path) == [".out.unfinished", "model"]
+    if name != "SIGKILL":
+        assert f"what was done is kept in {tmp_path / '.out.unfinished'}; the same command goes on" in stopped.stderr
+    assert (
+        len(list(tmp_path.glob(".out.unfinished/*/*.npz"))) == 9
+    )  # the embedding, and the matrices of the first layer
+    assert cli(*arguments).exit_code == 0
+    assert names(tmp_path) == ["model", "out"]
+    assert cli(*arguments[:3], tmp_path / "whole", *arguments[4:]).exit_code == 0
+    np.testing.assert_array_equal(
+        np.fromfile(tmp_path / "out" / WEIGHTS_FILE, np.uint8), np.fromfile(tmp_path / "whole" / WEIGHTS_FILE, np.uint8)
+    )

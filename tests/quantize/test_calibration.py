@@ -1,0 +1,95 @@
+"""Texts to calibrate on: whole sequences drawn by a seed, and one clear refusal for each text that cannot be used."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from retnet_tools.errors import InputError, UsageError
+from retnet_tools.quantize import calibration
+from retnet_tools.quantize.calibration import CalibrationOptions, draw_sequences, read_calibration
+from retnet_tools.tokens import load_tokenizer
+from tests.helpers import ABLATIONS, BASE
+from tests.quantize.calibrated import FIXTURE, fixture
+
+TEXT = FIXTURE / "calibration.txt"
+
+
+def test_sequences_are_windows_of_the_text_in_its_order() -> None:
+    ids = np.arange(5000)
+    found = draw_sequences(ids, 4 * 512, seed=1)
+    assert found.shape == (4, 512)
+    assert (np.diff(found, axis=1) == 1).all()
+    assert (found[:, 0] % 512 == 0).all()
+    assert (np.diff(found[:, 0]) > 0).all()
+    np.testing.assert_array_equal(found, draw_sequences(ids, 4 * 512, seed=1))
+    assert not np.array_equal(found, draw_sequences(ids, 4 * 512, seed=2))
+
+
+@pytest.mark.parametrize(("available", "shape"), [(512, (1, 512)), (1500, (2, 512)), (100, (1, 100)), (1, (1, 1))])
+def test_a_short_text_is_taken_as_it_is(available: int, shape: tuple[int, int]) -> None:
+    assert draw_sequences(np.arange(available), 65536, seed=0).shape == shape
+
+
+def test_the_record_names_the_text_and_what_was_taken() -> None:
+    checkpoint = fixture()
+    text = read_calibration(CalibrationOptions(TEXT, 1100), checkpoint.config, checkpoint.tokenizer_files)
+    assert text.record.text == "calibration.txt"
+    assert text.record.sha256 == hashlib.sha256(TEXT.read_bytes()).hexdigest()
+    assert text.record.tokens == text.sequences.size == 1024
+    ids = load_tokenizer(FIXTURE / "tokenizer.json").encode(TEXT.read_text(encoding="utf-8")).ids
+    windows = np.array(ids[: len(ids) // 512 * 512]).reshape(-1, 512)
+    for sequence in text.sequences:
+        assert (windows == sequence).all(1).any()
+
+
+def test_a_text_in_pieces_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = fixture()
+    options = CalibrationOptions(TEXT)
+    whole = read_calibration(options, checkpoint.config, checkpoint.tokenizer_files)
+    monkeypatch.setattr(calibration, "_PIECE", 4096)
+    pieces = read_calibration(options, checkpoint.config, checkpoint.tokenizer_files)
+    assert pieces.record == whole.record
+    # A token may reach over the end of a line.
+    assert len(pieces.sequences) == len(whole.sequences)
+
+
+def test_the_held_out_play_is_no_part_of_the_text() -> None:
+    held_out = {line.strip() for line in (FIXTURE / "heldout.txt").read_text(encoding="utf-8").splitlines()}
+    lines = [line.strip() for line in TEXT.read_text(encoding="utf-8").splitlines()]
+    spoken = [line for line in lines if len(line) > 40]
+    assert len(spoken) > 1000
+    assert not held_out & set(spoken)
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (b"", UsageError, "text holds no text; expected a text to calibrate on"),
+        (b"caf\xe9\n", InputError, "text is not UTF-8"),
+        (None, InputError, r"cannot read .*text \(No such file or directory\)"),
+    ],
+)
+def test_a_text_that_cannot_be_used_is_refused(content, error, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "text").write_bytes(content)
+    checkpoint = fixture()
+    with pytest.raises(error, match=message):
+        read_calibration(CalibrationOptions(tmp_path / "text"), checkpoint.config, checkpoint.tokenizer_files)
+
+
+def test_a_model_without_a_tokenizer_or_of_another_vocabulary_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"no tokenizer.json with the model to read .*calibration.txt with"):
+        read_calibration(CalibrationOptions(TEXT), BASE, [])
+    with pytest.raises(UsageError, match=r"token \d+ from .*; expected 0 to 60"):
+        read_calibration(CalibrationOptions(TEXT), BASE, [FIXTURE / "tokenizer.json"])
+    with pytest.raises(UsageError, match="a text for a stack without embedding"):
+        read_calibration(CalibrationOptions(TEXT), ABLATIONS["stack"], [FIXTURE / "tokenizer.json"])
+
+
+def test_less_than_a_sequence_is_refused() -> None:
+    with pytest.raises(UsageError, match="511 tokens to calibrate on; expected at least 512"):
+        CalibrationOptions(TEXT, 511)

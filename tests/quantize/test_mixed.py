@@ -1,0 +1,164 @@
+"""Plans within a budget: kept to the byte, written as rules that say the same by hand, and refused with what can be."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from retnet_tools.errors import UsageError
+from retnet_tools.graph.contract import WEIGHTS_FILE
+from retnet_tools.graph.export import ExportPlan, plan_export
+from retnet_tools.graph.quantization import Scheme, TensorRule
+from retnet_tools.paper import paper_config
+from retnet_tools.quantize import mixed
+from retnet_tools.quantize.budget import Budget, matrix_bytes
+from retnet_tools.quantize.mixed import plan_mixed
+from retnet_tools.quantize.plan import make_method, plan_quantization, write_quantized
+from retnet_tools.quantize.scheme import matrix_formats
+from retnet_tools.weights import canonical_shapes
+from tests.exports import checkpoint
+from tests.helpers import BASE, random_source, random_tokens
+from tests.quantize.calibrated import as_text, quiet
+
+SCHEME = Scheme("int4", 32)
+# Large enough for the alignment of tensors in weights.data not to matter.
+CONFIG = paper_config(vocab_size=200, hidden_size=96, value_dim=128, ffn_dim=160, num_layers=3, num_heads=4)
+
+
+def float_plan(config=CONFIG, ops: str = "fused", dtype: str = "float32") -> ExportPlan:
+    return plan_export(checkpoint(config, random_source(config, 3)), dtype=dtype, ops=ops)
+
+
+def choose(
+    budget: Budget, work: Path, plan: ExportPlan | None = None, scheme: Scheme = SCHEME, **options
+) -> ExportPlan:
+    plan = plan or float_plan()
+    text = as_text(random_tokens(plan.checkpoint.config, 2, 40, 7))
+    return plan_mixed(plan, scheme, budget, text, work=work, progress=quiet, **options)
+
+
+def bits(plan: ExportPlan) -> float:
+    """Bits a weight over all matrices."""
+    shapes, formats = canonical_shapes(CONFIG), matrix_formats(plan.quantization.scheme, CONFIG)
+    size = sum(matrix_bytes(shapes[name], format, 4) for name, format in formats.items())
+    return 8 * size / sum(int(np.prod(shapes[name])) for name in formats)
+
+
+@pytest.mark.parametrize("target", [6.0, 7.5, 12.0, 20.0])
+def test_bits_are_kept_and_used(target: float, tmp_path: Path) -> None:
+    found = bits(choose(Budget(bits=target), tmp_path))
+    assert target - 1.0 < found <= target
+
+
+@pytest.mark.parametrize("ops", ["fused", "standard"])
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
+def test_the_file_keeps_to_the_size(ops: str, part: float, tmp_path: Path) -> None:
+    plan = float_plan(ops=ops)
+    least = plan_quantization(plan, replace(SCHEME, accuracy_level=4 if ops == "fused" else None))
+    size = int(least.weight_bytes + part * (plan.weight_bytes - least.weight_bytes))
+    scheme = least.quantization.scheme
+    chosen = choose(Budget(size=size), tmp_path / "work", plan, scheme)
+    write_quantized(chosen, tmp_path / "out", force=False, progress=lambda count: None)
+    written = (tmp_path / "out" / WEIGHTS_FILE).stat().st_size
+    assert least.weight_bytes < written <= size
+
+
+def test_the_smallest_size_that_is_named_can_be_had(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--target-size 0\.00MB cannot be met; expected at least") as refusal:
+        choose(Budget(size=1000), tmp_path)
+    named = re.search(r"at least ([\d.]+)MB, which is int4 wherever the type is free", str(refusal.value))
+    assert choose(Budget(size=round(float(named[1]) * 1e6)), tmp_path).quantization.scheme.exclude == ()
+    with pytest.raises(UsageError, match="--target-bits 3 cannot be met; expected at least") as refusal:
+        choose(Budget(bits=3.0), tmp_path)
+    named = re.search(r"at least ([\d.]+), which", str(refusal.value))
+    assert choose(Budget(bits=float(named[1])), tmp_path).quantization.scheme == SCHEME
+    with pytest.raises(UsageError, match="cannot be met"):
+        choose(Budget(bits=float(named[1]) - 0.002), tmp_path)
+
+
+@pytest.mark.parametrize("budget", [Budget(bits=32.0), Budget(size=10**9)], ids=str)
+def test_a_budget_for_float_weights_is_refused(budget: Budget, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"is enough for float weights \(.*\); expected less, or no target"):
+        choose(budget, tmp_path)
+
+
+def test_the_rules_given_by_hand_make_the_same_plan(tmp_path: Path) -> None:
+    found = choose(Budget(bits=12.0), tmp_path)
+    scheme = found.quantization.scheme
+    assert scheme.tensor_types
+    assert scheme.exclude
+    by_hand = plan_quantization(float_plan(), scheme)
+    names = [[name, tensor.dtype, tensor.shape, tensor.part] for name, tensor in by_hand.tensors.items()]
+    assert names == [[name, tensor.dtype, tensor.shape, tensor.part] for name, tensor in found.tensors.items()]
+
+
+def test_more_sensitive_matrices_get_more_bits(tmp_path: Path) -> None:
+    source = random_source(CONFIG, 3)
+    # Rows that differ by far, so that the small ones vanish in 4 bits; and a matrix that hardly matters.
+    source.tensors["layers.1.ffn.down_proj.weight"][:, 0] *= 60
+    source.tensors["layers.2.retention.out_proj.weight"] *= np.float32(1e-3)
+    plan = plan_export(checkpoint(CONFIG, source), dtype="float32", ops="fused")
+    formats = matrix_formats(choose(Budget(bits=6.5), tmp_path, plan).quantization.scheme, CONFIG)
+    assert formats["layers.1.ffn.down_proj.weight"] is None or formats["layers.1.ffn.down_proj.weight"].bits == 8
+    assert formats["layers.2.retention.out_proj.weight"].bits == 4
+
+
+def test_rules_of_the_user_are_kept(tmp_path: Path) -> None:
+    scheme = replace(
+        SCHEME, exclude=("embedding",), tensor_types=(TensorRule("v_proj", "int4"), TensorRule("lm_head", "int8"))
+    )
+    found = choose(Budget(bits=15.0), tmp_path, scheme=scheme).quantization.scheme
+    formats = matrix_formats(found, CONFIG)
+    assert formats["embedding.weight"] is None
+    assert formats["lm_head.weight"].bits == 8
+    assert {formats[f"layers.{i}.retention.v_proj.weight"].bits for i in range(3)} == {4}
+    with pytest.raises(UsageError, match="rules that name every matrix, and a budget"):
+        choose(Budget(bits=15.0), tmp_path, scheme=replace(SCHEME, tensor_types=(TensorRule("weight", "int8"),)))
+
+
+def test_int8_is_the_smallest_type_where_it_is_the_schemes(tmp_path: Path) -> None:
+    found = choose(Budget(bits=15.0), tmp_path, scheme=replace(SCHEME, type="int8")).quantization.scheme
+    assert {format.bits for format in matrix_formats(found, CONFIG).values() if format} == {8}
+    assert found.exclude
+
+
+def test_matrices_that_the_graph_keeps_as_one_get_one_type(tmp_path: Path) -> None:
+    formats = matrix_formats(choose(Budget(bits=8.0), tmp_path, together=True).quantization.scheme, CONFIG)
+    for i in range(3):
+        for part, linears in (("retention", ("q", "k", "v", "gate")), ("ffn", ("gate", "up"))):
+            assert len({formats[f"layers.{i}.{part}.{linear}_proj.weight"] for linear in linears}) == 1
+    assert len(set(formats.values())) > 1
+
+
+def test_what_was_predicted_is_noted_beside_what_was_measured(tmp_path: Path) -> None:
+    plan = choose(Budget(bits=7.0), tmp_path)
+    match = re.search(
+        r"mean KL divergence (\S+) predicted, (\S+) measured \(rounded to nearest, 80 tokens of random\)",
+        plan.notes[-1],
+    )
+    predicted, measured = map(float, match.groups())
+    assert 0 < predicted < 3 * measured < 9 * predicted
+    assert plan.quantization.calibration == as_text(random_tokens(CONFIG, 2, 40, 7)).record
+
+
+def test_a_calibrated_method_makes_the_codes_of_a_mixed_plan(tmp_path: Path) -> None:
+    plan = choose(Budget(bits=7.0), tmp_path / "work", scheme=replace(SCHEME, method="gptq"))
+    text = as_text(random_tokens(CONFIG, 2, 40, 7))
+    with pytest.raises(UsageError, match="--method gptq without a text"):
+        write_quantized(plan, tmp_path / "out", force=False, progress=lambda count: None)
+    method = make_method(plan, text, work=tmp_path / "work")
+    manifest = write_quantized(plan, tmp_path / "out", force=False, progress=lambda count: None, method=method)
+    assert manifest.quantization.scheme.method == "gptq"
+    assert manifest.quantization.scheme.tensor_types
+
+
+def test_patterns_fit_the_names_they_were_made_of_and_no_others() -> None:
+    names = [name for name, shape in canonical_shapes(replace(BASE, num_layers=12)).items() if len(shape) == 2]
+    chosen = names[::3]
+    patterns = mixed._patterns(chosen)
+    assert [name for name in names if any(re.search(pattern, name) for pattern in patterns)] == chosen
+    assert len(patterns) < len(chosen)
