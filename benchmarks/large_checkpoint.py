@@ -98,12 +98,12 @@ def machine() -> dict[str, Any]:
     return {"processor": model, "cores": os.cpu_count()}
 
 
-def main(doc: str, measure: Callable[[str, int, Path, list[str]], dict[str, Any]]) -> None:
-    """The command line of both benchmarks."""
+def main(doc: str, measure: Callable[[str, int, Path, list[str]], dict[str, Any]], *, types: str = "fp32,fp16") -> None:
+    """The command line of the memory benchmarks."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="1.3b", choices=sorted(MODEL_SIZES))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dtype", default="fp32,fp16", help="comma list")
+    parser.add_argument("--dtype", default=types, help="comma list")
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
     parser.add_argument("-o", "--output", type=Path, help="also write the JSON here")
     arguments = parser.parse_args()

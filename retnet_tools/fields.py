@@ -13,14 +13,16 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from retnet_tools.errors import ConfigError
 
 MAX_SIZE = (1 << 63) - 1
-_IN_WORDS = {bool: "true or false", int: "an integer", float: "a finite number"}
+_IN_WORDS = {bool: "true or false", int: "an integer", float: "a finite number", str: "text"}
+_IN_PLURAL = {float: "finite numbers", str: "texts"}
 
 
 def check_types(instance: Any, prefix: str = "") -> None:
     """Check that every field holds what its annotation says: a Python that ignores annotations would take `"no"` as
     true.
 
-    Known are bool, int, float (finite; an int will do), `Literal`, `tuple[float, ...]`, dataclasses, and each or None.
+    Known are bool, int, float (finite; an int will do), str, `Literal`, dataclasses, `tuple[X, ...]` of one of these,
+    and each or None.
 
     Raises:
         ConfigError: a field of another type, by name.
@@ -98,12 +100,10 @@ def _value(name: str, value: Any, kind: Any) -> Any:
         return from_json(kind, value, name)
     if get_origin(kind) is tuple:
         if not isinstance(value, list):
-            raise _wrong(name, value, "a list of finite numbers")
-        for i, item in enumerate(value):
-            _check(f"{name}[{i}]", item, float)
-        return tuple(map(float, value))
+            raise _wrong(name, value, f"a list of {_IN_PLURAL.get(get_args(kind)[0], 'objects')}")
+        return tuple(_value(f"{name}[{i}]", item, get_args(kind)[0]) for i, item in enumerate(value))
     _check(name, value, kind)
-    return value
+    return float(value) if kind is float else value
 
 
 def _check(name: str, value: Any, kind: Any) -> None:
@@ -111,13 +111,14 @@ def _check(name: str, value: Any, kind: Any) -> None:
         if value is not None:
             _check(name, value, get_args(kind)[0])
     elif get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise _wrong(name, value, f"one of {', '.join(get_args(kind))}")
+        # 1 == True and 4 == 4.0, but they are not the same choice.
+        if not any(value == choice and type(value) is type(choice) for choice in get_args(kind)):
+            raise _wrong(name, value, f"one of {', '.join(map(str, get_args(kind)))}")
     elif get_origin(kind) is tuple:
         if not isinstance(value, tuple):
-            raise _wrong(name, value, "a tuple of finite numbers")
+            raise _wrong(name, value, f"a tuple of {_IN_PLURAL.get(get_args(kind)[0], 'objects')}")
         for i, item in enumerate(value):
-            _check(f"{name}[{i}]", item, float)
+            _check(f"{name}[{i}]", item, get_args(kind)[0])
     elif kind is float:
         if not _is_finite(value):
             raise _wrong(name, value, _IN_WORDS[float])

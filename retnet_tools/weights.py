@@ -84,7 +84,7 @@ def read_blocks(source: WeightSource, name: str) -> Iterator[Array]:
 class FiniteWeights:
     """The tensors of another source; one that holds NaN or infinities is refused when it is read.
 
-    Memory of `read`: the tensor, and a byte for each of its elements.
+    Memory: what the source gives, and a byte for each of its elements.
     """
 
     def __init__(self, source: WeightSource) -> None:
@@ -104,14 +104,30 @@ class FiniteWeights:
         Raises:
             InputError: a value that is NaN or infinite.
         """
-        array = self._source.read(name)
-        if wrong := array.size - np.count_nonzero(np.isfinite(array)):
-            raise InputError(
-                f"tensor {name!r} holds {wrong} NaN or infinite value{'s' if wrong > 1 else ''}",
-                "finite weights",
-                "inspect lists all such tensors",
-            )
-        return array
+        return _finite(name, self._source.read(name))
+
+    def blocks(self, name: str) -> Iterator[Array]:
+        """The tensor in pieces along its first axis.
+
+        Raises:
+            InputError: a value that is NaN or infinite, when its piece is reached.
+        """
+        for block in read_blocks(self._source, name):
+            yield _finite(name, block)
+
+    def region(self, name: str) -> FileRegion | None:
+        """None: bytes that are copied are not looked at."""
+        return None
+
+
+def _finite(name: str, array: Array) -> Array:
+    if wrong := array.size - np.count_nonzero(np.isfinite(array)):
+        raise InputError(
+            f"tensor {name!r} holds {wrong} NaN or infinite value{'s' if wrong > 1 else ''}",
+            "finite weights",
+            "inspect lists all such tensors",
+        )
+    return array
 
 
 def canonical_shapes(config: RetNetConfig) -> dict[str, tuple[int, ...]]:

@@ -37,19 +37,26 @@ def export(
     *,
     ops: str = "fused",
     dtype: str = "float32",
+    state_dtype: str = "float32",
     target: str = "onnx",
 ) -> Path:
     """Export to a folder and return it."""
-    plan = plan_export(checkpoint(config, source), dtype=dtype, ops=ops, target=target)
+    plan = plan_export(checkpoint(config, source), dtype=dtype, ops=ops, state_dtype=state_dtype, target=target)
     write_export(plan, out, force=False, progress=lambda count: None)
     return out
 
 
-def cpu_runner(graph: Path) -> Callable[[dict[str, Array]], list[Array]]:
-    """The graph on ONNX Runtime's CPU provider."""
+def cpu_runner(graph: Path, *, exact: bool = False) -> Callable[[dict[str, Array]], list[Array]]:
+    """The graph on ONNX Runtime's CPU provider.
+
+    Args:
+        exact: multiply quantized weights of standard operators in float32 (fused ones say so themselves).
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
+    if exact:
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     return lambda feeds: session.run(None, feeds)
 

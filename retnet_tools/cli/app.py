@@ -18,6 +18,7 @@ from retnet_tools.cli.export import export
 from retnet_tools.cli.generate import generate
 from retnet_tools.cli.inspect import inspect
 from retnet_tools.cli.perplexity import perplexity
+from retnet_tools.cli.quantize import quantize
 from retnet_tools.cli.state import app as state_app
 from retnet_tools.cli.verify import verify
 from retnet_tools.errors import RetNetToolsError
@@ -38,6 +39,7 @@ COMMANDS = (
     (convert, "A checkpoint to another format, bit for bit."),
     (verify, "Whether the forms agree on a checkpoint, and why not."),
     (export, "A checkpoint to a stateful ONNX decoder."),
+    (quantize, "An export with int8, int4 or half-precision weights."),
     (generate, "Continue a prompt with an exported decoder."),
     (perplexity, "How well a model predicts a text, and how far it is from a baseline."),
     (bench, "How fast a model decodes on this machine."),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from retnet_tools.cli import common
+from retnet_tools.cli import common, quantizing
 
 
 def export(
@@ -20,12 +20,22 @@ def export(
         typer.Option("-o", "--output", help="Folder to make; <name>-<to> beside the checkpoint if left out."),
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="Weights and activations: fp32, fp16 or bf16.")] = "fp32",
+    state_dtype: Annotated[
+        str, typer.Option("--state-dtype", help="Recurrent states between calls: fp32 or fp16 (scaled, within range).")
+    ] = "fp32",
     ops: Annotated[
         str, typer.Option("--ops", help="fused (ONNX Runtime's contrib operators) or standard (ai.onnx only).")
     ] = "fused",
     source_format: Annotated[
         str | None, typer.Option("--from", help="Format of the checkpoint, if it is not to be detected.")
     ] = None,
+    quantize: quantizing.Target = None,
+    block_size: quantizing.BlockSize = None,
+    symmetric: quantizing.Symmetric = None,
+    accuracy_level: quantizing.AccuracyLevel = None,
+    method: quantizing.MethodName = None,
+    exclude: quantizing.Exclude = None,
+    tensor_type: quantizing.TensorType = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing export.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -38,20 +48,29 @@ def export(
     from retnet_tools.graph.contract import MANIFEST_FILE
     from retnet_tools.graph.export import default_output, plan_export, write_export
     from retnet_tools.graph.targets import export_target
+    from retnet_tools.quantize.plan import plan_target, write_quantized
     from retnet_tools.reports.decoding import export_document, export_text
     from retnet_tools.staging import check_target
 
+    options = quantizing.options(block_size, symmetric, accuracy_level, method, exclude, tensor_type)
+    kind = quantizing.parse(quantize, options)
     target = export_target(to).name
     number_type = parse_dtype(dtype, ("float32", "float16", "bfloat16"))
+    state_type = parse_dtype(state_dtype, ("float32", "float16"))
     path = common.checkpoint_or_default(checkpoint)
-    out = output or (default_output(path, target) if checkpoint else Path(f"{path.name}-{target}"))
+    ending = f"{target}{quantizing.ending(kind)}"
+    out = output or (default_output(path, ending) if checkpoint else Path(f"{path.name}-{ending}"))
     if not dry_run:
         check_target(out, marker=MANIFEST_FILE, force=force)
-    plan = plan_export(open_checkpoint(path, source_format), dtype=number_type, ops=ops, target=target)
+    opened = open_checkpoint(path, source_format)
+    plan = plan_export(opened, dtype=number_type, ops=ops, state_dtype=state_type, target=target)
+    if kind is not None:
+        plan = plan_target(plan, kind, options)
     if not dry_run:
+        write = write_export if kind is None else write_quantized
         with common.progress_bar() as progress:
             task = progress.add_task("export", total=plan.weight_bytes)
-            write_export(plan, out, force=force, progress=lambda count: progress.advance(task, count))
+            write(plan, out, force=force, progress=lambda count: progress.advance(task, count))
     document = export_document(plan, out, written=not dry_run)
     if as_json:
         common.print_json(document)

@@ -16,29 +16,14 @@ import numpy as np
 import onnx_ir as ir
 
 from retnet_tools.config import BlockNorm, RetNetConfig
-from retnet_tools.graph.contract import TensorSpec
+from retnet_tools.graph.contract import FLOAT16_STATE_LIMIT, TensorSpec, state_scale
 from retnet_tools.graph.nodes import GraphBuilder, epsilon, graph_value, tensor_type
 from retnet_tools.graph.ops import NormWeights, StandardOps
 from retnet_tools.graph.positions import PositionTerms, position_terms
+from retnet_tools.graph.stored import StoredTensor
 from retnet_tools.weights import Array, canonical_shapes
 
 WIDE = "float32"
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor of weights.data: canonical tensors one after another along the first axis, or a computed table.
-
-    Attributes:
-        sources: canonical names; empty for a table.
-        table: the data of a table.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    sources: tuple[str, ...] = ()
-    table: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -196,6 +181,8 @@ class DecoderBuilder(ABC):
         q = self._rotate(q, terms.cos, terms.sin, config.num_heads)
         k = self._repeat(self._rotate(k, terms.key_cos, terms.key_sin, config.num_kv_heads), config.head_k_dim)
         v = self._repeat(v, config.head_v_dim)
+        if self.state_dtype == "float16":
+            q, k, v = self._for_float16_states(q, k, v)
         y, present = self.retention(q, k, v, g.cast(past, self.state_dtype, WIDE))
         y = self._head_norm(f"{name}.head_norm", y, terms)
         y = g.cast(g.reshape(y, -1, config.value_dim), WIDE, self.dtype)  # [B, T, H, V] -> [rows, H*V]
@@ -203,6 +190,15 @@ class DecoderBuilder(ABC):
             y = g.op("Mul", self.ops.activate(g, config.gate, gate[0]), y)
         y = self._linear(y, f"{name}.out_proj", (f"{name}.out_proj",), config.projection_bias)
         return y, g.cast(present, WIDE, self.state_dtype)
+
+    def _for_float16_states(self, q: ir.Value, k: ir.Value, v: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """q / c, c k and v, so that the state is c S, with k and v limited; c is a power of two and rounds nothing."""
+        g, limit = self.g, np.array(FLOAT16_STATE_LIMIT, dtype=np.float32)
+        low, high = g.constant("state_limit_low", -limit), g.constant("state_limit_high", limit)
+        scale = np.repeat(np.array(state_scale(self.config, self.state_dtype)), self.config.head_k_dim)
+        k, v = (g.op("Clip", x, low, high) for x in (k, v))
+        k = g.op("Mul", k, g.constant("state_scale", scale.astype(np.float32)))  # [H*K], as k
+        return g.op("Mul", q, g.constant("state_scale_inverse", (1 / scale).astype(np.float32))), k, v
 
     def _rotate(self, x: ir.Value, cos: ir.Value, sin: ir.Value, heads: int) -> ir.Value:
         return self.g.op("RotaryEmbedding", x, cos, sin, interleaved=1, num_heads=heads)

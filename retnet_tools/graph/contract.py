@@ -25,10 +25,17 @@ past the vocabulary, and its logit is the lowest float32. conv_state is passed o
 
 The state is the plain sum S_n = gamma S_(n-1) + k_n^T v_n (Eq. 6) with 1/sqrt(K) on k and rotated keys. It is valid
 only with the position that it stands at. A sequence starts with zero states at position 0.
+
+A float16 state holds that sum times `state_scale`, a power of two for each head, and its k and v are limited to
++-`FLOAT16_STATE_LIMIT`. The sum of powers of gamma is at most 1/(1-gamma) and at most the number of tokens, so that
+|S| <= 255^2 = 65,025 at every position: float16, which ends at 65,504, cannot overflow. The recurrence itself is
+computed in float32. Where one token adds less than half a step of float16 to an element, it adds nothing: a state that
+grows by one and the same k and v stops short of its limit, at about half of it for gamma = 1 - 2^-12.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from retnet_tools.config import RetNetConfig
@@ -51,6 +58,10 @@ POSITION_RADIX = 4096
 """Positions are split as 4096 a + b with a, b < 4096, each with its own table of phases and powers."""
 MAX_POSITION = POSITION_RADIX**2 - 1
 """The last position (16,777,215) that the graphs can place."""
+
+
+FLOAT16_STATE_LIMIT = 255.0
+"""Magnitude to which k (with its scale) and v are limited where the state is float16."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,21 @@ def padding_id(config: RetNetConfig) -> int:
 def state_shape(config: RetNetConfig) -> tuple[int, int, int]:
     """Shape of one layer's state for one sequence, `[H, K, V]`."""
     return (config.num_heads, config.head_k_dim, config.head_v_dim)
+
+
+def state_scale(config: RetNetConfig, state_dtype: str) -> tuple[float, ...]:
+    """What the plain sum S is multiplied with in a state of this type, for each head: 1, or for float16 the largest
+    power of two up to 1 - gamma (of the slowest key dimension), and 2^-24 where gamma is 1.
+    """
+    if state_dtype != "float16":
+        return (1.0,) * config.num_heads
+    slowest = max(config.key_decay, default=0.0)
+    return tuple(_power_of_two(max(-math.expm1(decay + slowest), 1 / (MAX_POSITION + 1))) for decay in config.decay)
+
+
+def _power_of_two(x: float) -> float:
+    # 1 - gamma of the paper's schedule is a power of two but for rounding.
+    return float(2.0 ** math.floor(math.log2(x) + 1e-9))
 
 
 def step_inputs(config: RetNetConfig, state_dtype: str) -> tuple[TensorSpec, ...]:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from retnet_tools import __version__
 from retnet_tools.errors import UsageError, did_you_mean
 from retnet_tools.formats import Checkpoint
 from retnet_tools.graph import contract
-from retnet_tools.graph.builder import BuiltGraph, StoredTensor
+from retnet_tools.graph.builder import BuiltGraph
 from retnet_tools.graph.manifest import Manifest
-from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.graph.ops import OPERATOR_SETS
-from retnet_tools.graph.targets import TARGET_FILES, export_target
-from retnet_tools.graph.writer import ALIGNMENT, write_graph, write_weights
+from retnet_tools.graph.quantization import Quantization
+from retnet_tools.graph.stored import StoredTensor, stored_bytes
+from retnet_tools.graph.targets import TARGET_FILES, ExportTarget, export_target
+from retnet_tools.graph.writer import ALIGNMENT, BlockReader, float_blocks, write_graph, write_weights
 from retnet_tools.provenance import SourceHasher, provenance
 from retnet_tools.staging import check_target, staged_folder
 
@@ -33,6 +34,8 @@ class ExportPlan:
         graphs: by file name, in the order in which they are written.
         files: the text of further files, by name.
         notes: what the user should know, about the checkpoint and about running it.
+        quantization: what retnet.json says of it; None for float weights.
+        provenance: as retnet.json is to say it; None hashes the checkpoint's files.
     """
 
     checkpoint: Checkpoint
@@ -42,6 +45,8 @@ class ExportPlan:
     graphs: dict[str, BuiltGraph]
     files: Mapping[str, str]
     notes: tuple[str, ...]
+    quantization: Quantization | None = None
+    provenance: dict[str, Any] | None = None
 
     @property
     def tensors(self) -> dict[str, StoredTensor]:
@@ -49,8 +54,13 @@ class ExportPlan:
         return {name: tensor for graph in self.graphs.values() for name, tensor in graph.stored.items()}
 
     @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(map(stored_bytes, self.tensors.values()))
+
+    @property
     def weight_bytes(self) -> int:
-        """Size of weights.data."""
+        """Size of weights.data, in which tensors are aligned."""
         return sum(-(-stored_bytes(tensor) // ALIGNMENT) * ALIGNMENT for tensor in self.tensors.values())
 
 
@@ -71,11 +81,19 @@ def plan_export(
         name: builder(checkpoint.config, dtype, state_dtype, OPERATOR_SETS[ops]).build()
         for name, builder in chosen.graphs.items()
     }
-    notes = (*checkpoint.notes, *chosen.notes(checkpoint, dtype))
+    notes = export_notes(checkpoint, chosen, dtype, state_dtype)
     return ExportPlan(checkpoint, dtype, state_dtype, ops, graphs, files, notes)
 
 
-def write_export(plan: ExportPlan, out: Path, *, force: bool, progress: Callable[[int], None]) -> Manifest:
+def write_export(
+    plan: ExportPlan,
+    out: Path,
+    *,
+    force: bool,
+    progress: Callable[[int], None],
+    read: BlockReader | None = None,
+    texts: Mapping[str, Callable[[Manifest], str]] | None = None,
+) -> Manifest:
     """Write the folder: weights.data, then the graphs and retnet.json; all appear at the end.
 
     Memory: one block of a source tensor (16 MB), or a whole one where its format transforms it.
@@ -85,6 +103,8 @@ def write_export(plan: ExportPlan, out: Path, *, force: bool, progress: Callable
         out: the folder to make.
         force: replace a folder that an earlier export wrote.
         progress: called with the bytes of weights just written.
+        read: gives the content of weights.data; None reads the checkpoint's float weights.
+        texts: further files, by name, and what makes their text of the manifest.
 
     Raises:
         UsageError: the folder exists and `force` is off.
@@ -98,8 +118,8 @@ def write_export(plan: ExportPlan, out: Path, *, force: bool, progress: Callable
         staged_folder(out, marker=marker, required_bytes=needed, stale=TARGET_FILES) as folder,
         SourceHasher(checkpoint.source_files) as hasher,
     ):
-        tensors = plan.tensors.values()
-        places = write_weights(folder / contract.WEIGHTS_FILE, tensors, checkpoint.weights, progress)
+        read = read or float_blocks(checkpoint.weights)
+        places = write_weights(folder / contract.WEIGHTS_FILE, plan.tensors.values(), read, progress)
         for file in checkpoint.tokenizer_files:
             shutil.copyfile(file, folder / file.name)
         for name, text in plan.files.items():
@@ -107,13 +127,22 @@ def write_export(plan: ExportPlan, out: Path, *, force: bool, progress: Callable
         for name, graph in plan.graphs.items():
             write_graph(folder / name, graph, places, producer_version=__version__)
         manifest = _manifest(plan, hasher.digests())
+        for name, make_text in (texts or {}).items():
+            (folder / name).write_text(make_text(manifest), encoding="utf-8")
         (folder / contract.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
 
-def stored_bytes(tensor: StoredTensor) -> int:
-    """Bytes of a tensor in weights.data."""
-    return math.prod(tensor.shape) * ELEMENT_TYPES[tensor.dtype].numpy().itemsize
+def export_notes(checkpoint: Checkpoint, target: ExportTarget, dtype: str, state_dtype: str) -> tuple[str, ...]:
+    """What the user should know, about the checkpoint and about running it."""
+    slow = [str(h) for h, scale in enumerate(contract.state_scale(checkpoint.config, state_dtype)) if scale < 2**-10]
+    notes = [*checkpoint.notes, *target.notes(checkpoint, dtype)]
+    if slow:
+        notes.append(
+            f"float16 states of head{'s' if len(slow) > 1 else ''} {', '.join(slow)} lose what a token adds below half "
+            "a step of float16, since gamma is within 2^-10 of 1: a tenth of the state in places"
+        )
+    return tuple(notes)
 
 
 def default_output(checkpoint: Path, target: str = "onnx") -> Path:
@@ -129,8 +158,8 @@ def _manifest(plan: ExportPlan, digests: Sequence[str]) -> Manifest:
         dtype=plan.dtype,
         state_dtype=plan.state_dtype,
         ops=plan.ops,
-        quantization=None,
-        provenance=provenance(checkpoint.format, checkpoint.source_files, digests, checkpoint.notes),
+        quantization=plan.quantization,
+        provenance=plan.provenance or provenance(checkpoint.format, checkpoint.source_files, digests, checkpoint.notes),
         graphs={name: {"inputs": graph.inputs, "outputs": graph.outputs} for name, graph in plan.graphs.items()},
         tokenizer_files=tuple(file.name for file in checkpoint.tokenizer_files),
     )

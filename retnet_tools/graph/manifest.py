@@ -11,8 +11,9 @@ from typing import Any
 
 from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import ConfigError, InputError
-from retnet_tools.graph.contract import MANIFEST_FILE, MAX_POSITION, TensorSpec
+from retnet_tools.graph.contract import MANIFEST_FILE, MAX_POSITION, TensorSpec, state_scale
 from retnet_tools.graph.ops import OPERATOR_SETS
+from retnet_tools.graph.quantization import Quantization
 
 SCHEMA_VERSION = 1
 FLOATS = ("float32", "float16", "bfloat16")
@@ -25,9 +26,9 @@ class Manifest:
     Attributes:
         config: the model.
         dtype: of weights and activations: float32, float16 or bfloat16.
-        state_dtype: of the recurrent states.
+        state_dtype: of the recurrent states; the JSON also says `state_scale`, which follows from it and the model.
         ops: `fused` (ONNX Runtime's contrib operators) or `standard` (the ai.onnx domain only).
-        quantization: None, or the scheme.
+        quantization: the scheme and what came of it; None for float weights.
         provenance: source format, sha256 of each source file, tool and library versions.
         graphs: for each graph file its inputs and outputs.
         tokenizer_files: names of the tokenizer's files in the folder.
@@ -37,7 +38,7 @@ class Manifest:
     dtype: str
     state_dtype: str
     ops: str
-    quantization: dict[str, Any] | None
+    quantization: Quantization | None
     provenance: dict[str, Any]
     graphs: dict[str, dict[str, tuple[TensorSpec, ...]]]
     tokenizer_files: tuple[str, ...]
@@ -50,7 +51,7 @@ class Manifest:
             "model": hashlib.sha256(model.encode()).hexdigest(),
             "dtype": self.dtype,
             "state_dtype": self.state_dtype,
-            "quantization": json.dumps(self.quantization, sort_keys=True),
+            "quantization": json.dumps(self.quantization and self.quantization.to_dict(), sort_keys=True),
         }
 
     def to_json(self) -> str:
@@ -59,8 +60,9 @@ class Manifest:
             "schema_version": SCHEMA_VERSION,
             "dtype": self.dtype,
             "state_dtype": self.state_dtype,
+            "state_scale": list(state_scale(self.config, self.state_dtype)),
             "ops": self.ops,
-            "quantization": self.quantization,
+            "quantization": None if self.quantization is None else self.quantization.to_dict(),
             "max_position": MAX_POSITION,
             "tokenizer_files": list(self.tokenizer_files),
             "provenance": self.provenance,
@@ -77,7 +79,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of an exported folder.
 
     Raises:
-        InputError: no manifest, not JSON, another schema version, or a field missing.
+        InputError: no manifest, not JSON, another schema version, or a field that is missing, unknown or wrong.
     """
     path = folder / MANIFEST_FILE
     if not path.is_file():
@@ -102,7 +104,7 @@ def read_manifest(folder: Path) -> Manifest:
             dtype=data["dtype"],
             state_dtype=data["state_dtype"],
             ops=data["ops"],
-            quantization=data["quantization"],
+            quantization=None if data["quantization"] is None else Quantization.from_dict(data["quantization"]),
             provenance=data["provenance"],
             graphs={
                 name: {side: tuple(_spec(s) for s in specs) for side, specs in graph.items()}

@@ -17,6 +17,10 @@ ELEMENT_TYPES = {
     "float16": ir.DataType.FLOAT16,
     "bfloat16": ir.DataType.BFLOAT16,
     "int64": ir.DataType.INT64,
+    "uint8": ir.DataType.UINT8,
+    "int8": ir.DataType.INT8,
+    "uint4": ir.DataType.UINT4,
+    "int4": ir.DataType.INT4,
 }
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from retnet_tools.config import Activation, BlockNorm
+from retnet_tools.graph.blocked import BlockedMatrix, dequantized_rows, stored_integer
 from retnet_tools.graph.chunks import Chunks
 from retnet_tools.graph.decay import ChunkDecay, StepDecay, TokenDecay
 from retnet_tools.graph.nodes import GraphBuilder, epsilon, scan
@@ -70,6 +71,23 @@ class StandardOps:
         """x + y, and the norm of it, for `[rows, D]`."""
         total = g.op("Add", x, y)
         return total, self.norm(g, total, weights)
+
+    def linear_blocked(self, g: GraphBuilder, x: ir.Value, matrix: BlockedMatrix, bias: ir.Value | None) -> ir.Value:
+        """y = x W^T + b for a quantized W `[N, K]` and x `[rows, K]`.
+
+        ONNX Runtime makes one MatMulNBits of these nodes, since blocks run along the first axis.
+        """
+        format, columns = matrix.format, matrix.shape[::-1]
+        kind = stored_integer(format)
+        inputs = [matrix.part("codes", "columns", kind, columns), matrix.scales("columns")]
+        if not format.symmetric:
+            inputs.append(matrix.part("zero_points", "columns", kind, (matrix.blocks, matrix.shape[0])))
+        weight = g.op("DequantizeLinear", *inputs, axis=0, block_size=format.block_size)
+        return g.op("Gemm", x, weight, *([] if bias is None else [bias]))
+
+    def gather_blocked(self, g: GraphBuilder, matrix: BlockedMatrix, ids: ir.Value) -> ir.Value:
+        """Rows of a quantized matrix `[N, K]`: `[B, T]` int64 to `[B, T, K]`."""
+        return dequantized_rows(g, matrix, ids)
 
     def retention_step(
         self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value, decay: StepDecay
@@ -202,6 +220,42 @@ class FusedOps(StandardOps):
         mean.name = deviation.name = ""
         return total, normed
 
+    def linear_blocked(self, g: GraphBuilder, x: ir.Value, matrix: BlockedMatrix, bias: ir.Value | None) -> ir.Value:
+        """MatMulNBits."""
+        (rows, columns), format = matrix.shape, matrix.format
+        shape = (rows, matrix.blocks, format.block_size * format.bits // 8)
+        inputs = [x, matrix.part("codes", "rows", "uint8", shape), matrix.scales("rows"), *_zero_points(matrix)]
+        if bias is not None:
+            inputs += [None] * (5 - len(inputs)) + [bias]
+        return g.op(
+            "MatMulNBits",
+            *inputs,
+            domain=MICROSOFT,
+            N=rows,
+            K=columns,
+            bits=format.bits,
+            block_size=format.block_size,
+            accuracy_level=matrix.accuracy_level or 0,
+        )
+
+    def gather_blocked(self, g: GraphBuilder, matrix: BlockedMatrix, ids: ir.Value) -> ir.Value:
+        """GatherBlockQuantized, which reads a row with what fills up its last block."""
+        (rows, columns), format = matrix.shape, matrix.format
+        width = matrix.blocks * format.block_size
+        codes = matrix.view("codes", "rows", "uint8", (rows, width * format.bits // 8))
+        x = g.op(
+            "GatherBlockQuantized",
+            *(codes, ids, matrix.scales("rows"), *_zero_points(matrix)),
+            domain=MICROSOFT,
+            gather_axis=0,
+            quantize_axis=1,
+            bits=format.bits,
+            block_size=format.block_size,
+        )
+        if width == columns:
+            return x
+        return g.op("Slice", x, g.integers(0), g.integers(columns), g.integers(-1))  # [B, T, width] -> [B, T, K]
+
     def retention_step(
         self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value, decay: StepDecay
     ) -> tuple[ir.Value, ir.Value]:
@@ -224,6 +278,14 @@ class FusedOps(StandardOps):
             kv_num_heads=decay.heads,
         )
         return output, present
+
+
+def _zero_points(matrix: BlockedMatrix) -> list[ir.Value | None]:
+    """As MatMulNBits and GatherBlockQuantized read them; none where they are the middle."""
+    if matrix.format.symmetric:
+        return []
+    shape = (matrix.shape[0], -(-matrix.blocks * matrix.format.bits // 8))
+    return [matrix.part("zero_points", "rows", "uint8", shape)]
 
 
 def _time_first(g: GraphBuilder, x: ir.Value) -> ir.Value:

@@ -24,7 +24,8 @@ class ExportedGraphs:
 
     Attributes:
         node_counts: for each graph file, its nodes by operator; `com.microsoft.QuickGelu` outside ai.onnx.
-        tensors: the tensors of weights.data under the names that the graphs give them.
+        tensors: the tensors of weights.data under the names that the graphs give them; of several names for the same
+            bytes the first.
     """
 
     node_counts: Mapping[str, Mapping[str, int]]
@@ -47,7 +48,7 @@ def read_graphs(folder: Path, names: Iterable[str]) -> ExportedGraphs:
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise InputError(f"no {name} in {folder}", "every graph that its manifest lists", EXPORT_AGAIN)
-        graph = _load(folder / name)
+        graph = load_graph(folder / name)
         operators = Counter(_operator(node) for node in graph.all_nodes())
         counts[name] = dict(sorted(operators.items(), key=lambda item: (-item[1], item[0])))
         for value in graph.initializers.values():
@@ -61,10 +62,18 @@ def read_graphs(folder: Path, names: Iterable[str]) -> ExportedGraphs:
                     EXPORT_AGAIN,
                 )
     _check_size(folder / WEIGHTS_FILE, locations)
-    return ExportedGraphs(counts, StoredTensors(locations))
+    first: dict[tuple[int, int], str] = {}
+    for name, location in locations.items():
+        first.setdefault((location.offset, location.span * location.dtype.itemsize), name)
+    return ExportedGraphs(counts, StoredTensors({name: locations[name] for name in first.values()}))
 
 
-def _load(file: Path) -> ir.Graph:
+def load_graph(file: Path) -> ir.Graph:
+    """A graph without its external data.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     try:
         return ir.load(file).graph
     except Exception as error:

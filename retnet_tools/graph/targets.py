@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from retnet_tools.errors import UsageError, did_you_mean
+from retnet_tools.errors import InputError, UsageError, did_you_mean
 from retnet_tools.formats import Checkpoint
 from retnet_tools.graph import contract
 from retnet_tools.graph.builder import DecoderBuilder
@@ -56,3 +56,17 @@ def export_target(name: str) -> ExportTarget:
     if name not in TARGETS:
         raise UsageError(f"--to {name!r}", f"one of {', '.join(TARGETS)}", did_you_mean(name, TARGETS))
     return TARGETS[name]
+
+
+def find_target(graphs: Iterable[str]) -> ExportTarget:
+    """The target of an exported folder by the graph files that its manifest lists.
+
+    Raises:
+        InputError: no target writes these.
+    """
+    names = set(graphs)
+    for target in TARGETS.values():
+        if names == set(target.graphs):
+            return target
+    known = " | ".join(", ".join(target.graphs) for target in TARGETS.values())
+    raise InputError(f"an export of {', '.join(sorted(names)) or 'no graphs'}", known, "export the checkpoint again")

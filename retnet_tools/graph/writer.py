@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -11,9 +11,10 @@ import numpy as np
 import onnx_ir as ir
 
 from retnet_tools.dtypes import convert
-from retnet_tools.graph.builder import BuiltGraph, StoredTensor
+from retnet_tools.graph.builder import BuiltGraph
 from retnet_tools.graph.contract import WEIGHTS_FILE
 from retnet_tools.graph.nodes import ELEMENT_TYPES
+from retnet_tools.graph.stored import StoredTensor
 from retnet_tools.weights import Array, WeightSource, read_blocks
 
 IR_VERSION = 11
@@ -30,15 +31,36 @@ class Placement:
     length: int
 
 
+BlockReader = Callable[[StoredTensor], Iterable[Array]]
+"""The content of a tensor of weights.data, in pieces, in order."""
+
+
+def float_blocks(source: WeightSource) -> BlockReader:
+    """Reads tables, and canonical tensors in the type in which they are stored; one block in memory at a time.
+
+    Args:
+        source: where canonical tensors are read from.
+    """
+
+    def read(tensor: StoredTensor) -> Iterator[Array]:
+        if tensor.table is not None:
+            yield tensor.table
+        for name in tensor.sources:
+            for block in read_blocks(source, name):
+                yield convert(name, block, ELEMENT_TYPES[tensor.dtype].numpy())
+
+    return read
+
+
 def write_weights(
-    path: Path, tensors: Iterable[StoredTensor], source: WeightSource, progress: Callable[[int], None]
+    path: Path, tensors: Iterable[StoredTensor], read: BlockReader, progress: Callable[[int], None]
 ) -> dict[str, Placement]:
-    """Write weights.data, one block of a source tensor in memory at a time.
+    """Write weights.data, one block of a tensor in memory at a time.
 
     Args:
         path: the file to write.
         tensors: what to store, in order.
-        source: where canonical tensors are read from.
+        read: gives the content of each that has bytes of its own.
         progress: called with the number of bytes just written.
 
     Returns:
@@ -48,17 +70,20 @@ def write_weights(
         InputError: a finite value that becomes infinite in the stored type, by tensor name.
     """
     places: dict[str, Placement] = {}
+    tensors = list(tensors)
     with path.open("wb") as file:
         for tensor in tensors:
+            if tensor.same_as is not None:
+                continue
             offset = -(-file.tell() // ALIGNMENT) * ALIGNMENT
             file.seek(offset)
-            if tensor.table is not None:
-                _write_array(file, tensor.table)
-            for name in tensor.sources:
-                for block in read_blocks(source, name):
-                    _write_array(file, convert(name, block, ELEMENT_TYPES[tensor.dtype].numpy()))
+            for block in read(tensor):
+                _write_array(file, block)
             places[tensor.name] = Placement(offset, file.tell() - offset)
             progress(places[tensor.name].length)
+    for tensor in tensors:
+        if tensor.same_as is not None:
+            places[tensor.name] = places[tensor.same_as]
     return places
 
 

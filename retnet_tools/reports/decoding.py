@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from retnet_tools.graph.contract import state_shape
-from retnet_tools.graph.export import ExportPlan, stored_bytes
+from retnet_tools.graph.export import ExportPlan
 from retnet_tools.graph.nodes import ELEMENT_TYPES
+from retnet_tools.graph.stored import stored_bytes
+from retnet_tools.quantize.scheme import scheme_text
 from retnet_tools.runtime.bulk import BulkSummary
 from retnet_tools.runtime.decode import Generations
 
@@ -18,7 +20,7 @@ SCHEMA_VERSION = 1
 
 def export_document(plan: ExportPlan, out: Path, *, written: bool) -> dict[str, Any]:
     """The export as a JSON document; sizes in bytes."""
-    config = plan.checkpoint.config
+    config, record = plan.checkpoint.config, plan.quantization
     sizes = {name: stored_bytes(tensor) for name, tensor in plan.tensors.items()}
     tables = sum(size for name, size in sizes.items() if plan.tensors[name].table is not None)
     state = config.num_layers * math.prod(state_shape(config)) * ELEMENT_TYPES[plan.state_dtype].numpy().itemsize
@@ -31,6 +33,7 @@ def export_document(plan: ExportPlan, out: Path, *, written: bool) -> dict[str, 
         "state_dtype": plan.state_dtype,
         "ops": plan.ops,
         "graphs": {name: {"nodes": sum(1 for _ in built.graph.all_nodes())} for name, built in plan.graphs.items()},
+        "quantization": None if record is None else {"summary": scheme_text(record.scheme), **record.to_dict()},
         "weight_bytes": sum(sizes.values()),
         "position_table_bytes": tables,
         "state_bytes_per_sequence": state,
@@ -46,7 +49,7 @@ def export_text(document: dict[str, Any]) -> str:
     lines = [
         f"{verb} {document['output']} from {document['source_format']}",
         *(f"  {name:<13} {graph['nodes']} nodes, {document['ops']} operators" for name, graph in graphs.items()),
-        f"  weights.data  {document['weight_bytes'] / 1e6:.1f} MB, {document['dtype']}",
+        f"  weights.data  {document['weight_bytes'] / 1e6:.1f} MB, {_weights(document)}",
         f"  states        {document['state_bytes_per_sequence'] / 1e6:.2f} MB a sequence at any length, "
         f"{document['state_dtype']}",
     ]
@@ -56,6 +59,14 @@ def export_text(document: dict[str, Any]) -> str:
         lines.append(f"  tokenizer     {', '.join(document['tokenizer_files'])}")
     lines += [f"  note: {note}" for note in document["notes"]]
     return "\n".join(lines)
+
+
+def _weights(document: dict[str, Any]) -> str:
+    record = document["quantization"]
+    if record is None:
+        return str(document["dtype"])
+    share = record["weight_bytes"] / record["float_bytes"]
+    return f"{share:.1%} of {document['dtype']}: {record['summary']}"
 
 
 def generation_document(result: Generations) -> dict[str, Any]:

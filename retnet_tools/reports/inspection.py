@@ -257,7 +257,7 @@ def _export_fields(opened: Opened) -> dict[str, Any] | None:
         "dtype": manifest.dtype,
         "state_dtype": manifest.state_dtype,
         "ops": manifest.ops,
-        "quantization": manifest.quantization,
+        "quantization": None if manifest.quantization is None else manifest.quantization.to_dict(),
         "provenance": manifest.provenance,
         "graphs": {name: {"nodes": sum(ops.values()), "operators": dict(ops)} for name, ops in counts.items()},
     }

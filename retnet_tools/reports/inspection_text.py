@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from retnet_tools.graph.contract import WEIGHTS_FILE
+from retnet_tools.quantize.scheme import scheme_text
 from retnet_tools.reports.horizon import gamma_text
 from retnet_tools.reports.inspection import Inspection, count_findings
 from retnet_tools.reports.lint import Severity, counted
@@ -62,8 +63,12 @@ def _facts(result: Inspection) -> Iterator[str]:
     yield f"state    {size_text(state.bytes_per_sequence)} a sequence at any length, {state.dtype}; {per_layer}"
     if (manifest := opened.manifest) is None:
         return
-    scheme = "not quantized" if manifest.quantization is None else _flat(manifest.quantization)
-    yield f"export   {manifest.dtype} weights, {manifest.ops} operators, {scheme}"
+    record = manifest.quantization
+    weights = f"{manifest.dtype} weights, not quantized" if record is None else f"{manifest.dtype} activations"
+    yield f"export   {weights}, {manifest.ops} operators"
+    if record is not None:
+        share = record.weight_bytes / record.float_bytes
+        yield f"weights  {scheme_text(record.scheme)}; {share:.1%} of {size_text(record.float_bytes)} in float"
     source = manifest.provenance
     yield f"source   {source.get('source_format')}, written by retnet-tools {source.get('retnet_tools')}"
     for name, operators in (opened.node_counts or {}).items():

@@ -63,6 +63,16 @@ def test_for_genai_there_is_one_graph_and_its_configuration(checkpoint: Path, cl
     assert "model.onnx: " in cli("inspect", out).out
 
 
+def test_states_may_be_float16(checkpoint: Path, tmp_path: Path, cli) -> None:
+    result = cli("export", checkpoint, "-o", tmp_path / "out", "--state-dtype", "fp16", "--json")
+    document = json.loads(result.out)
+    assert (document["dtype"], document["state_dtype"]) == ("float32", "float16")
+    assert document["state_bytes_per_sequence"] == 2 * 4 * 8 * 12 * 2
+    manifest = json.loads((tmp_path / "out" / "retnet.json").read_text())
+    assert manifest["state_scale"] == [2.0**-5, 2.0**-6, 2.0**-7, 2.0**-8]
+    assert manifest["graphs"]["step.onnx"]["outputs"][1]["dtype"] == "float16"
+
+
 def test_a_dry_run_writes_nothing(checkpoint: Path, cli) -> None:
     result = cli("export", checkpoint, "--dry-run")
     assert result.exit_code == 0
@@ -136,6 +146,7 @@ def test_usage_errors_end_with_exit_code_2(checkpoint: Path, tmp_path: Path, cli
     for arguments, message in [
         (("--to", "onix"), "'onix'; expected one of onnx, genai; did you mean 'onnx'?"),
         (("--dtype", "int8"), "dtype 'int8'"),
+        (("--state-dtype", "bf16"), "dtype 'bf16'"),
         (("--ops", "fuzed"), "did you mean 'fused'?"),
         (("--from", "torchscal"), "did you mean 'torchscale'?"),
     ]:

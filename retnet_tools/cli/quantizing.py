@@ -1,0 +1,78 @@
+"""The options of quantization, which `export` and `quantize` share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from retnet_tools.errors import UsageError
+
+if TYPE_CHECKING:
+    from retnet_tools.graph.quantization import WeightType
+    from retnet_tools.quantize.scheme import HalfType, SchemeOptions
+
+Target = Annotated[
+    str | None,
+    typer.Option("--quantize", help="Weights in blocks of int8 or int4, or everything but states in fp16 or bf16."),
+]
+BlockSize = Annotated[
+    int | None,
+    typer.Option("--block-size", help="Weights that share a scale: 32, 64 or 128 (int8: 128, int4: 64 if left out)."),
+]
+Symmetric = Annotated[
+    bool | None,
+    typer.Option("--symmetric/--asymmetric", help="Without or with a zero point a block; symmetric if left out."),
+]
+AccuracyLevel = Annotated[
+    int | None,
+    typer.Option(
+        "--accuracy-level",
+        help="Of products on the CPU: 4 in int8 (if left out), 0 or 1 in float32, which is slow with int8 weights.",
+    ),
+]
+MethodName = Annotated[str | None, typer.Option("--method", help="How weights are rounded: rtn (to nearest).")]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option("--exclude", metavar="REGEX", help="Matrices that stay float, by their names; may be repeated."),
+]
+TensorType = Annotated[
+    list[str] | None,
+    typer.Option("--tensor-type", metavar="REGEX=TYPE", help="int8 or int4 for some matrices; may be repeated."),
+]
+
+
+def options(
+    block_size: int | None,
+    symmetric: bool | None,
+    accuracy_level: int | None,
+    method: str | None,
+    exclude: list[str] | None,
+    tensor_type: list[str] | None,
+) -> SchemeOptions:
+    """The options of a scheme, as given."""
+    from retnet_tools.quantize.scheme import SchemeOptions
+
+    return SchemeOptions(block_size, symmetric, accuracy_level, method, tuple(exclude or ()), tuple(tensor_type or ()))
+
+
+def parse(target: str | None, options: SchemeOptions) -> WeightType | HalfType | None:
+    """What `--quantize` names; None without it.
+
+    Raises:
+        UsageError: a type that does not exist, or options of a scheme without one.
+    """
+    from retnet_tools.quantize.scheme import NO_OPTIONS, parse_target
+
+    if target is not None:
+        return parse_target(target)
+    if options != NO_OPTIONS:
+        raise UsageError("options of a quantization scheme without --quantize", "--quantize int8 or int4")
+    return None
+
+
+def ending(kind: WeightType | HalfType | None) -> str:
+    """What the name of a quantized folder ends with."""
+    from retnet_tools.quantize.scheme import TARGET_WORDS
+
+    return "" if kind is None else f"-{TARGET_WORDS[kind]}"

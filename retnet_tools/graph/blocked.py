@@ -1,0 +1,99 @@
+"""A quantized matrix inside a graph: where its parts lie in weights.data, and how a row of it is looked up with
+ai.onnx operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from retnet_tools.graph.nodes import GraphBuilder
+from retnet_tools.graph.quantization import AccuracyLevel, BlockFormat
+from retnet_tools.graph.stored import Layout, PartName, QuantizedPart, StoredTensor
+
+
+@dataclass(frozen=True)
+class BlockedMatrix:
+    """A matrix `[N, K]` of codes, scales and zero points.
+
+    Attributes:
+        name: of the stored tensor that it replaces; its parts are named after it.
+        sources: canonical names of the matrices that it consists of, one after another along N.
+        dtype: of its scales and of what it is multiplied with.
+        accuracy_level: of MatMulNBits.
+        shared: whether it is both multiplied with and looked up in, as a tied embedding is: stored once all the same.
+        declare: makes a graph value of a stored tensor.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    shape: tuple[int, int]
+    format: BlockFormat
+    dtype: str
+    accuracy_level: AccuracyLevel | None
+    shared: bool
+    declare: Callable[[StoredTensor], ir.Value]
+
+    @property
+    def blocks(self) -> int:
+        """Blocks in a row."""
+        return self.format.blocks(self.shape[1])
+
+    def part(self, part: PartName, layout: Layout, dtype: str, shape: tuple[int, ...]) -> ir.Value:
+        """A part as it is stored."""
+        content = QuantizedPart(part, self.format, layout)
+        return self.declare(StoredTensor(f"{self.name}.{part}", dtype, shape, self.sources, part=content))
+
+    def view(self, part: PartName, layout: Layout, dtype: str, shape: tuple[int, ...]) -> ir.Value:
+        """A part under another shape or type than the product reads it in; the same bytes."""
+        if not self.shared:
+            return self.part(part, layout, dtype, shape)
+        return self.declare(StoredTensor(f"{self.name}.{part}.view", dtype, shape, same_as=f"{self.name}.{part}"))
+
+    def scales(self, layout: Layout) -> ir.Value:
+        """One scale a block."""
+        shape = (self.shape[0], self.blocks)
+        return self.part("scales", layout, self.dtype, shape if layout == "rows" else shape[::-1])
+
+
+def dequantized_rows(g: GraphBuilder, matrix: BlockedMatrix, ids: ir.Value) -> ir.Value:
+    """Rows of a matrix stored by columns, dequantized: `[B, T]` int64 to `[B, T, K]`."""
+    scales = _column_values(g, matrix.scales("columns"), ids)
+    zeros = [] if matrix.format.symmetric else [_integers(g, matrix, "zero_points", matrix.blocks, ids)]
+    codes = _integers(g, matrix, "codes", matrix.shape[1], ids)
+    return g.op("DequantizeLinear", codes, scales, *zeros, axis=-1, block_size=matrix.format.block_size)
+
+
+def stored_integer(format: BlockFormat) -> str:
+    """The type of codes stored by columns: symmetric ones are signed, and need no zero point."""
+    return f"{'' if format.symmetric else 'u'}int{format.bits}"
+
+
+def _column_values(g: GraphBuilder, matrix: ir.Value, ids: ir.Value) -> ir.Value:
+    """Columns `ids` `[B, T]` of `[R, N]`, as `[B, T, R]`."""
+    return g.op("Transpose", g.op("Gather", matrix, ids, axis=1), perm=[1, 2, 0])
+
+
+def _integers(g: GraphBuilder, matrix: BlockedMatrix, part: PartName, rows: int, ids: ir.Value) -> ir.Value:
+    """Columns `ids` of a part `[rows, N]`, as `[B, T, rows]` of a byte each."""
+    columns, kind = matrix.shape[0], stored_integer(matrix.format)
+    if matrix.format.bits == 8:
+        return _column_values(g, matrix.part(part, "columns", kind, (rows, columns)), ids)
+    # Gather knows no types below a byte. Two codes share one, row after row: where N is odd, across rows.
+    pairs = matrix.view(part, "columns", "uint8", (-(-rows * columns // 2),))
+    starts = g.constant(f"starts_{rows}_{columns}", np.arange(rows, dtype=np.int64) * columns)
+    place = g.op("Add", g.op("Unsqueeze", ids, g.integers(-1)), starts)  # [B, T] -> [B, T, rows]
+    two, four, low_bits = (g.constant(f"{dtype}_{n}", np.array(n, dtype=dtype)) for dtype, n in _BIT_CONSTANTS)
+    byte = g.op("Gather", pairs, g.op("Div", place, two))
+    odd = g.cast(g.op("Mod", place, two), "int64", "uint8")
+    code = g.op("BitwiseAnd", g.op("BitShift", byte, g.op("Mul", odd, four), direction="RIGHT"), low_bits)
+    if not matrix.format.symmetric:
+        return code
+    signed = g.constant("signed_4_bits", np.array([*range(8), *range(-8, 0)], dtype=np.int8))
+    return g.op("Gather", signed, g.cast(code, "uint8", "int64"))
+
+
+_BIT_CONSTANTS = (("int64", 2), ("uint8", 4), ("uint8", 15))

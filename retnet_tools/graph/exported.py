@@ -1,0 +1,119 @@
+"""An exported folder as what would write it again: its graphs, its weights under canonical names, its provenance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+
+from retnet_tools.config import RetNetConfig
+from retnet_tools.errors import InputError
+from retnet_tools.formats import Checkpoint
+from retnet_tools.formats.storage import StoredTensors, TensorLocation
+from retnet_tools.graph import contract
+from retnet_tools.graph.builder import BuiltGraph
+from retnet_tools.graph.export import ExportPlan, export_notes
+from retnet_tools.graph.genai_config import TOKENIZER_CONFIG_FILE
+from retnet_tools.graph.manifest import Manifest, read_manifest
+from retnet_tools.graph.ops import OPERATOR_SETS
+from retnet_tools.graph.reader import EXPORT_AGAIN, load_graph, read_graphs
+from retnet_tools.graph.step import StepBuilder
+from retnet_tools.graph.stored import StoredTensor
+from retnet_tools.graph.targets import find_target
+from retnet_tools.weights import canonical_shapes
+
+
+def plan_of_export(folder: Path) -> ExportPlan:
+    """The plan that would write an exported folder of float weights again, bit for bit, from the folder itself.
+
+    Tables are read; weights are read when it is written, by blocks of 16 MB.
+
+    Raises:
+        InputError: not an exported folder, an incomplete one, or one whose weights are quantized already.
+    """
+    manifest = read_manifest(folder)
+    if manifest.quantization is not None:
+        raise InputError(
+            f"{folder} is quantized already ({manifest.quantization.scheme.type})",
+            "an export with float weights",
+            "quantize the float export, or export the checkpoint again",
+        )
+    tensors = read_graphs(folder, manifest.graphs).tensors
+    stored = _stored_tensors(folder, manifest, tensors)
+    graphs = {}
+    for name in manifest.graphs:
+        graph = load_graph(folder / name)
+        external = [value.const_value for value in graph.initializers.values()]
+        names = [tensor.name for tensor in external if isinstance(tensor, ir.ExternalTensor)]
+        border = manifest.graphs[name]
+        own = {name: stored[name] for name in names if name is not None}
+        graphs[name] = BuiltGraph(graph, border["inputs"], border["outputs"], own)
+    checkpoint = Checkpoint(
+        path=folder,
+        format=str(manifest.provenance.get("source_format", "unknown")),
+        config=manifest.config,
+        weights=canonical_weights(manifest.config, stored, tensors),
+        source_files=[],
+        tokenizer_files=[folder / name for name in manifest.tokenizer_files],
+        notes=list(manifest.provenance.get("notes", ())),
+    )
+    notes = export_notes(checkpoint, find_target(manifest.graphs), manifest.dtype, manifest.state_dtype)
+    return ExportPlan(
+        checkpoint,
+        manifest.dtype,
+        manifest.state_dtype,
+        manifest.ops,
+        graphs,
+        files={name: (folder / name).read_text(encoding="utf-8") for name in _own_files(folder, manifest)},
+        notes=notes,
+        provenance=manifest.provenance,
+    )
+
+
+def canonical_weights(
+    config: RetNetConfig, stored: Mapping[str, StoredTensor], tensors: StoredTensors
+) -> StoredTensors:
+    """The float weights of an exported folder by canonical name: merged matrices are rows one after another."""
+    shapes, locations = canonical_shapes(config), {}
+    for tensor in stored.values():
+        start = 0
+        for source in tensor.sources:
+            locations[source] = _rows(tensors.locations[tensor.name], start, shapes[source])
+            start += shapes[source][0]
+    return StoredTensors(locations)
+
+
+def _stored_tensors(folder: Path, manifest: Manifest, tensors: StoredTensors) -> dict[str, StoredTensor]:
+    """What each tensor of weights.data is made of; those that belong to no weight are tables."""
+    ops = OPERATOR_SETS[manifest.ops]
+    built = StepBuilder(manifest.config, manifest.dtype, manifest.state_dtype, ops).build().stored
+    expected = {name: tensor for name, tensor in built.items() if tensor.sources}
+    for name, tensor in expected.items():
+        found = tensors.info(name) if name in tensors.locations else None
+        if found is None or (found.dtype.name, found.shape) != (tensor.dtype, tensor.shape):
+            raise InputError(
+                f"{folder} holds {'no' if found is None else 'another'} tensor {name!r}",
+                f"{tensor.dtype} of shape {list(tensor.shape)}, as its manifest says",
+                EXPORT_AGAIN,
+            )
+    tables = {}
+    for name in tensors.names():
+        if name not in expected:
+            table = tensors.read(name)
+            tables[name] = StoredTensor(name, table.dtype.name, table.shape, table=table)
+    return {name: expected.get(name) or tables[name] for name in tensors.names()}
+
+
+def _own_files(folder: Path, manifest: Manifest) -> list[str]:
+    """Files for the runtime that an export made itself."""
+    if contract.GENAI_FILE not in manifest.graphs:
+        return []
+    own = (contract.GENAI_CONFIG_FILE, TOKENIZER_CONFIG_FILE)
+    return [name for name in own if name not in manifest.tokenizer_files and (folder / name).is_file()]
+
+
+def _rows(location: TensorLocation, start: int, shape: tuple[int, ...]) -> TensorLocation:
+    row = math.prod(shape[1:]) * location.dtype.itemsize
+    return location._replace(offset=location.offset + start * row, shape=shape, strides=location.strides)

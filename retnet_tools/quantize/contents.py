@@ -1,0 +1,78 @@
+"""The content of a quantized weights.data, made tensor by tensor while it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from retnet_tools.dtypes import convert
+from retnet_tools.graph.nodes import ELEMENT_TYPES
+from retnet_tools.graph.stored import PartName, QuantizedPart, StoredTensor
+from retnet_tools.graph.writer import float_blocks
+from retnet_tools.quantize.blockwise import QuantizedRows
+from retnet_tools.quantize.methods import Method
+from retnet_tools.quantize.packing import pack
+from retnet_tools.weights import Array, FiniteWeights, WeightSource, read_blocks
+
+
+class QuantizedContents:
+    """A `BlockReader`: float tensors as they are, matrices quantized while their codes are asked for.
+
+    Scales and zero points of a matrix wait until they are asked for, right after its codes. Memory: some blocks of
+    16 MB and the scales of one matrix; for the layout by columns also the codes of one matrix.
+
+    Args:
+        source: float weights by canonical name. Values are rounded to `dtype` first, as an export would store them.
+        method: chooses the codes.
+        dtype: the float type of the export: of scales, and of what stays float.
+    """
+
+    def __init__(self, source: WeightSource, method: Method, dtype: str) -> None:
+        self._source, self._method = FiniteWeights(source), method
+        self._type = ELEMENT_TYPES[dtype].numpy()
+        self._floats = float_blocks(self._source)
+        self._waiting: dict[tuple[tuple[str, ...], PartName], Array] = {}
+
+    def __call__(self, tensor: StoredTensor) -> Iterator[Array]:
+        """The content of a tensor, in pieces, in order.
+
+        Raises:
+            InputError: NaN or infinities, or a value that `dtype` cannot hold, by tensor name.
+        """
+        part = tensor.part
+        if part is None:
+            yield from self._floats(tensor)
+        elif part.name == "codes":
+            yield from self._codes(tensor.sources, part)
+        else:
+            yield self._waiting.pop((tensor.sources, part.name))
+
+    def _codes(self, sources: tuple[str, ...], part: QuantizedPart) -> Iterator[Array]:
+        pieces = self._quantized(sources, part)
+        if part.layout == "columns":
+            pieces = iter([_joined(list(pieces))])
+        scales, zeros = [], []
+        for rows in pieces:
+            codes, scale, zero = pack(rows, part.format, part.layout)
+            yield codes
+            scales.append(scale)
+            zeros += [] if zero is None else [zero]
+        self._waiting[sources, "scales"] = np.concatenate(scales)
+        if zeros:
+            self._waiting[sources, "zero_points"] = np.concatenate(zeros)
+
+    def _quantized(self, sources: tuple[str, ...], part: QuantizedPart) -> Iterator[QuantizedRows]:
+        for name in sources:
+            for block in read_blocks(self._source, name):
+                rows = convert(name, block, self._type).astype(np.float32, copy=False)
+                yield self._method.quantize(name, rows, part.format, self._type)
+
+
+def _joined(pieces: list[QuantizedRows]) -> QuantizedRows:
+    zeros = [piece.zero_points for piece in pieces if piece.zero_points is not None]
+    return QuantizedRows(
+        np.concatenate([piece.codes for piece in pieces]),
+        np.concatenate([piece.scales for piece in pieces]),
+        np.concatenate(zeros) if zeros else None,
+    )

@@ -1,0 +1,92 @@
+"""Codes as the operators read them: bits side by side, the low bits of a byte first.
+
+    rows      MatMulNBits and GatherBlockQuantized: codes [N, blocks, block_size * bits / 8] uint8, the last block of a
+              row filled up with its zero point; scales [N, blocks]; zero points [N, ceil(blocks * bits / 8)] uint8
+    columns   DequantizeLinear along the first axis, then MatMul: codes [K, N], scales [blocks, N], zero points
+              [blocks, N]; int4 and int8 (code less 2^(bits-1)) if symmetric, else uint4 and uint8. Types of four bits
+              are packed over the whole tensor, as ONNX stores them
+
+A matrix may be packed by rows piece by piece; by columns it has to be there as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from retnet_tools.graph.quantization import BlockFormat
+from retnet_tools.graph.stored import Layout
+from retnet_tools.quantize.blockwise import QuantizedRows
+from retnet_tools.weights import Array
+
+
+def pack(rows: QuantizedRows, format: BlockFormat, layout: Layout) -> tuple[Array, Array, Array | None]:
+    """Codes, scales and zero points as stored; types below a byte as their bytes, in one dimension."""
+    codes, scales, zeros = rows.codes, rows.scales, rows.zero_points
+    if layout == "rows":
+        packed = _pairs(_fill(codes, zeros, format), format).reshape(*scales.shape, -1)
+        return packed, scales, None if zeros is None else _pairs(zeros, format)
+    flip = format.middle if format.symmetric else 0
+    return (
+        _whole(codes.T ^ np.uint8(flip), format),
+        np.ascontiguousarray(scales.T),
+        None if zeros is None else _whole(zeros.T, format),
+    )
+
+
+def unpack(
+    packed: tuple[Array, Array, Array | None], shape: Sequence[int], format: BlockFormat, layout: Layout
+) -> QuantizedRows:
+    """Inverse of `pack` for a matrix of shape `[N, K]`."""
+    rows, columns = shape
+    blocks, (codes, scales, zeros) = format.blocks(columns), packed
+    if layout == "rows":
+        unpacked = _split(codes.reshape(rows, -1), format)[:, :columns]
+        return QuantizedRows(unpacked, scales, None if zeros is None else _split(zeros, format)[:, :blocks])
+    flip = format.middle if format.symmetric else 0
+    return QuantizedRows(
+        _unwhole(codes, (columns, rows), format).T ^ np.uint8(flip),
+        scales.T,
+        None if zeros is None else _unwhole(zeros, (blocks, rows), format).T,
+    )
+
+
+def _fill(codes: Array, zeros: Array | None, format: BlockFormat) -> Array:
+    """`[N, K]` to `[N, blocks * block_size]`, with codes that mean 0."""
+    rows, columns = codes.shape
+    width = format.blocks(columns) * format.block_size
+    if width == columns:
+        return codes
+    filled = np.empty((rows, width), dtype=np.uint8)
+    filled[:, columns:] = format.middle if zeros is None else zeros[:, -1:]
+    filled[:, :columns] = codes
+    return filled
+
+
+def _pairs(codes: Array, format: BlockFormat) -> Array:
+    """Neighbours along the last axis in one byte; an odd one is alone in the low bits."""
+    if format.bits == 8:
+        return np.ascontiguousarray(codes)
+    packed = np.zeros((*codes.shape[:-1], -(-codes.shape[-1] // 2)), dtype=np.uint8)
+    packed |= codes[..., 0::2] & 15
+    packed[..., : codes.shape[-1] // 2] |= codes[..., 1::2] << 4
+    return packed
+
+
+def _split(packed: Array, format: BlockFormat) -> Array:
+    """Inverse of `_pairs`; twice as many codes as bytes."""
+    if format.bits == 8:
+        return packed
+    return np.stack((packed & 15, packed >> 4), axis=-1).reshape(*packed.shape[:-1], -1)
+
+
+def _whole(codes: Array, format: BlockFormat) -> Array:
+    """A matrix as ONNX stores it: `[rows, columns]` of bytes, or one row of pairs."""
+    codes = np.ascontiguousarray(codes)
+    return codes if format.bits == 8 else _pairs(codes.reshape(-1), format)
+
+
+def _unwhole(packed: Array, shape: tuple[int, int], format: BlockFormat) -> Array:
+    bytes_ = packed.view(np.uint8)
+    return bytes_ if format.bits == 8 else _split(bytes_, format)[: shape[0] * shape[1]].reshape(shape)

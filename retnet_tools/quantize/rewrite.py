@@ -1,0 +1,165 @@
+"""Graphs with their matrices replaced by quantized ones: Gemm and Gather over stored weights, whatever built them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from retnet_tools.graph.blocked import BlockedMatrix
+from retnet_tools.graph.builder import BuiltGraph
+from retnet_tools.graph.nodes import GraphBuilder, tensor_type
+from retnet_tools.graph.ops import StandardOps
+from retnet_tools.graph.quantization import AccuracyLevel, BlockFormat
+from retnet_tools.graph.stored import StoredTensor
+
+_PART_ORDER = ("codes", "scales", "zero_points")
+Formats = Mapping[str, BlockFormat | None]
+
+
+def quantize_graph(
+    built: BuiltGraph,
+    ops: StandardOps,
+    formats: Formats,
+    shapes: Mapping[str, tuple[int, ...]],
+    accuracy_level: AccuracyLevel | None,
+) -> BuiltGraph:
+    """A copy of a graph that reads quantized matrices.
+
+    A merged matrix, whose sources lie one after another along its rows, stays one where they all have one format.
+    Otherwise it is split into its sources, and their products are put together again.
+
+    Args:
+        ops: the operator set of the graph.
+        formats: of every matrix by canonical name; None where it stays float.
+        shapes: of every tensor by canonical name.
+        accuracy_level: of MatMulNBits.
+    """
+    rewriting = _Rewriting(built, ops, formats, shapes, accuracy_level)
+    weights = {name for name, tensor in built.stored.items() if any(formats.get(s) for s in tensor.sources)}
+    nodes = list(rewriting.graph)
+    # Linear layers first: a tied embedding is looked up in what the output head has stored.
+    for node in nodes:
+        if node.op_type == "Gemm" and node.inputs[1] is not None and node.inputs[1].name in weights:
+            rewriting.replace(node, rewriting.linear(node))
+    for node in nodes:
+        if node.op_type == "Gather" and node.inputs[0] is not None and node.inputs[0].name in weights:
+            rewriting.replace(node, rewriting.lookup(node))
+    return rewriting.finish(weights)
+
+
+@dataclass(frozen=True)
+class _Product:
+    """Part of a matrix product: some sources of a merged matrix, and their format."""
+
+    name: str
+    sources: tuple[str, ...]
+    format: BlockFormat | None
+
+
+class _Rewriting:
+    def __init__(
+        self,
+        built: BuiltGraph,
+        ops: StandardOps,
+        formats: Formats,
+        shapes: Mapping[str, tuple[int, ...]],
+        accuracy_level: AccuracyLevel | None,
+    ) -> None:
+        self.built, self.graph = built, built.graph.clone()
+        self._ops, self._formats, self._shapes, self._level = ops, formats, shapes, accuracy_level
+        self._stored = dict(built.stored)
+        self._g = GraphBuilder()
+        # The constants of the graph are there already, under names that say what they hold.
+        self._g.initializers.update(self.graph.initializers)
+        self._there = set(self.graph.initializers)
+
+    def linear(self, node: ir.Node) -> ir.Value:
+        """y = x W^T + b by the products that its formats ask for; starts the nodes that replace a Gemm."""
+        x, weight, *rest = node.inputs
+        bias = rest[0] if rest else None
+        tensor = self._start(node, weight)
+        products = self._products(tensor)
+        if len(products) == 1:
+            return self._product(x, products[0], tensor.dtype, bias)
+        y = self._g.op("Concat", *(self._product(x, part, tensor.dtype, None) for part in products), axis=-1)
+        return y if bias is None else self._g.op("Add", y, bias)
+
+    def lookup(self, node: ir.Node) -> ir.Value:
+        """Rows of an embedding; starts the nodes that replace a Gather."""
+        weight, ids = node.inputs
+        tensor = self._start(node, weight)
+        (product,) = self._products(tensor)
+        assert ids is not None
+        return self._ops.gather_blocked(self._g, self._matrix(product, tensor.dtype), ids)
+
+    def replace(self, node: ir.Node, value: ir.Value) -> None:
+        """Put the nodes made since `_start` in the place of one."""
+        ir.convenience.replace_nodes_and_values(self.graph, node, [node], self._g.nodes, node.outputs, [value])
+
+    def finish(self, weights: set[str]) -> BuiltGraph:
+        """The graph, without the float matrices that nothing reads any more."""
+        for name in weights:
+            if self.graph.initializers[name].uses():
+                raise ValueError(f"{name} is read by a node that is neither Gemm nor Gather")
+            del self.graph.initializers[name]
+            del self._stored[name]
+        for name, value in self._g.initializers.items():
+            if name not in self._there:
+                self.graph.initializers[name] = value
+        return BuiltGraph(self.graph, self.built.inputs, self.built.outputs, _in_order(self._stored))
+
+    def _start(self, node: ir.Node, weight: ir.Value | None) -> StoredTensor:
+        self._g.nodes, self._g.scope = [], node.name or node.op_type
+        assert weight is not None
+        return self.built.stored[weight.name or ""]
+
+    def _products(self, tensor: StoredTensor) -> list[_Product]:
+        formats = [self._formats[source] for source in tensor.sources]
+        if len(set(formats)) == 1:
+            return [_Product(tensor.name, tensor.sources, formats[0])]
+        return [_Product(source, (source,), format) for source, format in zip(tensor.sources, formats, strict=True)]
+
+    def _product(self, x: ir.Value | None, product: _Product, dtype: str, bias: ir.Value | None) -> ir.Value:
+        assert x is not None
+        if product.format is not None:
+            return self._ops.linear_blocked(self._g, x, self._matrix(product, dtype), bias)
+        weight = self._declare(StoredTensor(product.name, dtype, self._shapes[product.name], product.sources))
+        return self._g.op("Gemm", x, weight, *([] if bias is None else [bias]), transB=1)
+
+    def _matrix(self, product: _Product, dtype: str) -> BlockedMatrix:
+        assert product.format is not None
+        rows = sum(self._shapes[source][0] for source in product.sources)
+        shape = (rows, self._shapes[product.sources[0]][1])
+        return BlockedMatrix(
+            product.name,
+            product.sources,
+            shape,
+            product.format,
+            dtype,
+            self._level,
+            shared=f"{product.name}.codes" in self._stored,
+            declare=self._declare,
+        )
+
+    def _declare(self, tensor: StoredTensor) -> ir.Value:
+        initializers = self._g.initializers
+        if tensor.name not in self._stored:
+            self._stored[tensor.name] = tensor
+            initializers[tensor.name] = ir.Value(
+                name=tensor.name, shape=ir.Shape(tensor.shape), type=tensor_type(tensor.dtype)
+            )
+        return initializers[tensor.name]
+
+
+def _in_order(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The parts of each matrix one after another, where the first of them stood."""
+    places: dict[tuple[str, ...], int] = {}
+    keys = {}
+    for i, (name, tensor) in enumerate(stored.items()):
+        if tensor.part is None:
+            keys[name] = (i, 0)
+        else:
+            keys[name] = (places.setdefault(tensor.sources, i), _PART_ORDER.index(tensor.part.name))
+    return {name: stored[name] for name in sorted(stored, key=keys.__getitem__)}

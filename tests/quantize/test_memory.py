@@ -1,0 +1,42 @@
+"""Quantizing holds some blocks of a matrix, not the matrix."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.exports import export
+from tests.helpers import BASE, MemorySource, random_source
+
+# Two matrices of 134 MB; what is held is blocks of 16 MB, packed codes on their way and the scales of one matrix.
+LARGE = replace(BASE, vocab_size=1 << 16, hidden_size=512, key_dim=512, rotary_frequencies=(1.0,) * 64)
+QUANTIZE = """
+import resource, sys
+from pathlib import Path
+from retnet_tools.graph.exported import plan_of_export
+from retnet_tools.quantize.plan import plan_quantization, write_quantized
+from retnet_tools.quantize.scheme import make_scheme
+plan = plan_of_export(Path(sys.argv[1]))
+plan = plan_quantization(plan, make_scheme("int4", ops=plan.ops))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+write_quantized(plan, Path(sys.argv[2]), force=False, progress=lambda count: None)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_matrices(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    block = rng.standard_normal((1 << 16, 512), dtype=np.float32)
+    tensors = random_source(replace(LARGE, vocab_size=1), 1).tensors
+    tensors |= {"embedding.weight": block, "lm_head.weight": block}
+    folder = export(LARGE, MemorySource(tensors), tmp_path / "float")
+    command = [sys.executable, "-c", QUANTIZE, str(folder), str(tmp_path / "out")]
+    grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert block.nbytes > 100e6
+    assert grown < block.nbytes

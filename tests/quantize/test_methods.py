@@ -1,0 +1,42 @@
+"""The table of methods: found by name, and refused where a text is missing or not wanted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from retnet_tools.errors import UsageError
+from retnet_tools.graph.quantization import BlockFormat, Calibration
+from retnet_tools.quantize import methods
+from retnet_tools.quantize.blockwise import quantize_rows
+from retnet_tools.quantize.methods import CalibrationText, MethodSpec, RoundToNearest, find_method
+from tests.helpers import BASE, random_source
+
+TEXT = CalibrationText(Calibration("text", "00" * 32, 8), [np.arange(8)])
+
+
+def test_round_to_nearest_rounds_each_piece() -> None:
+    method = find_method("rtn", None).make(BASE, random_source(BASE, 1), None)
+    weight, format = np.random.default_rng(0).standard_normal((5, 40), np.float32), BlockFormat(4, 32, True)
+    found = method.quantize("layers.0.ffn.up_proj.weight", weight, format, np.dtype(np.float16))
+    expected = quantize_rows(weight, format, np.dtype(np.float16))
+    np.testing.assert_array_equal(found.codes, expected.codes)
+    np.testing.assert_array_equal(found.scales, expected.scales)
+
+
+def test_an_unknown_method_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"--method 'rtm'; expected one of .*did you mean 'rtn'\?"):
+        find_method("rtm", None)
+
+
+def test_a_calibrated_method_needs_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = MethodSpec("learned", calibrated=True, make=lambda *_: RoundToNearest())
+    monkeypatch.setitem(methods.METHODS, "learned", spec)
+    with pytest.raises(UsageError, match="--method learned without a text"):
+        find_method("learned", None)
+    assert find_method("learned", TEXT) is spec
+
+
+def test_a_text_for_round_to_nearest_is_refused() -> None:
+    with pytest.raises(UsageError, match="a text to calibrate on with --method rtn"):
+        find_method("rtn", TEXT)

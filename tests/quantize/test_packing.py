@@ -1,0 +1,139 @@
+"""Packed matrices against the operators that read them: onnxruntime's own, and onnx's reference evaluator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from retnet_tools.graph.quantization import BlockFormat
+from retnet_tools.quantize.packing import pack, unpack
+from tests.quantize.test_blockwise import FLOAT32, decode, quantize_rows, weights
+from tests.tolerances import FLOAT16_PRODUCT, FLOAT32_PRODUCT
+
+SHAPES = [(48, 256), (7, 200), (6, 33), (5, 96), (1, 1)]
+FORMATS = [
+    BlockFormat(bits, size, symmetric) for bits in (8, 4) for size in (32, 64, 128) for symmetric in (True, False)
+]
+EVERYTHING = [
+    pytest.mark.parametrize("format", FORMATS, ids=str),
+    pytest.mark.parametrize("shape", SHAPES, ids=str),
+]
+
+
+def everything(test):
+    for mark in EVERYTHING:
+        test = mark(test)
+    return test
+
+
+def model(nodes: list[Any], constants: dict[str, Any], x: np.ndarray, rank: int = 2) -> onnx.ModelProto:
+    kind = helper.np_dtype_to_tensor_dtype(x.dtype)
+    inputs = [helper.make_tensor_value_info("x", kind, [None] * x.ndim)]
+    outputs = [helper.make_tensor_value_info("y", constants["scales"].data_type, [None] * rank)]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, list(constants.values()))
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=11)
+
+
+def run(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    # Multiplication in float32, where the optimizer makes a MatMulNBits of DequantizeLinear and MatMul.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": x})[0]
+
+
+def tensors(packed: tuple) -> dict[str, onnx.TensorProto]:
+    named = dict(zip(("codes", "scales", "zero_points"), packed, strict=True))
+    return {name: numpy_helper.from_array(array, name) for name, array in named.items() if array is not None}
+
+
+def typed(name: str, kind: int, shape: tuple[int, ...], data: np.ndarray) -> onnx.TensorProto:
+    return onnx.TensorProto(name=name, data_type=kind, dims=shape, raw_data=data.tobytes())
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+@everything
+@pytest.mark.parametrize("scale_type", [np.float32, np.float16])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_matmul_nbits_reads_what_was_packed(format: BlockFormat, shape: tuple, scale_type: type, batch: int) -> None:
+    rows = quantize_rows(weights(*shape), format, np.dtype(scale_type))
+    constants = tensors(pack(rows, format, "rows"))
+    (count, columns), x = shape, weights(batch, shape[1], seed=1).astype(scale_type)
+    node = helper.make_node(
+        "MatMulNBits",
+        ["x", *constants],
+        ["y"],
+        domain="com.microsoft",
+        N=count,
+        K=columns,
+        bits=format.bits,
+        block_size=format.block_size,
+        accuracy_level=0,
+    )
+    expected = x.astype(np.float64) @ decode(rows, format).T
+    tolerance = FLOAT32_PRODUCT if scale_type is np.float32 else FLOAT16_PRODUCT
+    assert relative_error(run(model([node], constants, x), x), expected) < tolerance
+
+
+@everything
+def test_gather_block_quantized_reads_the_same_bytes(format: BlockFormat, shape: tuple) -> None:
+    rows = quantize_rows(weights(*shape), format, FLOAT32)
+    codes, *rest = pack(rows, format, "rows")
+    constants = tensors((codes.reshape(shape[0], -1), *rest))
+    node = helper.make_node(
+        "GatherBlockQuantized",
+        ["codes", "x", *list(constants)[1:]],
+        ["y"],
+        domain="com.microsoft",
+        bits=format.bits,
+        block_size=format.block_size,
+    )
+    ids = np.random.default_rng(2).integers(0, shape[0], (2, 3))
+    found = run(model([node], constants, ids, rank=3), ids)
+    np.testing.assert_allclose(found[..., : shape[1]], decode(rows, format)[ids], rtol=1e-6)
+    assert (found[..., shape[1] :] == 0).all()
+
+
+@everything
+def test_dequantize_linear_reads_columns(format: BlockFormat, shape: tuple) -> None:
+    rows = quantize_rows(weights(*shape), format, FLOAT32)
+    codes, scales, zeros = pack(rows, format, "columns")
+    kind = getattr(onnx.TensorProto, f"{'' if format.symmetric else 'U'}INT{format.bits}")
+    constants = {
+        "codes": typed("codes", kind, shape[::-1], codes),
+        "scales": numpy_helper.from_array(scales, "scales"),
+    }
+    if zeros is not None:
+        constants["zero_points"] = typed("zero_points", kind, scales.shape, zeros)
+    nodes = [
+        helper.make_node("DequantizeLinear", list(constants), ["w"], axis=0, block_size=format.block_size),
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+    ]
+    x = weights(3, shape[1], seed=1)
+    expected = x.astype(np.float64) @ decode(rows, format).T
+    graph = model(nodes, constants, x)
+    assert relative_error(run(graph, x), expected) < FLOAT32_PRODUCT
+    assert relative_error(ReferenceEvaluator(graph).run(None, {"x": x})[0], expected) < FLOAT32_PRODUCT
+
+
+@everything
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_unpacking_gives_back_what_was_packed(format: BlockFormat, shape: tuple, layout: str) -> None:
+    rows = quantize_rows(weights(*shape), format, FLOAT32)
+    restored = unpack(pack(rows, format, layout), shape, format, layout)
+    np.testing.assert_array_equal(restored.codes, rows.codes)
+    np.testing.assert_array_equal(restored.scales, rows.scales)
+    if rows.zero_points is not None:
+        np.testing.assert_array_equal(restored.zero_points, rows.zero_points)
