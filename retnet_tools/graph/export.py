@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from retnet_tools import __version__
-from retnet_tools.errors import UsageError, did_you_mean
 from retnet_tools.formats import Checkpoint
 from retnet_tools.graph import contract
 from retnet_tools.graph.builder import BuiltGraph
+from retnet_tools.graph.devices import operator_set, target_device
 from retnet_tools.graph.manifest import Manifest
-from retnet_tools.graph.ops import OPERATOR_SETS
 from retnet_tools.graph.quantization import Quantization
 from retnet_tools.graph.stored import StoredTensor, stored_bytes
 from retnet_tools.graph.targets import TARGET_FILES, ExportTarget, export_target
@@ -36,6 +35,7 @@ class ExportPlan:
         notes: what the user should know, about the checkpoint and about running it.
         quantization: what retnet.json says of it; None for float weights.
         provenance: as retnet.json is to say it; None hashes the checkpoint's files.
+        device: whose kernels the graphs are made for.
     """
 
     checkpoint: Checkpoint
@@ -47,6 +47,7 @@ class ExportPlan:
     notes: tuple[str, ...]
     quantization: Quantization | None = None
     provenance: dict[str, Any] | None = None
+    device: str = "cpu"
 
     @property
     def tensors(self) -> dict[str, StoredTensor]:
@@ -65,24 +66,29 @@ class ExportPlan:
 
 
 def plan_export(
-    checkpoint: Checkpoint, *, dtype: str, ops: str, state_dtype: str = "float32", target: str = "onnx"
+    checkpoint: Checkpoint,
+    *,
+    dtype: str,
+    ops: str,
+    state_dtype: str = "float32",
+    target: str = "onnx",
+    device: str = "cpu",
 ) -> ExportPlan:
     """Build the graphs of a checkpoint, without weights.
 
     Raises:
-        UsageError: an operator set or a target that does not exist, or a model that the target cannot run.
+        UsageError: an operator set, a target or a device that does not exist, or a model that the target cannot run.
         InputError: tokenizer files that do not fit the model.
     """
     chosen = export_target(target)
-    if ops not in OPERATOR_SETS:
-        raise UsageError(f"--ops {ops!r}", f"one of {', '.join(OPERATOR_SETS)}", did_you_mean(ops, OPERATOR_SETS))
-    files = chosen.files(checkpoint)
+    operators = operator_set(ops, device)
+    files = chosen.files(checkpoint, target_device(device).genai_provider)
     graphs = {
-        name: builder(checkpoint.config, dtype, state_dtype, OPERATOR_SETS[ops]).build()
+        name: builder(checkpoint.config, dtype, state_dtype, operators).build()
         for name, builder in chosen.graphs.items()
     }
     notes = export_notes(checkpoint, chosen, dtype, state_dtype)
-    return ExportPlan(checkpoint, dtype, state_dtype, ops, graphs, files, notes)
+    return ExportPlan(checkpoint, dtype, state_dtype, ops, graphs, files, notes, device=device)
 
 
 def write_export(
@@ -162,4 +168,5 @@ def _manifest(plan: ExportPlan, digests: Sequence[str]) -> Manifest:
         provenance=plan.provenance or provenance(checkpoint.format, checkpoint.source_files, digests, checkpoint.notes),
         graphs={name: {"inputs": graph.inputs, "outputs": graph.outputs} for name, graph in plan.graphs.items()},
         tokenizer_files=tuple(file.name for file in checkpoint.tokenizer_files),
+        device=plan.device,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retnet_tools.errors import InputError, UsageError
+from retnet_tools.errors import InputError, ProviderError, UsageError
 from retnet_tools.graph.contract import (
     ATTENTION_MASK,
     MANIFEST_FILE,
@@ -26,54 +27,16 @@ from retnet_tools.graph.contract import (
     step_outputs,
 )
 from retnet_tools.graph.manifest import read_manifest
+from retnet_tools.runtime.binding import Binding
+from retnet_tools.runtime.cuda_graphs import StepGraphs
+from retnet_tools.runtime.device_memory import LIBRARY_BYTES, check_memory, chunk_bytes, enough_memory, graph_bytes
 from retnet_tools.runtime.prompts import DEFAULT_CHUNK_SIZE, Prompts
-from retnet_tools.runtime.providers import Device, open_session
-from retnet_tools.runtime.state import RecurrentState, device_value
+from retnet_tools.runtime.providers import CpuFallbackWarning, Device, check_device, check_retention, open_session
+from retnet_tools.runtime.state import RecurrentState
 from retnet_tools.weights import Array
 
 if TYPE_CHECKING:
     import onnxruntime
-
-
-class Binding:
-    """A graph with everything bound once: tokens and logits in buffers of its own, states where they lie.
-
-    Args:
-        session: the graph.
-        feeds: the inputs but for the states, of the shapes that every run will have.
-        past, present: the states to read and to write, the same buffers where the graph works in place.
-        output: the first output.
-        device: of the session.
-    """
-
-    def __init__(
-        self,
-        session: onnxruntime.InferenceSession,
-        feeds: Mapping[str, Array],
-        past: Sequence[onnxruntime.OrtValue],
-        present: Sequence[onnxruntime.OrtValue],
-        output: TensorSpec,
-        device: Device,
-    ) -> None:
-        self._session = session
-        self._binding = session.io_binding()
-        self._feeds = {name: device_value(np.array(array), device) for name, array in feeds.items()}
-        batch = len(next(iter(feeds.values())))
-        shape = (batch, *map(int, output.shape[1:]))
-        self._logits = device_value(np.zeros(shape, dtype=output.dtype), device)
-        for name, value in self._feeds.items():
-            self._binding.bind_ortvalue_input(name, value)
-        self._binding.bind_ortvalue_output(output.name, self._logits)
-        for i, (before, after) in enumerate(zip(past, present, strict=True)):
-            self._binding.bind_ortvalue_input(past_name(i), before)
-            self._binding.bind_ortvalue_output(present_name(i), after)
-
-    def run(self, feeds: Mapping[str, Array], *, fetch: bool) -> Array | None:
-        """Run once; a copy of the first output `[B, ...]` where it is asked for."""
-        for name, array in feeds.items():
-            self._feeds[name].update_inplace(np.ascontiguousarray(array))
-        self._session.run_with_iobinding(self._binding)
-        return np.array(self._logits.numpy()[:, 0]) if fetch else None
 
 
 class DecoderSession:
@@ -85,10 +48,16 @@ class DecoderSession:
         threads: of the CPU provider; None lets ONNX Runtime choose.
         in_place: whether step.onnx writes states where it reads them, or into a second buffer; None writes in place on
             the CPU, whose kernels are known to read a state before they write it.
+        cuda_graph: whether steps on CUDA are captured and replayed; None does where it can.
+
+    Attributes:
+        device: where it runs; the CPU where `device.cpu_fallback` allowed it and there was no other way.
+        eager_reason: why steps run kernel by kernel; None where they are replayed as CUDA graphs.
 
     Raises:
         InputError: not an exported folder, or an incomplete one.
-        ProviderError: the device cannot be had.
+        ProviderError: the device cannot be had, or has no room; nothing is loaded then.
+        UsageError: CUDA graphs of steps in place.
     """
 
     def __init__(
@@ -98,6 +67,7 @@ class DecoderSession:
         threads: int | None = None,
         *,
         in_place: bool | None = None,
+        cuda_graph: bool | None = None,
     ) -> None:
         if not folder.is_dir():
             raise InputError(f"no folder {folder}", f"a folder with {MANIFEST_FILE}, written by `retnet-tools export`")
@@ -112,11 +82,15 @@ class DecoderSession:
                 raise InputError(f"{folder} has no {name}", "a complete export", "export the checkpoint again")
         self.device = device or Device("cpu")
         self.threads = threads
-        self.in_place = self.device.kind == "cpu" if in_place is None else in_place
+        if in_place and cuda_graph:
+            raise UsageError("CUDA graphs of steps in place", "one of them: a capture runs a step several times")
         border = (self.manifest.config, self.manifest.state_dtype)
         self._input, *_ = step_inputs(*border)
         self._output, *_ = step_outputs(*border)
-        self._step = self._open(STEP_FILE, step_inputs(*border))
+        self.eager_reason = self._no_graph_reason(in_place, cuda_graph)
+        self._step = self._open_step(step_inputs(*border))
+        self.in_place = self.device.kind == "cpu" if in_place is None else in_place
+        self._graphs = None if self.eager_reason else StepGraphs(self._step, self._bind_captured)
 
     def new_state(self, batch: int = 1) -> RecurrentState:
         """The state before the first token of `batch` sequences."""
@@ -199,8 +173,9 @@ class DecoderSession:
                 feeds[ATTENTION_MASK] = chunk.mask
                 key = (chunk.mask.shape, id(state.current))
                 if key not in bindings:
-                    bindings[key] = self._bind(self._prefill, feeds, state, state.spare)
-                logits = bindings[key].run(feeds, fetch=fetch)
+                    bindings[key] = self._bind(self._prefill, feeds, state.current, state.spare)
+                with enough_memory(self.device, self._chunk_bytes(chunk.mask), f"a chunk of {chunk.mask.shape}"):
+                    logits = bindings[key].run(feeds, fetch=fetch)
                 state.advance(chunk.counts, swap=True)
             if logits is not None:
                 result[chunk.ends] = logits[chunk.ends]
@@ -209,11 +184,14 @@ class DecoderSession:
         return result
 
     def _run_step(self, feeds: Mapping[str, Array], state: RecurrentState, *, fetch: bool) -> Array | None:
-        key = (self._step, id(state.current))
-        if key not in state.bindings:
-            present = state.current if self.in_place else state.spare
-            state.bindings[key] = self._bind(self._step, feeds, state, present)
-        logits: Array | None = state.bindings[key].run(feeds, fetch=fetch)
+        binding = self._graphs.binding(state, feeds) if self._graphs is not None else None
+        if binding is None:
+            key = (self._step, id(state.current))
+            if key not in state.bindings:
+                present = state.current if self.in_place else state.spare
+                state.bindings[key] = self._bind(self._step, feeds, state.current, present)
+            binding = state.bindings[key]
+        logits: Array | None = binding.run(feeds, fetch=fetch)
         state.advance(1, swap=not self.in_place)
         return logits
 
@@ -221,10 +199,54 @@ class DecoderSession:
         self,
         graph: onnxruntime.InferenceSession,
         feeds: Mapping[str, Array],
-        state: RecurrentState,
+        past: Sequence[onnxruntime.OrtValue],
         present: Sequence[onnxruntime.OrtValue],
+        graph_id: int | None = None,
     ) -> Binding:
-        return Binding(graph, feeds, state.current, present, self._output, self.device)
+        read = {past_name(i): value for i, value in enumerate(past)}
+        written = {present_name(i): value for i, value in enumerate(present)}
+        return Binding(graph, feeds, read, written, self._output, self.device, graph_id)
+
+    def _bind_captured(
+        self,
+        feeds: Mapping[str, Array],
+        past: Sequence[onnxruntime.OrtValue],
+        present: Sequence[onnxruntime.OrtValue],
+        graph_id: int,
+    ) -> Binding:
+        return self._bind(self._step, feeds, past, present, graph_id)
+
+    def _chunk_bytes(self, mask: Array) -> int:
+        return chunk_bytes(self.manifest.config, self.manifest.dtype, *mask.shape)
+
+    def _no_graph_reason(self, in_place: bool | None, cuda_graph: bool | None) -> str | None:
+        """Why there is no use in trying CUDA graphs."""
+        if self.device.kind == "cpu":
+            return "it runs on the CPU"
+        if in_place:
+            return "states are written in place"
+        return "it was asked for" if cuda_graph is False else None
+
+    def _open_step(self, inputs: Sequence[TensorSpec]) -> onnxruntime.InferenceSession:
+        """step.onnx with CUDA graphs where they can be had; on the CPU where that is allowed and nothing else goes."""
+        try:
+            check_retention(self.manifest, self.device)
+            if self.eager_reason is None:
+                try:
+                    return self._open(STEP_FILE, inputs, cuda_graph=True)
+                except ProviderError as error:
+                    if "graph capture" not in str(error):
+                        raise
+                    self.eager_reason = error.found
+            return self._open(STEP_FILE, inputs)
+        except ProviderError as error:
+            if not self.device.cpu_fallback:
+                raise
+            warnings.warn(
+                f"{error}; running on the CPU, as --allow-cpu-fallback says", CpuFallbackWarning, stacklevel=3
+            )
+            self.device, self.eager_reason = Device("cpu"), "it runs on the CPU"
+            return self._open(STEP_FILE, inputs)
 
     @cached_property
     def _prefill(self) -> onnxruntime.InferenceSession:
@@ -235,8 +257,14 @@ class DecoderSession:
         inputs = prefill_inputs(self.manifest.config, self.manifest.state_dtype)
         return self._open(PREFILL_FILE, inputs, prepack=not plain)
 
-    def _open(self, name: str, inputs: Sequence[TensorSpec], *, prepack: bool = True) -> onnxruntime.InferenceSession:
-        session = open_session(self.folder / name, self.device, self.threads, prepack=prepack)
+    def _open(
+        self, name: str, inputs: Sequence[TensorSpec], *, prepack: bool = True, cuda_graph: bool = False
+    ) -> onnxruntime.InferenceSession:
+        path = self.folder / name
+        if self.device.kind == "cuda":
+            check_device(self.device)
+            check_memory(self.device, graph_bytes(path) + LIBRARY_BYTES, f"{path.name} of {self.folder}")
+        session = open_session(path, self.device, self.threads, prepack=prepack, cuda_graph=cuda_graph)
         found = [(value.name, tuple(value.shape)) for value in session.get_inputs()]
         if found != [(spec.name, spec.shape) for spec in inputs]:
             raise InputError(
