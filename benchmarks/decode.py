@@ -1,4 +1,5 @@
-"""Decode speed of an exported model: states stepped in place, in a double buffer, and torch's recurrent form.
+"""Decode speed of an exported model: in float32 with states in place and in a double buffer, quantized, and torch's
+recurrent form.
 
     python benchmarks/decode.py --size 1.3b -o benchmarks/decode.json
 
@@ -21,13 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from large_checkpoint import VOCAB_SIZE, RandomWeights, machine
+from large_checkpoint import VOCAB_SIZE, RandomWeights, machine, write_exports
 
-from retnet_tools.formats import Checkpoint
-from retnet_tools.graph.export import plan_export, write_export
 from retnet_tools.paper import MODEL_SIZES
 
-WAYS = ("in place", "double buffer", "torch recurrent")
+WAYS = ("float32", "float32, double buffer", "int8", "int4", "torch recurrent")
 WARM_UP = 5
 
 
@@ -37,7 +36,8 @@ def stepper(way: str, size: str, folder: Path, threads: int) -> Callable[[np.nda
         return torch_recurrent(size, threads)
     from retnet_tools.runtime.session import DecoderSession
 
-    session = DecoderSession(folder, threads=threads, in_place=way == "in place")
+    kind, _, buffer = way.partition(", ")
+    session = DecoderSession(folder / kind, threads=threads, in_place=not buffer)
     state = session.new_state()
     return lambda token: session.step(token, state)
 
@@ -75,29 +75,26 @@ def time_one(arguments: argparse.Namespace) -> None:
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All ways in turns."""
-    config = MODEL_SIZES[arguments.size].config(VOCAB_SIZE)
-    checkpoint = Checkpoint(Path("random"), "random", config, RandomWeights(config), [], [], [])
-    plan = plan_export(checkpoint, dtype="float32", ops=arguments.ops)
-    write_export(plan, folder / "out", force=False, progress=lambda count: None)
+    sizes = write_exports(folder, arguments.size, arguments.ops, ("float32", "int8", "int4"))
     rounds: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(arguments.rounds):
         for way, medians in rounds.items():
             command = [sys.executable, __file__, "--size", arguments.size, "--threads", str(arguments.threads)]
-            command += ["--time", way, "--steps", str(arguments.steps), "--folder", str(folder / "out")]
+            command += ["--time", way, "--steps", str(arguments.steps), "--folder", str(folder)]
             seconds = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             medians.append(statistics.median(seconds))
-    best = statistics.median(rounds["in place"])
+    float32 = statistics.median(rounds["float32"])
     return {
         "size": arguments.size,
         "ops": arguments.ops,
         "threads": arguments.threads,
         "machine": machine(),
-        "weight_bytes": plan.weight_bytes,
+        "weight_bytes": sizes,
         "results": [
             {
                 "way": way,
                 "ms_per_token": round(1e3 * statistics.median(medians), 2),
-                "times_in_place": round(statistics.median(medians) / best, 3),
+                "times_as_fast_as_float32": round(float32 / statistics.median(medians), 2),
                 "rounds_ms": [round(1e3 * seconds, 2) for seconds in medians],
             }
             for way, medians in rounds.items()
@@ -113,6 +110,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
+    parser.add_argument("--exports", type=Path, help="a folder to keep the exports in, or that has them already")
     parser.add_argument("-o", "--output", type=Path, help="also write the JSON here")
     parser.add_argument("--time", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -120,7 +118,7 @@ def main() -> None:
         time_one(arguments)
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        text = json.dumps(measure(arguments, Path(folder)), indent=1) + "\n"
+        text = json.dumps(measure(arguments, arguments.exports or Path(folder)), indent=1) + "\n"
     print(text, end="")
     if arguments.output:
         arguments.output.write_text(text)

@@ -18,8 +18,12 @@ from typing import Any
 import numpy as np
 
 from retnet_tools.config import RetNetConfig
+from retnet_tools.formats import Checkpoint
 from retnet_tools.formats.canonical import write_canonical
+from retnet_tools.graph.export import plan_export, write_export
 from retnet_tools.paper import MODEL_SIZES
+from retnet_tools.quantize.plan import plan_target, write_quantized
+from retnet_tools.quantize.scheme import NO_OPTIONS, parse_target
 from retnet_tools.weights import Array, TensorInfo, canonical_shapes
 
 VOCAB_SIZE = 50257
@@ -54,6 +58,26 @@ def write_checkpoint(folder: Path, size: str, shard_size: int) -> int:
     config = MODEL_SIZES[size].config(VOCAB_SIZE)
     files = write_canonical(folder, config, RandomWeights(config), max_shard_size=shard_size)
     return sum(file.stat().st_size for file in files)
+
+
+def write_exports(folder: Path, size: str, ops: str, kinds: Iterable[str]) -> dict[str, int]:
+    """Export a random model of a published size to `folder / kind` (float32, int8, int4) where it is not there yet;
+    bytes of each."""
+    config = MODEL_SIZES[size].config(VOCAB_SIZE)
+    plan = plan_export(
+        Checkpoint(Path("random"), "random", config, RandomWeights(config), [], [], []), dtype="float32", ops=ops
+    )
+    sizes = {}
+    for kind in kinds:
+        if (folder / kind).exists():
+            pass
+        elif kind == "float32":
+            write_export(plan, folder / kind, force=False, progress=lambda count: None)
+        else:
+            quantized = plan_target(plan, parse_target(kind), NO_OPTIONS)
+            write_quantized(quantized, folder / kind, force=False, progress=lambda count: None)
+        sizes[kind] = (folder / kind / "weights.data").stat().st_size
+    return sizes
 
 
 # A child starts with its parent's peak as its own, so a small process stands between them.

@@ -2,11 +2,11 @@
 
     python benchmarks/prefill.py --size 1.3b -o benchmarks/prefill_1.3b.json
 
-Exports a random model of a published size to a temporary folder. Every way of reading a prompt runs in a process of its
-own, in turns, `--rounds` times: first a prompt of a chunk or two, so that everything is loaded, then the one that is
-timed. Figures are medians. Peak memory is ru_maxrss of the process; mapped pages of weights.data count. The step loop
-and torch's parallel form read prompts up to `--longest-step` and `--longest-parallel` tokens; torch makes the logits of
-every token, and the vocabulary is more than half of the base model.
+Exports a random model of a published size to a temporary folder, in float32 and quantized. Every way of reading a
+prompt runs in a process of its own, in turns, `--rounds` times: first a prompt of a chunk or two, so that everything is
+loaded, then the one that is timed. Figures are medians. Peak memory is ru_maxrss of the process; mapped pages of
+weights.data count. The step loop and torch's parallel form read prompts up to `--longest-step` and `--longest-parallel`
+tokens; torch makes the logits of every token.
 """
 
 from __future__ import annotations
@@ -24,28 +24,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from large_checkpoint import VOCAB_SIZE, RandomWeights, machine
+from large_checkpoint import VOCAB_SIZE, RandomWeights, machine, write_exports
 
-from retnet_tools.formats import Checkpoint
-from retnet_tools.graph.export import plan_export, write_export
 from retnet_tools.paper import MODEL_SIZES
 
 
 def reader(way: str, size: str, folder: Path, threads: int) -> Callable[[np.ndarray], None]:
-    """What reads a prompt `[T]`: `parallel` (torch), `step`, or the chunk size as a number."""
+    """What reads a prompt `[T]`: `parallel` (torch), or `KIND/step` or `KIND/chunk size` of an export."""
     if way == "parallel":
         return torch_parallel(size, threads)
     from retnet_tools.runtime.session import DecoderSession
 
-    session = DecoderSession(folder, threads=threads)
+    kind, _, chunk_size = way.partition("/")
+    session = DecoderSession(folder / kind, threads=threads)
 
     def read(prompt: np.ndarray) -> None:
         state = session.new_state()
-        if way == "step":
+        if chunk_size == "step":
             for n in range(len(prompt)):
                 session.step(prompt[n : n + 1], state, logits=n + 1 == len(prompt))
         else:
-            session.prefill([prompt], state, chunk_size=int(way))
+            session.prefill([prompt], state, chunk_size=int(chunk_size))
 
     return read
 
@@ -71,7 +70,8 @@ def time_one(way: str, size: str, folder: Path, threads: int, tokens: int) -> No
     """The work of one process: prints seconds and peak bytes as JSON."""
     read = reader(way, size, folder, threads)
     prompt = np.random.default_rng(0).integers(0, VOCAB_SIZE, tokens)
-    read(prompt[: 2 * int(way) if way.isdigit() else 64])
+    chunk_size = way.rpartition("/")[2]
+    read(prompt[: 2 * int(chunk_size) if chunk_size.isdigit() else 64])
     began = time.perf_counter()
     read(prompt)
     seconds = time.perf_counter() - began
@@ -81,28 +81,26 @@ def time_one(way: str, size: str, folder: Path, threads: int, tokens: int) -> No
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All ways in turns, for each prompt length."""
-    config = MODEL_SIZES[arguments.size].config(VOCAB_SIZE)
-    checkpoint = Checkpoint(Path("random"), "random", config, RandomWeights(config), [], [], [])
-    plan = plan_export(checkpoint, dtype="float32", ops=arguments.ops)
-    write_export(plan, folder / "out", force=False, progress=lambda count: None)
-    limits = {"step": arguments.longest_step, "parallel": arguments.longest_parallel}
-    ways = [*arguments.chunk_sizes.split(","), *limits]
+    kinds = ["float32", *filter(None, arguments.quantize.split(","))]
+    sizes = write_exports(folder, arguments.size, arguments.ops, kinds)
+    limits = {f"{kind}/step": arguments.longest_step for kind in kinds} | {"parallel": arguments.longest_parallel}
+    ways = [*(f"{kind}/{size}" for kind in kinds for size in arguments.chunk_sizes.split(",")), *limits]
     cases = [(n, way) for n in map(int, arguments.tokens.split(",")) for way in ways if n <= limits.get(way, n)]
     runs: dict[tuple[int, str], list[dict[str, float]]] = {case: [] for case in cases}
     for _ in range(arguments.rounds):
         for (tokens, way), results in runs.items():
             command = [sys.executable, __file__, "--size", arguments.size, "--threads", str(arguments.threads)]
-            command += ["--time", way, "--tokens", str(tokens), "--folder", str(folder / "out")]
+            command += ["--time", way, "--tokens", str(tokens), "--folder", str(folder)]
             results.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
     return {
         "size": arguments.size,
         "ops": arguments.ops,
         "threads": arguments.threads,
         "machine": machine(),
-        "weight_bytes": plan.weight_bytes,
+        "weight_bytes": sizes,
         "results": [
             {
-                "way": f"chunks of {way}" if way.isdigit() else way,
+                "way": way,
                 "tokens": tokens,
                 "tokens_per_second": round(tokens / statistics.median(run["seconds"] for run in results), 1),
                 "seconds": [round(run["seconds"], 3) for run in results],
@@ -120,10 +118,12 @@ def main() -> None:
     parser.add_argument("--chunk-sizes", default="128,256", help="a comma list")
     parser.add_argument("--longest-step", type=int, default=512, help="longest prompt for the step loop")
     parser.add_argument("--longest-parallel", type=int, default=2048, help="longest prompt for torch")
+    parser.add_argument("--quantize", default="int8", help="further exports, a comma list of int8 and int4")
     parser.add_argument("--ops", default="fused", choices=["fused", "standard"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
+    parser.add_argument("--exports", type=Path, help="a folder to keep the exports in, or that has them already")
     parser.add_argument("-o", "--output", type=Path, help="also write the JSON here")
     parser.add_argument("--time", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -131,7 +131,7 @@ def main() -> None:
         time_one(arguments.time, arguments.size, arguments.folder, arguments.threads, int(arguments.tokens))
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        text = json.dumps(measure(arguments, Path(folder)), indent=1) + "\n"
+        text = json.dumps(measure(arguments, arguments.exports or Path(folder)), indent=1) + "\n"
     print(text, end="")
     if arguments.output:
         arguments.output.write_text(text)

@@ -6,11 +6,16 @@ import errno
 import os
 import re
 import shutil
+import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from retnet_tools.errors import InputError, OutputError, UsageError
+
+if sys.platform != "win32":
+    import fcntl
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -58,6 +63,31 @@ def staged_file(target: Path, *, force: bool) -> Iterator[Path]:
     with _partial(target, "a file") as (target, partial):
         yield partial
         os.replace(partial, target)
+
+
+@contextmanager
+def appended_file(target: Path) -> Iterator[IO[bytes]]:
+    """A file to write more to, locked meanwhile against other processes; one made here goes away if it stays empty.
+
+    Where the system or the file system has no locks, there is none.
+
+    Raises:
+        OutputError: the target is no file.
+        UsageError: another process writes to it.
+    """
+    if target.exists() and not target.is_file():
+        raise OutputError(f"{target} is no file", "a file to write", "name another output")
+    new, mine = not target.exists(), False
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with target.open("ab") as file:
+            _lock(file, target)
+            mine = new
+            yield file
+    except BaseException:
+        if mine and not target.stat().st_size:
+            target.unlink()
+        raise
 
 
 @contextmanager
@@ -116,6 +146,20 @@ def check_target(target: Path, *, marker: str, force: bool) -> None:
         raise OutputError(
             f"{target} is not a folder that this command wrote (no {marker})", action="remove it yourself"
         )
+
+
+def _lock(file: IO[bytes], target: Path) -> None:
+    if sys.platform == "win32":
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UsageError(
+            f"another process writes to {target}", "one at a time", "wait for it, or name another output"
+        ) from error
+    except OSError:
+        # A file system without locks.
+        return
 
 
 def _publish(partial: Path, target: Path, marker: str, stale: Collection[str]) -> None:

@@ -17,7 +17,6 @@ from retnet_tools.graph import contract
 from retnet_tools.graph.export import plan_export, write_export
 from retnet_tools.graph.ops import OPERATOR_SETS
 from retnet_tools.runtime.decode import generate
-from retnet_tools.runtime.sampling import Sampling
 from retnet_tools.runtime.session import DecoderSession
 from retnet_tools.tokens import load_tokenizer
 from retnet_tools.weights import Array
@@ -65,7 +64,7 @@ class Pair:
         self.session = DecoderSession(export(folder, "onnx", ops, dtype), threads=1)
 
     def ours(self, prompt: Sequence[int], count: int) -> list[int]:
-        return list(generate(self.session, prompt, max_tokens=count, sampling=Sampling()).tokens)
+        return list(generate(self.session, [prompt], max_tokens=count).rows[0].tokens)
 
     def our_logits(self, prompt: Sequence[int]) -> Array:
         return self.session.prefill([list(prompt)], self.session.new_state())[0]

@@ -30,8 +30,8 @@ FLOAT32_PRODUCT = 2e-6
 """A matrix product in float32 over 256 columns or fewer, relative to the largest element."""
 FLOAT16_PRODUCT = 2e-3
 """The same with activations and results in float16."""
-FLOAT16_STATES = {"paper": 0.02, "slow": 0.15}
+FLOAT16_STATES = {"paper": 0.005, "slow": 0.15}
 """Scaled float16 states after 4096 random tokens against float32, relative, for gamma up to 1 - 2^-8 and up to
-1 - 2^-20 (measured 0.008 and 0.08)."""
+1 - 2^-20 (measured 0.0026 and 0.081)."""
 FLOAT16_STATE_KL = 2e-6
-"""Mean KL of the trained fixture with float16 states from float32 ones, nats a token (measured 4.0e-7)."""
+"""Mean KL of the trained fixture with float16 states from float32 ones, nats a token (measured 3.8e-7)."""

@@ -16,7 +16,8 @@ def bench(
         Path | None,
         typer.Argument(help="Exported folder or checkpoint; the shipped one if left out.", show_default=False),
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")] = "cpu",
+    device: common.DeviceName = "cpu",
+    cpu_fallback: common.CpuFallback = False,
     tokens: Annotated[int, typer.Option("-n", help="Tokens to generate in each sequence.", min=1)] = 128,
     batches: Annotated[str, typer.Option("-b", "--batch", help="Sequences at once; a comma list.")] = "1",
     threads: Annotated[str | None, typer.Option("-t", "--threads", help="CPU threads; a comma list.")] = None,
@@ -33,16 +34,18 @@ def bench(
     from retnet_tools.reports.benchmark import benchmark_document, measure_decode, render_benchmark
     from retnet_tools.runtime.providers import check_device, parse_device
 
-    target, number_type = parse_device(device), parse_dtype(dtype, ("float32", "float16", "bfloat16"))
+    target = parse_device(device, cpu_fallback=cpu_fallback)
+    number_type = parse_dtype(dtype, ("float32", "float16", "bfloat16"))
     batch_sizes = common.parse_counts("-b", batches)
     thread_counts = [None] if threads is None else common.parse_counts("-t", threads, common.MAX_THREADS)
-    check_device(target)
+    if not cpu_fallback:
+        check_device(target)
     path = common.checkpoint_or_default(model)
     with tempfile.TemporaryDirectory() as scratch:
         folder = path
         if not (path / MANIFEST_FILE).is_file():
             folder = Path(scratch) / "export"
-            plan = plan_export(open_checkpoint(path), dtype=number_type, ops=ops)
+            plan = plan_export(open_checkpoint(path), dtype=number_type, ops=ops, device=target.kind)
             write_export(plan, folder, force=False, progress=lambda count: None)
         with common.step_progress() as progress:
             rows = measure_decode(

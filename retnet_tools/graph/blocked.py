@@ -48,7 +48,7 @@ class BlockedMatrix:
         return self.declare(StoredTensor(f"{self.name}.{part}", dtype, shape, self.sources, part=content))
 
     def view(self, part: PartName, layout: Layout, dtype: str, shape: tuple[int, ...]) -> ir.Value:
-        """A part under another shape or type than the product reads it in; the same bytes."""
+        """A part for the lookup, which may have another shape or type than the product's; the same bytes."""
         if not self.shared:
             return self.part(part, layout, dtype, shape)
         return self.declare(StoredTensor(f"{self.name}.{part}.view", dtype, shape, same_as=f"{self.name}.{part}"))
@@ -61,10 +61,13 @@ class BlockedMatrix:
 
 def dequantized_rows(g: GraphBuilder, matrix: BlockedMatrix, ids: ir.Value) -> ir.Value:
     """Rows of a matrix stored by columns, dequantized: `[B, T]` int64 to `[B, T, K]`."""
-    scales = _column_values(g, matrix.scales("columns"), ids)
+    # Views, since ONNX Runtime makes no MatMulNBits of parts that another node reads too.
+    scales = matrix.view("scales", "columns", matrix.dtype, (matrix.blocks, matrix.shape[0]))
     zeros = [] if matrix.format.symmetric else [_integers(g, matrix, "zero_points", matrix.blocks, ids)]
     codes = _integers(g, matrix, "codes", matrix.shape[1], ids)
-    return g.op("DequantizeLinear", codes, scales, *zeros, axis=-1, block_size=matrix.format.block_size)
+    return g.op(
+        "DequantizeLinear", codes, _column_values(g, scales, ids), *zeros, axis=-1, block_size=matrix.format.block_size
+    )
 
 
 def stored_integer(format: BlockFormat) -> str:
@@ -81,19 +84,16 @@ def _integers(g: GraphBuilder, matrix: BlockedMatrix, part: PartName, rows: int,
     """Columns `ids` of a part `[rows, N]`, as `[B, T, rows]` of a byte each."""
     columns, kind = matrix.shape[0], stored_integer(matrix.format)
     if matrix.format.bits == 8:
-        return _column_values(g, matrix.part(part, "columns", kind, (rows, columns)), ids)
+        return _column_values(g, matrix.view(part, "columns", kind, (rows, columns)), ids)
     # Gather knows no types below a byte. Two codes share one, row after row: where N is odd, across rows.
     pairs = matrix.view(part, "columns", "uint8", (-(-rows * columns // 2),))
     starts = g.constant(f"starts_{rows}_{columns}", np.arange(rows, dtype=np.int64) * columns)
     place = g.op("Add", g.op("Unsqueeze", ids, g.integers(-1)), starts)  # [B, T] -> [B, T, rows]
-    two, four, low_bits = (g.constant(f"{dtype}_{n}", np.array(n, dtype=dtype)) for dtype, n in _BIT_CONSTANTS)
-    byte = g.op("Gather", pairs, g.op("Div", place, two))
-    odd = g.cast(g.op("Mod", place, two), "int64", "uint8")
-    code = g.op("BitwiseAnd", g.op("BitShift", byte, g.op("Mul", odd, four), direction="RIGHT"), low_bits)
+    two, sixteen = (g.constant(f"int64_{n}", np.array(n, dtype=np.int64)) for n in (2, 16))
+    byte = g.cast(g.op("Gather", pairs, g.op("Div", place, two)), "uint8", "int64")
+    # The low half at even places. In whole numbers, since CUDA has no kernels for bits.
+    unit = g.op("Gather", g.integers(1, 16), g.op("Mod", place, two))
+    code = g.op("Mod", g.op("Div", byte, unit), sixteen)
     if not matrix.format.symmetric:
-        return code
-    signed = g.constant("signed_4_bits", np.array([*range(8), *range(-8, 0)], dtype=np.int8))
-    return g.op("Gather", signed, g.cast(code, "uint8", "int64"))
-
-
-_BIT_CONSTANTS = (("int64", 2), ("uint8", 4), ("uint8", 15))
+        return g.cast(code, "int64", "uint8")
+    return g.op("Gather", g.constant("signed_4_bits", np.array([*range(8), *range(-8, 0)], dtype=np.int8)), code)

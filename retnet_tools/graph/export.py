@@ -12,6 +12,7 @@ from retnet_tools import __version__
 from retnet_tools.formats import Checkpoint
 from retnet_tools.graph import contract
 from retnet_tools.graph.builder import BuiltGraph
+from retnet_tools.graph.cuda_kernels import cpu_nodes, kernel_version
 from retnet_tools.graph.devices import operator_set, target_device
 from retnet_tools.graph.manifest import Manifest
 from retnet_tools.graph.quantization import Quantization
@@ -148,6 +149,19 @@ def export_notes(checkpoint: Checkpoint, target: ExportTarget, dtype: str, state
             f"float16 states of head{'s' if len(slow) > 1 else ''} {', '.join(slow)} lose what a token adds below half "
             "a step of float16, since gamma is within 2^-10 of 1: a tenth of the state in places"
         )
+    return tuple(notes)
+
+
+def kernel_notes(plan: ExportPlan) -> tuple[str, ...]:
+    """What of an export for CUDA would not run there, graph by graph: nodes that have no kernel."""
+    if plan.device != "cuda":
+        return ()
+    notes = []
+    for name, built in plan.graphs.items():
+        missing = [node for node in cpu_nodes(built.graph) if node.reason == "no kernel"]
+        kinds = sorted({f"{node.operator} of {' and '.join(dict.fromkeys(node.types))}" for node in missing})
+        if kinds:
+            notes.append(f"{name}: onnxruntime {kernel_version()} has no CUDA kernel for {', '.join(kinds)}")
     return tuple(notes)
 
 

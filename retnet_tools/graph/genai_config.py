@@ -4,7 +4,6 @@ What goes wrong there without a word, and so has to be known:
 
 - Beam search gives wrong texts (`num_beams` must be 1): the states of the beams are not reordered.
 - Before `append_tokens` after `generate_next_token`, call `get_logits`, or the last token never reaches the state.
-
 - Padding on the left is never right, nor is a row without a token.
 
 What onnxruntime-genai refuses itself: `rewind_to(k)` for k > 0 without `snapshot_state()` at k, `append_tokens` twice

@@ -54,7 +54,7 @@ class Manifest:
             "model": hashlib.sha256(model.encode()).hexdigest(),
             "dtype": self.dtype,
             "state_dtype": self.state_dtype,
-            "quantization": json.dumps(self.quantization and self.quantization.to_dict(), sort_keys=True),
+            "quantization": "none" if self.quantization is None else self.quantization.fingerprint(),
         }
 
     def to_json(self) -> str:

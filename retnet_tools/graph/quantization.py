@@ -6,6 +6,8 @@ Plain data, checked at construction and read back from JSON without loss (`retne
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -159,6 +161,12 @@ class Quantization:
         check_types(self, "quantization.")
         check_size("quantization.float_bytes", self.float_bytes)
         check_size("quantization.weight_bytes", self.weight_bytes)
+
+    def fingerprint(self) -> str:
+        """The scheme, and a hash of all that decided the codes; not what was measured afterwards."""
+        decided = dataclasses.asdict(dataclasses.replace(self, quality=None))
+        digest = hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
+        return f"{self.scheme.type} by {self.scheme.method} ({digest[:12]})"
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict that `from_dict` reads back exactly."""

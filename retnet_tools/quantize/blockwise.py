@@ -25,7 +25,7 @@ _TARGETS: dict[Bits, tuple[float, ...]] = {
     8: (-129.0, -128.4, -127.5, -126.0, 127.4, 126.5, 125.5, 124.0),
 }
 """Where the largest weight of a symmetric block is placed, in steps; codes reach from -2^(bits-1) to 2^(bits-1) - 1.
-On the shipped model's weights, within 0.3% of the error of 60 targets (4 bits)."""
+On the shipped model's weights, with 4 bits, the root mean square error is within 0.4% of that of 60 targets."""
 _SHRINKS = tuple(product((1.0, 0.92, 0.84), repeat=2))
 """Parts of an asymmetric block's range, below and above zero, that are spread over the codes; the rest is clipped."""
 _CHUNK = 1 << 17

@@ -41,10 +41,10 @@ def quantize_graph(
     nodes = list(rewriting.graph)
     # Linear layers first: a tied embedding is looked up in what the output head has stored.
     for node in nodes:
-        if node.op_type == "Gemm" and node.inputs[1] is not None and node.inputs[1].name in weights:
+        if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1 and _input(node, 1).name in weights:
             rewriting.replace(node, rewriting.linear(node))
     for node in nodes:
-        if node.op_type == "Gather" and node.inputs[0] is not None and node.inputs[0].name in weights:
+        if node.op_type == "Gather" and _input(node, 0).name in weights:
             rewriting.replace(node, rewriting.lookup(node))
     return rewriting.finish(weights)
 
@@ -77,9 +77,8 @@ class _Rewriting:
 
     def linear(self, node: ir.Node) -> ir.Value:
         """y = x W^T + b by the products that its formats ask for; starts the nodes that replace a Gemm."""
-        x, weight, *rest = node.inputs
-        bias = rest[0] if rest else None
-        tensor = self._start(node, weight)
+        x, tensor = _input(node, 0), self._start(node, _input(node, 1))
+        bias = _input(node, 2) if len(node.inputs) > 2 else None
         products = self._products(tensor)
         if len(products) == 1:
             return self._product(x, products[0], tensor.dtype, bias)
@@ -88,11 +87,11 @@ class _Rewriting:
 
     def lookup(self, node: ir.Node) -> ir.Value:
         """Rows of an embedding; starts the nodes that replace a Gather."""
-        weight, ids = node.inputs
-        tensor = self._start(node, weight)
+        tensor = self._start(node, _input(node, 0))
         (product,) = self._products(tensor)
-        assert ids is not None
-        return self._ops.gather_blocked(self._g, self._matrix(product, tensor.dtype), ids)
+        if product.format is None:
+            raise ValueError(f"{product.name} is to stay float")
+        return self._ops.gather_blocked(self._g, self._matrix(product, product.format, tensor.dtype), _input(node, 1))
 
     def replace(self, node: ir.Node, value: ir.Value) -> None:
         """Put the nodes made since `_start` in the place of one."""
@@ -110,9 +109,8 @@ class _Rewriting:
                 self.graph.initializers[name] = value
         return BuiltGraph(self.graph, self.built.inputs, self.built.outputs, _in_order(self._stored))
 
-    def _start(self, node: ir.Node, weight: ir.Value | None) -> StoredTensor:
+    def _start(self, node: ir.Node, weight: ir.Value) -> StoredTensor:
         self._g.nodes, self._g.scope = [], node.name or node.op_type
-        assert weight is not None
         return self.built.stored[weight.name or ""]
 
     def _products(self, tensor: StoredTensor) -> list[_Product]:
@@ -121,22 +119,20 @@ class _Rewriting:
             return [_Product(tensor.name, tensor.sources, formats[0])]
         return [_Product(source, (source,), format) for source, format in zip(tensor.sources, formats, strict=True)]
 
-    def _product(self, x: ir.Value | None, product: _Product, dtype: str, bias: ir.Value | None) -> ir.Value:
-        assert x is not None
+    def _product(self, x: ir.Value, product: _Product, dtype: str, bias: ir.Value | None) -> ir.Value:
         if product.format is not None:
-            return self._ops.linear_blocked(self._g, x, self._matrix(product, dtype), bias)
+            return self._ops.linear_blocked(self._g, x, self._matrix(product, product.format, dtype), bias)
         weight = self._declare(StoredTensor(product.name, dtype, self._shapes[product.name], product.sources))
         return self._g.op("Gemm", x, weight, *([] if bias is None else [bias]), transB=1)
 
-    def _matrix(self, product: _Product, dtype: str) -> BlockedMatrix:
-        assert product.format is not None
+    def _matrix(self, product: _Product, format: BlockFormat, dtype: str) -> BlockedMatrix:
         rows = sum(self._shapes[source][0] for source in product.sources)
         shape = (rows, self._shapes[product.sources[0]][1])
         return BlockedMatrix(
             product.name,
             product.sources,
             shape,
-            product.format,
+            format,
             dtype,
             self._level,
             shared=f"{product.name}.codes" in self._stored,
@@ -151,6 +147,13 @@ class _Rewriting:
                 name=tensor.name, shape=ir.Shape(tensor.shape), type=tensor_type(tensor.dtype)
             )
         return initializers[tensor.name]
+
+
+def _input(node: ir.Node, index: int) -> ir.Value:
+    value = node.inputs[index]
+    if value is None:
+        raise ValueError(f"{node.name} lacks input {index}")
+    return value
 
 
 def _in_order(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

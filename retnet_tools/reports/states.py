@@ -67,11 +67,13 @@ def render_state(document: dict[str, Any]) -> None:
 
 
 def difference_document(a: StateFile, b: StateFile) -> dict[str, Any]:
-    """How far two states are apart, row by row; `max_rel` is relative to the layer's largest element of the first."""
+    """How far two states are apart, layer by layer; `max_rel` is relative to the largest element of the first, and at
+    the top it is the largest of all layers and the logits."""
     comparable = len(a.states) == len(b.states) and all(
         x.shape == y.shape for x, y in zip((*a.states, a.logits), (*b.states, b.logits), strict=True)
     )
     layers = [_difference(x, y) for x, y in zip(a.states, b.states, strict=True)] if comparable else []
+    logits = _difference(a.logits, b.logits) if comparable else None
     return {
         "schema_version": SCHEMA_VERSION,
         "same_shapes": comparable,
@@ -83,9 +85,9 @@ def difference_document(a: StateFile, b: StateFile) -> dict[str, Any]:
             if a.fingerprint.get(name) != b.fingerprint.get(name)
         ],
         "layers": layers,
-        "logits": _difference(a.logits, b.logits) if comparable else None,
+        "logits": logits,
         "same_top_1": float((a.logits.argmax(-1) == b.logits.argmax(-1)).mean()) if comparable else None,
-        "max_rel": max((layer["max_rel"] for layer in layers), default=None),
+        "max_rel": max(part["max_rel"] for part in (*layers, logits)) if logits else None,
     }
 
 

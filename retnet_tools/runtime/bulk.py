@@ -7,7 +7,8 @@ number). Answers are JSON lines `{"index", "id", "key", "text", "tokens", "stop_
 Rows run in batches of neighbours, and random numbers belong to the row's number: what a row gets is a function of the
 prompts file, the model and the options. A run that was killed is continued by running it again: a batch of which any
 answer is missing runs whole, so that it computes what it would have computed, and only missing answers are written.
-`key` is a hash of the row, the model and the options; an answer with another key is refused, never mixed in.
+`key` is a hash of the row, the model and the options; an answer with another key is refused, never mixed in. The output
+is locked while a run writes to it.
 
 Memory: the prompts and states of one batch, and a few bytes for each answer that is there already.
 """
@@ -32,8 +33,11 @@ from retnet_tools.runtime.sampling import Sampling
 from retnet_tools.runtime.sequences import Sequences
 from retnet_tools.runtime.session import DecoderSession
 from retnet_tools.runtime.text import Codec
+from retnet_tools.staging import appended_file
 
 DEFAULT_BATCH = 8
+_BEGINNING = b'{"index": '
+"""Of every answer, so that one that was cut short is told from a file of something else."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def generate_bulk(
 
     Raises:
         InputError: prompts that are missing or not UTF-8, an output of another kind.
-        UsageError: an output of other prompts, another model or other options.
+        UsageError: an output of other prompts, another model or other options, or that another run writes to.
         OutputError: the output cannot be written.
     """
     began, digest = time.perf_counter(), options.digest(session, codec)
@@ -114,11 +118,12 @@ def generate_bulk(
         raise InputError(f"no file {prompts}", "a file of JSON lines with a prompt each")
     if output.exists() and prompts.samefile(output):
         raise UsageError(f"{output} for prompts and answers", "two files")
-    done = {} if force else _answers(output)
-    total = _check(prompts, digest, done, output)
     written = errors = tokens = 0
     try:
-        with output.open("wb" if force else "ab") as file:
+        with appended_file(output) as file:
+            done, size = ({}, 0) if force else _answers(output)
+            total = _check(prompts, digest, done, output)
+            file.truncate(size)
             for batch in _batches(prompts, digest, options.batch):
                 if progress is not None:
                     progress(f"{tokens} tokens", min(batch[0].index, total), total)
@@ -134,30 +139,25 @@ def generate_bulk(
     return BulkSummary(total, written, total - written, errors, tokens, time.perf_counter() - began)
 
 
-def _answers(output: Path) -> dict[int, str]:
-    """Key of each answer that is there, by row; an answer that was cut short is cut off."""
+def _answers(output: Path) -> tuple[dict[int, str], int]:
+    """Key of each answer that is there, by row, and the bytes of them all, without one that was cut short."""
     done: dict[int, str] = {}
-    if not output.exists():
-        return done
-    if not output.is_file():
-        raise OutputError(f"{output} is no file", "a file of JSON lines", "name another output")
     whole = 0
     with output.open("rb") as file:
         for line in file:
-            if not line.endswith(b"\n"):
-                break
-            whole += len(line)
+            cut = not line.endswith(b"\n")
             try:
-                answer = json.loads(line)
-                done[int(answer["index"])] = str(answer["key"])
-            except (ValueError, KeyError, TypeError) as error:
+                if cut and line[: len(_BEGINNING)] != _BEGINNING[: len(line)]:
+                    raise ValueError("no beginning of an answer")
+                if not cut:
+                    answer = json.loads(line)
+                    done[int(answer["index"])] = str(answer["key"])
+                    whole += len(line)
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise InputError(
                     f"{output} holds something else than answers", "what generate --prompts wrote", "name another -o"
                 ) from error
-    if whole < output.stat().st_size:
-        with output.open("r+b") as file:
-            file.truncate(whole)
-    return done
+    return done, whole
 
 
 def _check(prompts: Path, digest: str, done: dict[int, str], output: Path) -> int:
@@ -239,7 +239,7 @@ def _prompt(row: _BulkRow, session: DecoderSession, codec: Codec, options: BulkO
     """
     try:
         document = json.loads(row.line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"row {row.index} is not JSON ({error})", 'an object with a "prompt"') from error
     prompt = document.get("prompt") if isinstance(document, dict) else None
     tokens = document.get("tokens") if isinstance(document, dict) else None
@@ -254,13 +254,17 @@ def _prompt(row: _BulkRow, session: DecoderSession, codec: Codec, options: BulkO
 
 
 def _id(row: _BulkRow) -> Any:
+    """The id that a row has, or its number where it has none that JSON can hold."""
     try:
         document = json.loads(row.line)
-    except ValueError:
+        found = document.get("id", row.index) if isinstance(document, dict) else row.index
+        json.dumps({"id": found}, allow_nan=False)
+    except (ValueError, RecursionError):
         return row.index
-    return document.get("id", row.index) if isinstance(document, dict) else row.index
+    return found
 
 
 def _write(file: IO[bytes], document: dict[str, Any]) -> None:
-    file.write((json.dumps(document, ensure_ascii=False) + "\n").encode())
+    # Half a surrogate pair has no UTF-8; its backslash form is its JSON form too.
+    file.write((json.dumps(document, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
     file.flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, Literal
 
 import numpy as np
@@ -184,11 +185,15 @@ def generate_from(
     """
     if stopping.strings and codec is None:
         raise UsageError("stop strings without a codec", "a codec, to know the text")
-    count = sum(map(len, prompts))
-    longest = int(sequences.state.position.max()) + max(map(len, prompts), default=0) + stopping.max_tokens
+    prompts = list(prompts)
+    if not all(hasattr(prompt, "__len__") for prompt in prompts):
+        raise UsageError("a prompt that is one number", "token ids for each row")
+    lengths = list(map(len, prompts))
+    count, starts = sum(lengths), sequences.state.position.tolist()
+    longest = max(map(sum, zip_longest(starts, lengths, fillvalue=0))) + stopping.max_tokens
     if longest > MAX_POSITION + 1:
         raise UsageError(f"a sequence of {longest} tokens", f"at most {MAX_POSITION + 1}", "lower --max-tokens")
-    if prompts and max(map(len, prompts)) > 1:
+    if max(lengths, default=0) > 1:
         sequences.session.open_prefill()
     began = time.perf_counter()
     if prompts:

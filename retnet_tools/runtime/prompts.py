@@ -59,9 +59,9 @@ class Prompts:
             width: `()` for ids, `(D,)` for embeddings.
 
         Raises:
-            UsageError: rows of another shape, an empty row, lengths that the rows do not have.
+            UsageError: rows of another shape or type, an empty row, lengths that the rows do not have.
         """
-        arrays = [np.asarray(row, dtype=dtype) for row in rows]
+        arrays = [_array(row, dtype) for row in rows]
         for i, row in enumerate(arrays):
             if row.size and (row.ndim != 1 + len(width) or row.shape[1:] != width):
                 expected = ", ".join(["tokens", *map(str, width)])
@@ -91,3 +91,19 @@ class Prompts:
             mask = (index < self.lengths[:, None]).astype(np.int64)
             ends = (start < self.lengths) & (self.lengths <= start + size)
             yield Chunk(np.ascontiguousarray(tokens), mask, ends)
+
+
+def _array(row: Any, dtype: str) -> Array:
+    """A row as numbers of a type, where no number has to be cut or rounded to an integer.
+
+    Raises:
+        UsageError: something else.
+    """
+    try:
+        array = np.asarray(row)
+        if not array.size or array.dtype.kind in ("iu" if np.dtype(dtype).kind == "i" else "iuf"):
+            return array.astype(dtype, copy=False)
+        found = str(array.dtype)
+    except ValueError as error:
+        found = str(error)
+    raise UsageError(f"a prompt of {found}", f"numbers that fit {dtype}")

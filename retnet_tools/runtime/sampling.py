@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,16 +76,20 @@ class Sampler:
         self.seen[row, tokens] = True
 
     def select(self, rows: Sequence[int]) -> Sampler:
-        """A sampler of these rows. The first copy of a row draws what the row would have drawn; the n-th is n jumps
-        of 2^127 draws ahead.
+        """A sampler of these rows. The first copy of a row draws what the row would have drawn; each further one has
+        a stream of its own, seeded by the row's stream and the next number that gives one which no other row has.
         """
-        copies: dict[int, int] = {}
+        taken = {_place(self.streams[row]) for row in rows}
+        numbers: dict[int, Iterator[int]] = {}
         streams = []
         for row in rows:
-            copy = copies[row] = copies.get(row, -1) + 1
-            bits = self.streams[row].bit_generator
-            assert isinstance(bits, np.random.PCG64)
-            streams.append(np.random.Generator(bits.jumped(copy)))
+            stream = copy.deepcopy(self.streams[row])
+            if row in numbers:
+                seeds = (np.random.PCG64([number, *_place(stream)]) for number in numbers[row])
+                stream = next(new for new in map(np.random.Generator, seeds) if _place(new) not in taken)
+                taken.add(_place(stream))
+            numbers.setdefault(row, itertools.count(1))
+            streams.append(stream)
         return Sampler(self.sampling, streams, self.seen[np.asarray(rows, dtype=np.int64)])
 
     def sample(self, logits: Array, rows: Sequence[int] | None = None) -> Array:
@@ -106,6 +112,12 @@ class Sampler:
         reached = np.cumsum(weights)
         place = np.searchsorted(reached, self.streams[row].random() * reached[-1], side="right")
         return int(ids[min(int(place), len(ids) - 1)])
+
+
+def _place(stream: np.random.Generator) -> tuple[int, int]:
+    """What decides all that a stream will draw."""
+    state = stream.bit_generator.state["state"]
+    return state["state"], state["inc"]
 
 
 def penalized(logits: Array, seen: Array, penalty: float) -> Array:

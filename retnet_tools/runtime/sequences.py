@@ -28,8 +28,8 @@ class Sequences:
         session: the model.
         state: recurrent states and positions.
         logits: `[B, vocab]` float32 after the last token of each row; None before the first.
-        token_hashes: for each row h_n = sha256(h_(n-1) + token n as 8 bytes, little-endian), which says whether two
-            sequences hold the same tokens, however they were fed.
+        token_hashes: for each row h_n = sha256(h_(n-1) + token n as 8 bytes, little-endian; an embedding as float32),
+            which says whether two sequences hold the same tokens, however they were fed.
         sampler: how the next tokens are chosen, with what each row needs for it.
     """
 
@@ -119,13 +119,14 @@ class Sequences:
         )
 
     def _note(self, row: int, tokens: Any) -> None:
+        self.token_hashes[row] = hash_tokens(self.token_hashes[row], tokens)
         if self.session.manifest.config.has_vocabulary:
-            self.token_hashes[row] = hash_tokens(self.token_hashes[row], tokens)
             self.sampler.observe(row, tokens)
 
 
-def hash_tokens(digest: bytes, tokens: Iterable[int]) -> bytes:
-    """The hash of a sequence whose hash was `digest`, after these tokens."""
+def hash_tokens(digest: bytes, tokens: Iterable[Any]) -> bytes:
+    """The hash of a sequence whose hash was `digest`, after these token ids or embeddings `[D]`."""
     for token in tokens:
-        digest = hashlib.sha256(digest + int(token).to_bytes(8, "little")).digest()
+        data = np.asarray(token, "<f4").tobytes() if np.ndim(token) else int(token).to_bytes(8, "little")
+        digest = hashlib.sha256(digest + data).digest()
     return digest

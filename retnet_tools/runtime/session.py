@@ -62,13 +62,14 @@ class DecoderSession:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | str,
         device: Device | None = None,
         threads: int | None = None,
         *,
         in_place: bool | None = None,
         cuda_graph: bool | None = None,
     ) -> None:
+        folder = Path(folder)
         if not folder.is_dir():
             raise InputError(f"no folder {folder}", f"a folder with {MANIFEST_FILE}, written by `retnet-tools export`")
         self.folder = folder

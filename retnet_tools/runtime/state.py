@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from retnet_tools.errors import UsageError
 from retnet_tools.graph.contract import state_shape
 from retnet_tools.graph.manifest import Manifest
 from retnet_tools.runtime.cuda import cuda_runtime
@@ -46,7 +47,14 @@ class RecurrentState:
 
     @classmethod
     def zeros(cls, manifest: Manifest, batch: int, device: Device) -> RecurrentState:
-        """The state before the first token: S_0 = 0 at position 0."""
+        """The state before the first token: S_0 = 0 at position 0.
+
+        Raises:
+            UsageError: a batch below 1.
+            ProviderError: no memory on the device.
+        """
+        if batch < 1:
+            raise UsageError(f"a batch of {batch}", "at least one sequence")
         shape, layers = (batch, *state_shape(manifest.config)), range(manifest.config.num_layers)
         position = np.zeros(batch, dtype=np.int64)
         if device.kind == "cpu":

@@ -4,8 +4,8 @@ A state file is safetensors. Tensors, for B rows of a model of L layers:
 
     layers.{i}.recurrent_state  [B, H, K, V]  S after the last token (Eq. 6), in the states' type
     position                    [B]           int64, tokens so far
-    logits                      [B, vocab]    float32, after the last token
-    seen                        [B, vocab]    bool, tokens of the row, for the repetition penalty
+    logits                      [B, vocab]    float32, after the last token (hidden states [B, D] of a stack)
+    seen                        [B, vocab]    bool, tokens of the row, for the repetition penalty ([B, 0] of a stack)
 
 Its metadata holds `format`, `schema_version`, the `fingerprint` of the model (`Manifest.fingerprint`), `token_hashes`
 (`retnet_tools.runtime.sequences.Sequences`), `sampling` and `streams` (the state of each row's random numbers).
@@ -79,10 +79,11 @@ class StateFile:
         self.check(session)
         sampling = dataclasses.replace(self.sampling, **(changes or {}))
         sampler = Sampler.for_rows(sampling, range(self.batch), self.seen.shape[1])
-        sampler.seen = self.seen
+        # Sequences write into their states and into what they have seen; the file's stay as they are.
+        sampler.seen = self.seen.copy()
         if "seed" not in (changes or {}):
             sampler.streams = [np.random.Generator(_stream(state)) for state in self.streams]
-        state = RecurrentState(self.states, self.position, session.device)
+        state = RecurrentState([layer.copy() for layer in self.states], self.position, session.device)
         return Sequences(session, state, self.logits, [bytes.fromhex(text) for text in self.token_hashes], sampler)
 
     def check(self, session: DecoderSession) -> None:
@@ -99,11 +100,18 @@ class StateFile:
                     "use the export that made the state, or make the state again",
                 )
         config = session.manifest.config
-        shapes = {state.shape for state in self.states}
+        shapes, dtypes = {state.shape for state in self.states}, {state.dtype for state in self.states}
         if len(self.states) != config.num_layers or shapes != {(self.batch, *state_shape(config))}:
             raise InputError(
                 f"{len(self.states)} states of {sorted(shapes)}",
                 f"{config.num_layers} of {(self.batch, *state_shape(config))}, as {session.folder} has",
+                "make the state again",
+            )
+        width = config.vocab_size or config.hidden_size
+        if dtypes != {np.dtype(session.manifest.state_dtype)} or self.logits.shape[1] != width:
+            raise InputError(
+                f"states of {sorted(map(str, dtypes))} and logits {list(self.logits.shape)}",
+                f"{session.manifest.state_dtype} and {[self.batch, width]}, as {session.folder} has",
                 "make the state again",
             )
 
@@ -139,9 +147,9 @@ def capture(sequences: Sequences) -> StateFile:
         raise UsageError("a state without tokens", "at least one token in each row")
     return StateFile(
         states=tuple(sequences.state.numpy()),
-        position=sequences.state.position,
+        position=sequences.state.position.copy(),
         logits=sequences.logits,
-        seen=sequences.sampler.seen,
+        seen=sequences.sampler.seen.copy(),
         fingerprint=sequences.session.manifest.fingerprint(),
         token_hashes=tuple(digest.hex() for digest in sequences.token_hashes),
         sampling=sequences.sampler.sampling,
@@ -200,7 +208,7 @@ def read_state(path: Path) -> StateFile:
         _check(state)
     except InputError:
         raise
-    except (RetNetToolsError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (RetNetToolsError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is broken ({error})", "a whole state file", "make the state again") from error
     return state
 
@@ -217,10 +225,15 @@ def _check(state: StateFile) -> None:
         ValueError: what does not fit.
     """
     batch, vocab = state.batch, state.logits.shape[-1]
+    if not all(isinstance(value, str) for value in state.fingerprint.values()):
+        raise ValueError("a fingerprint that is not text")
+    if type(state.sampling.top_k) is not int or type(state.sampling.seed) is not int:
+        raise ValueError("top_k or seed that is no whole number")
     expected = {
         "position": (np.int64, (batch,)),
         "logits": (np.float32, (batch, vocab)),
-        "seen": (bool, (batch, vocab)),
+        # A stack without a vocabulary has hidden states for logits, and no tokens to see.
+        "seen": (bool, (batch, vocab if state.seen.size else 0)),
     }
     for name, (dtype, shape) in expected.items():
         array = getattr(state, name)

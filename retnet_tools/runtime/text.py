@@ -39,7 +39,13 @@ class TextCodec:
         self.end_ids = frozenset(special_token_ids(folder, "eos", self._tokenizer))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, as the tokenizer's own post-processor makes them."""
+        """Token ids of a prompt, as the tokenizer's own post-processor makes them.
+
+        Raises:
+            InputError: half of a surrogate pair, which no text in Unicode has.
+        """
+        if not text.isascii() and re.search("[\ud800-\udfff]", text):
+            raise InputError("a prompt with half of a surrogate pair", "text in Unicode")
         ids: list[int] = self._tokenizer.encode(text).ids
         return ids
 

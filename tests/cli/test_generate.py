@@ -122,6 +122,7 @@ def test_a_file_of_prompts_is_answered_and_resumed(folder: Path, tmp_path: Path,
         (["-p", "\udcff"], 5, "not UTF-8"),
         (["-p", "1", "-f", "x"], 2, "both --prompt and --file"),
         (["-f", "no-such-file"], 5, "no file no-such-file"),
+        (["-f", "."], 5, ". is a folder"),
     ],
 )
 def test_wrong_input_is_one_line(arguments: list[str], code: int, message: str, folder: Path, cli) -> None:

@@ -21,6 +21,7 @@ from retnet_tools.runtime.decode import Stopping, generate
 from retnet_tools.runtime.sampling import Sampling
 from retnet_tools.runtime.session import DecoderSession
 from retnet_tools.runtime.text import IdCodec
+from retnet_tools.staging import appended_file
 from tests.exports import export
 from tests.helpers import BASE, random_source
 
@@ -102,14 +103,18 @@ def test_bad_rows_are_answered_with_their_error(session: DecoderSession, tmp_pat
         '{"tokens": [true]}',
         '{"tokens": [99999999999999999999]}',
         '{"tokens": [3]}',
+        "[" * 100_000,
+        '{"prompt": "\\ud800", "id": "\\ud800"}',
+        '{"tokens": [5], "id": NaN}',
+        '{"tokens": [5], "id": 1e999}',
     ]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     summary = run(session, tmp_path / "in.jsonl", tmp_path / "out.jsonl", GREEDY)
     answers = read(tmp_path / "out.jsonl")
-    assert [answer["index"] for answer in answers] == list(range(12))
-    assert (summary.rows, summary.errors) == (12, 9)
-    assert [i for i, answer in enumerate(answers) if "error" not in answer] == [0, 2, 11]
-    assert [answers[2]["id"], answers[3]["id"]] == ["x", {"n": 3}]
+    assert [answer["index"] for answer in answers] == list(range(16))
+    assert (summary.rows, summary.errors) == (16, 11)
+    assert [i for i, answer in enumerate(answers) if "error" not in answer] == [0, 2, 11, 14, 15]
+    assert [answers[i]["id"] for i in (2, 3, 13, 14, 15)] == ["x", {"n": 3}, "\ud800", 14, 15]
     for index, message in {1: "not JSON", 3: "'four'", 4: "token id 61", 5: "an empty prompt", 7: "no prompt"}.items():
         assert message in answers[index]["error"]
     assert run(session, tmp_path / "in.jsonl", tmp_path / "out.jsonl", GREEDY).written == 0
@@ -147,6 +152,8 @@ def test_answers_of_other_options_are_never_mixed(
 ) -> None:
     out = tmp_path / "out.jsonl"
     run(session, prompts, out)
+    with out.open("ab") as file:
+        file.write(b'{"index": 22, "i')
     before = out.read_bytes()
     with pytest.raises(UsageError, match=r"the answer to row 0 in .* is of another prompt, model or options"):
         run(session, prompts, out, options)
@@ -180,11 +187,31 @@ def test_files_that_cannot_be_used_are_refused(session: DecoderSession, prompts:
     (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
     with pytest.raises(InputError, match="something else than answers"):
         run(session, prompts, tmp_path / "other.jsonl")
+    for text in ('{"a": 1}', "notes", '{"index": 5}\n', '{"index": 0, "key": "x"}\n{"a": 1}', "[" * 100_000 + "\n"):
+        (tmp_path / "mine").write_text(text)
+        with pytest.raises(InputError, match="something else than answers"):
+            run(session, prompts, tmp_path / "mine")
+        assert (tmp_path / "mine").read_text() == text
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
     with pytest.raises(InputError, match="not UTF-8"):
         run(session, tmp_path / "latin.jsonl", tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
     with pytest.raises(UsageError, match="--batch 0"):
         BulkOptions(Stopping(1), Sampling(), batch=0)
+
+
+def test_an_output_that_another_run_writes_to_is_refused(
+    session: DecoderSession, prompts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    run(session, prompts, out)
+    before = out.read_bytes()
+    with appended_file(out):
+        for force in (False, True):
+            with pytest.raises(UsageError, match="another process writes to"):
+                run(session, prompts, out, force=force)
+    assert out.read_bytes() == before
+    assert run(session, prompts, out).written == 0
 
 
 @pytest.mark.slow

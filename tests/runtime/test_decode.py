@@ -200,6 +200,10 @@ def test_stop_strings_cut_the_text_across_tokens(session: DecoderSession) -> Non
         ([], 4, "an empty prompt"),
         ([61], 4, "token id 61; expected 0 to 60"),
         ([-1], 4, "token id -1"),
+        ([1.5], 4, "a prompt of float64; expected numbers that fit int64"),
+        ([10**30], 4, "a prompt of object"),
+        ("12", 4, "a prompt of <U2"),
+        (1, 4, "a prompt that is one number"),
         ([1], 0, "-tok"),
     ],
 )
@@ -208,11 +212,22 @@ def test_wrong_input_is_refused(session: DecoderSession, prompt: list[int], coun
         generate(session, [prompt], max_tokens=count)
 
 
+def test_prompts_are_lists_or_arrays_and_not_none_at_all(session: DecoderSession) -> None:
+    prompts = [[3, 1, 4], [1, 5, 9]]
+    assert generate(session, np.array(prompts), max_tokens=5).rows == generate(session, prompts, max_tokens=5).rows
+    with pytest.raises(UsageError, match="a batch of 0; expected at least one sequence"):
+        generate(session, [])
+
+
 def test_a_text_that_would_pass_the_last_position_is_refused_before_it_begins(session: DecoderSession) -> None:
     sequences = Sequences.start(session)
     sequences.state.position[:] = contract.MAX_POSITION - 10
     with pytest.raises(UsageError, match="a sequence of 16777218 tokens; expected at most 16777216"):
         generate_from(sequences, [[1, 2, 3]], Stopping(10))
+    # Each row has its own last position.
+    ragged = Sequences.start(session, 2)
+    ragged.state.position[:] = [contract.MAX_POSITION - 10, 0]
+    assert len(generate_from(ragged, [[1], [1] * 40], Stopping(10)).rows) == 2
 
 
 @pytest.mark.parametrize("ops", ["fused", "standard"])

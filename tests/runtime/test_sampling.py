@@ -142,5 +142,9 @@ def test_the_first_copy_of_a_row_draws_as_the_row_would_and_the_others_apart() -
     expected = np.array([first.sample(logits) for _ in range(20)])
     np.testing.assert_array_equal(draws[:, [0, 2]], expected)
     assert (draws[:, 1] != draws[:, 0]).sum() > 15
+    # Copies of copies and of their originals are apart too.
+    again = second.select([0, 0, 0]).select([0, 0, 1, 1, 2, 2, 0])
+    draws = np.array([again.sample(np.zeros((7, 1000))) for _ in range(20)])
+    assert all((draws[:, a] != draws[:, b]).sum() > 15 for a in range(7) for b in range(a))
     # Copies leave the original where it was.
     np.testing.assert_array_equal(np.array([second.sample(logits) for _ in range(20)]), expected)

@@ -20,6 +20,7 @@ from retnet_tools.runtime.session import DecoderSession
 from retnet_tools.runtime.state_file import StateFile, capture, read_state, write_state
 from tests.exports import export
 from tests.helpers import ABLATIONS, BASE, random_source, random_tokens
+from tests.quantized import quantize
 
 SAMPLING = Sampling(1.2, top_p=0.95, repetition_penalty=1.3, seed=4)
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2]]
@@ -69,6 +70,35 @@ def test_the_safetensors_library_reads_it(session: DecoderSession, tmp_path: Pat
     np.testing.assert_array_equal(tensors["position"], [15, 12])
     with safetensors.safe_open(tmp_path / "a.state", "numpy") as file:
         assert json.loads(file.metadata()["fingerprint"])["dtype"] == "float32"
+
+
+def test_what_was_captured_or_read_does_not_change_when_sequences_go_on(
+    session: DecoderSession, tmp_path: Path
+) -> None:
+    sequences = grown(session)
+    state = capture(sequences)
+    write_state(tmp_path / "a.state", state)
+    tokens_of(sequences, 20)
+    same(state, read_state(tmp_path / "a.state"))
+    assert tokens_of(state.sequences(session), 20) == tokens_of(state.sequences(session), 20)
+    same(state, read_state(tmp_path / "a.state"))
+
+
+@pytest.mark.parametrize("name", ["stack", "jamie_stirling"])
+def test_a_stack_without_vocabulary_goes_on_from_a_file(name: str, tmp_path: Path) -> None:
+    config = ABLATIONS[name]
+    session = DecoderSession(export(config, random_source(config, seed=66), tmp_path / "out"), threads=1)
+    embeddings = random_tokens(config, 2, 30, seed=67)
+    whole, part = Sequences.start(session, 2), Sequences.start(session, 2)
+    whole.feed(embeddings, chunk_size=8)
+    part.feed(embeddings[:, :13], chunk_size=8)
+    assert part.token_hashes[0] != part.token_hashes[1]
+    write_state(tmp_path / "a.state", capture(part))
+    rest = read_state(tmp_path / "a.state").sequences(session)
+    rest.feed(embeddings[:, 13:29], chunk_size=8)
+    rest.append(embeddings[:, 29])
+    np.testing.assert_allclose(rest.logits, whole.logits, rtol=0, atol=1e-4)
+    assert rest.token_hashes == whole.token_hashes
 
 
 @pytest.mark.parametrize("cut", [1, 7, 29])
@@ -189,6 +219,12 @@ def rewritten(path: Path, *, tensors: dict | None = None, metadata: dict | None 
         ({}, {"sampling": '{"heat": 1}'}, "is broken"),
         ({}, {"token_hashes": '["00", "00"]'}, "no sha256"),
         ({}, {"fingerprint": "{"}, "is broken"),
+        ({}, {"fingerprint": "[]"}, "is broken"),
+        ({}, {"fingerprint": '{"model": 5}'}, "a fingerprint that is not text"),
+        ({}, {"streams": "[" * 100_000}, "is broken"),
+        ({}, {"sampling": '{"temperature": 1, "top_k": 1.5}'}, "no whole number"),
+        ({"logits": np.zeros((), np.float32)}, {}, "is broken"),
+        ({"seen": np.zeros((2, 7), bool)}, {}, r"seen is bool of \(2, 7\)"),
         ({"position": np.array([15, -1])}, {}, r"positions \[15, -1\]"),
         ({"position": np.array([15, 1 << 30])}, {}, "positions"),
         ({"position": np.array([15.0, 3.0])}, {}, "position is float64"),
@@ -206,10 +242,23 @@ def test_a_broken_file_is_refused(
         read_state(rewritten(tmp_path / "a.state", tensors=tensors, metadata=metadata))
 
 
-def test_states_of_another_shape_are_refused_by_the_session(session: DecoderSession, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (
+            {"layers.0.recurrent_state": np.zeros((2, 4, 8, 13), np.float32)},
+            r"states of .*13.*; expected 2 of \(2, 4, 8, 12\)",
+        ),
+        ({"layers.0.recurrent_state": np.zeros((2, 4, 8, 12))}, r"states of .*float64.*; expected float32"),
+        ({"logits": np.zeros((2, 7), np.float32), "seen": np.zeros((2, 7), bool)}, r"logits \[2, 7\]; .* \[2, 61\]"),
+    ],
+)
+def test_states_of_another_shape_or_type_are_refused_by_the_session(
+    tensors: dict, message: str, session: DecoderSession, tmp_path: Path
+) -> None:
     write_state(tmp_path / "a.state", capture(grown(session)))
-    path = rewritten(tmp_path / "a.state", tensors={"layers.0.recurrent_state": np.zeros((2, 4, 8, 13), np.float32)})
-    with pytest.raises(InputError, match=r"states of .*13.*; expected 2 of \(2, 4, 8, 12\)"):
+    path = rewritten(tmp_path / "a.state", tensors=tensors)
+    with pytest.raises(InputError, match=message):
         read_state(path).sequences(session)
 
 
@@ -238,3 +287,16 @@ def test_an_existing_file_is_replaced_only_when_asked(session: DecoderSession, t
         write_state(tmp_path / "folder", state, force=True)
     with pytest.raises(UsageError, match="a state without tokens"):
         capture(Sequences.start(session))
+
+
+def test_another_quantization_is_refused_by_name(session: DecoderSession, folder: Path, tmp_path: Path) -> None:
+    write_state(tmp_path / "a.state", capture(grown(session)))
+    int8 = DecoderSession(quantize(folder, tmp_path / "int8", "int8"), threads=1)
+    with pytest.raises(InputError, match=r"a state of quantization none; expected quantization int8 by rtn \("):
+        read_state(tmp_path / "a.state").sequences(int8)
+    write_state(tmp_path / "b.state", capture(grown(int8)))
+    same(read_state(tmp_path / "b.state"), capture(read_state(tmp_path / "b.state").sequences(int8)))
+    int4 = DecoderSession(quantize(folder, tmp_path / "int4", "int4"), threads=1)
+    for other in (session, int4):
+        with pytest.raises(InputError, match="a state of quantization int8"):
+            read_state(tmp_path / "b.state").sequences(other)
