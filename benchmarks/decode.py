@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from large_checkpoint import VOCAB_SIZE, RandomWeights, machine, write_exports
+from large_checkpoint import machine, random_weights, write_exports
 
-from retnet_tools.paper import MODEL_SIZES
+from retnet_tools.paper import MODEL_SIZES, VOCABULARY_SIZE
 
 WAYS = ("float32", "float32, double buffer", "int8", "int4", "torch recurrent")
 WARM_UP = 5
@@ -49,8 +49,8 @@ def torch_recurrent(size: str, threads: int) -> Callable[[np.ndarray], Any]:
     from retnet_tools.model.retnet import load_model
 
     torch.set_num_threads(threads)
-    config = MODEL_SIZES[size].config(VOCAB_SIZE)
-    model = load_model(config, RandomWeights(config), torch.float32)
+    config = MODEL_SIZES[size].config(VOCABULARY_SIZE)
+    model = load_model(config, random_weights(config), torch.float32)
     states, position = None, 0
 
     @torch.inference_mode()
@@ -66,7 +66,7 @@ def time_one(arguments: argparse.Namespace) -> None:
     """The work of one process: prints the seconds of each step as JSON."""
     step = stepper(arguments.time, arguments.size, arguments.folder, arguments.threads)
     seconds = []
-    for token in np.random.default_rng(0).integers(0, VOCAB_SIZE, (WARM_UP + arguments.steps, 1)):
+    for token in np.random.default_rng(0).integers(0, (WARM_UP + arguments.steps, 1)):
         began = time.perf_counter()
         step(token)
         seconds.append(time.perf_counter() - began)

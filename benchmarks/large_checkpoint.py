@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -15,57 +14,39 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from retnet_tools.config import RetNetConfig
 from retnet_tools.formats import Checkpoint
 from retnet_tools.formats.canonical import write_canonical
 from retnet_tools.graph.export import plan_export, write_export
-from retnet_tools.paper import MODEL_SIZES
+from retnet_tools.machine import this_machine
+from retnet_tools.paper import MODEL_SIZES, VOCABULARY_SIZE
 from retnet_tools.quantize.plan import plan_target, write_quantized
 from retnet_tools.quantize.scheme import NO_OPTIONS, parse_target
-from retnet_tools.weights import Array, TensorInfo, canonical_shapes
+from retnet_tools.random_weights import RandomWeights
+from retnet_tools.weights import canonical_shapes
 
-VOCAB_SIZE = 50257
 COMMAND = [sys.executable, "-m", "retnet_tools.cli.app"]
 Run = tuple[float, int]
 
 
-class RandomWeights:
-    """A `WeightSource` that makes each tensor when it is read, from one block of random numbers.
-
-    Each tensor starts elsewhere in the block: ONNX Runtime keeps one packed copy of weights that are equal, and a model
-    of equal layers would run from the cache.
-    """
-
-    def __init__(self, config: RetNetConfig) -> None:
-        self._shapes = canonical_shapes(config)
-        self._start = {name: 7919 * i for i, name in enumerate(self._shapes)}
-        self._block = np.random.default_rng(0).standard_normal(1 << 22, dtype=np.float32) * 0.02
-
-    def names(self) -> Iterable[str]:
-        return self._shapes
-
-    def info(self, name: str) -> TensorInfo:
-        return TensorInfo(self._shapes[name], np.dtype(np.float32))
-
-    def read(self, name: str) -> Array:
-        return np.resize(np.roll(self._block, -self._start[name]), self._shapes[name])
+def random_weights(config: RetNetConfig) -> RandomWeights:
+    """Random weights of a model."""
+    return RandomWeights(canonical_shapes(config))
 
 
 def write_checkpoint(folder: Path, size: str, shard_size: int) -> int:
     """Write a random float32 checkpoint of a published size; returns its bytes."""
-    config = MODEL_SIZES[size].config(VOCAB_SIZE)
-    files = write_canonical(folder, config, RandomWeights(config), max_shard_size=shard_size)
+    config = MODEL_SIZES[size].config(VOCABULARY_SIZE)
+    files = write_canonical(folder, config, random_weights(config), max_shard_size=shard_size)
     return sum(file.stat().st_size for file in files)
 
 
 def write_exports(folder: Path, size: str, ops: str, kinds: Iterable[str]) -> dict[str, int]:
     """Export a random model of a published size to `folder / kind` (float32, int8, int4) where it is not there yet;
     bytes of each."""
-    config = MODEL_SIZES[size].config(VOCAB_SIZE)
+    config = MODEL_SIZES[size].config(VOCABULARY_SIZE)
     plan = plan_export(
-        Checkpoint(Path("random"), "random", config, RandomWeights(config), [], [], []), dtype="float32", ops=ops
+        Checkpoint(Path("random"), "random", config, random_weights(config), [], [], []), dtype="float32", ops=ops
     )
     sizes = {}
     for kind in kinds:
@@ -111,15 +92,8 @@ def summary(runs: list[Run], copies: list[Run]) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
-    model = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.machine(),
-    )
-    return {"processor": model, "cores": os.cpu_count()}
+    found = this_machine()
+    return {"processor": found.processor, "cores": found.cores}
 
 
 def main(doc: str, measure: Callable[[str, int, Path, list[str]], dict[str, Any]], *, types: str = "fp32,fp16") -> None:

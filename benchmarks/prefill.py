@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from large_checkpoint import VOCAB_SIZE, RandomWeights, machine, write_exports
+from large_checkpoint import machine, random_weights, write_exports
 
-from retnet_tools.paper import MODEL_SIZES
+from retnet_tools.paper import MODEL_SIZES, VOCABULARY_SIZE
 
 
 def reader(way: str, size: str, folder: Path, threads: int) -> Callable[[np.ndarray], None]:
@@ -56,8 +56,8 @@ def torch_parallel(size: str, threads: int) -> Callable[[np.ndarray], None]:
     from retnet_tools.model.retnet import load_model
 
     torch.set_num_threads(threads)
-    config = MODEL_SIZES[size].config(VOCAB_SIZE)
-    model = load_model(config, RandomWeights(config), torch.float32)
+    config = MODEL_SIZES[size].config(VOCABULARY_SIZE)
+    model = load_model(config, random_weights(config), torch.float32)
 
     @torch.inference_mode()
     def read(prompt: np.ndarray) -> None:
@@ -69,7 +69,7 @@ def torch_parallel(size: str, threads: int) -> Callable[[np.ndarray], None]:
 def time_one(way: str, size: str, folder: Path, threads: int, tokens: int) -> None:
     """The work of one process: prints seconds and peak bytes as JSON."""
     read = reader(way, size, folder, threads)
-    prompt = np.random.default_rng(0).integers(0, VOCAB_SIZE, tokens)
+    prompt = np.random.default_rng(0).integers(0, tokens)
     chunk_size = way.rpartition("/")[2]
     read(prompt[: 2 * int(chunk_size) if chunk_size.isdigit() else 64])
     began = time.perf_counter()

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from retnet_tools.config import BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
+from retnet_tools.errors import UsageError, did_you_mean
+
+VOCABULARY_SIZE = 50257
+"""Of models of a published size that are made here: the vocabulary of GPT-2."""
 
 
 def paper_decay(num_heads: int) -> tuple[float, ...]:
@@ -101,3 +105,18 @@ MODEL_SIZES: dict[str, ModelSize] = {
         ModelSize("65b", 8192, 13824, 13824, 64, 32),
     )
 }
+_OTHER_NAMES = {"xl": "1.3b"}
+
+
+def model_size(name: str) -> ModelSize:
+    """The published size of a name, in any case; torchscale's `xl` is 1.3b.
+
+    Raises:
+        UsageError: there is none.
+    """
+    word = name.strip().lower()
+    size = MODEL_SIZES.get(_OTHER_NAMES.get(word, word))
+    if size is None:
+        names = [*MODEL_SIZES, *_OTHER_NAMES]
+        raise UsageError(f"--size {name!r}", f"one of {', '.join(names)}", did_you_mean(word, names))
+    return size

@@ -24,6 +24,8 @@ ROWS = {
     "config": 1,
     "paper": 1,
     "weights": 1,
+    "random_weights": 1,
+    "machine": 1,
     "distributions": 1,
     "formats": 2,
     "model": 3,

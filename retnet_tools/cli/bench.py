@@ -1,14 +1,15 @@
-"""`retnet-tools bench`: how fast a model decodes on this machine."""
+"""`retnet-tools bench`: how fast a model reads and decodes on this machine, against its limit and alternatives."""
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from retnet_tools.cli import common
+from retnet_tools.cli import benching, common, quantizing
 
 
 def bench(
@@ -16,45 +17,72 @@ def bench(
         Path | None,
         typer.Argument(help="Exported folder or checkpoint; the shipped one if left out.", show_default=False),
     ] = None,
+    size: benching.Size = None,
     device: common.DeviceName = "cpu",
     cpu_fallback: common.CpuFallback = False,
-    tokens: Annotated[int, typer.Option("-n", help="Tokens to generate in each sequence.", min=1)] = 128,
-    batches: Annotated[str, typer.Option("-b", "--batch", help="Sequences at once; a comma list.")] = "1",
-    threads: Annotated[str | None, typer.Option("-t", "--threads", help="CPU threads; a comma list.")] = None,
-    repetitions: Annotated[int, typer.Option("-r", "--repetitions", help="Times to repeat each.", min=1)] = 5,
-    dtype: Annotated[str, typer.Option("--dtype", help="Of a checkpoint's export: fp32, fp16 or bf16.")] = "fp32",
-    ops: Annotated[str, typer.Option("--ops", help="Of a checkpoint's export: fused or standard.")] = "fused",
+    prompts: benching.Prompts = None,
+    tokens: benching.Tokens = None,
+    depths: benching.Depths = "0",
+    batches: benching.Batches = "1",
+    threads: benching.ThreadCounts = None,
+    repetitions: benching.Repetitions = None,
+    against: benching.Against = None,
+    dtype: benching.FloatType = None,
+    ops: benching.Operators = None,
+    quantize: quantizing.Target = None,
+    block_size: quantizing.BlockSize = None,
+    accuracy_level: quantizing.AccuracyLevel = None,
+    flat: benching.Flat = False,
+    profile: benching.Profile = False,
+    plot: benching.Plot = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a plot that is there.")] = False,
+    folder: benching.Folder = None,
+    quick: benching.Quick = False,
+    output: benching.Format = "table",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Time decoding, step by step: tokens per second, with their deviation and percentiles."""
-    from retnet_tools.dtypes import parse_dtype
-    from retnet_tools.formats import open_checkpoint
-    from retnet_tools.graph.contract import MANIFEST_FILE
-    from retnet_tools.graph.export import plan_export, write_export
-    from retnet_tools.reports.benchmark import benchmark_document, measure_decode, render_benchmark
-    from retnet_tools.runtime.providers import check_device, parse_device
+    """Time prompts and decoding as llama-bench does: tokens a second, latency and memory, beside the share of what
+    memory and processor allow.
 
-    target = parse_device(device, cpu_fallback=cpu_fallback)
-    number_type = parse_dtype(dtype, ("float32", "float16", "bfloat16"))
-    batch_sizes = common.parse_counts("-b", batches)
-    thread_counts = [None] if threads is None else common.parse_counts("-t", threads, common.MAX_THREADS)
-    if not cpu_fallback:
-        check_device(target)
-    path = common.checkpoint_or_default(model)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = path
-        if not (path / MANIFEST_FILE).is_file():
-            folder = Path(scratch) / "export"
-            plan = plan_export(open_checkpoint(path), dtype=number_type, ops=ops, device=target.kind)
-            write_export(plan, folder, force=False, progress=lambda count: None)
-        with common.step_progress() as progress:
-            rows = measure_decode(
-                folder,
-                target,
-                tokens=tokens,
-                batches=batch_sizes,
-                threads=thread_counts,
-                repetitions=repetitions,
-                progress=progress,
-            )
-    common.print_json(benchmark_document(str(path), rows)) if as_json else render_benchmark(str(path), rows)
+    A model that is no export yet is written to a temporary folder first.
+    """
+    from retnet_tools.dtypes import parse_dtype
+    from retnet_tools.errors import UsageError
+    from retnet_tools.reports.benchmark.models import ModelOptions, make_model
+    from retnet_tools.reports.benchmark.plot import write_plot
+    from retnet_tools.reports.benchmark.profile import measure_profile
+    from retnet_tools.reports.benchmark.results import benchmark_document
+    from retnet_tools.reports.benchmark.run import run_benchmark
+    from retnet_tools.reports.benchmark.text import comma_separated, markdown, parse_format, render_benchmark
+    from retnet_tools.reports.plotting import check_plot
+    from retnet_tools.runtime.providers import parse_device, usable_device
+
+    target, form = parse_device(device, cpu_fallback=cpu_fallback), "json" if as_json else parse_format(output)
+    options = benching.options(prompts, tokens, depths, batches, threads, repetitions, against, quick=quick, flat=flat)
+    if plot is not None:
+        check_plot(plot, force=force)
+    number_type = None if dtype is None else parse_dtype(dtype, ("float32", "float16", "bfloat16"))
+    scheme = quantizing.options(block_size, None, accuracy_level, None, None, None)
+    path = model if size is not None else common.checkpoint_or_default(model)
+    chosen = ModelOptions(path, size, number_type, quantize, ops, scheme, target.kind)
+    target = usable_device(target)
+    if folder is not None and not folder.is_dir():
+        raise UsageError(f"no folder {folder}", "--folder with one that exists")
+    with tempfile.TemporaryDirectory(prefix="retnet-tools-", dir=folder) as name, common.step_progress() as progress:
+        scratch = Path(name)
+        measured = make_model(chosen, scratch, progress, copies=options.copies)
+        report = run_benchmark(measured, options, target, scratch, progress)
+        if flat:
+            from retnet_tools.reports.benchmark.flat import measure_flat
+
+            report = dataclasses.replace(report, flat=measure_flat(measured, options, target, progress))
+        if profile:
+            report = dataclasses.replace(report, profile=measure_profile(measured, options, target, scratch))
+    if plot is not None:
+        write_plot(report, plot, force=force)
+    if form == "json":
+        common.print_json(benchmark_document(report))
+    elif form == "table":
+        render_benchmark(report)
+    else:
+        typer.echo(markdown(report) if form == "md" else comma_separated(report))

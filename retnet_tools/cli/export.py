@@ -39,6 +39,8 @@ def export(
     method: quantizing.MethodName = None,
     exclude: quantizing.Exclude = None,
     tensor_type: quantizing.TensorType = None,
+    text: quantizing.Text = None,
+    text_tokens: quantizing.TextTokens = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing export.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -54,6 +56,7 @@ def export(
     from retnet_tools.graph.targets import export_target
     from retnet_tools.quantize.plan import plan_target, write_quantized
     from retnet_tools.reports.decoding import export_document, export_text
+    from retnet_tools.reports.quality import check_measurable
     from retnet_tools.staging import check_target
 
     options = quantizing.options(block_size, symmetric, accuracy_level, method, exclude, tensor_type)
@@ -70,12 +73,17 @@ def export(
     plan = plan_export(opened, dtype=number_type, ops=ops, state_dtype=state_type, target=target, device=device)
     if kind is not None:
         plan = plan_target(plan, kind, options)
+    content, quality = common.read_text(text) if text else "", None
+    if text is not None:
+        check_measurable(plan)
     if not dry_run:
         write = write_export if kind is None else write_quantized
         with common.progress_bar() as progress:
             task = progress.add_task("export", total=plan.weight_bytes)
             write(plan, out, force=force, progress=lambda count: progress.advance(task, count))
-    document = export_document(plan, out, written=not dry_run)
+    if text is not None and not dry_run:
+        quality = quantizing.measure(out, path, text, content, text_tokens, source_format)
+    document = export_document(plan, out, written=not dry_run, quality=quality)
     if as_json:
         common.print_json(document)
     else:

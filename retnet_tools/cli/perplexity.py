@@ -58,8 +58,9 @@ def perplexity(
     """
     from retnet_tools.reports.logits import is_export
     from retnet_tools.reports.perplexity import measure_perplexity
-    from retnet_tools.reports.perplexity_plot import check_plot, write_plot
+    from retnet_tools.reports.perplexity_plot import write_plot
     from retnet_tools.reports.perplexity_text import perplexity_document, render_perplexity
+    from retnet_tools.reports.plotting import check_plot
     from retnet_tools.reports.scored_text import read_tokens
     from retnet_tools.reports.windows import Windows
 

@@ -24,6 +24,8 @@ def quantize(
     method: quantizing.MethodName = None,
     exclude: quantizing.Exclude = None,
     tensor_type: quantizing.TensorType = None,
+    text: quantizing.Text = None,
+    text_tokens: quantizing.TextTokens = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing export.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -35,6 +37,7 @@ def quantize(
     from retnet_tools.quantize.plan import plan_target, write_quantized
     from retnet_tools.quantize.scheme import TARGET_WORDS, parse_target
     from retnet_tools.reports.decoding import export_document, export_text
+    from retnet_tools.reports.quality import check_measurable
     from retnet_tools.staging import check_target
 
     options = quantizing.options(block_size, symmetric, accuracy_level, method, exclude, tensor_type)
@@ -42,10 +45,15 @@ def quantize(
     out = output or default_output(folder, TARGET_WORDS[kind])
     if not dry_run:
         check_target(out, marker=MANIFEST_FILE, force=force)
-    plan = plan_target(plan_of_export(folder), kind, options)
+    plan, quality = plan_target(plan_of_export(folder), kind, options), None
+    content = common.read_text(text) if text else ""
+    if text is not None:
+        check_measurable(plan)
     if not dry_run:
         with common.progress_bar() as progress:
             task = progress.add_task("quantize", total=plan.weight_bytes)
             write_quantized(plan, out, force=force, progress=lambda count: progress.advance(task, count))
-    document = export_document(plan, out, written=not dry_run)
+    if text is not None and not dry_run:
+        quality = quantizing.measure(out, folder, text, content, text_tokens)
+    document = export_document(plan, out, written=not dry_run, quality=quality)
     common.print_json(document) if as_json else typer.echo(export_text(document))

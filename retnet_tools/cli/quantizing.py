@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from retnet_tools.cli import common
 from retnet_tools.errors import UsageError
 
 if TYPE_CHECKING:
-    from retnet_tools.graph.quantization import WeightType
+    from retnet_tools.graph.quantization import Quality, WeightType
     from retnet_tools.quantize.scheme import HalfType, SchemeOptions
 
 Target = Annotated[
@@ -40,6 +42,25 @@ TensorType = Annotated[
     list[str] | None,
     typer.Option("--tensor-type", metavar="REGEX=TYPE", help="int8 or int4 for some matrices; may be repeated."),
 ]
+
+Text = Annotated[
+    Path | None,
+    typer.Option("--text", help="Measure what it cost on this text, against the float model; kept in the folder."),
+]
+TextTokens = Annotated[
+    int | None, typer.Option("--text-tokens", help="Tokens of --text to use at most.", min=2, show_default=False)
+]
+
+
+def measure(
+    folder: Path, baseline: Path, text: Path, content: str, limit: int | None, source_format: str | None = None
+) -> Quality:
+    """Measure a quantized folder against its float parent, with a progress bar."""
+    from retnet_tools.reports.quality import measure_quality
+
+    parent = common.open_logits(baseline, "cpu", None, source_format=source_format)
+    with common.step_progress() as progress:
+        return measure_quality(folder, parent, text.name, content, limit=limit, progress=progress)
 
 
 def options(

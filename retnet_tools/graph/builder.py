@@ -17,23 +17,13 @@ import onnx_ir as ir
 
 from retnet_tools.config import BlockNorm, RetNetConfig
 from retnet_tools.graph.contract import FLOAT16_STATE_LIMIT, TensorSpec, state_scale
-from retnet_tools.graph.nodes import GraphBuilder, epsilon, graph_value, tensor_type
+from retnet_tools.graph.nodes import epsilon, graph_value, tensor_type
 from retnet_tools.graph.ops import NormWeights, StandardOps
 from retnet_tools.graph.positions import PositionTerms, position_terms
-from retnet_tools.graph.stored import StoredTensor
-from retnet_tools.weights import Array, canonical_shapes
+from retnet_tools.graph.weighted import BuiltGraph, WeightedBuilder
+from retnet_tools.weights import canonical_shapes
 
 WIDE = "float32"
-
-
-@dataclass(frozen=True)
-class BuiltGraph:
-    """A graph, its border, and the tensors that it expects in weights.data."""
-
-    graph: ir.Graph
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    stored: dict[str, StoredTensor]
 
 
 @dataclass(frozen=True)
@@ -51,7 +41,7 @@ class TokenInputs:
     key_mask: ir.Value | None = None
 
 
-class DecoderBuilder(ABC):
+class DecoderBuilder(WeightedBuilder, ABC):
     """Builds one graph of a model.
 
     Args:
@@ -64,10 +54,8 @@ class DecoderBuilder(ABC):
     name: ClassVar[str]
 
     def __init__(self, config: RetNetConfig, dtype: str, state_dtype: str, ops: StandardOps) -> None:
-        self.config, self.dtype, self.state_dtype, self.ops = config, dtype, state_dtype, ops
-        self.g = GraphBuilder()
-        self.shapes = canonical_shapes(config)
-        self.stored: dict[str, StoredTensor] = {}
+        super().__init__(canonical_shapes(config), dtype, ops)
+        self.config, self.state_dtype = config, state_dtype
 
     @abstractmethod
     def input_specs(self) -> tuple[TensorSpec, ...]:
@@ -104,26 +92,16 @@ class DecoderBuilder(ABC):
         self.g.scope = "inputs"
         entry, past = self.read(inputs[:-layers]), inputs[-layers:]
         self.g.scope = "positions"
-        terms = position_terms(self.g, self.config, entry.position_ids, self._table, entry.key_mask)
+        terms = position_terms(self.g, self.config, entry.position_ids, self.table, entry.key_mask)
         x, present = self._layers(self._embed(entry.tokens), terms, past)
         outputs = [self.logits(x), *present, *self.further_outputs()]
-        for value, spec in zip(outputs, self.output_specs(), strict=True):
-            value.name, value.shape, value.type = spec.name, ir.Shape(spec.shape), tensor_type(spec.dtype)
-        graph = ir.Graph(
-            inputs,
-            outputs,
-            nodes=self.g.nodes,
-            initializers=list(self.g.initializers.values()),
-            opset_imports=dict(self.ops.opsets),
-            name=self.name,
-        )
-        return BuiltGraph(graph, self.input_specs(), self.output_specs(), self.stored)
+        return self.finish(self.name, inputs, outputs, (self.input_specs(), self.output_specs()))
 
     def _embed(self, tokens: ir.Value) -> ir.Value:
         g, config = self.g, self.config
         g.scope = "embedding"
         if config.has_vocabulary:
-            x = g.op("Gather", self._weight("embedding.weight"), tokens, axis=0)
+            x = g.op("Gather", self.weight("embedding.weight"), tokens, axis=0)
         else:
             x = g.cast(tokens, WIDE, self.dtype)
         x = g.reshape(x, -1, config.hidden_size)  # [B, T, D] -> [rows, D]
@@ -173,7 +151,7 @@ class DecoderBuilder(ABC):
         parts = ("q_proj", "k_proj", "v_proj", "gate_proj")[: 3 if config.gate is None else 4]
         names = tuple(f"{name}.{part}" for part in parts)
         sizes = [self.shapes[f"{part}.weight"][0] for part in names]
-        merged = self._linear(x, f"{name}.qkvg_proj", names, config.projection_bias)
+        merged = self.linear(x, f"{name}.qkvg_proj", names, config.projection_bias)
         q, k, v, *gate = g.node("Split", merged, g.integers(*sizes), outputs=len(sizes), axis=-1)
         q, k, v = (self.token_axis(part) for part in (q, k, v))
         q, k = (self.ops.wide_features(g, config.feature_map, part, self.dtype) for part in (q, k))
@@ -190,7 +168,7 @@ class DecoderBuilder(ABC):
         y = g.cast(g.reshape(y, -1, config.value_dim), WIDE, self.dtype)  # [B, T, H, V] -> [rows, H*V]
         if config.gate is not None:
             y = g.op("Mul", self.ops.activate(g, config.gate, gate[0]), y)
-        y = self._linear(y, f"{name}.out_proj", (f"{name}.out_proj",), config.projection_bias)
+        y = self.linear(y, f"{name}.out_proj", (f"{name}.out_proj",), config.projection_bias)
         return y, g.cast(present, WIDE, self.state_dtype)
 
     def _for_float16_states(self, q: ir.Value, k: ir.Value, v: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
@@ -229,7 +207,7 @@ class DecoderBuilder(ABC):
             y = g.op("LayerNormalization", y, ones, axis=-1, epsilon=epsilon(norm.eps))
         for part, op_type in (("weight", "Mul"), ("bias", "Add")):
             if f"{name}.{part}" in self.shapes:
-                parameter = g.cast(self._weight(f"{name}.{part}"), self.dtype, WIDE)
+                parameter = g.cast(self.weight(f"{name}.{part}"), self.dtype, WIDE)
                 if norm.weight == "channel":
                     parameter = g.reshape(parameter, heads, size)
                 y = g.op(op_type, y, parameter)
@@ -238,14 +216,14 @@ class DecoderBuilder(ABC):
     def _feed_forward(self, name: str, x: ir.Value) -> ir.Value:
         g, ffn = self.g, self.config.feed_forward
         if ffn.kind == "glu":
-            merged = self._linear(x, f"{name}.gate_up_proj", (f"{name}.gate_proj", f"{name}.up_proj"), ffn.bias)
+            merged = self.linear(x, f"{name}.gate_up_proj", (f"{name}.gate_proj", f"{name}.up_proj"), ffn.bias)
             gate, up = g.node("Split", merged, g.integers(ffn.dim, ffn.dim), outputs=2, axis=-1)
             y = g.op("Mul", self.ops.activate(g, ffn.activation, gate), up)
         else:
-            y = self.ops.activate(g, ffn.activation, self._linear(x, f"{name}.up_proj", (f"{name}.up_proj",), ffn.bias))
+            y = self.ops.activate(g, ffn.activation, self.linear(x, f"{name}.up_proj", (f"{name}.up_proj",), ffn.bias))
         if ffn.norm is not None:
             y = self.ops.norm(g, y, self._norm(f"{name}.norm", ffn.norm))
-        return self._linear(y, f"{name}.down_proj", (f"{name}.down_proj",), ffn.bias)
+        return self.linear(y, f"{name}.down_proj", (f"{name}.down_proj",), ffn.bias)
 
     def logits(self, x: ir.Value) -> ir.Value:
         """Logits `[B, 1, vocab]` float32 of `[B, D]`; without a head, `[B, 1, D]`."""
@@ -253,35 +231,9 @@ class DecoderBuilder(ABC):
         g.scope = "lm_head"
         if self.config.has_vocabulary:
             name = "embedding.weight" if self.config.tie_word_embeddings else "lm_head.weight"
-            bias = [self._weight("lm_head.bias")] if self.config.head_bias else []
-            x = g.op("Gemm", x, self._weight(name), *bias, transB=1)
+            bias = [self.weight("lm_head.bias")] if self.config.head_bias else []
+            x = g.op("Gemm", x, self.weight(name), *bias, transB=1)
         return g.cast(g.op("Unsqueeze", x, g.integers(1)), self.dtype, WIDE)  # [rows, vocab] -> [B, 1, vocab]
 
-    def _linear(self, x: ir.Value, name: str, sources: tuple[str, ...], bias: bool) -> ir.Value:
-        """y = x W^T + b; several sources are merged along their outputs."""
-        inputs = [x, self._merged(f"{name}.weight", tuple(f"{s}.weight" for s in sources))]
-        if bias:
-            inputs.append(self._merged(f"{name}.bias", tuple(f"{s}.bias" for s in sources)))
-        return self.g.op("Gemm", *inputs, transB=1)
-
     def _norm(self, name: str, norm: BlockNorm | None = None) -> NormWeights:
-        norm = norm or self.config.block_norm
-        return NormWeights(norm, self._weight(f"{name}.weight"), self._weight(f"{name}.bias") if norm.bias else None)
-
-    def _weight(self, name: str) -> ir.Value:
-        return self._merged(name, (name,))
-
-    def _merged(self, name: str, sources: tuple[str, ...]) -> ir.Value:
-        rows = sum(self.shapes[source][0] for source in sources)
-        return self._declare(StoredTensor(name, self.dtype, (rows, *self.shapes[sources[0]][1:]), sources))
-
-    def _table(self, name: str, table: Array) -> ir.Value:
-        return self._declare(StoredTensor(name, table.dtype.name, table.shape, table=table))
-
-    def _declare(self, tensor: StoredTensor) -> ir.Value:
-        if tensor.name not in self.stored:
-            self.stored[tensor.name] = tensor
-            self.g.initializers[tensor.name] = ir.Value(
-                name=tensor.name, shape=ir.Shape(tensor.shape), type=tensor_type(tensor.dtype)
-            )
-        return self.g.initializers[tensor.name]
+        return self.norm_weights(name, norm or self.config.block_norm)

@@ -11,13 +11,13 @@ from typing import Any
 from retnet_tools import __version__
 from retnet_tools.formats import Checkpoint
 from retnet_tools.graph import contract
-from retnet_tools.graph.builder import BuiltGraph
 from retnet_tools.graph.cuda_kernels import cpu_nodes, kernel_version
 from retnet_tools.graph.devices import operator_set, target_device
 from retnet_tools.graph.manifest import Manifest
 from retnet_tools.graph.quantization import Quantization
 from retnet_tools.graph.stored import StoredTensor, stored_bytes
 from retnet_tools.graph.targets import TARGET_FILES, ExportTarget, export_target
+from retnet_tools.graph.weighted import BuiltGraph
 from retnet_tools.graph.writer import ALIGNMENT, BlockReader, float_blocks, write_graph, write_weights
 from retnet_tools.provenance import SourceHasher, provenance
 from retnet_tools.staging import check_target, staged_folder

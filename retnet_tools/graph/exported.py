@@ -13,7 +13,6 @@ from retnet_tools.errors import InputError
 from retnet_tools.formats import Checkpoint
 from retnet_tools.formats.storage import StoredTensors, TensorLocation
 from retnet_tools.graph import contract
-from retnet_tools.graph.builder import BuiltGraph
 from retnet_tools.graph.devices import operator_set
 from retnet_tools.graph.export import ExportPlan, export_notes
 from retnet_tools.graph.genai_config import TOKENIZER_CONFIG_FILE
@@ -22,6 +21,7 @@ from retnet_tools.graph.reader import EXPORT_AGAIN, load_graph, read_graphs
 from retnet_tools.graph.step import StepBuilder
 from retnet_tools.graph.stored import StoredTensor
 from retnet_tools.graph.targets import find_target
+from retnet_tools.graph.weighted import BuiltGraph
 from retnet_tools.weights import canonical_shapes
 
 

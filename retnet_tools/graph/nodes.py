@@ -17,6 +17,7 @@ ELEMENT_TYPES = {
     "float16": ir.DataType.FLOAT16,
     "bfloat16": ir.DataType.BFLOAT16,
     "int64": ir.DataType.INT64,
+    "int32": ir.DataType.INT32,
     "uint8": ir.DataType.UINT8,
     "int8": ir.DataType.INT8,
     "uint4": ir.DataType.UINT4,

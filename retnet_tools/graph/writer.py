@@ -11,10 +11,10 @@ import numpy as np
 import onnx_ir as ir
 
 from retnet_tools.dtypes import convert
-from retnet_tools.graph.builder import BuiltGraph
 from retnet_tools.graph.contract import WEIGHTS_FILE
 from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.graph.stored import StoredTensor
+from retnet_tools.graph.weighted import BuiltGraph
 from retnet_tools.weights import Array, WeightSource, read_blocks
 
 IR_VERSION = 11

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import re
 from bisect import bisect_right
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
 from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import UsageError
+from retnet_tools.machine import available_memory
 from retnet_tools.model.retention import RetentionForm, retention_parallel
 
 SCORE_BUFFERS = 3
@@ -53,28 +51,7 @@ def estimated_memory(config: RetNetConfig, rows: int, tokens: int, forms: Mappin
     return _FLOAT64 * (scores + len(forms) * rows * tokens * width)
 
 
-def available_memory() -> int | None:
-    """Bytes that new allocations can have: what the kernel says, at most what the container is allowed.
-
-    The machine's whole memory where the kernel does not say; None where nothing is known.
-    """
-    found = re.search(r"^MemAvailable:\s+(\d+) kB$", _text("/proc/meminfo"), re.MULTILINE)
-    amounts = [int(found[1]) * 1024] if found else []
-    if (limit := _text("/sys/fs/cgroup/memory.max").strip()).isdecimal():
-        amounts.append(int(limit))
-    if not amounts and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        amounts.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return min(amounts, default=None)
-
-
 def _score_length(form: RetentionForm, tokens: int) -> int:
     if isinstance(form, partial):
         return min(tokens, int(form.keywords.get("chunk_size", tokens)))
     return tokens if form is retention_parallel else 0
-
-
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError:
-        return ""

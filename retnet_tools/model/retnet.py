@@ -183,33 +183,35 @@ class RetNet(nn.Module):
             position: position of the first token, one number or `[B]`; the states' position when there are states.
             keep_hidden: also return the hidden states of all layers.
         """
-        x = self._embed(inputs)
-        if self.embedding_norm is not None:
-            x = self.embedding_norm(x)
-        terms = self._position_terms(inputs, position, x.dtype)
+        x = self.embed(inputs)
+        terms = self.position_terms(inputs, position, x.dtype)
         hidden, new_states = [x], []
         for i, layer in enumerate(self.layers):
             x, state = layer(x, terms, None if states is None else states[i], form)
             new_states.append(state)
             if keep_hidden:
                 hidden.append(x)
+        return RetNetOutput(self.head(x), new_states, hidden if keep_hidden else [])
+
+    def head(self, x: Tensor) -> Tensor:
+        """Logits of the last layer's output `[B, T, D]`; without an output head, its norm."""
         if self.final_norm is not None:
             x = self.final_norm(x)
-        return RetNetOutput(self._logits(x), new_states, hidden if keep_hidden else [])
-
-    def _logits(self, x: Tensor) -> Tensor:
         if self.embedding is None:
             return x
         logits: Tensor = F.linear(x, self.embedding.weight) if self.lm_head is None else self.lm_head(x)
         return logits
 
-    def _embed(self, inputs: Tensor) -> Tensor:
+    def embed(self, inputs: Tensor) -> Tensor:
+        """What the first layer reads, `[B, T, D]`."""
         if self.embedding is None:
-            return inputs.to(next(self.parameters()).dtype)
-        x: Tensor = self.embedding(inputs) * self.config.embedding_scale
-        return x
+            x = inputs.to(next(self.parameters()).dtype)
+        else:
+            x = self.embedding(inputs) * self.config.embedding_scale
+        return x if self.embedding_norm is None else self.embedding_norm(x)
 
-    def _position_terms(self, inputs: Tensor, position: int | Tensor, dtype: torch.dtype) -> PositionTerms:
+    def position_terms(self, inputs: Tensor, position: int | Tensor, dtype: torch.dtype) -> PositionTerms:
+        """What the positions of `inputs` `[B, T]` contribute, from the first one on."""
         config, device = self.config, inputs.device
         start = torch.as_tensor(position, device=device).view(-1, 1)
         positions = start + torch.arange(inputs.shape[1], device=device)  # [B or 1, T]

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from retnet_tools.graph.blocked import BlockedMatrix
-from retnet_tools.graph.builder import BuiltGraph
 from retnet_tools.graph.nodes import GraphBuilder, tensor_type
 from retnet_tools.graph.ops import StandardOps
 from retnet_tools.graph.quantization import AccuracyLevel, BlockFormat
 from retnet_tools.graph.stored import StoredTensor
+from retnet_tools.graph.weighted import BuiltGraph
 
 _PART_ORDER = ("codes", "scales", "zero_points")
 Formats = Mapping[str, BlockFormat | None]

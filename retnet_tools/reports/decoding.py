@@ -10,16 +10,18 @@ from typing import Any
 from retnet_tools.graph.contract import state_shape
 from retnet_tools.graph.export import ExportPlan, kernel_notes
 from retnet_tools.graph.nodes import ELEMENT_TYPES
+from retnet_tools.graph.quantization import Quality
 from retnet_tools.graph.stored import stored_bytes
 from retnet_tools.quantize.scheme import scheme_text
+from retnet_tools.reports.quality import quality_text
 from retnet_tools.runtime.bulk import BulkSummary
 from retnet_tools.runtime.decode import Generations
 
 SCHEMA_VERSION = 1
 
 
-def export_document(plan: ExportPlan, out: Path, *, written: bool) -> dict[str, Any]:
-    """The export as a JSON document; sizes in bytes."""
+def export_document(plan: ExportPlan, out: Path, *, written: bool, quality: Quality | None = None) -> dict[str, Any]:
+    """The export as a JSON document; sizes in bytes. `quality` is what quantization cost, where it was measured."""
     config, record = plan.checkpoint.config, plan.quantization
     sizes = {name: stored_bytes(tensor) for name, tensor in plan.tensors.items()}
     tables = sum(size for name, size in sizes.items() if plan.tensors[name].table is not None)
@@ -41,6 +43,7 @@ def export_document(plan: ExportPlan, out: Path, *, written: bool) -> dict[str, 
         "tokenizer_files": [file.name for file in plan.checkpoint.tokenizer_files],
         "settings_files": list(plan.files),
         "notes": [*plan.notes, *kernel_notes(plan)],
+        "quality": None if quality is None else asdict(quality),
     }
 
 
@@ -59,6 +62,8 @@ def export_text(document: dict[str, Any]) -> str:
         lines.append(f"  settings      {', '.join(document['settings_files'])}")
     if document["tokenizer_files"]:
         lines.append(f"  tokenizer     {', '.join(document['tokenizer_files'])}")
+    if document["quality"] is not None:
+        lines.append(quality_text(Quality(**document["quality"])))
     lines += [f"  note: {note}" for note in document["notes"]]
     return "\n".join(lines)
 

@@ -2,47 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from retnet_tools.errors import OutputError, RetNetToolsError, UsageError
 from retnet_tools.reports.estimates import Estimate
 from retnet_tools.reports.perplexity import PerplexityReport
 from retnet_tools.reports.perplexity_text import estimate_text, trend_text
+from retnet_tools.reports.plotting import COLOURS, check_plot, save_figure
 from retnet_tools.reports.positions import ByPosition
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PLOT_TYPES = (".png", ".svg", ".pdf")
-_MODEL, _BASELINE = "#0072B2", "#D55E00"
+_MODEL, _BASELINE, *_ = COLOURS
 _LOG_SCALE_FROM = 5
 """How many times as high as the lowest the highest has to be for a logarithmic axis."""
-_WIDTH, _HEIGHT, _DPI = 5.6, 4.2, 150
-
-
-def check_plot(path: Path, *, force: bool) -> None:
-    """Check, before anything is computed, that a plot can be drawn and written.
-
-    Raises:
-        RetNetToolsError: matplotlib is not installed.
-        UsageError: another type of file, or one that exists.
-        OutputError: no such folder.
-    """
-    if path.suffix.lower() not in PLOT_TYPES:
-        raise UsageError(f"--plot {path}", f"a name ending in {', '.join(PLOT_TYPES)}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise RetNetToolsError("--plot needs matplotlib", action="pip install 'retnet-tools[plot]'")
-    if path.exists() and not force:
-        raise UsageError(f"{path} exists already", action="name another file, or add --force to replace it")
-    if not path.parent.is_dir():
-        raise OutputError(f"no folder {path.parent} for {path.name}", "a folder that exists")
+_WIDTH, _HEIGHT = 5.6, 4.2
 
 
 def write_plot(report: PerplexityReport, path: Path, *, force: bool) -> None:
@@ -50,18 +29,10 @@ def write_plot(report: PerplexityReport, path: Path, *, force: bool) -> None:
 
     Raises:
         ValueError: a report without figures by position.
-        RetNetToolsError, UsageError, OutputError: as `check_plot`, or the file cannot be written.
+        RetNetToolsError, UsageError, OutputError: as `retnet_tools.reports.plotting.save_figure`.
     """
     check_plot(path, force=force)
-    figure = draw(report)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        figure.savefig(partial, format=path.suffix[1:].lower(), dpi=_DPI)
-        os.replace(partial, path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path} ({error.strerror or error})", "a file that can be written") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    save_figure(draw(report), path, force=force)
 
 
 def draw(report: PerplexityReport) -> Figure:

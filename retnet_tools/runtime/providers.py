@@ -64,7 +64,13 @@ def parse_device(text: str, *, cpu_fallback: bool = False) -> Device:
 
 
 def open_session(
-    path: Path, device: Device, threads: int | None = None, *, prepack: bool = True, cuda_graph: bool = False
+    path: Path,
+    device: Device,
+    threads: int | None = None,
+    *,
+    prepack: bool = True,
+    cuda_graph: bool = False,
+    profile: Path | None = None,
 ) -> onnxruntime.InferenceSession:
     """Open a graph on a device, and on no other.
 
@@ -76,6 +82,7 @@ def open_session(
         threads: of the CPU provider; None lets ONNX Runtime choose.
         prepack: whether the CPU provider may keep rearranged copies of the weights; without, it maps their file.
         cuda_graph: whether CUDA captures the graph on the first run of each `gpu_graph_id`, and replays it then.
+        profile: the start of the name of a profile that ONNX Runtime writes when the session's profiling ends.
 
     Raises:
         ProviderError: the provider cannot be had, has no kernel for the graph, or no memory; says what is missing.
@@ -91,6 +98,9 @@ def open_session(
         options.intra_op_num_threads = threads
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     check_device(device)
     provider: Any = device.provider
     if device.kind == "cuda":
@@ -136,6 +146,27 @@ def check_device(device: Device) -> None:
             names if count else "a GPU, not hidden by CUDA_VISIBLE_DEVICES",
             "" if count else "or use --device cpu",
         )
+
+
+def usable_device(device: Device) -> Device:
+    """The device, or the CPU where it cannot be had and `cpu_fallback` allows that, which a warning says.
+
+    Raises:
+        ProviderError: as `check_device`.
+    """
+    try:
+        check_device(device)
+    except ProviderError as error:
+        if not device.cpu_fallback:
+            raise
+        return cpu_instead(error)
+    return device
+
+
+def cpu_instead(error: ProviderError) -> Device:
+    """The CPU, with a warning that says why not CUDA."""
+    warnings.warn(f"{error}; running on the CPU, as --allow-cpu-fallback says", CpuFallbackWarning, stacklevel=2)
+    return Device("cpu")
 
 
 def check_provider_package() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retnet_tools.errors import InputError, ProviderError, UsageError
+from retnet_tools.errors import InputError, UsageError
 from retnet_tools.graph.contract import (
     ATTENTION_MASK,
     MANIFEST_FILE,
@@ -19,7 +18,6 @@ from retnet_tools.graph.contract import (
     PREFILL_FILE,
     STEP_FILE,
     WEIGHTS_FILE,
-    TensorSpec,
     past_name,
     prefill_inputs,
     present_name,
@@ -29,9 +27,10 @@ from retnet_tools.graph.contract import (
 from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.runtime.binding import Binding
 from retnet_tools.runtime.cuda_graphs import StepGraphs
-from retnet_tools.runtime.device_memory import LIBRARY_BYTES, check_memory, chunk_bytes, enough_memory, graph_bytes
+from retnet_tools.runtime.device_memory import chunk_bytes, enough_memory
+from retnet_tools.runtime.opening import GraphOpener
 from retnet_tools.runtime.prompts import DEFAULT_CHUNK_SIZE, Prompts
-from retnet_tools.runtime.providers import CpuFallbackWarning, Device, check_device, check_retention, open_session
+from retnet_tools.runtime.providers import Device
 from retnet_tools.runtime.state import RecurrentState
 from retnet_tools.weights import Array
 
@@ -49,6 +48,7 @@ class DecoderSession:
         in_place: whether step.onnx writes states where it reads them, or into a second buffer; None writes in place on
             the CPU, whose kernels are known to read a state before they write it.
         cuda_graph: whether steps on CUDA are captured and replayed; None does where it can.
+        profile: where ONNX Runtime writes a profile of step.onnx when `end_profile` is called: the start of its name.
 
     Attributes:
         device: where it runs; the CPU where `device.cpu_fallback` allowed it and there was no other way.
@@ -68,6 +68,7 @@ class DecoderSession:
         *,
         in_place: bool | None = None,
         cuda_graph: bool | None = None,
+        profile: Path | None = None,
     ) -> None:
         folder = Path(folder)
         if not folder.is_dir():
@@ -81,15 +82,21 @@ class DecoderSession:
         for name in (STEP_FILE, PREFILL_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
                 raise InputError(f"{folder} has no {name}", "a complete export", "export the checkpoint again")
-        self.device = device or Device("cpu")
         self.threads = threads
         if in_place and cuda_graph:
             raise UsageError("CUDA graphs of steps in place", "one of them: a capture runs a step several times")
         border = (self.manifest.config, self.manifest.state_dtype)
         self._input, *_ = step_inputs(*border)
         self._output, *_ = step_outputs(*border)
-        self.eager_reason = self._no_graph_reason(in_place, cuda_graph)
-        self._step = self._open_step(step_inputs(*border))
+        reasons = {
+            "states are written in place": in_place,
+            "it was asked for": cuda_graph is False,
+            "a profile is taken": profile is not None,
+        }
+        eager_reason = next((reason for reason, holds in reasons.items() if holds), None)
+        self._opener = GraphOpener(folder, self.manifest, device or Device("cpu"), threads, eager_reason)
+        self._step = self._opener.open_step(step_inputs(*border), profile)
+        self.device, self.eager_reason = self._opener.device, self._opener.eager_reason
         self.in_place = self.device.kind == "cpu" if in_place is None else in_place
         self._graphs = None if self.eager_reason else StepGraphs(self._step, self._bind_captured)
 
@@ -220,35 +227,6 @@ class DecoderSession:
     def _chunk_bytes(self, mask: Array) -> int:
         return chunk_bytes(self.manifest.config, self.manifest.dtype, *mask.shape)
 
-    def _no_graph_reason(self, in_place: bool | None, cuda_graph: bool | None) -> str | None:
-        """Why there is no use in trying CUDA graphs."""
-        if self.device.kind == "cpu":
-            return "it runs on the CPU"
-        if in_place:
-            return "states are written in place"
-        return "it was asked for" if cuda_graph is False else None
-
-    def _open_step(self, inputs: Sequence[TensorSpec]) -> onnxruntime.InferenceSession:
-        """step.onnx with CUDA graphs where they can be had; on the CPU where that is allowed and nothing else goes."""
-        try:
-            check_retention(self.manifest, self.device)
-            if self.eager_reason is None:
-                try:
-                    return self._open(STEP_FILE, inputs, cuda_graph=True)
-                except ProviderError as error:
-                    if "graph capture" not in str(error):
-                        raise
-                    self.eager_reason = error.found
-            return self._open(STEP_FILE, inputs)
-        except ProviderError as error:
-            if not self.device.cpu_fallback:
-                raise
-            warnings.warn(
-                f"{error}; running on the CPU, as --allow-cpu-fallback says", CpuFallbackWarning, stacklevel=3
-            )
-            self.device, self.eager_reason = Device("cpu"), "it runs on the CPU"
-            return self._open(STEP_FILE, inputs)
-
     @cached_property
     def _prefill(self) -> onnxruntime.InferenceSession:
         # Products of many rows are as fast on float32 weights as they lie in the file, which are then mapped and not
@@ -256,22 +234,11 @@ class DecoderSession:
         # quantized weights need their packing.
         plain = self.manifest.dtype == "float32" and self.manifest.quantization is None
         inputs = prefill_inputs(self.manifest.config, self.manifest.state_dtype)
-        return self._open(PREFILL_FILE, inputs, prepack=not plain)
+        return self._opener.open(PREFILL_FILE, inputs, prepack=not plain)
 
-    def _open(
-        self, name: str, inputs: Sequence[TensorSpec], *, prepack: bool = True, cuda_graph: bool = False
-    ) -> onnxruntime.InferenceSession:
-        path = self.folder / name
-        if self.device.kind == "cuda":
-            check_device(self.device)
-            check_memory(self.device, graph_bytes(path) + LIBRARY_BYTES, f"{path.name} of {self.folder}")
-        session = open_session(path, self.device, self.threads, prepack=prepack, cuda_graph=cuda_graph)
-        found = [(value.name, tuple(value.shape)) for value in session.get_inputs()]
-        if found != [(spec.name, spec.shape) for spec in inputs]:
-            raise InputError(
-                f"{self.folder / name} does not fit {MANIFEST_FILE}", "the graph it describes", "export again"
-            )
-        return session
+    def end_profile(self) -> Path:
+        """Write the profile that was asked for, and say where it is."""
+        return Path(self._step.end_profiling())
 
     def check_prompt(self, tokens: Sequence[int]) -> None:
         """Check one prompt of token ids without running it.

@@ -11,7 +11,8 @@ import pytest
 
 from retnet_tools.errors import OutputError, RetNetToolsError, UsageError
 from retnet_tools.reports.perplexity import PerplexityReport, measure_perplexity
-from retnet_tools.reports.perplexity_plot import check_plot, draw, write_plot
+from retnet_tools.reports.perplexity_plot import draw, write_plot
+from retnet_tools.reports.plotting import check_plot
 from retnet_tools.reports.scored_text import ScoredText
 from retnet_tools.reports.windows import Windows
 from tests.sources import MarkovLogits

@@ -1,0 +1,63 @@
+"""The machine that this process runs on: its processor, and the memory that can be had."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What figures were measured on.
+
+    Attributes:
+        processor: its name.
+        cores: that this process may use.
+        memory_bytes: in all; None where that is not known.
+        system: operating system and release.
+    """
+
+    processor: str
+    cores: int
+    memory_bytes: int | None
+    system: str
+
+
+def this_machine() -> Machine:
+    """A description of this machine."""
+    found = re.search(r"^model name\s*: (.+)$", _text("/proc/cpuinfo"), re.MULTILINE)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Machine(
+        processor=found[1].strip() if found else platform.processor() or platform.machine(),
+        cores=cores,
+        memory_bytes=_physical_memory(),
+        system=f"{platform.system()} {platform.release()}",
+    )
+
+
+def available_memory() -> int | None:
+    """Bytes that new allocations can have: what the kernel says, at most what the container is allowed.
+
+    The machine's whole memory where the kernel does not say; None where nothing is known.
+    """
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", _text("/proc/meminfo"), re.MULTILINE)
+    amounts = [int(found[1]) * 1024] if found else []
+    if (limit := _text("/sys/fs/cgroup/memory.max").strip()).isdecimal():
+        amounts.append(int(limit))
+    return min(amounts, default=_physical_memory())
+
+
+def _physical_memory() -> int | None:
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError:
+        return ""

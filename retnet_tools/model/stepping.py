@@ -1,0 +1,86 @@
+"""Torch's recurrent form one token at a time: to measure against, and in float64 as what is right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from retnet_tools.config import RetNetConfig
+from retnet_tools.dtypes import FloatName
+from retnet_tools.errors import UsageError
+from retnet_tools.model.agreement import TORCH_DTYPES, use_threads
+from retnet_tools.model.retention import retention_recurrent
+from retnet_tools.model.retnet import RetNet, load_model, to_torch
+from retnet_tools.weights import Array, WeightSource, canonical_shapes
+
+
+class RecurrentDecoder:
+    """A model in torch on the CPU that reads tokens in the recurrent form (Eq. 6).
+
+    Args:
+        weights: by canonical name.
+        dtype: to compute in.
+        threads: of torch, from now on; None leaves its choice.
+    """
+
+    def __init__(self, config: RetNetConfig, weights: WeightSource, dtype: FloatName, threads: int | None) -> None:
+        use_threads(threads)
+        self._model = load_model(config, weights, TORCH_DTYPES[dtype])
+        self._states: list[Tensor] = []
+        self._position = 0
+
+    def place(self, states: Sequence[Array], position: int) -> None:
+        """Go on from states `[B, H, K, V]` of all layers, whose rows stand at a position."""
+        self._states, self._position = [torch.from_numpy(state) for state in states], position
+
+    def feed(self, input_ids: Array) -> Array:
+        """Feed tokens `[B, T]`; logits `[B, vocab]` float32 after the last of them."""
+        with torch.inference_mode():
+            output = self._model(
+                torch.from_numpy(input_ids), form=retention_recurrent, states=self._states, position=self._position
+            )
+        self._states = output.states
+        self._position += input_ids.shape[1]
+        logits: Array = output.logits[:, -1].float().numpy()
+        return logits
+
+
+def reference_logits(
+    config: RetNetConfig, weights: WeightSource, input_ids: Array, states: Sequence[Array], positions: Array
+) -> Array:
+    """Logits in float64 of one token for each row, by the recurrent form, one layer in memory at a time.
+
+    Args:
+        weights: by canonical name.
+        input_ids: `[B]`.
+        states: `[B, H, K, V]` a layer.
+        positions: `[B]`, of the tokens.
+
+    Returns:
+        `[B, vocab]` float64.
+
+    Raises:
+        UsageError: a stack without a vocabulary.
+    """
+    if not config.has_vocabulary:
+        raise UsageError("a stack without embedding and head", "a model with a vocabulary")
+    with torch.device("meta"):
+        model = RetNet(config)
+    names = [name for name in canonical_shapes(config) if not name.startswith("layers.")]
+    _load(model, weights, names)
+    with torch.inference_mode():
+        x = model.embed(torch.from_numpy(input_ids[:, None]))
+        terms = model.position_terms(x, torch.from_numpy(positions), torch.float64)
+        for i, (layer, state) in enumerate(zip(model.layers, states, strict=True)):
+            _load(model, weights, [name for name in canonical_shapes(config) if name.startswith(f"layers.{i}.")])
+            x, _ = layer(x, terms, torch.from_numpy(state).double(), retention_recurrent)
+            layer.to("meta")
+        logits: Array = model.head(x)[:, 0].numpy()
+    return logits
+
+
+def _load(model: RetNet, weights: WeightSource, names: Sequence[str]) -> None:
+    tensors = {name: to_torch(weights.read(name)).double() for name in names}
+    model.load_state_dict(tensors, strict=False, assign=True)

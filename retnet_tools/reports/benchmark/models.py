@@ -1,0 +1,211 @@
+"""What is measured: a RetNet as an exported folder, and a Transformer and probes in the same types."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from retnet_tools import __version__
+from retnet_tools.config import RetNetConfig
+from retnet_tools.dtypes import FloatName
+from retnet_tools.errors import OutputError, UsageError
+from retnet_tools.formats import Checkpoint, open_checkpoint
+from retnet_tools.graph.contract import MANIFEST_FILE, PREFILL_FILE, STEP_FILE, WEIGHTS_FILE
+from retnet_tools.graph.export import ExportPlan, plan_export
+from retnet_tools.graph.exported import plan_of_export
+from retnet_tools.graph.manifest import read_manifest
+from retnet_tools.graph.ops import FusedOps
+from retnet_tools.graph.probes import COPY_FILE, PRODUCT_FILE, ProductShape, copy_graph, product_graph
+from retnet_tools.graph.quantization import Scheme
+from retnet_tools.graph.stored import stored_bytes
+from retnet_tools.graph.transformer import TRANSFORMER_FILE, TransformerBuilder, TransformerConfig, transformer_shapes
+from retnet_tools.graph.weighted import BuiltGraph
+from retnet_tools.graph.writer import float_blocks, write_graph, write_weights
+from retnet_tools.paper import VOCABULARY_SIZE, model_size
+from retnet_tools.quantize.contents import QuantizedContents
+from retnet_tools.quantize.methods import RoundToNearest
+from retnet_tools.quantize.plan import plan_target, write_quantized
+from retnet_tools.quantize.rewrite import quantize_graph
+from retnet_tools.quantize.scheme import NO_OPTIONS, SchemeOptions, parse_target
+from retnet_tools.random_weights import RandomWeights
+from retnet_tools.staging import staged_folder
+from retnet_tools.weights import WeightSource, canonical_shapes
+
+Progress = Callable[[str, int, int], None]
+EXPORT_FOLDER, TRANSFORMER_FOLDER, PROBE_FOLDER = "retnet", "transformer", "probes"
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Types of a model: floats, the quantization of its matrices or None, and its operators."""
+
+    dtype: str
+    scheme: Scheme | None
+    ops: str
+
+    @property
+    def quantization(self) -> str | None:
+        """The scheme in a word or two, such as `int8 in 128s`."""
+        return None if self.scheme is None else f"{self.scheme.type} in {self.scheme.block_size}s"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A RetNet that is ready to be measured.
+
+    Attributes:
+        name: for reports.
+        folder: the export.
+        weights: its float weights by canonical name; None where it has only quantized ones.
+    """
+
+    name: str
+    folder: Path
+    config: RetNetConfig
+    precision: Precision
+    state_dtype: str
+    weights: WeightSource | None
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model to measure: at most one of a path and a size; None takes the default of each type.
+
+    Attributes:
+        path: an exported folder or a checkpoint.
+        size: a published size, with random weights.
+        quantize: what `--quantize` names.
+        scheme: how, where that is int8 or int4.
+        device: whose kernels a checkpoint is exported for.
+    """
+
+    path: Path | None
+    size: str | None
+    dtype: FloatName | None
+    quantize: str | None
+    ops: str | None
+    scheme: SchemeOptions = NO_OPTIONS
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.path is not None and self.size is not None:
+            raise UsageError(f"both {self.path} and --size {self.size}", "one of them")
+        if self.size is not None:
+            model_size(self.size)
+        if self.quantize is not None:
+            parse_target(self.quantize)
+        elif self.scheme != NO_OPTIONS:
+            raise UsageError("options of a quantization scheme without --quantize", "--quantize int8 or int4")
+
+
+def plan_model(options: ModelOptions) -> ExportPlan | None:
+    """What has to be written before the model can be measured; None for an exported folder as it is.
+
+    Raises:
+        UsageError: types for an exported folder, which has its own.
+        InputError: no exported folder and no checkpoint.
+    """
+    if options.path is not None and (options.path / MANIFEST_FILE).is_file():
+        for option, value in (("--dtype", options.dtype), ("--ops", options.ops)):
+            if value is not None:
+                raise UsageError(f"{option} {value} for {options.path}, an export with its own", f"no {option}")
+        if options.quantize is None:
+            return None
+        plan = plan_of_export(options.path)
+    else:
+        checkpoint = _checkpoint(options)
+        dtype, ops = options.dtype or "float32", options.ops or "fused"
+        plan = plan_export(checkpoint, dtype=dtype, ops=ops, device=options.device)
+    return plan if options.quantize is None else plan_target(plan, parse_target(options.quantize), options.scheme)
+
+
+def make_model(options: ModelOptions, scratch: Path, progress: Progress, *, copies: int = 1) -> Model:
+    """The model, written to a folder in `scratch` where it is no export yet.
+
+    Args:
+        copies: how many models of its size will lie there.
+
+    Raises:
+        UsageError, InputError: as `plan_model`, or a folder without `step.onnx`.
+        OutputError: no room for them.
+    """
+    plan, folder = plan_model(options), options.path
+    if plan is not None:
+        _check_space(scratch, copies * plan.weight_bytes)
+        folder = scratch / EXPORT_FOLDER
+        total, done = plan.weight_bytes, 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            progress(f"writing {folder}", done, total)
+
+        write_quantized(plan, folder, force=False, progress=advance)
+    assert folder is not None
+    manifest = read_manifest(folder)
+    if not {STEP_FILE, PREFILL_FILE} <= set(manifest.graphs):
+        raise UsageError(f"{folder} has no {STEP_FILE}", "an export for ONNX Runtime", "export with --to onnx")
+    scheme = None if manifest.quantization is None else manifest.quantization.scheme
+    if plan is None and scheme is None:
+        plan = plan_of_export(folder)
+    return Model(
+        name=options.size or str(options.path),
+        folder=folder,
+        config=manifest.config,
+        precision=Precision(manifest.dtype, scheme, manifest.ops),
+        state_dtype=manifest.state_dtype,
+        weights=None if plan is None else plan.checkpoint.weights,
+    )
+
+
+def write_transformer(config: TransformerConfig, precision: Precision, folder: Path) -> Path:
+    """A Transformer with random weights in a folder."""
+    graph = TransformerBuilder(config, precision.dtype).build()
+    return _write(folder, {TRANSFORMER_FILE: graph}, transformer_shapes(config), precision)
+
+
+def write_probes(shape: ProductShape, precision: Precision, folder: Path) -> Path:
+    """The graphs that measure the device, in a folder."""
+    graphs = {PRODUCT_FILE: product_graph(shape), COPY_FILE: copy_graph()}
+    return _write(folder, graphs, shape.shapes, precision)
+
+
+def _check_space(scratch: Path, needed: int) -> None:
+    free = shutil.disk_usage(scratch).free
+    if free < needed:
+        raise OutputError(
+            f"{free / 1e9:.2f} GB free in {scratch}",
+            f"{needed / 1e9:.2f} GB",
+            "name another with --folder",
+        )
+
+
+def _checkpoint(options: ModelOptions) -> Checkpoint:
+    if options.size is None:
+        assert options.path is not None
+        return open_checkpoint(options.path)
+    config = model_size(options.size).config(VOCABULARY_SIZE)
+    weights = RandomWeights(canonical_shapes(config))
+    return Checkpoint(Path(options.size), "random", config, weights, [], [], [])
+
+
+def _write(
+    folder: Path, graphs: Mapping[str, BuiltGraph], shapes: Mapping[str, tuple[int, ...]], precision: Precision
+) -> Path:
+    """Graphs with random weights, quantized as the precision says."""
+    source, scheme = RandomWeights(shapes), precision.scheme
+    read = float_blocks(source)
+    if scheme is not None:
+        formats = {name: scheme.format_of(name) for name, shape in shapes.items() if len(shape) == 2}
+        level, ops = scheme.accuracy_level, FusedOps()
+        graphs = {name: quantize_graph(graph, ops, formats, shapes, level) for name, graph in graphs.items()}
+        read = QuantizedContents(source, RoundToNearest(), precision.dtype)
+    tensors = {name: tensor for graph in graphs.values() for name, tensor in graph.stored.items()}
+    marker, required = next(iter(graphs)), sum(map(stored_bytes, tensors.values()))
+    with staged_folder(folder, marker=marker, required_bytes=required) as partial:
+        places = write_weights(partial / WEIGHTS_FILE, tensors.values(), read, progress=lambda count: None)
+        for name, graph in graphs.items():
+            write_graph(partial / name, graph, places, producer_version=__version__)
+    return folder

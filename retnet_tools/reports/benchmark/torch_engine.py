@@ -1,0 +1,37 @@
+"""Our torch recurrent form as a measured implementation. The only file of these that imports torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from retnet_tools.model.stepping import RecurrentDecoder
+from retnet_tools.random_weights import RandomWeights
+from retnet_tools.reports.benchmark.engines import placed_states
+from retnet_tools.reports.benchmark.specs import TorchSpec
+from retnet_tools.weights import Array, canonical_shapes
+
+
+class TorchEngine:
+    """Steps in torch on the CPU; states are float32."""
+
+    def __init__(self, spec: TorchSpec) -> None:
+        weights = RandomWeights(canonical_shapes(spec.config))
+        self._config = spec.config
+        self._decoder = RecurrentDecoder(spec.config, weights, spec.dtype, spec.threads)
+        self.vocab_size = spec.config.vocab_size
+
+    def place(self, batch: int, depth: int | Array, room: int) -> None:
+        """Random states at a position, or zero states at position 0."""
+        self._decoder.place(placed_states(self._config, batch, "float32", empty=not depth), int(depth))
+
+    def feed(self, input_ids: Array) -> Array:
+        """Token by token."""
+        return self._decoder.feed(input_ids)
+
+    def release(self) -> None:
+        """Drop the states."""
+        self._decoder.place([], 0)
+
+    def end_profile(self) -> Path:
+        """Torch writes none."""
+        raise NotImplementedError

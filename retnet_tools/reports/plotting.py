@@ -1,0 +1,53 @@
+"""What pictures share: where they may be written, and that they appear whole. Needs matplotlib, the extra `plot`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from retnet_tools.errors import OutputError, RetNetToolsError, UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PLOT_TYPES = (".png", ".svg", ".pdf")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+"""Okabe and Ito's, which differ for colour-blind readers too."""
+_DPI = 150
+
+
+def check_plot(path: Path, *, force: bool) -> None:
+    """Check, before anything is computed, that a plot can be drawn and written.
+
+    Raises:
+        RetNetToolsError: matplotlib is not installed.
+        UsageError: another type of file, or one that exists.
+        OutputError: no such folder.
+    """
+    if path.suffix.lower() not in PLOT_TYPES:
+        raise UsageError(f"--plot {path}", f"a name ending in {', '.join(PLOT_TYPES)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RetNetToolsError("--plot needs matplotlib", action="pip install 'retnet-tools[plot]'")
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists already", action="name another file, or add --force to replace it")
+    if not path.parent.is_dir():
+        raise OutputError(f"no folder {path.parent} for {path.name}", "a folder that exists")
+
+
+def save_figure(figure: Figure, path: Path, *, force: bool) -> None:
+    """Write a figure; the file appears whole or not at all.
+
+    Raises:
+        RetNetToolsError, UsageError, OutputError: as `check_plot`, or the file cannot be written.
+    """
+    check_plot(path, force=force)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        figure.savefig(partial, format=path.suffix[1:].lower(), dpi=_DPI)
+        os.replace(partial, path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path} ({error.strerror or error})", "a file that can be written") from error
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,120 @@
+"""Runs the Transformer of `retnet_tools.graph.transformer`: a KV cache of fixed room, written in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retnet_tools.errors import UsageError
+from retnet_tools.graph.contract import INPUT_IDS, LOGITS, TensorSpec
+from retnet_tools.graph.nodes import ELEMENT_TYPES
+from retnet_tools.graph.transformer import (
+    SEQLENS,
+    TOTAL_LENGTH,
+    TRANSFORMER_FILE,
+    TransformerConfig,
+    cache_names,
+)
+from retnet_tools.runtime.binding import Binding
+from retnet_tools.runtime.providers import Device, open_session
+from retnet_tools.runtime.state import device_value
+from retnet_tools.weights import Array
+
+
+class KeyValues:
+    """The KV cache of a batch whose rows hold equally many tokens.
+
+    Args:
+        buffers: keys and values of each layer in turn, `[B, G, room, D]`; on the CPU these arrays become the cache.
+        tokens: how many each row holds.
+
+    Attributes:
+        bindings: what the graph has bound to these buffers.
+    """
+
+    def __init__(self, buffers: list[Array], tokens: int, device: Device) -> None:
+        self.batch, _, self.room, _ = buffers[0].shape
+        self.buffers = [device_value(buffer, device) for buffer in buffers]
+        self.tokens = tokens
+        self.bindings: dict[Any, Binding] = {}
+
+
+class TransformerSession:
+    """A folder with `transformer.onnx` on one device.
+
+    Args:
+        folder: where the graph and weights.data are.
+        config, dtype: of the graph.
+        profile: as `retnet_tools.runtime.providers.open_session`.
+
+    Raises:
+        ProviderError: the device cannot be had, or has no kernel for the graph.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: TransformerConfig,
+        dtype: str,
+        device: Device,
+        threads: int | None = None,
+        *,
+        profile: Path | None = None,
+    ) -> None:
+        self.config, self.dtype, self.device = config, ELEMENT_TYPES[dtype].numpy(), device
+        self._session = open_session(folder / TRANSFORMER_FILE, device, threads, profile=profile)
+        self._output = TensorSpec(LOGITS, "float32", ("batch", 1, config.vocab_size))
+
+    def new_cache(
+        self, batch: int, room: int, tokens: int = 0, fill: Callable[[tuple[int, ...]], Array] = np.zeros
+    ) -> KeyValues:
+        """A cache with room for so many tokens.
+
+        Args:
+            tokens: how many are there already.
+            fill: the content of one buffer by its shape.
+
+        Raises:
+            UsageError: more room than the rotary tables have rows.
+        """
+        if room > self.config.max_positions:
+            raise UsageError(f"{room} tokens in a cache", f"at most {self.config.max_positions}")
+        shape = self.config.cache_shape(batch, room)
+        buffers = [np.asarray(fill(shape), dtype=self.dtype) for _ in range(2 * self.config.num_layers)]
+        return KeyValues(buffers, tokens, self.device)
+
+    def run(self, input_ids: Array, cache: KeyValues) -> Array:
+        """Feed tokens `[B, T]`; logits `[B, vocab]` after the last of them. Moves the cache on.
+
+        Raises:
+            UsageError: a full cache, or several tokens for several rows that hold some already.
+        """
+        batch, tokens = input_ids.shape
+        total = cache.tokens + tokens
+        if total > cache.room:
+            raise UsageError(f"{total} tokens in a cache", f"at most {cache.room}, its room")
+        if tokens > 1 and cache.tokens and batch > 1:
+            raise UsageError(
+                f"{tokens} tokens for each of {batch} rows that hold {cache.tokens}",
+                "one row, or empty ones: GroupQueryAttention reads no others",
+            )
+        feeds = {
+            INPUT_IDS: input_ids,
+            SEQLENS: np.full(batch, total - 1, dtype=np.int32),
+            TOTAL_LENGTH: np.array(total, dtype=np.int32),
+        }
+        if tokens not in cache.bindings:
+            names = [pair for i in range(self.config.num_layers) for pair in cache_names(i)]
+            past = {name: value for (name, _), value in zip(names, cache.buffers, strict=True)}
+            present = {name: value for (_, name), value in zip(names, cache.buffers, strict=True)}
+            cache.bindings[tokens] = Binding(self._session, feeds, past, present, self._output, self.device)
+        logits = cache.bindings[tokens].run(feeds, fetch=True)
+        cache.tokens = total
+        return np.asarray(logits)
+
+    def end_profile(self) -> Path:
+        """Write the profile that was asked for, and say where it is."""
+        return Path(self._session.end_profiling())
