@@ -143,7 +143,7 @@ def _output_types(node: ir.Node, types: Mapping[ir.Value, str]) -> Iterator[tupl
     formal_inputs, formal_outputs = _signature(node)
     known = _single_types(node)
     for constraint, value in zip(_stretched(formal_inputs, len(node.inputs)), node.inputs, strict=True):
-        if value is not None and value in types:
+        if constraint and value is not None and value in types:
             known.setdefault(constraint, types[value])
     if node.op_type == "DequantizeLinear":
         known["T3"] = known.get("T2", "")

@@ -44,11 +44,11 @@ class CudaFusedOps(FusedOps, CudaStandardOps):
         form = step_form(head_k_dim, head_v_dim)
         if not form.operator:
             return StandardOps.retention_step(self, g, q, k, v, past, decay)
-        if form.key_splits == 1:
-            return super().retention_step(g, q, k, v, past, decay)
         split = StepDecay(_split_log_gamma(decay.log_gamma, form.key_splits), decay.position_ids)
-        rows = g.once("log_gamma_rows", split.log_gamma_rows)
-        return self._split_keys(g, q, k, v, past, TokenDecay(len(decay.log_gamma), rows), form.key_splits)
+        tokens = TokenDecay(len(decay.log_gamma), g.once("log_gamma_rows", split.log_gamma_rows))
+        if form.key_splits == 1:
+            return super().retention_tokens(g, q, k, v, past, tokens)
+        return self._split_keys(g, q, k, v, past, tokens, form.key_splits)
 
     def retention_tokens(
         self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value, decay: TokenDecay
