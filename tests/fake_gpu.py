@@ -6,6 +6,7 @@ Programs run in a process of their own, which loads the fake libraries in place 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -40,6 +41,8 @@ def why_not() -> str | None:
         return "needs Linux on x86-64"
     if shutil.which("cc") is None:
         return "needs a C compiler"
+    if importlib.util.find_spec("nvidia") is not None:
+        return "CUDA's own libraries are installed, and onnxruntime loads them first"
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers() or onnxruntime.cuda_version[:3] != "13.":
         return "needs onnxruntime-gpu for CUDA 13"
     return None

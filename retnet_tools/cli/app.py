@@ -15,6 +15,7 @@ from typer.exceptions import TyperException
 from retnet_tools import __version__
 from retnet_tools.cli.bench import bench
 from retnet_tools.cli.convert import convert
+from retnet_tools.cli.doctor import doctor
 from retnet_tools.cli.export import export
 from retnet_tools.cli.generate import generate
 from retnet_tools.cli.inspect import inspect
@@ -44,6 +45,7 @@ COMMANDS = (
     (generate, "Continue a prompt with an exported decoder."),
     (perplexity, "How well a model predicts a text, and how far it is from a baseline."),
     (bench, "How fast a model decodes on this machine."),
+    (doctor, "What this machine can run, and what is missing."),
 )
 for command, summary in COMMANDS:
     app.command(short_help=summary)(command)

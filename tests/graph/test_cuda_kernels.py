@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ SHAPE_OPERATORS = {"Add", "Concat", "Div", "Equal", "Gather", "Min", "Mul", "Sub
 
 PLACEMENT = """
 import json, sys
+from dataclasses import replace
 from pathlib import Path
 from onnxruntime import InferenceSession, SessionOptions, set_default_logger_severity
 from retnet_tools.graph.cuda_kernels import cpu_nodes
@@ -100,7 +102,6 @@ def test_an_operator_newer_than_its_kernel_has_none() -> None:
 
 def test_what_has_no_kernel_is_noted_at_export() -> None:
     """A gate is made of operators as they are."""
-    from dataclasses import replace
 
     config = replace(BASE, gate="elu")
     plan = plan_export(checkpoint(config, random_source(config, 1)), dtype="float16", ops="fused", device="cuda")
