@@ -6,6 +6,7 @@ Programs run in a process of their own, which loads the fake libraries in place 
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import json
 import os
@@ -32,6 +33,8 @@ LIBRARIES = {
     "libcurand.so.10": "CURAND",
     "libcudnn.so.9": "CUDNN",
 }
+GENAI_LIBRARIES = {"libcufft.so.12": "CUFFT"}
+"""What onnxruntime-genai's part for CUDA loads besides."""
 UNVERSIONED = {"libcuda.so.1", "libcudnn.so.9"}
 
 
@@ -55,7 +58,8 @@ needs_fake_gpu = pytest.mark.skipif(why_not() is not None, reason=why_not() or "
 def libraries() -> Path:
     """A folder with the fake libraries, compiled."""
     folder = Path(mkdtemp(prefix="fake-cuda-"))
-    for name, part in LIBRARIES.items():
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for name, part in (LIBRARIES | GENAI_LIBRARIES).items():
         versions = folder / "versions.map"
         versions.write_text(f"{name} {{ global: *; }};\n")
         script = [] if name in UNVERSIONED else [f"-Wl,--version-script={versions}"]
@@ -82,7 +86,7 @@ class FakeGpu:
         folder = libraries()
         if self.missing:
             folder = Path(mkdtemp(prefix="fake-cuda-", dir=folder))
-            for name in set(LIBRARIES) - set(self.missing):
+            for name in (LIBRARIES | GENAI_LIBRARIES).keys() - set(self.missing):
                 (folder / name).symlink_to(libraries() / name)
         environment = {
             **os.environ,

@@ -147,7 +147,8 @@ STUB(cudaEventDestroy) STUB(cudaEventRecord) STUB(cudaEventRecordWithFlags) STUB
 STUB(cudaFuncSetAttribute) STUB(cudaGetLastError) STUB(cudaGraphDestroy) STUB(cudaGraphExecDestroy)
 STUB(cudaKernelSetAttributeForDevice) STUB(cudaLaunchHostFunc) STUB(cudaLibraryUnload) STUB(cudaMemPoolDestroy)
 STUB(cudaMemPoolSetAttribute) STUB(cudaMemPoolTrimTo) STUB(cudaMemcpy2DAsync) STUB(cudaMemcpyFromSymbol)
-STUB(cudaPeekAtLastError) STUB(cudaStreamDestroy) STUB(cudaStreamSynchronize) STUB(cudaStreamWaitEvent)
+STUB(cudaPeekAtLastError) STUB(cudaEventQuery) STUB(cudaStreamQuery) STUB(cudaStreamDestroy)
+STUB(cudaStreamSynchronize) STUB(cudaStreamWaitEvent)
 #endif
 
 #ifdef DRIVER
