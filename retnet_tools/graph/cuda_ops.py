@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from retnet_tools.config import Activation
+from retnet_tools.graph.blocked import BlockedMatrix, by_arithmetic, dequantized_rows
 from retnet_tools.graph.cuda_retention import step_form, tokens_form
 from retnet_tools.graph.decay import StepDecay, TokenDecay
 from retnet_tools.graph.nodes import GraphBuilder
@@ -31,6 +32,10 @@ class CudaStandardOps(StandardOps):
             zero, one = (g.constant(f"elu_{n}", np.array(n, dtype=np.float32)) for n in (0, 1))
             return g.op("Add", g.op("Relu", x), g.op("Sub", g.op("Exp", g.op("Min", x, zero)), one))
         return x if feature_map is None else self.activate(g, feature_map, x)
+
+    def gather_blocked(self, g: GraphBuilder, matrix: BlockedMatrix, ids: ir.Value) -> ir.Value:
+        """Dequantized by arithmetic: DequantizeLinear knows no blocks of bytes there, and no bfloat16."""
+        return dequantized_rows(g, matrix, ids, by_arithmetic)
 
 
 class CudaFusedOps(FusedOps, CudaStandardOps):

@@ -19,7 +19,9 @@ from retnet_tools.graph.ops import OPERATOR_SETS
 from retnet_tools.graph.reader import load_graph
 from retnet_tools.paper import paper_config
 from tests.exports import cpu_runner, export, run_genai, run_prefill, run_steps, zero_states
+from tests.fake_gpu import FakeGpu, needs_fake_gpu
 from tests.helpers import ABLATIONS, BASE, random_source, random_tokens
+from tests.quantized import quantize
 from tests.reference import reference_logits
 from tests.tolerances import GRAPH_FLOAT16, GRAPH_FLOAT32
 
@@ -121,6 +123,47 @@ def test_the_graph_for_onnxruntime_genai(heads: tuple[int, int], tmp_path: Path)
     settings = (out / "genai_config.json").read_text()
     assert '"cuda"' in settings
     assert '"use_tf32": "0"' in settings
+
+
+RUN = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from retnet_tools.runtime import DecoderSession, Device
+found = {}
+for folder in sys.argv[1:]:
+    session = DecoderSession(Path(folder), Device("cuda"))
+    state = session.new_state(2)
+    width = int(session._input.shape[-1])
+    tokens = np.ones((2, 7), int) if session.manifest.config.has_vocabulary else np.ones((2, 7, width), "f4")
+    try:
+        session.prefill(tokens, state, lengths=[7, 3])
+        for _ in range(6):
+            session.step(tokens[:, 0], state)
+        found[folder] = session.eager_reason
+    except Exception as error:
+        found[folder] = str(error)
+print(json.dumps(found))
+"""
+
+
+@needs_fake_gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ops", OPERATOR_SETS)
+def test_every_graph_runs_to_its_end_on_the_provider_and_is_captured(ops: str, dtype: str, tmp_path: Path) -> None:
+    """Kernels refuse some shapes and types only when they run; here they do nothing but that."""
+    names = ("base", "key_decay", "feature_map_elu", "one_key_value_head", "torchscale_2023", "jamie_stirling", "stack")
+    configs = {name: ABLATIONS[name] for name in names} | {f"{k}-{v}": model(k, v) for k, v in HEADS}
+    folders = [
+        export(config, random_source(config, 1), tmp_path / name, ops=ops, dtype=dtype, device="cuda")
+        for name, config in configs.items()
+    ]
+    if dtype == "float32":
+        for kind, symmetric in ((kind, symmetric) for kind in ("int8", "int4") for symmetric in (True, False)):
+            out = tmp_path / f"{kind}-{symmetric}"
+            folders.append(quantize(tmp_path / "base", out, kind, block_size=32, symmetric=symmetric))
+    found = FakeGpu().evaluate(RUN, *folders)
+    assert found == dict.fromkeys(map(str, folders))
 
 
 @pytest.mark.parametrize("ops", OPERATOR_SETS)
