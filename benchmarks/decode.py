@@ -66,7 +66,7 @@ def time_one(arguments: argparse.Namespace) -> None:
     """The work of one process: prints the seconds of each step as JSON."""
     step = stepper(arguments.time, arguments.size, arguments.folder, arguments.threads)
     seconds = []
-    for token in np.random.default_rng(0).integers(0, (WARM_UP + arguments.steps, 1)):
+    for token in np.random.default_rng(0).integers(0, VOCABULARY_SIZE, (WARM_UP + arguments.steps, 1)):
         began = time.perf_counter()
         step(token)
         seconds.append(time.perf_counter() - began)

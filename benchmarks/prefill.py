@@ -69,7 +69,7 @@ def torch_parallel(size: str, threads: int) -> Callable[[np.ndarray], None]:
 def time_one(way: str, size: str, folder: Path, threads: int, tokens: int) -> None:
     """The work of one process: prints seconds and peak bytes as JSON."""
     read = reader(way, size, folder, threads)
-    prompt = np.random.default_rng(0).integers(0, tokens)
+    prompt = np.random.default_rng(0).integers(0, VOCABULARY_SIZE, tokens)
     chunk_size = way.rpartition("/")[2]
     read(prompt[: 2 * int(chunk_size) if chunk_size.isdigit() else 64])
     began = time.perf_counter()

@@ -100,7 +100,7 @@ def matching_transformer(config: RetNetConfig, *, kv_groups: int = 1, max_positi
 
     Attention takes 4 d^2 parameters a layer where retention takes more, and the feed-forward network gets the rest: its
     inner size is chosen so that the totals agree, and rounded to whole blocks of 128 columns where it is large enough.
-    Heads have 128 dimensions from a width of 1024 on, 64 below, or what divides a smaller width.
+    Heads have 128 dimensions where the width holds 8 of them or more, else 64, 32 or 16.
 
     Args:
         kv_groups: query heads that share a head of k and v.
@@ -111,18 +111,18 @@ def matching_transformer(config: RetNetConfig, *, kv_groups: int = 1, max_positi
     if not config.has_vocabulary:
         raise UsageError("a stack without embedding and head against a Transformer", "a model with a vocabulary")
     d = config.hidden_size
-    head_size = next((s for s in (128, 64, 32, 16) if d % s == 0 and d >= 8 * s), 16)
     if d % (16 * kv_groups):
         raise UsageError(f"a Transformer of width {d}", f"a multiple of {16 * kv_groups}", "measure without it")
+    fitting = (size for size in (128, 64, 32) if d % (size * kv_groups) == 0 and d >= 8 * size)
+    heads = d // next(fitting, 16)
 
     def sized(ffn_dim: int) -> TransformerConfig:
-        heads = d // head_size
         return TransformerConfig(
             vocab_size=config.vocab_size,
             hidden_size=d,
             num_layers=config.num_layers,
             num_heads=heads,
-            num_kv_heads=heads // kv_groups if heads % kv_groups == 0 else 1,
+            num_kv_heads=heads // kv_groups,
             ffn_dim=ffn_dim,
             activation=config.feed_forward.activation,
             norm_eps=config.block_norm.eps,

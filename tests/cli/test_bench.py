@@ -2,59 +2,207 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from retnet_tools.fields import from_json
+from retnet_tools.machine import Machine
+from retnet_tools.reports.benchmark.results import BenchRow, Flatness, ModelSummary, OperatorTime
 from tests.exports import export
-from tests.helpers import BASE, random_source
+from tests.helpers import ABLATIONS, BASE, random_source
 
-QUICK = ("-n", 8, "-r", 3, "-t", 1)
+QUICK = ("--quick", "-t", 1)
+FIXTURE_STATES = 4 * 4 * 64 * 128 * 4
 
 
-def test_the_shipped_checkpoint_is_measured(cli) -> None:
-    result = cli("bench", "-b", "1,2", *QUICK, "--json")
-    assert result.exit_code == 0
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(BASE, random_source(BASE, 1), tmp_path_factory.mktemp("bench") / "out")
+
+
+def test_everything_at_once_on_the_shipped_checkpoint(tmp_path: Path, cli) -> None:
+    """The whole command in seconds; the document's schema."""
+    picture, scratch = tmp_path / "out.svg", tmp_path / "scratch"
+    scratch.mkdir()
+    options = ("--against", "torch,transformer,transformer-gqa", "--flat", "--profile", "--plot", picture)
+    result = cli("bench", *QUICK, *options, "--folder", scratch, "--json")
+    assert result.exit_code == 0, result.err
     assert "using the shipped one" in result.err
     document = json.loads(result.out)
-    assert document["schema_version"] == 1
-    assert [row["batch"] for row in document["rows"]] == [1, 2]
-    for row in document["rows"]:
-        assert row["test"] == "tg8"
-        assert row["tokens_per_second"] > 0
-        assert row["ms_per_token_p50"] <= row["ms_per_token_p99"]
-        # Twice the float16 weights, as float32; position tables; states of 4 layers, 4 heads of 64 x 128.
-        assert row["bytes_per_token"] > 2 * 8_391_680 + 2 * row["batch"] * 4 * 4 * 64 * 128 * 4
-        assert row["state_bytes_per_sequence"] == 4 * 4 * 64 * 128 * 4
+    assert set(document) == {
+        *("schema_version", "retnet_tools", "libraries", "model", "machine", "device", "rows", "skipped", "flat"),
+        "profile",
+    }
+    assert document["schema_version"] == 2
+    rows = [from_json(BenchRow, data) for data in document["rows"]]
+    assert [(row.implementation, row.test) for row in rows] == [
+        *(("retnet", "pp64"), ("transformer", "pp64"), ("transformer-gqa", "pp64")),
+        *(("retnet", "tg16"), ("torch", "tg16"), ("transformer", "tg16"), ("transformer-gqa", "tg16")),
+    ]
+    for row in rows:
+        check(row)
+    model = from_json(ModelSummary, document["model"])
+    assert model.weight_bytes == pytest.approx(model.weight_bytes_in_file, rel=0.02)
+    assert model.state_bytes_per_sequence == FIXTURE_STATES
+    from_json(Machine, document["machine"])
+    assert [from_json(OperatorTime, data).ms >= 0 for data in document["profile"]]
+    positions = document["flat"].pop("positions")
+    assert [place["position"] for place in positions] == [1_000, 10_000, 100_000, 1_000_000]
+    assert all(place["max_abs"] < 1e-4 for place in positions)
+    assert set(document["flat"]) == set(Flatness.__dataclass_fields__) - {"positions"}
+    assert (document["skipped"], document["device"]) == ([], "cpu")
+    assert picture.stat().st_size > 10_000
+    assert list(scratch.iterdir()) == []
 
 
-def test_rates_agree_with_times(tmp_path: Path, cli) -> None:
-    folder = export(BASE, random_source(BASE, 1), tmp_path / "out")
-    (row,) = json.loads(cli("bench", folder, "-b", 4, *QUICK, "--json").out)["rows"]
+def check(row: BenchRow) -> None:
+    assert (row.threads, row.device, row.dtype, row.quantization) == (1, "cpu", "float32", None)
+    assert row.parameters == pytest.approx(4.19e6, rel=0.02)
+    assert len(row.repetitions) == 3
+    assert row.tokens_per_second == pytest.approx(np.mean(row.repetitions))
+    assert row.tokens_per_second_std == pytest.approx(np.std(row.repetitions, ddof=1))
+    assert 0 < row.ms_per_token_p50 <= row.ms_per_token_p99
+    assert 1e8 < row.read_bandwidth < 1e13
+    assert row.floor_share == pytest.approx(row.bytes_per_token * row.tokens_per_second / row.read_bandwidth)
+    assert (row.retnet_speedup is None) == (row.implementation == "retnet")
+    if row.kind == "prefill":
+        assert row.ms_to_first_token == pytest.approx(64 * row.ms_per_token_p50)
+        assert 0 < row.product_share < 2
+    elif row.implementation in ("retnet", "torch"):
+        # Twice the float16 weights of the checkpoint, as float32, without the embedding; states read and written.
+        assert row.bytes_per_token == pytest.approx(2 * 8_391_680 - 4 * 256 * 1024 + 2 * FIXTURE_STATES, rel=0.1)
+        assert row.state_bytes_per_sequence == FIXTURE_STATES
+
+
+def test_batches_depths_and_threads_are_combined(folder: Path, cli) -> None:
+    result = cli(
+        "bench", folder, "-p", 8, "-n", "4,5", "-d", "0,9", "-b", "1,3", "-t", "1,2", "-r", 1, "--quick", "--json"
+    )
+    rows = json.loads(result.out)["rows"]
+    tests = [(row["threads"], row["test"], row["batch"]) for row in rows]
+    assert tests == [
+        (threads, f"{name}{depth}", batch)
+        for threads in (1, 2)
+        for names in (("pp8",), ("tg4", "tg5"))
+        for name in names
+        for depth in ("", " @ d9")
+        for batch in (1, 3)
+    ]
+    assert all(row["tokens_per_second_std"] is None for row in rows)
+
+
+def test_rates_agree_with_times(folder: Path, cli) -> None:
+    (row,) = json.loads(cli("bench", folder, "-p", 0, "-n", 64, "-b", 4, *QUICK, "--json").out)["rows"]
     assert row["tokens_per_second"] <= 4 * 1e3 / row["ms_per_token_p50"] * 2
     assert row["tokens_per_second"] >= 4 * 1e3 / row["ms_per_token_p99"] / 2
 
 
-def test_the_table_has_a_line_for_each_row(tmp_path: Path, cli) -> None:
-    folder = export(BASE, random_source(BASE, 1), tmp_path / "out", ops="standard")
-    lines = cli("bench", folder, "-b", "1,3", *QUICK).out.splitlines()
-    assert len(lines) == 4
-    assert "standard" in lines[0]
+def test_a_checkpoint_is_exported_as_it_is_told(cli) -> None:
+    result = cli(
+        "bench", *QUICK, "-p", 0, "-n", 4, "--quantize", "int8", "--block-size", 32, "--ops", "standard", "--json"
+    )
+    document = json.loads(result.out)
+    assert document["model"]["quantization"] == "int8 in 32s"
+    assert document["model"]["ops"] == "standard"
+    assert document["model"]["weight_bytes"] == pytest.approx(document["model"]["weight_bytes_in_file"], rel=0.02)
+    assert document["rows"][0]["dtype"] == "float32"
+
+
+def test_a_quantized_export_is_measured_against_a_quantized_transformer(tmp_path: Path, cli) -> None:
+    assert cli("export", "-o", tmp_path / "out", "--quantize", "int4").exit_code == 0
+    result = cli("bench", tmp_path / "out", *QUICK, "-p", 0, "-n", 4, "--against", "transformer", "--flat", "--json")
+    document = json.loads(result.out)
+    retnet, transformer = document["rows"]
+    assert retnet["quantization"] == transformer["quantization"] == "int4 in 64s"
+    assert transformer["bytes_per_token"] == pytest.approx(retnet["bytes_per_token"] - 2 * FIXTURE_STATES, rel=0.1)
+    # Float weights are gone: there is nothing to judge its logits by.
+    assert all(place["max_abs"] is None for place in document["flat"]["positions"])
+
+
+def test_a_published_size_needs_no_checkpoint(tmp_path: Path, cli) -> None:
+    result = cli("bench", "--size", "base", *QUICK, "-p", 0, "-n", 2, "-r", 1, "--folder", tmp_path, "--json")
+    document = json.loads(result.out)
+    assert document["model"]["name"] == "base"
+    assert document["model"]["parameters"] == 2 * 50257 * 512 + 6 * (2 * 512**2 + 6 * 512 * 864 + 2 * 512) + 512
+    assert document["rows"][0]["tokens_per_second"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tables_markdown_and_csv_have_a_line_for_each_row(folder: Path, cli) -> None:
+    options = (folder, "-b", "1,3", "-p", 0, "-n", 2, *QUICK)
+    lines = cli("bench", *options).out.splitlines()
+    assert sum(line.startswith("tg2 ") for line in lines) == 2
+    assert "fused operators" in lines[0]
+    assert sum(line.startswith("| tg2 |") for line in cli("bench", *options, "--format", "md").out.splitlines()) == 2
+    rows = list(csv.DictReader(io.StringIO(cli("bench", *options, "--format", "csv").out)))
+    assert [row["batch"] for row in rows] == ["1", "3"]
 
 
 def test_cuda_where_there_is_none_ends_with_exit_code_4_before_any_work(monkeypatch, cli) -> None:
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    result = cli("bench", "--device", "cuda")
+    result = cli("bench", "--device", "cuda", "--size", "13b")
     assert (result.exit_code, result.out) == (4, "")
     assert "no CUDA provider" in result.err
     assert result.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [("-b", "0"), ("-b", "1,x"), ("-t", "100000"), ("-r", 0), ("--device", "tpu")])
+def test_a_disk_that_is_too_small_is_named_before_anything_is_written(tmp_path: Path, monkeypatch, cli) -> None:
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**9))
+    result = cli("bench", "--size", "1.3b", "--against", "transformer", "--folder", tmp_path)
+    assert result.exit_code == 1
+    assert "1.00 GB free in" in result.err
+    assert "expected 11.4" in result.err
+    assert "--folder" in result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("-b", "0"),
+        ("-b", "1,x"),
+        ("-p", "-1"),
+        ("-t", "100000"),
+        ("-r", 0),
+        ("--device", "tpu"),
+        ("--size", "1.4b"),
+        ("--against", "transformers"),
+        ("--quantize", "int3"),
+        ("--block-size", "32"),
+        ("--format", "xml"),
+        ("--plot", "out.bmp"),
+        ("--flat", "-r", "1"),
+        ("--folder", os.devnull),
+        ("-d", "16777215"),
+    ],
+)
 def test_wrong_options_are_refused(arguments: tuple[object, ...], cli) -> None:
     result = cli("bench", *arguments)
     assert (result.exit_code, result.out) == (2, "")
-    assert result.err.count("\n") == 1
+    assert result.err.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(("option", "value"), [("--dtype", "fp16"), ("--ops", "standard"), ("--size", "base")])
+def test_an_export_has_its_types_already(option: str, value: str, folder: Path, cli) -> None:
+    result = cli("bench", folder, option, value)
+    assert (result.exit_code, result.out) == (2, "")
+    assert option in result.err
+
+
+def test_a_stack_without_a_vocabulary_is_refused(tmp_path: Path, cli) -> None:
+    stack = export(ABLATIONS["stack"], random_source(ABLATIONS["stack"], 1), tmp_path / "out")
+    result = cli("bench", stack, *QUICK)
+    assert (result.exit_code, result.out) == (2, "")
+    assert "stack without embedding and head" in result.err

@@ -10,7 +10,7 @@ from retnet_tools.graph.contract import state_scale
 from retnet_tools.model.stepping import reference_logits
 from retnet_tools.reports.benchmark.engines import placed_states
 from retnet_tools.reports.benchmark.models import Model, Progress
-from retnet_tools.reports.benchmark.options import BenchOptions, Test
+from retnet_tools.reports.benchmark.options import BenchOptions, Case
 from retnet_tools.reports.benchmark.results import Flatness, PlacedPosition
 from retnet_tools.reports.benchmark.specs import RetNetSpec
 from retnet_tools.reports.benchmark.worker import Worker
@@ -31,7 +31,7 @@ def measure_flat(model: Model, options: BenchOptions, device: Device, progress: 
     Raises:
         ProviderError: the device cannot be had.
     """
-    tests = [Test("decode", max(options.tokens), position, 1) for position in POSITIONS]
+    tests = [Case("decode", max(options.tokens), position, 1) for position in POSITIONS]
     latencies = np.zeros((options.repetitions, len(tests)))
     order = np.random.default_rng(0)
     threads = options.threads[0]

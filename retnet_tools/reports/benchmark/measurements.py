@@ -13,7 +13,7 @@ from retnet_tools.graph.probes import ProductShape
 from retnet_tools.reports.benchmark.engines import Engine
 from retnet_tools.reports.benchmark.floor import product_rate, read_bandwidth
 from retnet_tools.reports.benchmark.memory import device_free, device_used, peak_resident, reset_peak
-from retnet_tools.reports.benchmark.options import WARM_UP_STEPS, Test
+from retnet_tools.reports.benchmark.options import WARM_UP_STEPS, Case
 from retnet_tools.reports.benchmark.specs import EngineSpec
 from retnet_tools.weights import Array
 
@@ -48,7 +48,7 @@ class Measurements:
         self._engine = engine(spec)
         self._take(before)
 
-    def run(self, test: Test) -> Sample:
+    def run(self, test: Case) -> Sample:
         """One repetition: the context is placed, warmed up, and the test timed, logits fetched after every call."""
         before = device_used(self._device)
         seconds = self._decode(test) if test.kind == "decode" else self._prefill(test)
@@ -76,19 +76,19 @@ class Measurements:
         self._engine.release()
         return logits
 
-    def profile(self, test: Test) -> Path:
+    def profile(self, test: Case) -> Path:
         """Run a test in a session that profiles, and write the profile."""
         self._decode(test)
         return self._engine.end_profile()
 
-    def _decode(self, test: Test) -> list[float]:
+    def _decode(self, test: Case) -> list[float]:
         ids = self._ids((WARM_UP_STEPS + test.tokens, test.batch, 1))
         self._engine.place(test.batch, test.depth, test.room)
         reset_peak()
         seconds = [self._timed(step) for step in ids]
         return seconds[WARM_UP_STEPS:]
 
-    def _prefill(self, test: Test) -> list[float]:
+    def _prefill(self, test: Case) -> list[float]:
         ids = self._ids((test.batch, test.tokens))
         self._engine.place(test.batch, 0, _WARM_UP_PROMPT)
         self._timed(ids[:, :_WARM_UP_PROMPT])

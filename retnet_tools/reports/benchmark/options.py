@@ -21,7 +21,7 @@ ALTERNATIVES = ("torch", "transformer", "transformer-gqa")
 
 
 @dataclass(frozen=True)
-class Test:
+class Case:
     """One combination, named as llama-bench does: `pp512` reads a prompt, `tg128 @ d8192` generates after so many.
 
     Attributes:
@@ -87,11 +87,11 @@ class BenchOptions:
         if self.room > MAX_POSITION:
             raise UsageError(f"{self.room} tokens in a sequence", f"at most {MAX_POSITION}")
 
-    def tests(self, kind: Kind) -> list[Test]:
+    def tests(self, kind: Kind) -> list[Case]:
         """The tests of a kind."""
         counts = self.prompts if kind == "prefill" else self.tokens
         found = product(dict.fromkeys(counts), dict.fromkeys(self.depths), dict.fromkeys(self.batches))
-        return [Test(kind, count, depth, batch) for count, depth, batch in found if count]
+        return [Case(kind, count, depth, batch) for count, depth, batch in found if count]
 
     @property
     def copies(self) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from retnet_tools.reports.benchmark.models import Model
-from retnet_tools.reports.benchmark.options import WARM_UP_STEPS, BenchOptions, Test
+from retnet_tools.reports.benchmark.options import WARM_UP_STEPS, BenchOptions, Case
 from retnet_tools.reports.benchmark.results import OperatorTime
 from retnet_tools.reports.benchmark.specs import RetNetSpec
 from retnet_tools.reports.benchmark.worker import Worker
@@ -22,7 +22,7 @@ def measure_profile(model: Model, options: BenchOptions, device: Device, scratch
 
     On a GPU the times are those of launching the kernels.
     """
-    test = Test("decode", PROFILED_STEPS, options.depths[0], options.batches[0])
+    test = Case("decode", PROFILED_STEPS, options.depths[0], options.batches[0])
     spec = RetNetSpec(model.folder, device, options.threads[0], options.chunk_size, profile=scratch / "profile")
     with Worker("retnet", spec) as worker:
         file = Path(worker.call("profile", test))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from retnet_tools.machine import Machine
-from retnet_tools.reports.benchmark.options import RETNET, Kind, Test
+from retnet_tools.reports.benchmark.options import RETNET, Case, Kind
 from retnet_tools.reports.benchmark.traffic import Traffic
 
 SCHEMA_VERSION = 2
@@ -193,7 +193,7 @@ class Observed:
     bandwidths: list[float]
     product_rates: list[float]
 
-    def rates(self, test: Test) -> Any:
+    def rates(self, test: Case) -> Any:
         """Tokens a second of each repetition, `[R]`."""
         return test.batch * test.tokens / np.array([sum(seconds) for seconds in self.seconds])
 
@@ -210,7 +210,7 @@ class Subject:
     traffic: Traffic
 
 
-def make_row(subject: Subject, test: Test, threads: int | None, seen: Observed, retnet: Observed | None) -> BenchRow:
+def make_row(subject: Subject, test: Case, threads: int | None, seen: Observed, retnet: Observed | None) -> BenchRow:
     """The row of a test.
 
     Args:

@@ -13,7 +13,7 @@ from retnet_tools.machine import available_memory
 from retnet_tools.reports.benchmark.implementations import Implementation
 from retnet_tools.reports.benchmark.measurements import Sample
 from retnet_tools.reports.benchmark.models import Progress
-from retnet_tools.reports.benchmark.options import RETNET, Test
+from retnet_tools.reports.benchmark.options import RETNET, Case
 from retnet_tools.reports.benchmark.results import BenchRow, Observed, SkippedTest, make_row
 from retnet_tools.reports.benchmark.worker import Worker
 
@@ -47,14 +47,14 @@ class Round:
     def __init__(
         self,
         implementations: Sequence[Implementation],
-        tests: Sequence[Test],
+        tests: Sequence[Case],
         threads: int | None,
         setting: Setting,
     ) -> None:
         self._implementations, self._tests, self._threads = list(implementations), list(tests), threads
         self._setting = setting
-        self._seen: dict[tuple[str, Test], list[Sample]] = {}
-        self._bandwidths: dict[Test, list[float]] = {test: [] for test in tests}
+        self._seen: dict[tuple[str, Case], list[Sample]] = {}
+        self._bandwidths: dict[Case, list[float]] = {test: [] for test in tests}
         self._product_rates: list[float] = []
         self.skipped: list[SkippedTest] = []
 
@@ -103,13 +103,13 @@ class Round:
                     self._skip(name, test, str(error))
         return workers
 
-    def _skip(self, name: str, test: Test, reason: str) -> None:
+    def _skip(self, name: str, test: Case, reason: str) -> None:
         self.skipped.append(SkippedTest(name, test.name, test.batch, self._threads, reason))
 
     def _probe(self, worker: Worker, method: str, *arguments: object) -> float:
         return float(worker.call(method, self._setting.probes, *arguments, self._setting.quick))
 
-    def _sample(self, implementation: Implementation, worker: Worker, test: Test) -> None:
+    def _sample(self, implementation: Implementation, worker: Worker, test: Case) -> None:
         if any(
             (s.implementation, s.test, s.batch) == (implementation.name, test.name, test.batch) for s in self.skipped
         ):
@@ -125,7 +125,7 @@ class Round:
         if reason is not None:
             self._skip(implementation.name, test, reason)
 
-    def _observed(self, implementation: Implementation, test: Test) -> Observed | None:
+    def _observed(self, implementation: Implementation, test: Case) -> Observed | None:
         samples = self._seen.get((implementation.name, test), [])
         if len(samples) < self._setting.repetitions:
             return None
@@ -138,7 +138,7 @@ class Round:
         )
 
 
-def _too_large(implementation: Implementation, worker: Worker, test: Test) -> str | None:
+def _too_large(implementation: Implementation, worker: Worker, test: Case) -> str | None:
     """Why the states of a test do not fit into memory now; None where they do, or where that is not known."""
     needed = implementation.bytes_needed(test.batch, test.room)
     free = worker.call("device_free")

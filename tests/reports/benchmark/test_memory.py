@@ -1,0 +1,48 @@
+"""Peaks are those since the last reset, and memory of a GPU is asked of the CUDA runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from retnet_tools.reports.benchmark import memory
+from retnet_tools.reports.benchmark.memory import device_free, device_used, peak_resident, reset_peak
+from retnet_tools.runtime.providers import Device
+
+SIZE = 200 << 20
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel keeps no peak to reset")
+def test_a_peak_is_seen_and_forgotten_after_a_reset() -> None:
+    reset_peak()
+    before = peak_resident()
+    block = np.ones(SIZE, dtype=np.uint8)
+    with_block = peak_resident()
+    del block
+    reset_peak()
+    after = peak_resident()
+    assert before is not None
+    assert with_block is not None
+    assert after is not None
+    assert with_block - before > 0.9 * SIZE
+    assert with_block - after > 0.9 * SIZE
+
+
+def test_the_cpu_has_no_device_memory() -> None:
+    assert (device_used(Device("cpu")), device_free(Device("cpu"))) == (None, None)
+
+
+def test_device_memory_is_what_the_cuda_runtime_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Runtime:
+        def cudaSetDevice(self, index: int) -> int:
+            return 0 if index == 1 else 101
+
+        def cudaMemGetInfo(self, free, total) -> int:
+            free._obj.value, total._obj.value = 30 << 30, 80 << 30
+            return 0
+
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: Runtime())
+    assert (device_used(Device("cuda", 1)), device_free(Device("cuda", 1))) == (50 << 30, 30 << 30)
+    assert device_used(Device("cuda", 0)) is None
