@@ -26,8 +26,8 @@ from retnet_tools.weights import Array
 if TYPE_CHECKING:
     import onnxruntime
 
-EAGER_STEPS = 4
-"""Steps of a state that run kernel by kernel first: a capture costs about as much as so many, and many states end."""
+EAGER_STEPS = 1
+"""Steps of a state that run kernel by kernel first: the last token of a prompt is often the only one."""
 FREE_PAIRS = 2
 """Pairs of a batch size that are kept for later states."""
 
