@@ -7,8 +7,8 @@ To capture a graph, ONNX Runtime runs it three times within one call (twice to s
 With two sets of buffers that changes nothing: each run reads the same states. In place it would be three steps, so
 states are never written where they are read here.
 
-A captured graph stays until its session ends, in CUDA's memory too. So buffers outlive their state: a state moves into
-a free pair of its batch size, and gives it back when it goes.
+A captured graph may stay until its session ends, in CUDA's memory too. So buffers outlive their state: a state moves
+into a free pair of its batch size, and gives it back when it goes. Pairs of one batch size are kept at a time.
 """
 
 from __future__ import annotations
@@ -76,6 +76,12 @@ class StepGraphs:
             pair.bindings[front] = self._bind(feeds, past, present, pair.ids[front])
         return pair.bindings[front]
 
+    def keep_only(self, batch: int) -> None:
+        """Give back the free buffers of other batch sizes, whose memory a new state may need."""
+        for other in [size for size in self._free if size != batch]:
+            for pair in self._free.pop(other):
+                self._release(pair)
+
     def _adopt(self, state: RecurrentState) -> _Pair:
         free = self._free.setdefault(state.batch, [])
         if free:
@@ -93,5 +99,9 @@ class StepGraphs:
         if len(free) < FREE_PAIRS:
             free.append(pair)
             return
+        self._release(pair)
+
+    def _release(self, pair: _Pair) -> None:
+        """Drop a pair; its graphs are never replayed again, whether the provider lets them go or not."""
         for number in pair.ids:
             self._session.release_captured_graph(number)

@@ -102,6 +102,8 @@ class DecoderSession:
 
     def new_state(self, batch: int = 1) -> RecurrentState:
         """The state before the first token of `batch` sequences."""
+        if self._graphs is not None:
+            self._graphs.keep_only(batch)
         return RecurrentState.zeros(self.manifest, batch, self.device)
 
     def open_prefill(self) -> None:

@@ -141,6 +141,21 @@ def test_buffers_beyond_what_is_kept_let_their_graphs_go(graphs: StepGraphs) -> 
     assert len(graphs._session.released) == 2 * 2  # type: ignore[attr-defined]
 
 
+def test_buffers_of_another_batch_size_are_given_back_when_a_state_is_made(graphs: StepGraphs) -> None:
+    for batch in (1, 2):
+        state = State(batch)
+        for _ in range(EAGER_STEPS + 2):
+            step(graphs, state)
+        del state
+        gc.collect()
+        graphs.keep_only(2)
+    assert graphs._session.released == [1, 2]  # type: ignore[attr-defined]
+    later = State(2)
+    for _ in range(EAGER_STEPS):
+        step(graphs, later)
+    assert step(graphs, later)[2] == 3
+
+
 def test_there_are_no_graphs_on_the_cpu_and_a_session_says_so(tmp_path: Path) -> None:
     out = export(BASE, random_source(BASE, 1), tmp_path / "out")
     session = DecoderSession(out, Device("cpu"), 1, cuda_graph=True)
