@@ -53,7 +53,7 @@ class CudaFusedOps(FusedOps, CudaStandardOps):
         tokens = TokenDecay(len(decay.log_gamma), g.once("log_gamma_rows", split.log_gamma_rows))
         if form.key_splits == 1:
             return super().retention_tokens(g, q, k, v, past, tokens)
-        return self._split_keys(g, q, k, v, past, tokens, form.key_splits)
+        return self.split_keys(g, q, k, v, past, tokens, form.key_splits)
 
     def retention_tokens(
         self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value, decay: TokenDecay
@@ -67,9 +67,9 @@ class CudaFusedOps(FusedOps, CudaStandardOps):
             return StandardOps.retention_tokens(self, g, q, k, v, past, decay)
         if form.key_splits == 1:
             return super().retention_tokens(g, q, k, v, past, decay)
-        return self._split_keys(g, q, k, v, past, decay, form.key_splits)
+        return self.split_keys(g, q, k, v, past, decay, form.key_splits)
 
-    def _split_keys(
+    def split_keys(
         self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value, decay: TokenDecay, parts: int
     ) -> tuple[ir.Value, ir.Value]:
         """q S = sum_s q_s S_s: each head is `parts` heads of K / parts that share v.

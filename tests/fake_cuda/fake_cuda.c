@@ -3,7 +3,7 @@
  * fills are real; kernels do nothing.
  *
  * FAKE_CUDA_DEVICES: number of devices (1). FAKE_CUDA_MEMORY: bytes that cudaMalloc gives in all (1 GiB).
- * `launches`, `captures`, `replays` and `most` can be read from libcudart.
+ * `launches`, `captures`, `replays`, `most` and `copied` can be read from libcudart.
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -19,7 +19,8 @@
 #define PROPERTIES_BYTES 1008 /* struct cudaDeviceProp of CUDA 13 */
 
 static size_t used;
-size_t most; /* bytes in use at most */
+size_t most;   /* bytes in use at most */
+size_t copied; /* bytes copied within the device */
 long launches, captures, replays;
 static int current, capturing;
 
@@ -100,6 +101,7 @@ int cudaFreeHost(void *p) { free(p); return OK; }
 int cudaMemGetInfo(size_t *left, size_t *total) { *total = memory(); *left = *total - used; return OK; }
 int cudaMemcpy(void *to, const void *from, size_t bytes, int kind) { memmove(to, from, bytes); return OK; }
 int cudaMemcpyAsync(void *to, const void *from, size_t bytes, int kind, void *stream) {
+  if (kind == 3) copied += bytes;
   if (!capturing || !stream) memmove(to, from, bytes);
   return OK;
 }

@@ -166,6 +166,37 @@ def test_every_graph_runs_to_its_end_on_the_provider_and_is_captured(ops: str, d
     assert found == dict.fromkeys(map(str, folders))
 
 
+COPIED = """
+import ctypes, json, sys
+from pathlib import Path
+import numpy as np
+from retnet_tools.runtime import DecoderSession, Device
+found = []
+for folder in sys.argv[1:]:
+    session = DecoderSession(Path(folder), Device("cuda"), cuda_graph=False)
+    state = session.new_state(3)
+    session.step(np.zeros(3, int), state)
+    copied = ctypes.c_size_t.in_dll(ctypes.CDLL("libcudart.so.13"), "copied")
+    copied.value = 0
+    session.step(np.zeros(3, int), state)
+    found.append(copied.value)
+print(json.dumps(found))
+"""
+
+
+@needs_fake_gpu
+def test_a_step_copies_states_only_where_keys_are_split(tmp_path: Path) -> None:
+    """A Reshape to an output of the graph is a copy: what splitting keys costs beside the operator."""
+    heads = [(64, 128), (256, 432), (160, 320), (256, 512)]
+    folders = [
+        export(model(k, v), random_source(model(k, v), 1), tmp_path / f"{k}-{v}", device="cuda") for k, v in heads
+    ]
+    state = 3 * 2 * 2 * 256 * 512 * 4
+    *others, split = FakeGpu().evaluate(COPIED, *folders)
+    assert max(others) < state // 100
+    assert state <= split < 1.01 * state
+
+
 @pytest.mark.parametrize("ops", OPERATOR_SETS)
 def test_float16_states_keep_their_border_and_their_scale(ops: str, tmp_path: Path) -> None:
     config = model(256, 512)
