@@ -1,11 +1,15 @@
 # `make demo` runs the main job on the shipped checkpoint; `make test` runs lint, types and all tests.
 # Both make their environment first: .venv, with the tested versions of constraints.txt.
+# `make bench-gpu` runs all that needs a GPU, with .venv or PYTHON as it is, and writes benchmarks/gpu/.
 
 PYTHON ?= python3
 BIN := .venv/bin
 OUT := out/shakespeare-onnx
 
-.PHONY: demo test lint clean
+# A GPU host may have no network: its own Python will do, where it has the packages.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+.PHONY: demo test lint bench-gpu clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -26,6 +30,9 @@ lint: .venv/.installed
 
 test: lint
 	$(BIN)/pytest
+
+bench-gpu:
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) benchmarks/gpu.py
 
 clean:
 	rm -rf .venv out
