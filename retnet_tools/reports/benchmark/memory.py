@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 
+from retnet_tools.errors import ProviderError
 from retnet_tools.runtime.cuda import cuda_runtime
 from retnet_tools.runtime.providers import Device
 
@@ -54,5 +55,10 @@ def device_free(device: Device) -> int | None:
 
 
 def _device_memory(device: Device) -> tuple[int, int] | None:
-    """Bytes free and in all; None on the CPU."""
-    return None if device.kind == "cpu" else cuda_runtime(device.index).memory()
+    """Bytes free and in all."""
+    if device.kind == "cpu":
+        return None
+    try:
+        return cuda_runtime(device.index).memory()
+    except ProviderError:
+        return None
