@@ -39,9 +39,11 @@ def export(
     dtype: str = "float32",
     state_dtype: str = "float32",
     target: str = "onnx",
+    device: str = "cpu",
 ) -> Path:
     """Export to a folder and return it."""
-    plan = plan_export(checkpoint(config, source), dtype=dtype, ops=ops, state_dtype=state_dtype, target=target)
+    opened = checkpoint(config, source)
+    plan = plan_export(opened, dtype=dtype, ops=ops, state_dtype=state_dtype, target=target, device=device)
     write_export(plan, out, force=False, progress=lambda count: None)
     return out
 

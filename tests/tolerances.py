@@ -35,3 +35,11 @@ FLOAT16_STATES = {"paper": 0.005, "slow": 0.15}
 1 - 2^-20 (measured 0.0026 and 0.081)."""
 FLOAT16_STATE_KL = 2e-6
 """Mean KL of the trained fixture with float16 states from float32 ones, nats a token (measured 3.8e-7)."""
+
+# On a GPU: largest absolute difference of logits of order 1 to 10 from torch in float32 on the CPU. Set before any GPU
+# ran them: float32 as on the CPU, float16 likewise, bfloat16 with eight times its rounding.
+CUDA_LOGITS = {"float32": GRAPH_FLOAT32, "float16": GRAPH_FLOAT16, "bfloat16": 8 * GRAPH_FLOAT16}
+CUDA_STATES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 0.15}
+"""The same of states, relative to the largest element."""
+CUDA_QUANTIZED = 2e-3
+"""Logits of quantized weights in float32 on a GPU against float64 on the weights that they decode to."""

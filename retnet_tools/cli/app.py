@@ -6,7 +6,8 @@ import io
 import os
 import signal
 import sys
-from typing import Annotated
+import warnings
+from typing import Annotated, TextIO
 
 import typer
 from typer.exceptions import TyperException
@@ -14,6 +15,7 @@ from typer.exceptions import TyperException
 from retnet_tools import __version__
 from retnet_tools.cli.bench import bench
 from retnet_tools.cli.convert import convert
+from retnet_tools.cli.doctor import doctor
 from retnet_tools.cli.export import export
 from retnet_tools.cli.generate import generate
 from retnet_tools.cli.inspect import inspect
@@ -43,6 +45,7 @@ COMMANDS = (
     (generate, "Continue a prompt with an exported decoder."),
     (perplexity, "How well a model predicts a text, and how far it is from a baseline."),
     (bench, "How fast a model decodes on this machine."),
+    (doctor, "What this machine can run, and what is missing."),
 )
 for command, summary in COMMANDS:
     app.command(short_help=summary)(command)
@@ -70,6 +73,7 @@ def main() -> None:
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _stop)
+    warnings.showwarning = _show_warning
     # ONNX Runtime would report its use to its maker: not from here without being asked.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -98,6 +102,17 @@ def main() -> None:
         if debug:
             raise
         _fail(f"unexpected {type(error).__name__}: {' '.join(str(error).split())}; rerun with --debug to see where", 1)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _stop(number: int, _: object) -> None:

@@ -19,6 +19,7 @@ def bench(
     ] = None,
     size: benching.Size = None,
     device: common.DeviceName = "cpu",
+    cpu_fallback: common.CpuFallback = False,
     prompts: benching.Prompts = None,
     tokens: benching.Tokens = None,
     depths: benching.Depths = "0",
@@ -54,17 +55,17 @@ def bench(
     from retnet_tools.reports.benchmark.run import run_benchmark
     from retnet_tools.reports.benchmark.text import comma_separated, markdown, parse_format, render_benchmark
     from retnet_tools.reports.plotting import check_plot
-    from retnet_tools.runtime.providers import check_device, parse_device
+    from retnet_tools.runtime.providers import parse_device, usable_device
 
-    target, form = parse_device(device), "json" if as_json else parse_format(output)
+    target, form = parse_device(device, cpu_fallback=cpu_fallback), "json" if as_json else parse_format(output)
     options = benching.options(prompts, tokens, depths, batches, threads, repetitions, against, quick=quick, flat=flat)
     if plot is not None:
         check_plot(plot, force=force)
     number_type = None if dtype is None else parse_dtype(dtype, ("float32", "float16", "bfloat16"))
     scheme = quantizing.options(block_size, None, accuracy_level, None, None, None)
     path = model if size is not None else common.checkpoint_or_default(model)
-    chosen = ModelOptions(path, size, number_type, quantize, ops, scheme)
-    check_device(target)
+    chosen = ModelOptions(path, size, number_type, quantize, ops, scheme, target.kind)
+    target = usable_device(target)
     if folder is not None and not folder.is_dir():
         raise UsageError(f"no folder {folder}", "--folder with one that exists")
     with tempfile.TemporaryDirectory(prefix="retnet-tools-", dir=folder) as name, common.step_progress() as progress:

@@ -21,6 +21,9 @@ MAX_THREADS = max(64, 4 * (os.cpu_count() or 1))
 
 Threads = Annotated[int | None, typer.Option("-t", "--threads", help="CPU threads to use.", min=1, max=MAX_THREADS)]
 DeviceName = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
+CpuFallback = Annotated[
+    bool, typer.Option("--allow-cpu-fallback", help="Run on the CPU what cannot run on CUDA, and say so.")
+]
 Prompt = Annotated[
     str | None, typer.Option("-p", "--prompt", help="Prompt; - or none reads stdin.", show_default=False)
 ]
@@ -96,7 +99,7 @@ def checkpoint_or_default(path: Path | None) -> Path:
 
 
 def open_decoder(
-    folder: Path, device: str, threads: int | None, *, token_ids: bool
+    folder: Path, device: str, threads: int | None, *, token_ids: bool, cpu_fallback: bool = False
 ) -> tuple[DecoderSession, TextCodec | IdCodec]:
     """An exported folder on a device, and what turns text into its tokens.
 
@@ -107,7 +110,7 @@ def open_decoder(
     from retnet_tools.runtime.session import DecoderSession
     from retnet_tools.runtime.text import open_codec
 
-    session = DecoderSession(folder, parse_device(device), threads)
+    session = DecoderSession(folder, parse_device(device, cpu_fallback=cpu_fallback), threads)
     return session, open_codec(folder, session.manifest.config.vocab_size, token_ids=token_ids)
 
 
@@ -156,7 +159,13 @@ def read_text(file: Path | None) -> str:
 
 
 def open_logits(
-    path: Path, device: str, threads: int | None, dtype: str = "fp32", source_format: str | None = None
+    path: Path,
+    device: str,
+    threads: int | None,
+    dtype: str = "fp32",
+    source_format: str | None = None,
+    *,
+    cpu_fallback: bool = False,
 ) -> LogitsSource:
     """A model that scores text: an exported folder on a device, or a checkpoint, which torch runs on the CPU.
 
@@ -168,7 +177,7 @@ def open_logits(
     from retnet_tools.reports.logits import ExportLogits, is_export
     from retnet_tools.runtime.providers import parse_device
 
-    target, number_type = parse_device(device), parse_dtype(dtype)
+    target, number_type = parse_device(device, cpu_fallback=cpu_fallback), parse_dtype(dtype)
     if source_format is None and is_export(path):
         return ExportLogits(path, target, threads)
     if target.kind != "cpu":

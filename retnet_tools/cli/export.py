@@ -26,6 +26,9 @@ def export(
     ops: Annotated[
         str, typer.Option("--ops", help="fused (ONNX Runtime's contrib operators) or standard (ai.onnx only).")
     ] = "fused",
+    device: Annotated[
+        str, typer.Option("--device", help="Whose kernels to build for: cpu or cuda; runs on both.")
+    ] = "cpu",
     source_format: Annotated[
         str | None, typer.Option("--from", help="Format of the checkpoint, if it is not to be detected.")
     ] = None,
@@ -54,6 +57,7 @@ def export(
     from retnet_tools.dtypes import parse_dtype
     from retnet_tools.formats import open_checkpoint
     from retnet_tools.graph.contract import MANIFEST_FILE
+    from retnet_tools.graph.devices import target_device
     from retnet_tools.graph.export import default_output, plan_export
     from retnet_tools.graph.targets import export_target
     from retnet_tools.reports.decoding import export_document, export_text
@@ -67,12 +71,12 @@ def export(
     number_type = parse_dtype(dtype, ("float32", "float16", "bfloat16"))
     state_type = parse_dtype(state_dtype, ("float32", "float16"))
     path = common.checkpoint_or_default(checkpoint)
-    ending = f"{target}{quantizing.ending(kind)}"
+    ending = f"{target}{quantizing.ending(kind)}" + ("" if target_device(device).name == "cpu" else f"-{device}")
     out = output or (default_output(path, ending) if checkpoint else Path(f"{path.name}-{ending}"))
     if not dry_run:
         check_target(out, marker=MANIFEST_FILE, force=force)
     opened = open_checkpoint(path, source_format)
-    plan = plan_export(opened, dtype=number_type, ops=ops, state_dtype=state_type, target=target)
+    plan = plan_export(opened, dtype=number_type, ops=ops, state_dtype=state_type, target=target, device=device)
     content, quality = common.read_text(text) if text else "", None
     check = None if text is None else check_measurable
     plan = calibrating.run(plan, kind, options, learning, out, force=force, dry_run=dry_run, check=check)

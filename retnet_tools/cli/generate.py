@@ -43,6 +43,7 @@ def generate(
     token_ids: common.TokenIds = False,
     chunk_size: common.ChunkSize = None,
     device: common.DeviceName = "cpu",
+    cpu_fallback: common.CpuFallback = False,
     threads: common.Threads = None,
     force: Annotated[bool, typer.Option("--force", help="Replace existing outputs.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a stream.")] = False,
@@ -74,14 +75,14 @@ def generate(
     if prompts is not None and output is not None:
         if prompt is not None or file is not None or state_in or state_out or samples > 1:
             raise UsageError("--prompts with -p, --file, --samples or a state", "one job at a time")
-        session, codec = common.open_decoder(folder, device, threads, token_ids=token_ids)
+        session, codec = common.open_decoder(folder, device, threads, token_ids=token_ids, cpu_fallback=cpu_fallback)
         stopping = Stopping(max_tokens, () if ignore_end else codec.end_ids, stops)
         options = BulkOptions(stopping, Sampling(**chosen), batch, size)
         _answer(session, codec, prompts, output, options, force=force, as_json=as_json)
         return
     goes_on = state_in is not None and prompt is None and file is None
     text = None if goes_on else common.read_prompt(prompt, file)
-    session, codec = common.open_decoder(folder, device, threads, token_ids=token_ids)
+    session, codec = common.open_decoder(folder, device, threads, token_ids=token_ids, cpu_fallback=cpu_fallback)
     if state_in is None:
         sequences = Sequences.start(session, 1, Sampling(**chosen))
     else:

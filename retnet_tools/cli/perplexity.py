@@ -48,6 +48,7 @@ def perplexity(
         str | None, typer.Option("--from", help="Format of the model's checkpoint, if it is not to be detected.")
     ] = None,
     device: Annotated[str, typer.Option("--device", help="Of exports: cpu, cuda or cuda:N.")] = "cpu",
+    cpu_fallback: common.CpuFallback = False,
     threads: common.Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -68,10 +69,11 @@ def perplexity(
         check_plot(plot, force=force)
     content = common.read_text(text)
     path = common.checkpoint_or_default(model)
-    source = common.open_logits(path, device, threads, dtype, source_format)
+    source = common.open_logits(path, device, threads, dtype, source_format, cpu_fallback=cpu_fallback)
     baseline = None
     if against is not None:
-        baseline = common.open_logits(against, device if is_export(against) else "cpu", threads)
+        place = device if is_export(against) else "cpu"
+        baseline = common.open_logits(against, place, threads, cpu_fallback=cpu_fallback)
     tokens = read_tokens(content, source, baseline, token_ids=token_ids, start_token=start_token, limit=max_tokens)
     with common.step_progress() as progress:
         report = measure_perplexity(

@@ -31,6 +31,7 @@ def save(
     token_ids: common.TokenIds = False,
     chunk_size: common.ChunkSize = None,
     device: common.DeviceName = "cpu",
+    cpu_fallback: common.CpuFallback = False,
     threads: common.Threads = None,
     force: Force = False,
     as_json: Json = False,
@@ -43,7 +44,7 @@ def save(
     from retnet_tools.staging import check_file
 
     check_file(output, force=force)
-    session, codec = common.open_decoder(folder, device, threads, token_ids=token_ids)
+    session, codec = common.open_decoder(folder, device, threads, token_ids=token_ids, cpu_fallback=cpu_fallback)
     sequences = Sequences.start(session)
     sequences.feed([codec.encode(common.read_prompt(prompt, file))], chunk_size=chunk_size or DEFAULT_CHUNK_SIZE)
     state = capture(sequences)
@@ -59,6 +60,7 @@ def load(
     count: Annotated[int, typer.Option("-n", "--top", help="How many next tokens to show.", min=1)] = 5,
     token_ids: common.TokenIds = False,
     device: common.DeviceName = "cpu",
+    cpu_fallback: common.CpuFallback = False,
     threads: common.Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -67,7 +69,7 @@ def load(
     from retnet_tools.runtime.state_file import read_state
 
     found = read_state(state)
-    session, codec = common.open_decoder(folder, device, threads, token_ids=token_ids)
+    session, codec = common.open_decoder(folder, device, threads, token_ids=token_ids, cpu_fallback=cpu_fallback)
     found.check(session)
     words = [[(token, codec.decode([token]), p) for token, p in likeliest(row, count)] for row in found.logits]
     document = next_tokens_document(found, words)

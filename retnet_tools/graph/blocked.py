@@ -14,6 +14,8 @@ from retnet_tools.graph.nodes import GraphBuilder
 from retnet_tools.graph.quantization import AccuracyLevel, BlockFormat
 from retnet_tools.graph.stored import Layout, PartName, QuantizedPart, StoredTensor
 
+Dequantize = Callable[..., ir.Value]
+
 
 @dataclass(frozen=True)
 class BlockedMatrix:
@@ -59,15 +61,35 @@ class BlockedMatrix:
         return self.part("scales", layout, self.dtype, shape if layout == "rows" else shape[::-1])
 
 
-def dequantized_rows(g: GraphBuilder, matrix: BlockedMatrix, ids: ir.Value) -> ir.Value:
-    """Rows of a matrix stored by columns, dequantized: `[B, T]` int64 to `[B, T, K]`."""
+def dequantized_rows(
+    g: GraphBuilder, matrix: BlockedMatrix, ids: ir.Value, dequantize: Dequantize | None = None
+) -> ir.Value:
+    """Rows of a matrix stored by columns, dequantized: `[B, T]` int64 to `[B, T, K]`.
+
+    Args:
+        dequantize: makes w of codes `[B, T, K]`, scales and, unless they are symmetric, zero points `[B, T, blocks]`;
+            None takes DequantizeLinear.
+    """
     # Views, since ONNX Runtime makes no MatMulNBits of parts that another node reads too.
     scales = matrix.view("scales", "columns", matrix.dtype, (matrix.blocks, matrix.shape[0]))
     zeros = [] if matrix.format.symmetric else [_integers(g, matrix, "zero_points", matrix.blocks, ids)]
     codes = _integers(g, matrix, "codes", matrix.shape[1], ids)
-    return g.op(
-        "DequantizeLinear", codes, _column_values(g, scales, ids), *zeros, axis=-1, block_size=matrix.format.block_size
-    )
+    parts = (codes, _column_values(g, scales, ids), *zeros)
+    if dequantize is not None:
+        return dequantize(g, matrix, *parts)
+    return g.op("DequantizeLinear", *parts, axis=-1, block_size=matrix.format.block_size)
+
+
+def by_arithmetic(
+    g: GraphBuilder, matrix: BlockedMatrix, codes: ir.Value, scales: ir.Value, zeros: ir.Value | None = None
+) -> ir.Value:
+    """(code - zero point) * scale. Codes and their differences are whole numbers that every float type holds."""
+    columns, size = matrix.shape[1], matrix.format.block_size
+    block = g.constant(f"blocks_{columns}_{size}", np.arange(columns, dtype=np.int64) // size)
+    steps = g.cast(codes, "int8", matrix.dtype)
+    if zeros is not None:
+        steps = g.op("Sub", steps, g.op("Gather", g.cast(zeros, "uint8", matrix.dtype), block, axis=-1))
+    return g.op("Mul", steps, g.op("Gather", scales, block, axis=-1))
 
 
 def stored_integer(format: BlockFormat) -> str:
@@ -89,14 +111,11 @@ def _integers(g: GraphBuilder, matrix: BlockedMatrix, part: PartName, rows: int,
     pairs = matrix.view(part, "columns", "uint8", (-(-rows * columns // 2),))
     starts = g.constant(f"starts_{rows}_{columns}", np.arange(rows, dtype=np.int64) * columns)
     place = g.op("Add", g.op("Unsqueeze", ids, g.integers(-1)), starts)  # [B, T] -> [B, T, rows]
-    two, four, low_bits = (g.constant(f"{dtype}_{n}", np.array(n, dtype=dtype)) for dtype, n in _BIT_CONSTANTS)
-    byte = g.op("Gather", pairs, g.op("Div", place, two))
-    odd = g.cast(g.op("Mod", place, two), "int64", "uint8")
-    code = g.op("BitwiseAnd", g.op("BitShift", byte, g.op("Mul", odd, four), direction="RIGHT"), low_bits)
+    two, sixteen = (g.constant(f"int64_{n}", np.array(n, dtype=np.int64)) for n in (2, 16))
+    byte = g.cast(g.op("Gather", pairs, g.op("Div", place, two)), "uint8", "int64")
+    # The low half at even places. In whole numbers, since CUDA has no kernels for bits.
+    unit = g.op("Gather", g.integers(1, 16), g.op("Mod", place, two))
+    code = g.op("Mod", g.op("Div", byte, unit), sixteen)
     if not matrix.format.symmetric:
-        return code
-    signed = g.constant("signed_4_bits", np.array([*range(8), *range(-8, 0)], dtype=np.int8))
-    return g.op("Gather", signed, g.cast(code, "uint8", "int64"))
-
-
-_BIT_CONSTANTS = (("int64", 2), ("uint8", 4), ("uint8", 15))
+        return g.cast(code, "int64", "uint8")
+    return g.op("Gather", g.constant("signed_4_bits", np.array([*range(8), *range(-8, 0)], dtype=np.int8)), code)

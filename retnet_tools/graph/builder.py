@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from retnet_tools.config import BlockNorm, RetNetConfig
 from retnet_tools.graph.contract import FLOAT16_STATE_LIMIT, TensorSpec, state_scale
-from retnet_tools.graph.nodes import epsilon, graph_value
+from retnet_tools.graph.nodes import epsilon, graph_value, tensor_type
 from retnet_tools.graph.ops import NormWeights, StandardOps
 from retnet_tools.graph.positions import PositionTerms, position_terms
 from retnet_tools.graph.weighted import BuiltGraph, WeightedBuilder
@@ -153,15 +153,17 @@ class DecoderBuilder(WeightedBuilder, ABC):
         sizes = [self.shapes[f"{part}.weight"][0] for part in names]
         merged = self.linear(x, f"{name}.qkvg_proj", names, config.projection_bias)
         q, k, v, *gate = g.node("Split", merged, g.integers(*sizes), outputs=len(sizes), axis=-1)
-        if config.feature_map is not None:
-            q, k = (self.ops.activate(g, config.feature_map, part) for part in (q, k))
-        q, k, v = (g.cast(self.token_axis(part), self.dtype, WIDE) for part in (q, k, v))
+        q, k, v = (self.token_axis(part) for part in (q, k, v))
+        q, k = (self.ops.wide_features(g, config.feature_map, part, self.dtype) for part in (q, k))
+        v = g.cast(v, self.dtype, WIDE)
         q = self._rotate(q, terms.cos, terms.sin, config.num_heads)
         k = self._repeat(self._rotate(k, terms.key_cos, terms.key_sin, config.num_kv_heads), config.head_k_dim)
         v = self._repeat(v, config.head_v_dim)
         if self.state_dtype == "float16":
             q, k, v = self._for_float16_states(q, k, v)
-        y, present = self.retention(q, k, v, g.cast(past, self.state_dtype, WIDE))
+        state = g.cast(past, self.state_dtype, WIDE)
+        state.shape, state.type = past.shape, tensor_type(WIDE)
+        y, present = self.retention(q, k, v, state)
         y = self._head_norm(f"{name}.head_norm", y, terms)
         y = g.cast(g.reshape(y, -1, config.value_dim), WIDE, self.dtype)  # [B, T, H, V] -> [rows, H*V]
         if config.gate is not None:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from retnet_tools import __version__
-from retnet_tools.errors import UsageError, did_you_mean
 from retnet_tools.formats import Checkpoint
 from retnet_tools.graph import contract
+from retnet_tools.graph.cuda_kernels import cpu_nodes, kernel_version
+from retnet_tools.graph.devices import operator_set, target_device
 from retnet_tools.graph.manifest import Manifest
-from retnet_tools.graph.ops import OPERATOR_SETS
 from retnet_tools.graph.quantization import Quantization
 from retnet_tools.graph.stored import StoredTensor, stored_bytes
 from retnet_tools.graph.targets import TARGET_FILES, ExportTarget, export_target
@@ -36,6 +36,7 @@ class ExportPlan:
         notes: what the user should know, about the checkpoint and about running it.
         quantization: what retnet.json says of it; None for float weights.
         provenance: as retnet.json is to say it; None hashes the checkpoint's files.
+        device: whose kernels the graphs are made for.
     """
 
     checkpoint: Checkpoint
@@ -47,6 +48,7 @@ class ExportPlan:
     notes: tuple[str, ...]
     quantization: Quantization | None = None
     provenance: dict[str, Any] | None = None
+    device: str = "cpu"
 
     @property
     def tensors(self) -> dict[str, StoredTensor]:
@@ -65,24 +67,29 @@ class ExportPlan:
 
 
 def plan_export(
-    checkpoint: Checkpoint, *, dtype: str, ops: str, state_dtype: str = "float32", target: str = "onnx"
+    checkpoint: Checkpoint,
+    *,
+    dtype: str,
+    ops: str,
+    state_dtype: str = "float32",
+    target: str = "onnx",
+    device: str = "cpu",
 ) -> ExportPlan:
     """Build the graphs of a checkpoint, without weights.
 
     Raises:
-        UsageError: an operator set or a target that does not exist, or a model that the target cannot run.
+        UsageError: an operator set, a target or a device that does not exist, or a model that the target cannot run.
         InputError: tokenizer files that do not fit the model.
     """
     chosen = export_target(target)
-    if ops not in OPERATOR_SETS:
-        raise UsageError(f"--ops {ops!r}", f"one of {', '.join(OPERATOR_SETS)}", did_you_mean(ops, OPERATOR_SETS))
-    files = chosen.files(checkpoint)
+    operators = operator_set(ops, device)
+    files = chosen.files(checkpoint, target_device(device).genai_provider)
     graphs = {
-        name: builder(checkpoint.config, dtype, state_dtype, OPERATOR_SETS[ops]).build()
+        name: builder(checkpoint.config, dtype, state_dtype, operators).build()
         for name, builder in chosen.graphs.items()
     }
     notes = export_notes(checkpoint, chosen, dtype, state_dtype)
-    return ExportPlan(checkpoint, dtype, state_dtype, ops, graphs, files, notes)
+    return ExportPlan(checkpoint, dtype, state_dtype, ops, graphs, files, notes, device=device)
 
 
 def write_export(
@@ -145,6 +152,19 @@ def export_notes(checkpoint: Checkpoint, target: ExportTarget, dtype: str, state
     return tuple(notes)
 
 
+def kernel_notes(plan: ExportPlan) -> tuple[str, ...]:
+    """What of an export for CUDA would not run there, graph by graph: nodes that have no kernel."""
+    if plan.device != "cuda":
+        return ()
+    notes = []
+    for name, built in plan.graphs.items():
+        missing = [node for node in cpu_nodes(built.graph) if node.reason == "no kernel"]
+        kinds = sorted({f"{node.operator} of {' and '.join(dict.fromkeys(node.types))}" for node in missing})
+        if kinds:
+            notes.append(f"{name}: onnxruntime {kernel_version()} has no CUDA kernel for {', '.join(kinds)}")
+    return tuple(notes)
+
+
 def default_output(checkpoint: Path, target: str = "onnx") -> Path:
     """`<name>-<target>` beside the checkpoint."""
     path = checkpoint.resolve() if checkpoint.name in ("", "..") else checkpoint
@@ -162,4 +182,5 @@ def _manifest(plan: ExportPlan, digests: Sequence[str]) -> Manifest:
         provenance=plan.provenance or provenance(checkpoint.format, checkpoint.source_files, digests, checkpoint.notes),
         graphs={name: {"inputs": graph.inputs, "outputs": graph.outputs} for name, graph in plan.graphs.items()},
         tokenizer_files=tuple(file.name for file in checkpoint.tokenizer_files),
+        device=plan.device,
     )

@@ -13,10 +13,10 @@ from retnet_tools.errors import InputError
 from retnet_tools.formats import Checkpoint
 from retnet_tools.formats.storage import StoredTensors, TensorLocation
 from retnet_tools.graph import contract
+from retnet_tools.graph.devices import operator_set
 from retnet_tools.graph.export import ExportPlan, export_notes
 from retnet_tools.graph.genai_config import TOKENIZER_CONFIG_FILE
 from retnet_tools.graph.manifest import Manifest, read_manifest
-from retnet_tools.graph.ops import OPERATOR_SETS
 from retnet_tools.graph.reader import EXPORT_AGAIN, load_graph, read_graphs
 from retnet_tools.graph.step import StepBuilder
 from retnet_tools.graph.stored import StoredTensor
@@ -69,6 +69,7 @@ def plan_of_export(folder: Path) -> ExportPlan:
         files={name: (folder / name).read_text(encoding="utf-8") for name in _own_files(folder, manifest)},
         notes=notes,
         provenance=manifest.provenance,
+        device=manifest.device,
     )
 
 
@@ -87,7 +88,7 @@ def canonical_weights(
 
 def _stored_tensors(folder: Path, manifest: Manifest, tensors: StoredTensors) -> dict[str, StoredTensor]:
     """What each tensor of weights.data is made of; those that belong to no weight are tables."""
-    ops = OPERATOR_SETS[manifest.ops]
+    ops = operator_set(manifest.ops, manifest.device)
     built = StepBuilder(manifest.config, manifest.dtype, manifest.state_dtype, ops).build().stored
     expected = {name: tensor for name, tensor in built.items() if tensor.sources}
     for name, tensor in expected.items():

@@ -26,10 +26,14 @@ from retnet_tools.tokens import TOKENIZER_FILE, load_tokenizer, special_token_id
 DEFAULT_MAX_LENGTH = 4096
 """`max_length` where a program names none, so that a generation ends; the prompt counts too."""
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+PROVIDER_OPTIONS = {"enable_cuda_graph": "0", "use_tf32": "0"}
 
 
-def genai_files(checkpoint: Checkpoint) -> dict[str, str]:
+def genai_files(checkpoint: Checkpoint, provider: str | None = None) -> dict[str, str]:
     """genai_config.json, and a tokenizer_config.json where tokenizer.json lies alone, which is not read otherwise.
+
+    Args:
+        provider: as `genai_config`.
 
     Raises:
         UsageError: a stack without vocabulary.
@@ -50,7 +54,7 @@ def genai_files(checkpoint: Checkpoint) -> dict[str, str]:
             "use the tokenizer that the model was trained with",
         )
     end_ids, start_ids = _special_ids(checkpoint, "eos", tokenizer), _special_ids(checkpoint, "bos", tokenizer)
-    files = {contract.GENAI_CONFIG_FILE: genai_config(config, end_ids, start_ids[0] if start_ids else None)}
+    files = {contract.GENAI_CONFIG_FILE: genai_config(config, end_ids, start_ids[0] if start_ids else None, provider)}
     names = {file.name for file in checkpoint.tokenizer_files}
     if tokenizer is not None and TOKENIZER_CONFIG_FILE not in names:
         files[TOKENIZER_CONFIG_FILE] = "{}\n"
@@ -70,13 +74,17 @@ def genai_notes(checkpoint: Checkpoint, dtype: str) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def genai_config(config: RetNetConfig, end_ids: tuple[int, ...], start_id: int | None) -> str:
+def genai_config(
+    config: RetNetConfig, end_ids: tuple[int, ...], start_id: int | None, provider: str | None = None
+) -> str:
     """The document as JSON.
 
     Args:
         config: a model with a vocabulary.
         end_ids: tokens that end a text. Without any the padding token stands in, which is never generated.
         start_id: the token that starts a text, where it is known.
+        provider: where it runs, in onnxruntime-genai's words; None for the CPU. A graph with branches and loops cannot
+            be captured as a CUDA graph; products stay float32.
     """
     padding = contract.padding_id(config)
     ends = list(end_ids) or [padding]
@@ -94,7 +102,7 @@ def genai_config(config: RetNetConfig, end_ids: tuple[int, ...], start_id: int |
             "num_attention_heads": config.num_heads,
             "num_key_value_heads": config.num_kv_heads,
             "head_size": config.head_k_dim,
-            "session_options": {"provider_options": []},
+            "session_options": {"provider_options": [] if provider is None else [{provider: PROVIDER_OPTIONS}]},
             "inputs": {
                 "input_ids": contract.INPUT_IDS,
                 "position_ids": contract.POSITION_IDS,

@@ -12,6 +12,7 @@ from typing import Any
 from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import ConfigError, InputError
 from retnet_tools.graph.contract import MANIFEST_FILE, MAX_POSITION, TensorSpec, state_scale
+from retnet_tools.graph.devices import TARGET_DEVICES
 from retnet_tools.graph.ops import OPERATOR_SETS
 from retnet_tools.graph.quantization import Quantization
 
@@ -32,6 +33,7 @@ class Manifest:
         provenance: source format, sha256 of each source file, tool and library versions.
         graphs: for each graph file its inputs and outputs.
         tokenizer_files: names of the tokenizer's files in the folder.
+        device: whose kernels the graphs were made for, `cpu` or `cuda`; they run on both.
     """
 
     config: RetNetConfig
@@ -42,6 +44,7 @@ class Manifest:
     provenance: dict[str, Any]
     graphs: dict[str, dict[str, tuple[TensorSpec, ...]]]
     tokenizer_files: tuple[str, ...]
+    device: str = "cpu"
 
     def fingerprint(self) -> dict[str, str]:
         """What a saved state depends on, by name: the model, and the types that its numbers were made with."""
@@ -62,6 +65,7 @@ class Manifest:
             "state_dtype": self.state_dtype,
             "state_scale": list(state_scale(self.config, self.state_dtype)),
             "ops": self.ops,
+            "device": self.device,
             "quantization": None if self.quantization is None else self.quantization.to_dict(),
             "max_position": MAX_POSITION,
             "tokenizer_files": list(self.tokenizer_files),
@@ -96,7 +100,12 @@ def read_manifest(folder: Path) -> Manifest:
                 str(SCHEMA_VERSION),
                 "export the checkpoint again",
             )
-        for name, choices in (("dtype", FLOATS), ("state_dtype", FLOATS), ("ops", tuple(OPERATOR_SETS))):
+        # Exports from before there was a choice were for the CPU.
+        data.setdefault("device", "cpu")
+        for name, choices in (
+            *(("dtype", FLOATS), ("state_dtype", FLOATS)),
+            *(("ops", tuple(OPERATOR_SETS)), ("device", tuple(TARGET_DEVICES))),
+        ):
             if data[name] not in choices:
                 raise InputError(f"{path} has {name} {data[name]!r}", f"one of {', '.join(choices)}", "export again")
         return Manifest(
@@ -111,6 +120,7 @@ def read_manifest(folder: Path) -> Manifest:
                 for name, graph in data["graphs"].items()
             },
             tokenizer_files=tuple(data["tokenizer_files"]),
+            device=data["device"],
         )
     except ConfigError as error:
         raise InputError(f"{path}: {error.found}", error.expected, "export the checkpoint again") from error

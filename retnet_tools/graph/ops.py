@@ -80,6 +80,14 @@ class StandardOps:
             return g.op("Gelu", x, approximate="tanh")
         return g.op(_ACTIVATION_OPS[activation], x)
 
+    def wide_features(self, g: GraphBuilder, feature_map: Activation | None, x: ir.Value, dtype: str) -> ir.Value:
+        """The feature map of q or k, where there is one, in float32.
+
+        Args:
+            dtype: of x.
+        """
+        return g.cast(x if feature_map is None else self.activate(g, feature_map, x), dtype, "float32")
+
     def norm(self, g: GraphBuilder, x: ir.Value, weights: NormWeights) -> ir.Value:
         """RMSNorm or LayerNorm over the last dimension, accumulated in float32."""
         if weights.norm.kind == "rms":

@@ -21,13 +21,14 @@ class ExportTarget:
 
     Attributes:
         graphs: the builder of each graph file, in the order in which they are written.
-        files: text files that it needs besides, by name; refuses checkpoints that it cannot run.
+        files: text files that it needs besides, by name, of a checkpoint and onnxruntime-genai's name of a provider;
+            refuses checkpoints that it cannot run.
         notes: what the user should know, of a checkpoint and a type of weights.
     """
 
     name: str
     graphs: Mapping[str, type[DecoderBuilder]]
-    files: Callable[[Checkpoint], Mapping[str, str]]
+    files: Callable[[Checkpoint, str | None], Mapping[str, str]]
     notes: Callable[[Checkpoint, str], tuple[str, ...]]
 
 
@@ -37,7 +38,7 @@ TARGETS: dict[str, ExportTarget] = {
         ExportTarget(
             "onnx",
             {contract.PREFILL_FILE: PrefillBuilder, contract.STEP_FILE: StepBuilder},
-            files=lambda checkpoint: {},
+            files=lambda checkpoint, provider: {},
             notes=lambda checkpoint, dtype: (),
         ),
         ExportTarget("genai", {contract.GENAI_FILE: GenaiBuilder}, files=genai_files, notes=genai_notes),

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from retnet_tools.errors import UsageError
+from retnet_tools.graph.devices import operator_set
 from retnet_tools.graph.export import ExportPlan, plan_export, write_export
 from retnet_tools.graph.manifest import Manifest
 from retnet_tools.graph.nodes import ELEMENT_TYPES
-from retnet_tools.graph.ops import OPERATOR_SETS
 from retnet_tools.graph.quantization import Quantization, Scheme, WeightType
 from retnet_tools.graph.targets import find_target
 from retnet_tools.graph.writer import float_blocks
@@ -44,7 +44,7 @@ def plan_quantization(plan: ExportPlan, scheme: Scheme, text: CalibrationText | 
         UsageError: a method that does not exist or lacks its text, a pattern that finds no matrix, nothing to quantize.
     """
     find_method(scheme.method, text)
-    config, ops = plan.checkpoint.config, OPERATOR_SETS[plan.ops]
+    config, ops = plan.checkpoint.config, operator_set(plan.ops, plan.device)
     formats, shapes = matrix_formats(scheme, config), canonical_shapes(config)
     graphs = {
         name: quantize_graph(graph, ops, formats, shapes, scheme.accuracy_level) for name, graph in plan.graphs.items()
@@ -65,7 +65,14 @@ def plan_half(plan: ExportPlan, dtype: HalfType) -> ExportPlan:
     if plan.dtype != "float32":
         raise UsageError(f"{plan.checkpoint.path} has {plan.dtype} weights", "an export in float32")
     target = find_target(plan.graphs).name
-    half = plan_export(plan.checkpoint, dtype=dtype, ops=plan.ops, state_dtype=plan.state_dtype, target=target)
+    half = plan_export(
+        plan.checkpoint,
+        dtype=dtype,
+        ops=plan.ops,
+        state_dtype=plan.state_dtype,
+        target=target,
+        device=plan.device,
+    )
     return dataclasses.replace(half, files=plan.files, provenance=plan.provenance)
 
 

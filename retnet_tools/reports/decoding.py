@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from retnet_tools.graph.contract import state_shape
-from retnet_tools.graph.export import ExportPlan
+from retnet_tools.graph.export import ExportPlan, kernel_notes
 from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.graph.quantization import Quality
 from retnet_tools.graph.stored import stored_bytes
@@ -34,6 +34,7 @@ def export_document(plan: ExportPlan, out: Path, *, written: bool, quality: Qual
         "dtype": plan.dtype,
         "state_dtype": plan.state_dtype,
         "ops": plan.ops,
+        "device": plan.device,
         "graphs": {name: {"nodes": sum(1 for _ in built.graph.all_nodes())} for name, built in plan.graphs.items()},
         "quantization": None if record is None else {"summary": scheme_text(record.scheme), **record.to_dict()},
         "weight_bytes": sum(sizes.values()),
@@ -41,7 +42,7 @@ def export_document(plan: ExportPlan, out: Path, *, written: bool, quality: Qual
         "state_bytes_per_sequence": state,
         "tokenizer_files": [file.name for file in plan.checkpoint.tokenizer_files],
         "settings_files": list(plan.files),
-        "notes": list(plan.notes),
+        "notes": [*plan.notes, *kernel_notes(plan)],
         "quality": None if quality is None else asdict(quality),
     }
 
@@ -49,9 +50,10 @@ def export_document(plan: ExportPlan, out: Path, *, written: bool, quality: Qual
 def export_text(document: dict[str, Any]) -> str:
     """The same for people: a line a fact."""
     verb, graphs = "wrote" if document["written"] else "would write", document["graphs"]
+    operators = f"{document['ops']} operators" + (" for CUDA" if document["device"] == "cuda" else "")
     lines = [
         f"{verb} {document['output']} from {document['source_format']}",
-        *(f"  {name:<13} {graph['nodes']} nodes, {document['ops']} operators" for name, graph in graphs.items()),
+        *(f"  {name:<13} {graph['nodes']} nodes, {operators}" for name, graph in graphs.items()),
         f"  weights.data  {document['weight_bytes'] / 1e6:.1f} MB, {_weights(document)}",
         f"  states        {document['state_bytes_per_sequence'] / 1e6:.2f} MB a sequence at any length, "
         f"{document['state_dtype']}",

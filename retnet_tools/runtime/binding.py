@@ -15,6 +15,9 @@ from retnet_tools.weights import Array
 if TYPE_CHECKING:
     import onnxruntime
 
+EAGER = -1
+"""The `gpu_graph_id` that ONNX Runtime neither captures nor replays."""
+
 
 class Binding:
     """A graph with everything bound once: tokens and logits in buffers of its own, states where they lie.
@@ -25,6 +28,8 @@ class Binding:
         past, present: the states to read and to write by name, the same buffers where the graph works in place.
         output: the first output.
         device: of the session.
+        graph_id: of the CUDA graph that runs of these buffers are; None runs kernel by kernel. No two bindings of a
+            session may share one: a replay reads and writes what its capture did.
     """
 
     def __init__(
@@ -35,8 +40,13 @@ class Binding:
         present: Mapping[str, onnxruntime.OrtValue],
         output: TensorSpec,
         device: Device,
+        graph_id: int | None = None,
     ) -> None:
+        import onnxruntime
+
         self._session = session
+        self._options = onnxruntime.RunOptions()
+        self._options.add_run_config_entry("gpu_graph_id", str(EAGER if graph_id is None else graph_id))
         self._binding = session.io_binding()
         # Scalars are sizes, which kernels read on the CPU.
         places = {name: device if np.ndim(array) else Device("cpu") for name, array in feeds.items()}
@@ -53,5 +63,5 @@ class Binding:
         """Run once; a copy of the first output `[B, ...]` where it is asked for."""
         for name, array in feeds.items():
             self._feeds[name].update_inplace(np.asarray(array, order="C"))
-        self._session.run_with_iobinding(self._binding)
+        self._session.run_with_iobinding(self._binding, self._options)
         return np.array(self._logits.numpy()[:, 0]) if fetch else None

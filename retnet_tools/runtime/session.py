@@ -18,7 +18,6 @@ from retnet_tools.graph.contract import (
     PREFILL_FILE,
     STEP_FILE,
     WEIGHTS_FILE,
-    TensorSpec,
     past_name,
     prefill_inputs,
     present_name,
@@ -27,8 +26,11 @@ from retnet_tools.graph.contract import (
 )
 from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.runtime.binding import Binding
+from retnet_tools.runtime.cuda_graphs import StepGraphs
+from retnet_tools.runtime.device_memory import chunk_bytes, enough_memory
+from retnet_tools.runtime.opening import GraphOpener
 from retnet_tools.runtime.prompts import DEFAULT_CHUNK_SIZE, Prompts
-from retnet_tools.runtime.providers import Device, open_session
+from retnet_tools.runtime.providers import Device
 from retnet_tools.runtime.state import RecurrentState
 from retnet_tools.weights import Array
 
@@ -45,11 +47,17 @@ class DecoderSession:
         threads: of the CPU provider; None lets ONNX Runtime choose.
         in_place: whether step.onnx writes states where it reads them, or into a second buffer; None writes in place on
             the CPU, whose kernels are known to read a state before they write it.
+        cuda_graph: whether steps on CUDA are captured and replayed; None does where it can.
         profile: where ONNX Runtime writes a profile of step.onnx when `end_profile` is called: the start of its name.
+
+    Attributes:
+        device: where it runs; the CPU where `device.cpu_fallback` allowed it and there was no other way.
+        eager_reason: why steps run kernel by kernel; None where they are replayed as CUDA graphs.
 
     Raises:
         InputError: not an exported folder, or an incomplete one.
-        ProviderError: the device cannot be had.
+        ProviderError: the device cannot be had, or has no room; nothing is loaded then.
+        UsageError: CUDA graphs of steps in place.
     """
 
     def __init__(
@@ -59,6 +67,7 @@ class DecoderSession:
         threads: int | None = None,
         *,
         in_place: bool | None = None,
+        cuda_graph: bool | None = None,
         profile: Path | None = None,
     ) -> None:
         folder = Path(folder)
@@ -73,16 +82,28 @@ class DecoderSession:
         for name in (STEP_FILE, PREFILL_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
                 raise InputError(f"{folder} has no {name}", "a complete export", "export the checkpoint again")
-        self.device = device or Device("cpu")
         self.threads = threads
-        self.in_place = self.device.kind == "cpu" if in_place is None else in_place
+        if in_place and cuda_graph:
+            raise UsageError("CUDA graphs of steps in place", "one of them: a capture runs a step several times")
         border = (self.manifest.config, self.manifest.state_dtype)
         self._input, *_ = step_inputs(*border)
         self._output, *_ = step_outputs(*border)
-        self._step = self._open(STEP_FILE, step_inputs(*border), profile=profile)
+        reasons = {
+            "states are written in place": in_place,
+            "it was asked for": cuda_graph is False,
+            "a profile is taken": profile is not None,
+        }
+        eager_reason = next((reason for reason, holds in reasons.items() if holds), None)
+        self._opener = GraphOpener(folder, self.manifest, device or Device("cpu"), threads, eager_reason)
+        self._step = self._opener.open_step(step_inputs(*border), profile)
+        self.device, self.eager_reason = self._opener.device, self._opener.eager_reason
+        self.in_place = self.device.kind == "cpu" if in_place is None else in_place
+        self._graphs = None if self.eager_reason else StepGraphs(self._step, self._bind_captured)
 
     def new_state(self, batch: int = 1) -> RecurrentState:
         """The state before the first token of `batch` sequences."""
+        if self._graphs is not None:
+            self._graphs.keep_only(batch)
         return RecurrentState.zeros(self.manifest, batch, self.device)
 
     def open_prefill(self) -> None:
@@ -162,8 +183,9 @@ class DecoderSession:
                 feeds[ATTENTION_MASK] = chunk.mask
                 key = (chunk.mask.shape, id(state.current))
                 if key not in bindings:
-                    bindings[key] = self._bind(self._prefill, feeds, state, state.spare)
-                logits = bindings[key].run(feeds, fetch=fetch)
+                    bindings[key] = self._bind(self._prefill, feeds, state.current, state.spare)
+                with enough_memory(self.device, self._chunk_bytes(chunk.mask), f"a chunk of {chunk.mask.shape}"):
+                    logits = bindings[key].run(feeds, fetch=fetch)
                 state.advance(chunk.counts, swap=True)
             if logits is not None:
                 result[chunk.ends] = logits[chunk.ends]
@@ -172,11 +194,14 @@ class DecoderSession:
         return result
 
     def _run_step(self, feeds: Mapping[str, Array], state: RecurrentState, *, fetch: bool) -> Array | None:
-        key = (self._step, id(state.current))
-        if key not in state.bindings:
-            present = state.current if self.in_place else state.spare
-            state.bindings[key] = self._bind(self._step, feeds, state, present)
-        logits: Array | None = state.bindings[key].run(feeds, fetch=fetch)
+        binding = self._graphs.binding(state, feeds) if self._graphs is not None else None
+        if binding is None:
+            key = (self._step, id(state.current))
+            if key not in state.bindings:
+                present = state.current if self.in_place else state.spare
+                state.bindings[key] = self._bind(self._step, feeds, state.current, present)
+            binding = state.bindings[key]
+        logits: Array | None = binding.run(feeds, fetch=fetch)
         state.advance(1, swap=not self.in_place)
         return logits
 
@@ -184,12 +209,25 @@ class DecoderSession:
         self,
         graph: onnxruntime.InferenceSession,
         feeds: Mapping[str, Array],
-        state: RecurrentState,
+        past: Sequence[onnxruntime.OrtValue],
         present: Sequence[onnxruntime.OrtValue],
+        graph_id: int | None = None,
     ) -> Binding:
-        past = {past_name(i): value for i, value in enumerate(state.current)}
+        read = {past_name(i): value for i, value in enumerate(past)}
         written = {present_name(i): value for i, value in enumerate(present)}
-        return Binding(graph, feeds, past, written, self._output, self.device)
+        return Binding(graph, feeds, read, written, self._output, self.device, graph_id)
+
+    def _bind_captured(
+        self,
+        feeds: Mapping[str, Array],
+        past: Sequence[onnxruntime.OrtValue],
+        present: Sequence[onnxruntime.OrtValue],
+        graph_id: int,
+    ) -> Binding:
+        return self._bind(self._step, feeds, past, present, graph_id)
+
+    def _chunk_bytes(self, mask: Array) -> int:
+        return chunk_bytes(self.manifest.config, self.manifest.dtype, *mask.shape)
 
     @cached_property
     def _prefill(self) -> onnxruntime.InferenceSession:
@@ -198,23 +236,11 @@ class DecoderSession:
         # quantized weights need their packing.
         plain = self.manifest.dtype == "float32" and self.manifest.quantization is None
         inputs = prefill_inputs(self.manifest.config, self.manifest.state_dtype)
-        return self._open(PREFILL_FILE, inputs, prepack=not plain)
+        return self._opener.open(PREFILL_FILE, inputs, prepack=not plain)
 
     def end_profile(self) -> Path:
         """Write the profile that was asked for, and say where it is."""
         return Path(self._step.end_profiling())
-
-    def _open(
-        self, name: str, inputs: Sequence[TensorSpec], *, prepack: bool = True, profile: Path | None = None
-    ) -> onnxruntime.InferenceSession:
-        path = self.folder / name
-        session = open_session(path, self.device, self.threads, prepack=prepack, profile=profile)
-        found = [(value.name, tuple(value.shape)) for value in session.get_inputs()]
-        if found != [(spec.name, spec.shape) for spec in inputs]:
-            raise InputError(
-                f"{self.folder / name} does not fit {MANIFEST_FILE}", "the graph it describes", "export again"
-            )
-        return session
 
     def check_prompt(self, tokens: Sequence[int]) -> None:
         """Check one prompt of token ids without running it.

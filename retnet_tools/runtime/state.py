@@ -10,6 +10,8 @@ import numpy as np
 from retnet_tools.errors import UsageError
 from retnet_tools.graph.contract import state_shape
 from retnet_tools.graph.manifest import Manifest
+from retnet_tools.runtime.cuda import cuda_runtime
+from retnet_tools.runtime.device_memory import device_room
 from retnet_tools.weights import Array
 
 if TYPE_CHECKING:
@@ -49,12 +51,26 @@ class RecurrentState:
 
         Raises:
             UsageError: a batch below 1.
+            ProviderError: no memory on the device.
         """
         if batch < 1:
             raise UsageError(f"a batch of {batch}", "at least one sequence")
-        shape = (batch, *state_shape(manifest.config))
-        states = [np.zeros(shape, dtype=manifest.state_dtype) for _ in range(manifest.config.num_layers)]
-        return cls(states, np.zeros(batch, dtype=np.int64), device)
+        shape, layers = (batch, *state_shape(manifest.config)), range(manifest.config.num_layers)
+        position = np.zeros(batch, dtype=np.int64)
+        if device.kind == "cpu":
+            return cls([np.zeros(shape, dtype=manifest.state_dtype) for _ in layers], position, device)
+        state = cls._with_room([(shape, np.dtype(manifest.state_dtype)) for _ in layers], position, device)
+        for value in state.current:
+            cuda_runtime(device.index).clear(value)
+        return state
+
+    @classmethod
+    def _with_room(cls, layouts: list[Any], position: Array, device: Device) -> RecurrentState:
+        """A state in new buffers, their content undefined."""
+        state = cls([], position, device)
+        state._layouts = layouts
+        state.current = [device_room(shape, dtype, device) for shape, dtype in layouts]
+        return state
 
     @property
     def batch(self) -> int:
@@ -65,7 +81,7 @@ class RecurrentState:
     def spare(self) -> list[onnxruntime.OrtValue]:
         """Buffers of the same shapes for a graph that may not write where it reads."""
         if self._spare is None:
-            self._spare = [device_value(np.zeros(shape, dtype), self.device) for shape, dtype in self._layouts]
+            self._spare = [device_room(shape, dtype, self.device) for shape, dtype in self._layouts]
         return self._spare
 
     def release_spare(self) -> None:
@@ -80,7 +96,20 @@ class RecurrentState:
     def select(self, rows: Sequence[int]) -> RecurrentState:
         """A new state of these rows, in this order; a row may come several times."""
         index = np.asarray(rows, dtype=np.int64)
-        return RecurrentState([value.numpy()[index] for value in self.current], self.position[index], self.device)
+        if self.device.kind == "cpu":
+            return RecurrentState([value.numpy()[index] for value in self.current], self.position[index], self.device)
+        layouts = [((len(index), *shape[1:]), dtype) for shape, dtype in self._layouts]
+        chosen = self._with_room(layouts, self.position[index], self.device)
+        for target, source in zip(chosen.current, self.current, strict=True):
+            cuda_runtime(self.device.index).copy_rows(target, source, index.tolist())
+        return chosen
+
+    def move_into(self, current: list[onnxruntime.OrtValue], spare: list[onnxruntime.OrtValue]) -> None:
+        """Keep the state in other buffers on the same device from now on, with their spare ones."""
+        for target, source in zip(current, self.current, strict=True):
+            cuda_runtime(self.device.index).copy_rows(target, source, range(self.batch))
+        self.current, self._spare = current, spare
+        self.bindings.clear()
 
     def advance(self, tokens: int | Array, *, swap: bool) -> None:
         """Rows move on by one number of tokens or `[B]` of their own; `swap` where the spare buffers were written."""

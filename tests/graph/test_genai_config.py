@@ -17,6 +17,7 @@ from retnet_tools.graph import contract
 from retnet_tools.graph.export import plan_export, write_export
 from retnet_tools.graph.manifest import read_manifest
 from tests.exports import checkpoint, export
+from tests.fake_gpu import FakeGpu, needs_fake_gpu
 from tests.helpers import ABLATIONS, BASE, random_source
 
 END = "<|endoftext|>"
@@ -168,3 +169,27 @@ def test_another_target_in_the_same_folder_leaves_no_graph_of_the_first(
     expected = {*again.graphs, *again.files, contract.WEIGHTS_FILE, contract.MANIFEST_FILE}
     assert {path.name for path in out.iterdir()} == expected
     assert set(read_manifest(out).graphs) == set(again.graphs)
+
+
+OPEN_ON_CUDA = """
+import json, sys
+import onnxruntime
+onnxruntime.preload_dlls()
+import onnxruntime_genai as og
+model = og.Model(sys.argv[1])
+params = og.GeneratorParams(model)
+params.set_search_options(batch_size=2, max_length=12)
+generator = og.Generator(model, params)
+generator.append_tokens([[1, 2, 3, 4], [5, 6, 61, 61]])
+print(json.dumps([model.device_type, list(generator.get_logits().shape)]))
+"""
+
+
+@needs_fake_gpu
+@pytest.mark.parametrize("ops", ["fused", "standard"])
+def test_onnxruntime_genai_opens_an_export_for_cuda_there(ops: str, tmp_path: Path) -> None:
+    """Nothing is computed, but a ragged prompt runs through every node to logits."""
+    pytest.importorskip("onnxruntime_genai")
+    out = export(BASE, random_source(BASE, 1), tmp_path / "out", ops=ops, target="genai", device="cuda")
+    device, shape = FakeGpu().evaluate(OPEN_ON_CUDA, out)
+    assert (device, shape[0], shape[-1]) == ("CUDA", 2, 62)

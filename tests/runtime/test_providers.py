@@ -1,15 +1,44 @@
-"""Providers, with failures simulated where the machine has no GPU."""
+"""Providers: what was asked for or a refusal that says why, with failures simulated: a fake GPU, or fakes in Python."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import warnings
 from pathlib import Path
 
 import onnxruntime
 import pytest
 
 from retnet_tools.errors import InputError, ProviderError, UsageError
-from retnet_tools.runtime import providers
-from retnet_tools.runtime.providers import Device, open_session, parse_device
+from retnet_tools.runtime import cuda, installation, providers
+from retnet_tools.runtime.providers import CpuFallbackWarning, Device, check_device, open_session, parse_device
+from tests.exports import export
+from tests.fake_gpu import LIBRARIES, FakeGpu, needs_fake_gpu
+from tests.helpers import ABLATIONS, BASE, random_source
+
+OPEN = """
+import sys
+from pathlib import Path
+from retnet_tools.errors import RetNetToolsError
+from retnet_tools.runtime import DecoderSession, parse_device
+try:
+    session = DecoderSession(Path(sys.argv[1]), parse_device(sys.argv[2], cpu_fallback=len(sys.argv) > 3))
+    print("opened on", session.device, session._step.get_providers()[0])
+except RetNetToolsError as error:
+    print(error.exit_code, error)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(BASE, random_source(BASE, 1), tmp_path_factory.mktemp("providers") / "out", device="cuda")
+
+
+@pytest.fixture
+def unusable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose onnxruntime has no CUDA provider."""
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
 
 
 @pytest.mark.parametrize(
@@ -20,40 +49,72 @@ def test_devices_are_named_as_in_torch(text: str, device: Device) -> None:
     assert parse_device(text) == device
 
 
-@pytest.mark.parametrize("text", ["gpu", "cuda:", "cuda:x", "cpu:0", "", "cuda:-1"])
+@pytest.mark.parametrize("text", ["gpu", "cuda:", "cuda:x", "cpu:0", "", "cuda:-1", "cuda:99999999999"])
 def test_other_words_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="expected cpu, cuda or cuda:N"):
         parse_device(text)
 
 
-def test_a_cpu_only_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(ProviderError, match="no CUDA provider; expected the package onnxruntime-gpu"):
+@pytest.mark.usefixtures("unusable")
+def test_a_cpu_only_package_is_named() -> None:
+    with pytest.raises(ProviderError, match=r"no CUDA provider.*expected the package onnxruntime-gpu.*--device cpu"):
         open_session(Path("step.onnx"), Device("cuda"))
 
 
-def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
-    monkeypatch.setattr(providers, "missing_libraries", lambda: ["libcudnn.so.9"])
-    with pytest.raises(ProviderError, match=r"cannot load libcudnn\.so\.9.*--device cpu") as caught:
-        open_session(Path("step.onnx"), Device("cuda"))
-    assert caught.value.exit_code == 4
+@pytest.mark.usefixtures("unusable")
+def test_a_cpu_package_over_the_gpu_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = tuple(installation.Package(name, "1.31.1") for name in ("onnxruntime", "onnxruntime-gpu"))
+    monkeypatch.setattr(installation, "onnxruntime_packages", lambda: both)
+    with pytest.raises(ProviderError) as caught:
+        check_device(Device("cuda"))
+    text = str(caught.value)
+    assert "onnxruntime 1.31.1 and onnxruntime-gpu 1.31.1 are both installed and lie over each other" in text
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'onnxruntime-gpu[cuda,cudnn]'" in text
+    assert (caught.value.exit_code, text.count("\n")) == (4, 0)
 
 
 def test_a_session_that_fell_back_to_the_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
     class FellBack:
-        def __init__(self, *args: object, **kwargs: object) -> None: ...
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            asked.append(kwargs)
 
         def get_providers(self) -> list[str]:
             return ["CPUExecutionProvider"]
 
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
-    monkeypatch.setattr(providers, "missing_libraries", lambda: [])
+    monkeypatch.setattr(providers, "check_device", lambda device: None)
     monkeypatch.setattr(onnxruntime, "InferenceSession", FellBack)
     with pytest.raises(ProviderError, match="CUDAExecutionProvider did not start"):
         open_session(Path("step.onnx"), Device("cuda"))
+    # ONNX Runtime's own fallback would open it on the CPU and say so on stdout.
+    assert asked[0]["enable_fallback"] == 0
+
+
+def test_products_in_float32_do_not_use_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Opened:
+        def __init__(self, *args: object, providers: list[object], **kwargs: object) -> None:
+            asked.extend(providers)
+
+        def get_providers(self) -> list[str]:
+            return ["CUDAExecutionProvider"]
+
+        def get_provider_graph_assignment_info(self) -> list[object]:
+            return []
+
+    monkeypatch.setattr(providers, "check_device", lambda device: None)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Opened)
+    open_session(Path("step.onnx"), Device("cuda", 2), cuda_graph=True)
+    ((name, options),) = asked
+    assert name == "CUDAExecutionProvider"
+    assert options == {
+        "device_id": "2",
+        "use_tf32": "0",
+        "arena_extend_strategy": "kSameAsRequested",
+        "enable_cuda_graph": "1",
+    }
 
 
 def test_a_graph_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
@@ -61,3 +122,93 @@ def test_a_graph_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be opened") as caught:
         open_session(tmp_path / "step.onnx", Device("cpu"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("unusable")
+def test_a_fallback_is_the_cpu_and_says_so(folder: Path) -> None:
+    from retnet_tools.runtime import DecoderSession
+
+    with pytest.warns(CpuFallbackWarning, match=r"no CUDA provider.*running on the CPU, as --allow-cpu-fallback says"):
+        session = DecoderSession(folder, Device("cuda", cpu_fallback=True), 1)
+    assert session.device == Device("cpu")
+    assert session.in_place
+    assert session.eager_reason == "it runs on the CPU"
+
+
+@pytest.mark.parametrize("where", ["cuda", "cpu"])
+def test_nothing_is_warned_of_where_nothing_falls_back(where: str, folder: Path) -> None:
+    from retnet_tools.runtime import DecoderSession
+
+    with warnings.catch_warnings(), contextlib.suppress(ProviderError):
+        warnings.simplefilter("error")
+        DecoderSession(folder, Device(where), 1)
+
+
+@needs_fake_gpu
+def test_a_graph_opens_on_the_device_and_nowhere_else(folder: Path) -> None:
+    result = FakeGpu(devices=2).run(OPEN, folder, "cuda:1")
+    assert result.stdout == "opened on cuda:1 CUDAExecutionProvider\n"
+    assert result.stderr == ""
+
+
+@needs_fake_gpu
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_missing_library_is_named(library: str, folder: Path) -> None:
+    if library == "libcudart.so.13" and cuda.find_libraries([library])[library] is not None:
+        pytest.skip("this machine has a CUDA runtime of its own")
+    result = FakeGpu(missing=(library,)).run(OPEN, folder, "cuda")
+    assert result.stdout.startswith("4 the CUDA provider cannot load ")
+    assert library in result.stdout.split(";")[0]
+    assert result.stdout.count("\n") == 1
+
+
+@needs_fake_gpu
+def test_no_device_and_a_number_too_high_are_named(folder: Path) -> None:
+    assert FakeGpu(devices=0).run(OPEN, folder, "cuda").stdout.startswith("4 the NVIDIA driver finds no device")
+    found = FakeGpu(devices=2).run(OPEN, folder, "cuda:2").stdout
+    assert found == "4 no device cuda:2; expected cuda:0 to cuda:1\n"
+    assert FakeGpu().run(OPEN, folder, "cuda:1").stdout == "4 no device cuda:1; expected cuda:0\n"
+
+
+@needs_fake_gpu
+def test_memory_that_does_not_suffice_is_said_before_anything_is_loaded(folder: Path) -> None:
+    found = FakeGpu(memory_bytes=200 << 20).run(OPEN, folder, "cuda").stdout
+    assert found.startswith(f"4 step.onnx of {folder} needs 0.27 GB on cuda:0, where 0.21 GB of 0.21 GB are free; ")
+
+
+@needs_fake_gpu
+def test_a_node_without_a_kernel_is_refused_unless_the_cpu_is_allowed(tmp_path: Path) -> None:
+    config = ABLATIONS["feature_map_elu"]
+    out = export(config, random_source(config, 1), tmp_path / "out")
+    refused = FakeGpu().run(OPEN, out, "cuda").stdout
+    assert refused.startswith("4 4 nodes of step.onnx have no place on cuda:0: Elu (4); expected every node on the")
+    allowed = FakeGpu().run(OPEN, out, "cuda", "fallback")
+    assert allowed.stdout == "opened on cuda:0 CUDAExecutionProvider\n"
+    assert "4 nodes of step.onnx have no place on cuda:0: Elu (4); they run on the CPU" in allowed.stderr
+
+
+@needs_fake_gpu
+def test_a_fallback_from_a_device_that_is_not_there(folder: Path) -> None:
+    found = FakeGpu(devices=0).run(OPEN, folder, "cuda", "fallback")
+    assert found.stdout == "opened on cpu CPUExecutionProvider\n"
+    assert "finds no device" in found.stderr
+    assert "running on the CPU" in found.stderr
+
+
+@needs_fake_gpu
+def test_heads_that_linear_attention_refuses_are_refused_before_they_run(tmp_path: Path) -> None:
+    from retnet_tools.paper import paper_config
+
+    config = paper_config(vocab_size=61, hidden_size=320, value_dim=640, ffn_dim=40, num_layers=1, num_heads=1)
+    source = random_source(config, 1)
+    for_cpu = export(config, source, tmp_path / "cpu")
+    found = FakeGpu().run(OPEN, for_cpu, "cuda").stdout
+    assert found.startswith("4 heads of 320 x 640 in an export for the CPU; expected shapes that LinearAttention takes")
+    for_cuda = export(config, source, tmp_path / "cuda", device="cuda")
+    assert FakeGpu().run(OPEN, for_cuda, "cuda").stdout == "opened on cuda:0 CUDAExecutionProvider\n"
+
+
+def test_what_onnxruntime_prints_while_it_looks_stays_off_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.redirect_stderr(io.StringIO()):
+        providers.cuda_libraries()
+    assert capsys.readouterr().out == ""

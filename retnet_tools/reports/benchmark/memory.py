@@ -8,15 +8,14 @@ import re
 import sys
 from pathlib import Path
 
-from retnet_tools.runtime.providers import CUDA_LIBRARIES, Device
+from retnet_tools.errors import ProviderError
+from retnet_tools.runtime.cuda import CudaDriver, cuda_runtime
+from retnet_tools.runtime.providers import Device
 
 try:
     import resource
 except ImportError:  # Windows has none
     resource = None  # type: ignore[assignment]
-
-_DRIVER = next(name for name in CUDA_LIBRARIES if name.startswith("libcuda."))
-_RUNTIME = next(name for name in CUDA_LIBRARIES if name.startswith("libcudart"))
 
 
 def reset_peak() -> None:
@@ -60,23 +59,16 @@ def device_name(device: Device) -> str | None:
     if device.kind == "cpu":
         return None
     try:
-        driver = ctypes.CDLL(_DRIVER)
-    except OSError:
+        return CudaDriver().devices()[device.index].name
+    except (ProviderError, IndexError):
         return None
-    name, handle = ctypes.create_string_buffer(256), ctypes.c_int()
-    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(handle), device.index):
-        return None
-    return None if driver.cuDeviceGetName(name, len(name), handle) else name.value.decode("utf-8", "replace")
 
 
 def _device_memory(device: Device) -> tuple[int, int] | None:
+    """Bytes free and in all."""
     if device.kind == "cpu":
         return None
     try:
-        runtime = ctypes.CDLL(_RUNTIME)
-    except OSError:
+        return cuda_runtime(device.index).memory()
+    except ProviderError:
         return None
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    if runtime.cudaSetDevice(device.index) or runtime.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total)):
-        return None
-    return free.value, total.value

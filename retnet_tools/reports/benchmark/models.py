@@ -79,6 +79,7 @@ class ModelOptions:
         size: a published size, with random weights.
         quantize: what `--quantize` names.
         scheme: how, where that is int8 or int4.
+        device: whose kernels a checkpoint is exported for.
     """
 
     path: Path | None
@@ -87,6 +88,7 @@ class ModelOptions:
     quantize: str | None
     ops: str | None
     scheme: SchemeOptions = NO_OPTIONS
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.path is not None and self.size is not None:
@@ -115,7 +117,8 @@ def plan_model(options: ModelOptions) -> ExportPlan | None:
         plan = plan_of_export(options.path)
     else:
         checkpoint = _checkpoint(options)
-        plan = plan_export(checkpoint, dtype=options.dtype or "float32", ops=options.ops or "fused")
+        dtype, ops = options.dtype or "float32", options.ops or "fused"
+        plan = plan_export(checkpoint, dtype=dtype, ops=ops, device=options.device)
     return plan if options.quantize is None else plan_target(plan, parse_target(options.quantize), options.scheme)
 
 

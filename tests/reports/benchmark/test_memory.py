@@ -9,6 +9,7 @@ import pytest
 
 from retnet_tools.reports.benchmark import memory
 from retnet_tools.reports.benchmark.memory import device_free, device_name, device_used, peak_resident, reset_peak
+from retnet_tools.runtime.cuda import CudaDevice, CudaRuntime
 from retnet_tools.runtime.providers import Device
 
 SIZE = 200 << 20
@@ -36,31 +37,30 @@ def test_the_cpu_has_no_device_memory() -> None:
 
 def test_device_memory_is_what_the_cuda_runtime_says(monkeypatch: pytest.MonkeyPatch) -> None:
     class Runtime:
-        def cudaSetDevice(self, index: int) -> int:
-            return 0 if index == 1 else 101
+        def cudaSetDevice(self, index) -> int:
+            return 0 if index.value == 1 else 101
 
         def cudaMemGetInfo(self, free, total) -> int:
             free._obj.value, total._obj.value = 30 << 30, 80 << 30
             return 0
 
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: Runtime())
+        class Text:
+            def __call__(self, code) -> bytes:
+                return b"invalid device ordinal"
+
+        cudaGetErrorString = Text()
+
+    monkeypatch.setattr(memory, "cuda_runtime", lambda index: CudaRuntime(index, 13, Runtime()))
     assert (device_used(Device("cuda", 1)), device_free(Device("cuda", 1))) == (50 << 30, 30 << 30)
     assert device_used(Device("cuda", 0)) is None
 
 
 def test_a_gpu_is_named_by_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     class Driver:
-        def cuInit(self, flags: int) -> int:
-            return 0
+        def devices(self) -> list[CudaDevice]:
+            return [CudaDevice(i, f"GPU {7 + i}", (9, 0), 80 << 30, 132, 227 << 10) for i in range(2)]
 
-        def cuDeviceGet(self, handle, index: int) -> int:
-            handle._obj.value = 7 + index
-            return 0
-
-        def cuDeviceGetName(self, name, length: int, handle) -> int:
-            name.value = f"GPU {handle.value}".encode()
-            return 0
-
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: Driver())
+    monkeypatch.setattr(memory, "CudaDriver", Driver)
     assert device_name(Device("cuda", 1)) == "GPU 8"
+    assert device_name(Device("cuda", 2)) is None
     assert device_name(Device("cpu")) is None

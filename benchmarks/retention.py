@@ -1,0 +1,185 @@
+"""Retention of one token by each form that a graph for CUDA could take, at the heads of published models.
+
+    python benchmarks/retention.py --device cuda -o benchmarks/gpu/retention.json
+
+For each head size and batch: LinearAttention as it is, with split keys, and as matrix products; kernel by kernel and as
+a CUDA graph. `chosen` marks the form that `export --device cuda` takes (`retnet_tools.graph.cuda_retention`): where
+another one is faster, its table is wrong. Times are medians over `--rounds` of the mean of `--steps` calls, states in
+two sets of buffers. `gb_per_second` counts the states once read and once written, whatever a form does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from retnet_tools.graph.contract import TensorSpec
+from retnet_tools.graph.cuda_ops import CudaFusedOps
+from retnet_tools.graph.cuda_retention import step_form
+from retnet_tools.graph.decay import StepDecay, TokenDecay
+from retnet_tools.graph.nodes import GraphBuilder, graph_value, tensor_type
+from retnet_tools.graph.ops import FusedOps, StandardOps
+from retnet_tools.machine import this_machine
+from retnet_tools.paper import paper_decay
+from retnet_tools.runtime.binding import Binding
+from retnet_tools.runtime.providers import Device, check_device, open_session, parse_device
+from retnet_tools.runtime.state import device_value
+
+HEADS = [(8, 256, 512), (8, 256, 432), (16, 256, 512), (16, 256, 432), (8, 160, 320), (16, 128, 256), (8, 64, 128)]
+"""H x K x V: the paper's, torchscale's 1.3b and 6.7b, syncdoth's 300m, and smaller ones."""
+PARTS = (2, 4, 8)
+
+
+Form = Callable[..., tuple[ir.Value, ir.Value]]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Retention of one layer as a graph of its own."""
+
+    form: Form
+    heads: int
+    k: int
+    v: int
+
+    @property
+    def inputs(self) -> list[TensorSpec]:
+        sizes = (("q", self.k), ("k", self.k), ("v", self.v))
+        return [
+            TensorSpec("position_ids", "int64", ("batch", 1)),
+            *(TensorSpec(name, "float32", ("batch", 1, self.heads * size)) for name, size in sizes),
+            TensorSpec("past", "float32", ("batch", self.heads, self.k, self.v)),
+        ]
+
+    def write(self, path: Path) -> None:
+        g, values = GraphBuilder(), [graph_value(spec) for spec in self.inputs]
+        position_ids, query, key, value, past = values
+        output, present = self.form(
+            g, query, key, value, past, StepDecay(np.array(paper_decay(self.heads)), position_ids)
+        )
+        shapes = {"output": ("batch", 1, self.heads * self.v), "present": self.inputs[-1].shape}
+        for result, (name, shape) in zip((output, present), shapes.items(), strict=True):
+            result.name, result.shape, result.type = name, ir.Shape(shape), tensor_type("float32")
+        graph = ir.Graph(
+            values,
+            [output, present],
+            nodes=g.nodes,
+            initializers=list(g.initializers.values()),
+            opset_imports=dict(FusedOps.opsets),
+            name="retention",
+        )
+        ir.save(ir.Model(graph, ir_version=11), path)
+
+
+def split(parts: int) -> Form:
+    """LinearAttention over heads cut into so many parts."""
+
+    def make(g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value, decay: StepDecay) -> Any:
+        cut = StepDecay(np.repeat(decay.log_gamma, parts), decay.position_ids)
+        tokens = TokenDecay(len(decay.log_gamma), cut.log_gamma_rows(g))
+        return CudaFusedOps().split_keys(g, q, k, v, past, tokens, parts)
+
+    return make
+
+
+def forms(k: int) -> dict[str, Form]:
+    """Every form that heads of K can take."""
+    found: dict[str, Form] = {"operator": FusedOps().retention_step, "products": StandardOps().retention_step}
+    return found | {f"split/{parts}": split(parts) for parts in PARTS if k % parts == 0 and k // parts >= 32}
+
+
+def chosen_form(k: int, v: int) -> str:
+    """The form that an export takes."""
+    form = step_form(k, v)
+    if not form.operator:
+        return "products"
+    return "operator" if form.key_splits == 1 else f"split/{form.key_splits}"
+
+
+def microseconds(layer: Layer, batch: int, device: Device, steps: int, rounds: int, *, captured: bool) -> float:
+    """One token for a batch."""
+    rng = np.random.default_rng(0)
+    feeds = {
+        spec.name: np.zeros((batch, 1), np.int64)
+        if spec.dtype == "int64"
+        else 0.1 * rng.standard_normal((batch, *map(int, spec.shape[1:])), dtype=np.float32)
+        for spec in layer.inputs
+    }
+    state = feeds.pop("past")
+    sets = [device_value(state.copy(), device) for _ in range(2)]
+    output = TensorSpec("output", "float32", ("batch", 1, layer.heads * layer.v))
+    with tempfile.TemporaryDirectory() as scratch:
+        layer.write(Path(scratch) / "step.onnx")
+        session = open_session(Path(scratch) / "step.onnx", device, 1, cuda_graph=captured)
+    bindings = [
+        Binding(session, feeds, {"past": a}, {"present": b}, output, device, number if captured else None)
+        for number, (a, b) in enumerate((sets, sets[::-1]), start=1)
+    ]
+    for n in range(6):
+        bindings[n % 2].run({}, fetch=False)
+    times = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        for n in range(steps):
+            bindings[n % 2].run({}, fetch=False)
+        times.append((time.perf_counter() - began) / steps)
+    return 1e6 * statistics.median(times)
+
+
+def measured(layer: Layer, batch: int, device: Device, steps: int, rounds: int) -> dict[str, Any]:
+    """Times of a form, or why it does not run."""
+    row: dict[str, Any] = {}
+    try:
+        row["us"] = best = microseconds(layer, batch, device, steps, rounds, captured=False)
+        if device.kind == "cuda":
+            row["us_captured"] = best = microseconds(layer, batch, device, steps, rounds, captured=True)
+        row["gb_per_second"] = 8 * batch * layer.heads * layer.k * layer.v / best / 1e3
+    except Exception as error:
+        row["failed"] = " ".join(str(error).split())[-200:]
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--heads", default=",".join("x".join(map(str, heads)) for heads in HEADS))
+    parser.add_argument("--batches", default="1,8,64")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("-o", "--output", type=Path)
+    arguments = parser.parse_args()
+    device, rows = parse_device(arguments.device), []
+    check_device(device)
+    for text in arguments.heads.split(","):
+        heads, k, v = map(int, text.split("x"))
+        for name, form in forms(k).items():
+            for batch in map(int, arguments.batches.split(",")):
+                row = {
+                    "heads": heads,
+                    "k": k,
+                    "v": v,
+                    "batch": batch,
+                    "form": name,
+                    "chosen": name == chosen_form(k, v),
+                }
+                row |= measured(Layer(form, heads, k, v), batch, device, arguments.steps, arguments.rounds)
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+    if arguments.output:
+        document = {"device": str(device), "machine": asdict(this_machine()), "rows": rows}
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

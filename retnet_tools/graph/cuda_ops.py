@@ -1,0 +1,109 @@
+"""The operator sets as graphs for CUDA use them: what has a kernel there, in the shapes that the kernels take.
+
+They compute the same as those for the CPU, and run there too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import onnx_ir as ir
+
+from retnet_tools.config import Activation
+from retnet_tools.graph.blocked import BlockedMatrix, by_arithmetic, dequantized_rows
+from retnet_tools.graph.cuda_retention import step_form, tokens_form
+from retnet_tools.graph.decay import StepDecay, TokenDecay
+from retnet_tools.graph.nodes import GraphBuilder
+from retnet_tools.graph.ops import FusedOps, StandardOps
+from retnet_tools.weights import Array
+
+
+class CudaStandardOps(StandardOps):
+    """ai.onnx operators that have CUDA kernels in every type."""
+
+    def wide_features(self, g: GraphBuilder, feature_map: Activation | None, x: ir.Value, dtype: str) -> ir.Value:
+        """In float32 from the start, since LeakyRelu has no bfloat16 there; Elu, which has no kernel, in parts.
+
+        Elu(x) = Relu(x) + e^min(x, 0) - 1.
+        """
+        x = g.cast(x, dtype, "float32")
+        if feature_map == "elu":
+            zero, one = (g.constant(f"elu_{n}", np.array(n, dtype=np.float32)) for n in (0, 1))
+            return g.op("Add", g.op("Relu", x), g.op("Sub", g.op("Exp", g.op("Min", x, zero)), one))
+        return x if feature_map is None else self.activate(g, feature_map, x)
+
+    def gather_blocked(self, g: GraphBuilder, matrix: BlockedMatrix, ids: ir.Value) -> ir.Value:
+        """Dequantized by arithmetic: DequantizeLinear knows no blocks of bytes there, and no bfloat16."""
+        return dequantized_rows(g, matrix, ids, by_arithmetic)
+
+
+class CudaFusedOps(FusedOps, CudaStandardOps):
+    """With ONNX Runtime's contrib operators; retention in the form of `retnet_tools.graph.cuda_retention`."""
+
+    def retention_step(
+        self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value, decay: StepDecay
+    ) -> tuple[ir.Value, ir.Value]:
+        """LinearAttention over one token, with split keys where that meets a better kernel, or matrix products."""
+        head_k_dim, head_v_dim = _head_sizes(past)
+        form = step_form(head_k_dim, head_v_dim)
+        if not form.operator:
+            return StandardOps.retention_step(self, g, q, k, v, past, decay)
+        split = StepDecay(_split_log_gamma(decay.log_gamma, form.key_splits), decay.position_ids)
+        tokens = TokenDecay(len(decay.log_gamma), g.once("log_gamma_rows", split.log_gamma_rows))
+        if form.key_splits == 1:
+            return super().retention_tokens(g, q, k, v, past, tokens)
+        return self.split_keys(g, q, k, v, past, tokens, form.key_splits)
+
+    def retention_tokens(
+        self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value, decay: TokenDecay
+    ) -> tuple[ir.Value, ir.Value]:
+        """LinearAttention, with split keys where the shape would be refused, or a Scan.
+
+        `decay` is of each key dimension, `[B, T, H*K]`, which splits with the keys as it stands.
+        """
+        form = tokens_form(*_head_sizes(past))
+        if not form.operator:
+            return StandardOps.retention_tokens(self, g, q, k, v, past, decay)
+        if form.key_splits == 1:
+            return super().retention_tokens(g, q, k, v, past, decay)
+        return self.split_keys(g, q, k, v, past, decay, form.key_splits)
+
+    def split_keys(
+        self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value, decay: TokenDecay, parts: int
+    ) -> tuple[ir.Value, ir.Value]:
+        """q S = sum_s q_s S_s: each head is `parts` heads of K / parts that share v.
+
+        Args:
+            q, k: `[B, T, H*K]`; v: `[B, T, H*V]`; past: `[B, H, K, V]`.
+            decay: of the H heads; its log_gamma is `[B, T, H*parts]` or `[B, T, H*K]`.
+
+        Returns:
+            o `[B, T, H*V]` and S `[B, H, K, V]`.
+        """
+        heads, (head_k_dim, head_v_dim) = decay.heads, _head_sizes(past)
+        value = g.reshape(v, 0, 0, heads, 1, head_v_dim)  # [B, T, H*V] -> [B, T, H, 1, V]
+        value = g.op("Expand", value, g.integers(1, 1, 1, parts, 1))
+        value = g.reshape(value, 0, 0, heads * parts * head_v_dim)
+        state = g.reshape(past, 0, heads * parts, head_k_dim // parts, head_v_dim)
+        output, present = super().retention_tokens(g, q, k, value, state, replace(decay, heads=heads * parts))
+        output = g.reshape(output, 0, 0, heads, parts, head_v_dim)  # [B, T, H*parts*V] -> [B, T, H, parts, V]
+        sizes = g.integers(*[1] * parts)
+        output = g.op("Sum", *g.node("Split", output, sizes, outputs=parts, axis=3))  # [B, T, H, 1, V]
+        return g.reshape(output, 0, 0, heads * head_v_dim), g.reshape(present, 0, heads, head_k_dim, head_v_dim)
+
+
+def _head_sizes(past: ir.Value) -> tuple[int, int]:
+    """K and V of a state `[B, H, K, V]`."""
+    assert past.shape is not None
+    _, _, head_k_dim, head_v_dim = past.shape
+    assert isinstance(head_k_dim, int)
+    assert isinstance(head_v_dim, int)
+    return head_k_dim, head_v_dim
+
+
+def _split_log_gamma(log_gamma: Array, parts: int) -> Array:
+    """log(gamma) of each part: `[H]` repeated; `[H, K]` is cut up as it stands, `[H, parts, K/parts]`."""
+    if log_gamma.ndim == 1:
+        return np.repeat(log_gamma, parts)
+    return log_gamma.reshape(len(log_gamma) * parts, -1)

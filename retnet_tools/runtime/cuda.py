@@ -1,0 +1,199 @@
+"""The NVIDIA driver and the CUDA runtime through ctypes: devices, memory, copies. Nothing else is needed for them.
+
+Error numbers are those of CUresult and cudaError_t, which agree where both are used here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retnet_tools.errors import ProviderError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+_WINDOWS = sys.platform == "win32"
+_NO_DEVICE = 100
+_DEVICE_TO_DEVICE = 3
+# CUdevice_attribute
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR, _MULTIPROCESSORS, _SHARED_MEMORY = 75, 76, 16, 97
+
+
+@dataclass(frozen=True)
+class CudaDevice:
+    """A GPU as the driver describes it.
+
+    Attributes:
+        index: N of `cuda:N`.
+        capability: compute capability, major and minor.
+        memory_bytes: in all.
+        shared_memory_bytes: that one block of threads can have at most.
+    """
+
+    index: int
+    name: str
+    capability: tuple[int, int]
+    memory_bytes: int
+    multiprocessors: int
+    shared_memory_bytes: int
+
+
+def library_names(cuda_major: int) -> tuple[str, ...]:
+    """What the CUDA provider loads, the driver first: its own dependencies, and cuDNN, which its reductions need."""
+    if _WINDOWS:
+        cuda = (f"{name}64_{cuda_major}.dll" for name in ("cudart", "cublasLt", "cublas"))
+        return ("nvcuda.dll", *cuda, "curand64_10.dll", "cudnn64_9.dll")
+    cuda = (f"lib{name}.so.{cuda_major}" for name in ("cudart", "cublasLt", "cublas"))
+    return ("libcuda.so.1", *cuda, "libcurand.so.10", "libcudnn.so.9")
+
+
+def find_libraries(names: Iterable[str]) -> dict[str, str | None]:
+    """Where each library was loaded from, or None for one that cannot be loaded; its name where no path is known."""
+    found: dict[str, str | None] = {}
+    for name in names:
+        try:
+            ctypes.CDLL(name)
+            found[name] = _mapped(name) or name
+        except OSError:
+            found[name] = None
+    return found
+
+
+def _mapped(name: str) -> str | None:
+    """The file that is mapped into this process for a library."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    paths = (line.split(maxsplit=5)[5] for line in lines if line.count(" ") >= 5 and "/" in line)
+    return next((path for path in paths if Path(path).name.startswith(name)), None)
+
+
+class CudaDriver:
+    """libcuda: which devices there are.
+
+    Raises:
+        ProviderError: there is no driver, or it does not start.
+    """
+
+    def __init__(self, library: Any = None) -> None:
+        self._library = library or _load("nvcuda.dll" if _WINDOWS else "libcuda.so.1", "an NVIDIA driver")
+        self._check(self._library.cuInit(0), "the NVIDIA driver does not start")
+
+    @property
+    def cuda_version(self) -> str:
+        """The newest CUDA that the driver can run."""
+        number = ctypes.c_int()
+        self._check(self._library.cuDriverGetVersion(ctypes.byref(number)), "the driver does not say its version")
+        return f"{number.value // 1000}.{number.value % 1000 // 10}"
+
+    def devices(self) -> list[CudaDevice]:
+        """The devices that CUDA_VISIBLE_DEVICES leaves."""
+        count = ctypes.c_int()
+        self._check(self._library.cuDeviceGetCount(ctypes.byref(count)), "the driver does not count its devices")
+        return [self._device(index) for index in range(count.value)]
+
+    def _device(self, index: int) -> CudaDevice:
+        handle, name, memory = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_size_t()
+        what = f"the driver does not describe cuda:{index}"
+        self._check(self._library.cuDeviceGet(ctypes.byref(handle), ctypes.c_int(index)), what)
+        self._check(self._library.cuDeviceGetName(name, ctypes.c_int(len(name)), handle), what)
+        self._check(self._library.cuDeviceTotalMem_v2(ctypes.byref(memory), handle), what)
+        major, minor, multiprocessors, shared = (
+            self._attribute(number, handle, what)
+            for number in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR, _MULTIPROCESSORS, _SHARED_MEMORY)
+        )
+        return CudaDevice(index, name.value.decode(), (major, minor), memory.value, multiprocessors, shared)
+
+    def _attribute(self, number: int, handle: ctypes.c_int, what: str) -> int:
+        value = ctypes.c_int()
+        self._check(self._library.cuDeviceGetAttribute(ctypes.byref(value), ctypes.c_int(number), handle), what)
+        return value.value
+
+    def _check(self, code: int, what: str) -> None:
+        if code == _NO_DEVICE:
+            raise ProviderError("the NVIDIA driver finds no device", "a GPU, not hidden by CUDA_VISIBLE_DEVICES")
+        if code:
+            text = ctypes.c_char_p()
+            known = self._library.cuGetErrorString(ctypes.c_int(code), ctypes.byref(text)) == 0 and text.value
+            raise ProviderError(f"{what} ({text.value.decode() if known and text.value else 'error'}, {code})")
+
+
+class CudaRuntime:
+    """libcudart: memory of a device, and copies within it.
+
+    Args:
+        index: N of `cuda:N`.
+        cuda_major: of the CUDA that onnxruntime was built for.
+
+    Raises:
+        ProviderError: the library is missing, or a call fails.
+    """
+
+    def __init__(self, index: int, cuda_major: int, library: Any = None) -> None:
+        name = f"cudart64_{cuda_major}.dll" if _WINDOWS else f"libcudart.so.{cuda_major}"
+        self._library = library or _load(name, f"CUDA {cuda_major}")
+        self._library.cudaGetErrorString.restype = ctypes.c_char_p
+        self._index = ctypes.c_int(index)
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes free and in all. Starts CUDA on the device, which takes some memory of its own first."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self._call("cudaSetDevice", self._index)
+        self._call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
+        return free.value, total.value
+
+    def copy_rows(self, target: onnxruntime.OrtValue, source: onnxruntime.OrtValue, rows: Iterable[int]) -> None:
+        """target[i] = source[rows[i]] along the first axis, on the device; returns when it is done."""
+        size = source.tensor_size_in_bytes() // source.shape()[0]
+        self._call("cudaSetDevice", self._index)
+        for place, row in enumerate(rows):
+            self._call(
+                "cudaMemcpyAsync",
+                ctypes.c_void_p(target.data_ptr() + place * size),
+                ctypes.c_void_p(source.data_ptr() + row * size),
+                ctypes.c_size_t(size),
+                ctypes.c_int(_DEVICE_TO_DEVICE),
+                None,
+            )
+        # ONNX Runtime's stream does not wait for the default one.
+        self._call("cudaDeviceSynchronize")
+
+    def clear(self, value: onnxruntime.OrtValue) -> None:
+        """Set every byte to 0; returns when it is done."""
+        self._call("cudaSetDevice", self._index)
+        size = ctypes.c_size_t(value.tensor_size_in_bytes())
+        self._call("cudaMemset", ctypes.c_void_p(value.data_ptr()), ctypes.c_int(0), size)
+        self._call("cudaDeviceSynchronize")
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        if code := getattr(self._library, name)(*arguments):
+            text = self._library.cudaGetErrorString(ctypes.c_int(code))
+            raise ProviderError(f"{name} fails on cuda:{self._index.value} ({(text or b'error').decode()}, {code})")
+
+
+@cache
+def cuda_runtime(index: int) -> CudaRuntime:
+    """The CUDA runtime of a device, of the version that onnxruntime was built for."""
+    return CudaRuntime(index, cuda_major())
+
+
+def cuda_major() -> int:
+    """Of the CUDA version that onnxruntime was built for; 13 where it does not say."""
+    import onnxruntime
+
+    text = str(getattr(onnxruntime, "cuda_version", "") or "").split(".")[0]
+    return int(text) if text.isdecimal() else 13
+
+
+def _load(name: str, expected: str) -> Any:
+    try:
+        return ctypes.CDLL(name)
+    except OSError as error:
+        raise ProviderError(f"{name} cannot be loaded ({error})", expected) from error

@@ -1,0 +1,119 @@
+"""Device memory: what a graph, states and a chunk of a prompt need, held against what is free before it is asked for.
+
+Sizes in bytes. Weights are counted once for each graph that is open: step and prefill are sessions of their own. What
+they need besides is estimated, on the high side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from retnet_tools.config import RetNetConfig
+from retnet_tools.errors import ProviderError
+from retnet_tools.graph.contract import state_shape
+from retnet_tools.graph.manifest import Manifest
+from retnet_tools.graph.nodes import ELEMENT_TYPES
+from retnet_tools.graph.reader import load_graph
+from retnet_tools.runtime.cuda import cuda_runtime
+from retnet_tools.runtime.providers import SMALLER, Device, is_out_of_memory
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+LIBRARY_BYTES = 256 << 20
+"""Room for kernels that are loaded when they are first needed, and for cuBLAS: 32 MiB a handle since 9.0."""
+
+
+def graph_bytes(path: Path) -> int:
+    """Weights and tables of a graph."""
+    tensors = (value.const_value for value in load_graph(path).initializers.values())
+    return sum(math.ceil(t.size * t.dtype.itemsize) for t in tensors if isinstance(t, ir.ExternalTensor))
+
+
+def state_bytes(manifest: Manifest, batch: int, *, buffers: int) -> int:
+    """States of a batch in one or two sets of buffers, and its logits."""
+    config, itemsize = manifest.config, ELEMENT_TYPES[manifest.state_dtype].numpy().itemsize
+    state = config.num_layers * math.prod(state_shape(config)) * itemsize
+    return batch * (buffers * state + 4 * (config.vocab_size or config.hidden_size))
+
+
+def chunk_bytes(config: RetNetConfig, dtype: str, batch: int, tokens: int) -> int:
+    """Activations that live at once while a chunk runs through a layer.
+
+    Two copies of q, k, v and the gate or of the feed-forward's two halves in the weights' type, three of q, k, v in
+    float32, and of the T x T scores of each head three.
+    """
+    itemsize = ELEMENT_TYPES[dtype].numpy().itemsize
+    merged = max(2 * config.key_dim + 2 * config.value_dim, 2 * config.feed_forward.dim)
+    wide = 2 * config.key_dim + config.value_dim
+    row = 2 * itemsize * (merged + 2 * config.hidden_size) + 3 * 4 * wide
+    return batch * (tokens * row + 3 * 4 * config.num_heads * tokens**2)
+
+
+def check_memory(device: Device, needed: int, what: str) -> None:
+    """Check that a device has room, before anything is loaded; nothing to check on the CPU.
+
+    Args:
+        what: it is needed for, as the error says it.
+
+    Raises:
+        ProviderError: it has not.
+    """
+    if device.kind == "cpu":
+        return
+    free, total = cuda_runtime(device.index).memory()
+    if needed > free:
+        raise ProviderError(
+            f"{what} needs {_gigabytes(needed)} on {device}, where {_gigabytes(free)} of {_gigabytes(total)} are free",
+            "",
+            SMALLER,
+        )
+
+
+@contextmanager
+def enough_memory(device: Device, needed: int, what: str) -> Iterator[None]:
+    """Turn a failed allocation of ONNX Runtime into an error that says what it was for.
+
+    Args:
+        needed: for it, as far as is known.
+        what: as the error says it.
+
+    Raises:
+        ProviderError: in place of the error of ONNX Runtime.
+    """
+    try:
+        yield
+    except Exception as error:
+        if device.kind == "cpu" or not is_out_of_memory(str(error)):
+            raise
+        free, total = cuda_runtime(device.index).memory()
+        raise ProviderError(
+            f"{what} needs about {_gigabytes(needed)} more on {device}, where {_gigabytes(free)} of "
+            f"{_gigabytes(total)} are free",
+            "",
+            SMALLER,
+        ) from error
+
+
+def device_room(shape: tuple[int, ...], dtype: Any, device: Device) -> onnxruntime.OrtValue:
+    """A value on a device, its content undefined.
+
+    Raises:
+        ProviderError: no memory.
+    """
+    import onnxruntime
+
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    with enough_memory(device, size, f"a buffer of {list(shape)} {np.dtype(dtype)}"):
+        return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, device.kind, device.index)
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"

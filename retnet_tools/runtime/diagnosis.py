@@ -1,0 +1,206 @@
+"""What this machine offers: packages, CUDA's libraries, devices and their memory, and where graphs would run."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from retnet_tools import __version__
+from retnet_tools.errors import ProviderError, RetNetToolsError
+from retnet_tools.graph.contract import STEP_FILE
+from retnet_tools.graph.cuda_kernels import cpu_nodes, kernel_version
+from retnet_tools.graph.manifest import read_manifest
+from retnet_tools.graph.reader import load_graph
+from retnet_tools.runtime import cuda, installation
+from retnet_tools.runtime.device_memory import LIBRARY_BYTES, graph_bytes, state_bytes
+from retnet_tools.runtime.placement import node_placement
+from retnet_tools.runtime.providers import Device, check_device, cuda_libraries, open_session
+
+PACKAGES = ("onnx", "onnx-ir", "numpy", "torch", "onnxruntime-genai", "onnxruntime-genai-cuda")
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """A GPU with what is free on it; None where CUDA does not say."""
+
+    device: cuda.CudaDevice
+    free_bytes: int | None
+
+
+@dataclass(frozen=True)
+class GraphPlacement:
+    """Where the nodes of a graph run.
+
+    Attributes:
+        nodes: by provider.
+        on_cpu: operators on the CPU beside CUDA, with their numbers, those that compute shapes left out.
+        predicted: whether it is told from the table of kernels, and not from an open session.
+        weight_bytes: of its weights and tables.
+        problem: why it cannot be opened; None where it can, or where nobody tried.
+    """
+
+    name: str
+    nodes: dict[str, int]
+    on_cpu: dict[str, int]
+    predicted: bool
+    weight_bytes: int
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class FolderDiagnosis:
+    """An exported folder on a device.
+
+    Attributes:
+        made_for: the device that it was exported for.
+        needed_bytes: of device memory for both graphs and one sequence.
+    """
+
+    path: str
+    made_for: str
+    dtype: str
+    graphs: tuple[GraphPlacement, ...]
+    needed_bytes: int
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was found.
+
+    Attributes:
+        packages: versions by name; None for one that is not installed.
+        onnxruntime_packages: those that share the folder `onnxruntime`.
+        clash: what is wrong with them; None where one wrote it.
+        libraries: where each library of the CUDA provider was found; None for one that is missing.
+        driver_cuda: the newest CUDA that the driver runs; None without a driver.
+        devices: the GPUs that are visible.
+        cuda_problem: why CUDA cannot be used; None where it can.
+    """
+
+    python: str
+    system: str
+    packages: dict[str, str | None]
+    onnxruntime_packages: tuple[str, ...]
+    onnxruntime_path: str
+    providers: tuple[str, ...]
+    clash: str | None
+    built_for_cuda: str | None
+    libraries: dict[str, str | None]
+    driver_cuda: str | None
+    devices: tuple[DeviceMemory, ...]
+    cuda_problem: str | None
+
+
+def diagnose() -> Diagnosis:
+    """Look at this machine; loads CUDA's libraries where there are any."""
+    import onnxruntime
+
+    packages = installation.onnxruntime_packages()
+    driver_cuda, devices = _devices()
+    return Diagnosis(
+        python=f"{platform.python_version()} ({sys.executable})",
+        system=platform.platform(),
+        packages={
+            "retnet-tools": __version__,
+            onnxruntime.package_name or "onnxruntime": onnxruntime.__version__,
+            **{name: _version(name) for name in PACKAGES},
+        },
+        onnxruntime_packages=tuple(map(str, packages)),
+        onnxruntime_path=str(Path(onnxruntime.__file__).parent),
+        providers=tuple(onnxruntime.get_available_providers()),
+        clash=installation.package_clash(packages),
+        built_for_cuda=onnxruntime.cuda_version or None,
+        libraries=cuda_libraries(),
+        driver_cuda=driver_cuda,
+        devices=devices,
+        cuda_problem=device_problem(Device("cuda")),
+    )
+
+
+def device_problem(device: Device) -> str | None:
+    """Why a device cannot be used; None where it can, as far as can be told without a graph."""
+    try:
+        check_device(device)
+    except ProviderError as error:
+        return str(error)
+    return None
+
+
+def diagnose_folder(folder: Path, device: Device) -> FolderDiagnosis:
+    """Where the graphs of an exported folder run: opened on the device where it is usable, else predicted.
+
+    Raises:
+        InputError: not an exported folder, or a graph that cannot be read.
+    """
+    manifest, graphs = read_manifest(folder), []
+    usable = device_problem(device) is None
+    for name in manifest.graphs:
+        graphs.append(_opened(folder / name, device) if usable else _predicted(folder / name))
+    needed = sum(graph.weight_bytes for graph in graphs) + state_bytes(manifest, 1, buffers=2)
+    return FolderDiagnosis(
+        str(folder), manifest.device, manifest.dtype, tuple(graphs), needed + len(graphs) * LIBRARY_BYTES
+    )
+
+
+def _opened(path: Path, device: Device) -> GraphPlacement:
+    size = graph_bytes(path)
+    try:
+        placement = node_placement(open_session(path, device, 1, prepack=False))
+    except RetNetToolsError as error:
+        return GraphPlacement(path.name, {}, {}, False, size, str(error))
+    on_cpu: Counter[str] = Counter()
+    if device.kind == "cuda":
+        shapes = {node.name for node in cpu_nodes(load_graph(path)) if node.reason == "shapes"}
+        on_cpu = placement.on_cpu(shapes)
+    return GraphPlacement(path.name, placement.counts, dict(on_cpu), False, size)
+
+
+def _predicted(path: Path) -> GraphPlacement:
+    graph = load_graph(path)
+    found, total = cpu_nodes(graph), sum(1 for _ in graph.all_nodes())
+    refused = [node for node in found if node.reason == "no kernel" or path.name == STEP_FILE]
+    nodes = {"CUDA": total - len(found), "CPU": len(found)}
+    kinds = Counter(node.operator for node in refused)
+    return GraphPlacement(path.name, {k: v for k, v in nodes.items() if v}, dict(kinds), True, graph_bytes(path))
+
+
+def prediction_basis() -> str:
+    """What predictions rest on."""
+    return f"the kernels of onnxruntime {kernel_version()}"
+
+
+def _devices() -> tuple[str | None, tuple[DeviceMemory, ...]]:
+    """The newest CUDA of the driver, and the devices; a driver without devices has none."""
+    try:
+        driver = cuda.CudaDriver()
+    except ProviderError:
+        return None, ()
+    try:
+        return driver.cuda_version, tuple(DeviceMemory(device, _free(device.index)) for device in driver.devices())
+    except ProviderError:
+        return driver.cuda_version, ()
+
+
+def _free(index: int) -> int | None:
+    try:
+        return cuda.cuda_runtime(index).memory()[0]
+    except ProviderError:
+        return None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def usable_devices(device: Device) -> Sequence[Device]:
+    """The CPU, and the device that was asked for where it is another that can be used."""
+    other = device.kind != "cpu" and device_problem(device) is None
+    return [Device("cpu"), device] if other else [Device("cpu")]

@@ -1,0 +1,280 @@
+"""Steps as CUDA graphs: which runs are captured, which replayed, and into which buffers states move."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from retnet_tools.errors import UsageError
+from retnet_tools.runtime import DecoderSession, Device
+from retnet_tools.runtime.cuda_graphs import EAGER_STEPS, FREE_PAIRS, StepGraphs
+from tests.exports import export
+from tests.fake_gpu import COUNTS, FakeGpu, needs_fake_gpu
+from tests.helpers import ABLATIONS, BASE, random_source
+
+STEPS = (
+    COUNTS
+    + """
+import json, sys
+from pathlib import Path
+import numpy as np
+from retnet_tools.runtime import DecoderSession, Device
+session = DecoderSession(Path(sys.argv[1]), Device("cuda"))
+
+def steps(state, count):
+    '''Captures and replays so far after each step.'''
+    found = []
+    for _ in range(count):
+        session.step(np.zeros(state.batch, dtype=int), state)
+        found.append(counts()[1:])
+    return found
+"""
+)
+
+
+class State:
+    """A state whose buffers are numbers."""
+
+    made = 0
+
+    def __init__(self, batch: int = 1) -> None:
+        State.made += 1
+        self.batch, self.current, self.spare = batch, [f"current {State.made}"], [f"spare {State.made}"]
+        self.moves: list[tuple[list[str], list[str]]] = []
+
+    def move_into(self, current: list[str], spare: list[str]) -> None:
+        self.moves.append((current, spare))
+        self.current, self.spare = current, spare
+
+    def advance(self) -> None:
+        self.current, self.spare = self.spare, self.current
+
+
+class Session:
+    """Notes which graphs are released."""
+
+    def __init__(self) -> None:
+        self.released: list[int] = []
+
+    def release_captured_graph(self, number: int) -> None:
+        self.released.append(number)
+
+
+def step(graphs: StepGraphs, state: State) -> object:
+    """The binding of one step, after which the buffers change places."""
+    binding = graphs.binding(state, {"input_ids": np.zeros((state.batch, 1))})  # type: ignore[arg-type]
+    state.advance()
+    return binding
+
+
+@pytest.fixture
+def graphs() -> StepGraphs:
+    """Bindings are `(past, present, graph id)`."""
+    bind = lambda feeds, past, present, number: (past, present, number)  # noqa: E731
+    return StepGraphs(Session(), bind)  # type: ignore[arg-type]
+
+
+def test_the_first_steps_of_a_state_are_not_captured(graphs: StepGraphs) -> None:
+    state = State()
+    found = [step(graphs, state) for _ in range(EAGER_STEPS + 2)]
+    assert found[:EAGER_STEPS] == [None] * EAGER_STEPS
+    assert None not in found[EAGER_STEPS:]
+    assert state.moves == []
+
+
+def test_two_graphs_take_turns_between_two_sets_of_buffers(graphs: StepGraphs) -> None:
+    state = State()
+    for _ in range(EAGER_STEPS):
+        step(graphs, state)
+    a, b = state.current, state.spare
+    found = [step(graphs, state) for _ in range(5)]
+    assert found == [(a, b, 1), (b, a, 2), (a, b, 1), (b, a, 2), (a, b, 1)]
+
+
+def test_a_prompt_in_between_leaves_the_graphs_where_they_are(graphs: StepGraphs) -> None:
+    """Prefill swaps the same two sets; the next step reads whichever holds the state."""
+    state = State()
+    for _ in range(EAGER_STEPS):
+        step(graphs, state)
+    a, b = state.current, state.spare
+    assert step(graphs, state) == (a, b, 1)
+    state.advance()
+    assert step(graphs, state) == (a, b, 1)
+
+
+def test_no_two_states_share_a_graph(graphs: StepGraphs) -> None:
+    states = [State(), State(), State(batch=2)]
+    found = [step(graphs, state) for _ in range(EAGER_STEPS + 2) for state in states][len(states) * EAGER_STEPS :]
+    assert sorted(number for _, _, number in found) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_later_state_moves_into_the_buffers_of_one_that_is_gone(graphs: StepGraphs) -> None:
+    state = State()
+    for _ in range(EAGER_STEPS + 2):
+        step(graphs, state)
+    sets = (state.current, state.spare)
+    del state
+    gc.collect()
+    other, wider = State(), State(batch=2)
+    for late in (wider, other):
+        for _ in range(EAGER_STEPS):
+            step(graphs, late)
+    assert step(graphs, other) == (*sets, 1)
+    assert other.moves == [sets]
+    step(graphs, wider)
+    assert wider.moves == []
+
+
+def test_buffers_beyond_what_is_kept_let_their_graphs_go(graphs: StepGraphs) -> None:
+    states = [State() for _ in range(FREE_PAIRS + 2)]
+    for state in states:
+        for _ in range(EAGER_STEPS + 1):
+            step(graphs, state)
+    while states:
+        states.pop()
+    del state
+    gc.collect()
+    assert len(graphs._session.released) == 2 * 2  # type: ignore[attr-defined]
+
+
+def test_buffers_of_another_batch_size_are_given_back_when_a_state_is_made(graphs: StepGraphs) -> None:
+    for batch in (1, 2):
+        state = State(batch)
+        for _ in range(EAGER_STEPS + 2):
+            step(graphs, state)
+        del state
+        gc.collect()
+        graphs.keep_only(2)
+    assert graphs._session.released == [1, 2]  # type: ignore[attr-defined]
+    later = State(2)
+    for _ in range(EAGER_STEPS):
+        step(graphs, later)
+    assert step(graphs, later)[2] == 3
+
+
+def test_there_are_no_graphs_on_the_cpu_and_a_session_says_so(tmp_path: Path) -> None:
+    out = export(BASE, random_source(BASE, 1), tmp_path / "out")
+    session = DecoderSession(out, Device("cpu"), 1, cuda_graph=True)
+    assert session.eager_reason == "it runs on the CPU"
+    with pytest.raises(UsageError, match="CUDA graphs of steps in place"):
+        DecoderSession(out, Device("cpu"), 1, in_place=True, cuda_graph=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(BASE, random_source(BASE, 1), tmp_path_factory.mktemp("graphs") / "out", device="cuda")
+
+
+@needs_fake_gpu
+def test_the_provider_captures_each_direction_once_and_replays_it(folder: Path) -> None:
+    code = STEPS + f"print(json.dumps([session.eager_reason, steps(session.new_state(3), {EAGER_STEPS + 5})]))"
+    reason, found = FakeGpu().evaluate(code, folder)
+    assert reason is None
+    assert found[:EAGER_STEPS] == [[0, 0]] * EAGER_STEPS
+    # A capture is replayed at once.
+    assert found[EAGER_STEPS:] == [[1, 1], [2, 2], [2, 3], [2, 4], [2, 5]]
+
+
+@needs_fake_gpu
+def test_a_capture_runs_the_step_three_times_so_states_in_place_would_be_wrong(folder: Path) -> None:
+    """What rules out states in place: if this ever changes, they may be allowed."""
+    code = (
+        STEPS
+        + """
+state, kernels = session.new_state(), []
+for _ in range(COUNT):
+    before = counts()[0]
+    session.step(np.zeros(1, dtype=int), state)
+    kernels.append(counts()[0] - before)
+print(json.dumps(kernels))
+""".replace("COUNT", str(EAGER_STEPS + 2))
+    )
+    kernels = FakeGpu().evaluate(code, folder)
+    once = kernels[0]
+    assert kernels[:EAGER_STEPS] == [once] * EAGER_STEPS
+    # Twice to settle its memory; the third is the replay, whose kernels are not launched one by one.
+    assert kernels[EAGER_STEPS:] == [2 * once, 2 * once]
+
+
+@needs_fake_gpu
+def test_later_states_of_a_batch_size_capture_nothing(folder: Path) -> None:
+    code = (
+        STEPS
+        + """
+import gc
+found = []
+for _ in range(3):
+    state = session.new_state(2)
+    found.append(steps(state, 8)[-1])
+    del state
+    gc.collect()
+print(json.dumps(found))
+"""
+    )
+    captures = [row[0] for row in FakeGpu().evaluate(code, folder)]
+    assert captures == [2, 2, 2]
+
+
+@needs_fake_gpu
+def test_a_profile_and_states_in_place_run_kernel_by_kernel(folder: Path, tmp_path: Path) -> None:
+    code = (
+        STEPS
+        + f"""
+reasons = [session.eager_reason]
+for options in ({{"in_place": True}}, {{"cuda_graph": False}}, {{"profile": Path({str(tmp_path)!r}) / "profile"}}):
+    session = DecoderSession(Path(sys.argv[1]), Device("cuda"), **options)
+    steps(session.new_state(), EAGER + 3)
+    reasons.append(session.eager_reason)
+print(json.dumps([reasons, counts()[1:]]))
+""".replace("EAGER", str(EAGER_STEPS))
+    )
+    reasons, counts = FakeGpu().evaluate(code, folder)
+    assert reasons == [None, "states are written in place", "it was asked for", "a profile is taken"]
+    assert counts == [0, 0]
+
+
+@needs_fake_gpu
+def test_a_graph_that_cannot_be_captured_runs_kernel_by_kernel_with_the_reason(tmp_path: Path) -> None:
+    """A gamma of each key dimension with values past one block of threads walks its prompt in a Scan."""
+    config = replace(ABLATIONS["key_decay"], value_dim=4 * 1028)
+    out = export(config, random_source(config, 1), tmp_path / "out", device="cuda")
+    code = """
+import json, sys
+from pathlib import Path
+from retnet_tools.graph.contract import PREFILL_FILE, prefill_inputs
+from retnet_tools.graph.manifest import read_manifest
+from retnet_tools.runtime import opening
+from retnet_tools.runtime.providers import Device
+manifest = read_manifest(Path(sys.argv[1]))
+opening.STEP_FILE = PREFILL_FILE
+opener = opening.GraphOpener(Path(sys.argv[1]), manifest, Device("cuda"), None, None)
+session = opener.open_step(prefill_inputs(manifest.config, manifest.state_dtype))
+print(json.dumps([session.get_providers()[0], opener.eager_reason]))
+"""
+    provider, reason = FakeGpu().evaluate(code, out)
+    assert provider == "CUDAExecutionProvider"
+    assert "control flow nodes" in reason
+
+
+@needs_fake_gpu
+def test_states_are_copied_on_the_device_and_swapped_with_their_logits(folder: Path) -> None:
+    """Kernels do nothing here, so that what is in a buffer is what was put there."""
+    code = (
+        STEPS
+        + """
+from retnet_tools.runtime.state import RecurrentState
+shape = (3, *session.new_state().current[0].shape()[1:])
+arrays = [np.arange(np.prod(shape), dtype="f4").reshape(shape) + 1000 * i for i in range(2)]
+state = RecurrentState(arrays, np.array([5, 6, 7]), session.device)
+chosen = state.select([2, 0, 2, 1])
+ok = all((new == old[[2, 0, 2, 1]]).all() for new, old in zip(chosen.numpy(), arrays))
+empty = session.new_state(2)
+zero = all((layer == 0).all() for layer in empty.numpy())
+print(json.dumps([bool(ok), bool(zero), chosen.position.tolist(), chosen.batch]))
+"""
+    )
+    assert FakeGpu().evaluate(code, folder) == [True, True, [7, 5, 7, 6], 4]
