@@ -33,7 +33,10 @@ AccuracyLevel = Annotated[
         help="Of products on the CPU: 4 in int8 (if left out), 0 or 1 in float32, which is slow with int8 weights.",
     ),
 ]
-MethodName = Annotated[str | None, typer.Option("--method", help="How weights are rounded: rtn (to nearest).")]
+MethodName = Annotated[
+    str | None,
+    typer.Option("--method", help="How weights are rounded: rtn (to nearest) or gptq, which learns from a text."),
+]
 Exclude = Annotated[
     list[str] | None,
     typer.Option("--exclude", metavar="REGEX", help="Matrices that stay float, by their names; may be repeated."),

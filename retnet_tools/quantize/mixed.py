@@ -44,7 +44,7 @@ def plan_mixed(
     """A quantized plan within a budget.
 
     The scheme's own type is the smallest that is offered; int8 and float are the others. Matrices that an exclusion
-    or a rule of the scheme names keep what that says.
+    or a rule of the scheme names keep what that says, and count for nothing in the divergences that are noted.
 
     Args:
         plan: of float weights.

@@ -1,0 +1,47 @@
+"""GPTQ holds a block of the model, not the model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from retnet_tools.formats.canonical import write_canonical
+from retnet_tools.paper import paper_config
+from retnet_tools.random_weights import RandomWeights
+from retnet_tools.weights import canonical_shapes
+
+# 15 MB a layer; K of 1024 makes statistics of 8 MB, of which some are held.
+LAYERS = 8
+CONFIG = paper_config(vocab_size=256, hidden_size=512, value_dim=1024, ffn_dim=1024, num_layers=LAYERS, num_heads=4)
+RUN = """
+import resource, sys
+from pathlib import Path
+from retnet_tools.formats import open_checkpoint
+from retnet_tools.quantize.gptq_run import Gptq
+from tests.helpers import random_tokens
+from tests.quantize.calibrated import make_task
+checkpoint = open_checkpoint(Path(sys.argv[1]))
+peaks = []
+def note(what, done, total):
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+sequences = random_tokens(checkpoint.config, 1, 256, 7)
+Gptq(make_task(checkpoint.config, checkpoint.weights, Path(sys.argv[2]), sequences=sequences, progress=note))
+print(peaks[0], peaks[5], peaks[-1])
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
+    weights = RandomWeights(canonical_shapes(CONFIG))
+    files = write_canonical(tmp_path / "model", CONFIG, weights)
+    size = sum(file.stat().st_size for file in files)
+    command = [sys.executable, "-c", RUN, str(tmp_path / "model"), str(tmp_path / "work")]
+    start, early, last = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    print(start, early, last, size)
+    assert size > 1e8
+    # The fourth block is the first at which all that a block needs has been there.
+    assert last - early < size / 10
+    assert last - start < size
