@@ -14,7 +14,7 @@ from retnet_tools.graph import contract
 from retnet_tools.graph.ops import OPERATOR_SETS
 from retnet_tools.model.retention import retention_parallel, retention_recurrent
 from retnet_tools.model.retnet import load_model
-from retnet_tools.runtime import session as session_module
+from retnet_tools.runtime import opening
 from retnet_tools.runtime.decode import generate
 from retnet_tools.runtime.session import DecoderSession
 from retnet_tools.runtime.state import RecurrentState
@@ -179,10 +179,8 @@ def test_other_models_take_ragged_prompts_too(name: str, ops: str, tmp_path: Pat
 def test_the_prefill_graph_is_opened_for_prompts_of_several_tokens_only(
     session: DecoderSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened, real = [], session_module.open_session
-    monkeypatch.setattr(
-        session_module, "open_session", lambda path, *a, **k: opened.append(path.name) or real(path, *a, **k)
-    )
+    opened, real = [], opening.open_session
+    monkeypatch.setattr(opening, "open_session", lambda path, *a, **k: opened.append(path.name) or real(path, *a, **k))
     fresh = DecoderSession(session.folder, threads=1)
     state = fresh.new_state()
     fresh.prefill([[1]], state)
