@@ -28,7 +28,8 @@ from retnet_tools.graph.cuda_ops import CudaFusedOps
 from retnet_tools.graph.cuda_retention import step_form
 from retnet_tools.graph.decay import StepDecay, TokenDecay
 from retnet_tools.graph.nodes import GraphBuilder, graph_value, tensor_type
-from retnet_tools.graph.ops import FusedOps, StandardOps
+from retnet_tools.graph.ops import FusedOps
+from retnet_tools.graph.standard_ops import StandardOps
 from retnet_tools.machine import this_machine
 from retnet_tools.paper import paper_decay
 from retnet_tools.runtime.binding import Binding

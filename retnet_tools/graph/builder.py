@@ -18,8 +18,8 @@ import onnx_ir as ir
 from retnet_tools.config import BlockNorm, RetNetConfig
 from retnet_tools.graph.contract import FLOAT16_STATE_LIMIT, TensorSpec, state_scale
 from retnet_tools.graph.nodes import epsilon, graph_value, tensor_type
-from retnet_tools.graph.ops import NormWeights, StandardOps
 from retnet_tools.graph.positions import PositionTerms, position_terms
+from retnet_tools.graph.standard_ops import NormWeights, StandardOps
 from retnet_tools.graph.weighted import BuiltGraph, WeightedBuilder
 from retnet_tools.weights import canonical_shapes
 

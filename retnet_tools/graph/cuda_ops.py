@@ -15,7 +15,8 @@ from retnet_tools.graph.blocked import BlockedMatrix, by_arithmetic, dequantized
 from retnet_tools.graph.cuda_retention import step_form, tokens_form
 from retnet_tools.graph.decay import StepDecay, TokenDecay
 from retnet_tools.graph.nodes import GraphBuilder
-from retnet_tools.graph.ops import FusedOps, StandardOps
+from retnet_tools.graph.ops import FusedOps
+from retnet_tools.graph.standard_ops import StandardOps
 from retnet_tools.weights import Array
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from retnet_tools.errors import UsageError, did_you_mean
 from retnet_tools.graph.cuda_ops import CudaFusedOps, CudaStandardOps
-from retnet_tools.graph.ops import OPERATOR_SETS, StandardOps
+from retnet_tools.graph.ops import OPERATOR_SETS
+from retnet_tools.graph.standard_ops import StandardOps
 
 
 @dataclass(frozen=True)

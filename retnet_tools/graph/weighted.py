@@ -10,7 +10,7 @@ import onnx_ir as ir
 from retnet_tools.config import BlockNorm
 from retnet_tools.graph.contract import TensorSpec
 from retnet_tools.graph.nodes import GraphBuilder, tensor_type
-from retnet_tools.graph.ops import NormWeights, StandardOps
+from retnet_tools.graph.standard_ops import NormWeights, StandardOps
 from retnet_tools.graph.stored import StoredTensor
 from retnet_tools.weights import Array
 

@@ -9,8 +9,8 @@ import onnx_ir as ir
 
 from retnet_tools.graph.blocked import BlockedMatrix
 from retnet_tools.graph.nodes import GraphBuilder, tensor_type
-from retnet_tools.graph.ops import StandardOps
 from retnet_tools.graph.quantization import AccuracyLevel, BlockFormat
+from retnet_tools.graph.standard_ops import StandardOps
 from retnet_tools.graph.stored import StoredTensor
 from retnet_tools.graph.weighted import BuiltGraph
 

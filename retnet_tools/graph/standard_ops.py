@@ -1,0 +1,200 @@
+"""Graph fragments of ai.onnx operators: the set `standard`, and what the set `fused` of `graph/ops.py` takes over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from retnet_tools.config import Activation, BlockNorm
+from retnet_tools.graph.blocked import BlockedMatrix, dequantized_rows, stored_integer
+from retnet_tools.graph.chunks import Chunks
+from retnet_tools.graph.decay import ChunkDecay, StepDecay, TokenDecay
+from retnet_tools.graph.nodes import GraphBuilder, epsilon, scan
+
+OPSET = 23
+"""The first ai.onnx opset with RMSNormalization and RotaryEmbedding; ONNX Runtime runs both on CPU and CUDA."""
+
+_ACTIVATION_OPS: dict[Activation, str] = {
+    "gelu": "Gelu",
+    "relu": "Relu",
+    "leaky_relu": "LeakyRelu",
+    "elu": "Elu",
+    "sigmoid": "Sigmoid",
+    "tanh": "Tanh",
+}
+
+
+@dataclass(frozen=True)
+class NormWeights:
+    """The parameters of a block norm as graph values."""
+
+    norm: BlockNorm
+    weight: ir.Value
+    bias: ir.Value | None
+
+
+class StandardOps:
+    """Graph fragments of ai.onnx operators only."""
+
+    name = "standard"
+    opsets: ClassVar[Mapping[str, int]] = {"": OPSET}
+
+    def activate(self, g: GraphBuilder, activation: Activation, x: ir.Value) -> ir.Value:
+        """Any activation of the configuration."""
+        if activation == "silu":
+            return g.op("Mul", x, g.op("Sigmoid", x))
+        if activation == "relu2":
+            y = g.op("Relu", x)
+            return g.op("Mul", y, y)
+        if activation == "gelu_tanh":
+            return g.op("Gelu", x, approximate="tanh")
+        return g.op(_ACTIVATION_OPS[activation], x)
+
+    def wide_features(self, g: GraphBuilder, feature_map: Activation | None, x: ir.Value, dtype: str) -> ir.Value:
+        """The feature map of q or k, where there is one, in float32.
+
+        Args:
+            dtype: of x.
+        """
+        return g.cast(x if feature_map is None else self.activate(g, feature_map, x), dtype, "float32")
+
+    def norm(self, g: GraphBuilder, x: ir.Value, weights: NormWeights) -> ir.Value:
+        """RMSNorm or LayerNorm over the last dimension, accumulated in float32."""
+        if weights.norm.kind == "rms":
+            y = g.op("RMSNormalization", x, weights.weight, axis=-1, epsilon=epsilon(weights.norm.eps))
+            return y if weights.bias is None else g.op("Add", y, weights.bias)
+        inputs = [x, weights.weight] + ([weights.bias] if weights.bias is not None else [])
+        return g.op("LayerNormalization", *inputs, axis=-1, epsilon=epsilon(weights.norm.eps))
+
+    def add_norm(self, g: GraphBuilder, x: ir.Value, y: ir.Value, weights: NormWeights) -> tuple[ir.Value, ir.Value]:
+        """x + y, and the norm of it, for `[rows, D]`."""
+        total = g.op("Add", x, y)
+        return total, self.norm(g, total, weights)
+
+    def linear_blocked(self, g: GraphBuilder, x: ir.Value, matrix: BlockedMatrix, bias: ir.Value | None) -> ir.Value:
+        """y = x W^T + b for a quantized W `[N, K]` and x `[rows, K]`.
+
+        ONNX Runtime makes one MatMulNBits of these nodes, since blocks run along the first axis.
+        """
+        format, columns = matrix.format, matrix.shape[::-1]
+        kind = stored_integer(format)
+        inputs = [matrix.part("codes", "columns", kind, columns), matrix.scales("columns")]
+        if not format.symmetric:
+            inputs.append(matrix.part("zero_points", "columns", kind, (matrix.blocks, matrix.shape[0])))
+        weight = g.op("DequantizeLinear", *inputs, axis=0, block_size=format.block_size)
+        return g.op("Gemm", x, weight, *([] if bias is None else [bias]))
+
+    def gather_blocked(self, g: GraphBuilder, matrix: BlockedMatrix, ids: ir.Value) -> ir.Value:
+        """Rows of a quantized matrix `[N, K]`: `[B, T]` int64 to `[B, T, K]`."""
+        return dequantized_rows(g, matrix, ids)
+
+    def retention_step(
+        self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value, decay: StepDecay
+    ) -> tuple[ir.Value, ir.Value]:
+        """S_n = gamma S_(n-1) + k_n^T v_n, o_n = q_n S_n (Eq. 6) for one token, in float32.
+
+        Args:
+            q, k: `[B, 1, H*K]`; v: `[B, 1, H*V]`; past: `[B, H, K, V]`.
+
+        Returns:
+            o `[B, 1, H*V]` and S_n `[B, H, K, V]`.
+        """
+        heads = len(decay.log_gamma)
+        gamma = g.constant("gamma", np.exp(decay.log_gamma).astype(np.float32).reshape(1, heads, -1, 1))
+        key = g.reshape(k, 0, heads, -1, 1)  # [B, H, K, 1]
+        value = g.reshape(v, 0, heads, 1, -1)  # [B, H, 1, V]
+        present = g.op("Add", g.op("Mul", past, gamma), g.op("Mul", key, value))
+        output = g.op("MatMul", g.reshape(q, 0, heads, 1, -1), present)  # [B, H, 1, V]
+        return g.reshape(output, 0, 1, -1), present
+
+    def retention_chunk(
+        self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value, decay: ChunkDecay
+    ) -> tuple[ir.Value, ir.Value]:
+        """O = (Q K^T * D) V + (Q * xi) R, R' = (K * zeta)^T V + gamma^n R (Eq. 7, corrected), in float32.
+
+        Args:
+            q, k: `[B, T, H*K]`, k zero at padded tokens; v: `[B, T, H*V]`; past: `[B, H, K, V]`, R.
+
+        Returns:
+            O `[B, T, H*V]` and R' `[B, H, K, V]`.
+        """
+        query, value = (
+            g.op("Transpose", g.reshape(x, 0, 0, decay.heads, -1), perm=[0, 2, 1, 3])  # [B, H, T, K or V]
+            for x in (q, v)
+        )
+        key = g.op("Transpose", g.reshape(k, 0, 0, decay.heads, -1), perm=[0, 2, 3, 1])  # [B, H, K, T]
+        scores = g.op("Mul", g.op("MatMul", query, key), decay.matrix)
+        inner = g.op("MatMul", scores, value)
+        cross = g.op("MatMul", g.op("Mul", query, decay.xi), past)
+        update = g.op("MatMul", g.op("Mul", key, decay.zeta), value)
+        present = g.op("Add", update, g.op("Mul", past, decay.carried))
+        output = g.op("Transpose", g.op("Add", inner, cross), perm=[0, 2, 1, 3])  # [B, T, H, V]
+        return g.reshape(output, 0, 0, -1), present
+
+    def retention_chunks(
+        self,
+        g: GraphBuilder,
+        q: ir.Value,
+        k: ir.Value,
+        v: ir.Value,
+        past: ir.Value,
+        chunks: Chunks,
+        decay: ChunkDecay,
+    ) -> tuple[ir.Value, ir.Value]:
+        """`retention_chunk` over one chunk after another in a Scan: time and memory linear in T.
+
+        Args:
+            q, k: `[B, T, H*K]`, k zero at padded tokens; v: `[B, T, H*V]`; past: `[B, H, K, V]`.
+            chunks: how T is cut.
+            decay: of all chunks: zeta and carried have the chunks as their first axis.
+
+        Returns:
+            O `[B, T, H*V]` and the last R `[B, H, K, V]`.
+        """
+
+        def step(body: GraphBuilder, state: ir.Value, chunk: list[ir.Value]) -> tuple[ir.Value, ir.Value]:
+            query, key, value, zeta, carried = chunk
+            terms = replace(decay, zeta=zeta, carried=carried)
+            output, state = self.retention_chunk(body, query, key, value, state, terms)
+            return state, output
+
+        sequences = [*(chunks.split(g, x) for x in (q, k, v)), decay.zeta, decay.carried]
+        present, outputs = scan(g, step, past, sequences)
+        return chunks.join(g, outputs), present
+
+    def retention_tokens(
+        self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value, decay: TokenDecay
+    ) -> tuple[ir.Value, ir.Value]:
+        """S_n = diag(gamma_n) S_(n-1) + k_n^T v_n, o_n = q_n S_n (Eq. 6), token by token in a Scan, in float32.
+
+        For a gamma of each key dimension. As matrix products it would need gamma^(n-c) on q and gamma^(c-m) on k,
+        and no c keeps both within float32 for every decay and chunk.
+
+        Args:
+            q, k: `[B, T, H*K]`, k zero at padded tokens; v: `[B, T, H*V]`; past: `[B, H, K, V]`.
+
+        Returns:
+            O `[B, T, H*V]` and the last S `[B, H, K, V]`.
+        """
+        heads = decay.heads
+        gamma = g.once("gamma_rows", lambda root: _time_first(root, root.op("Exp", decay.log_gamma)))
+
+        def step(body: GraphBuilder, state: ir.Value, tokens: list[ir.Value]) -> tuple[ir.Value, ir.Value]:
+            query, key, value, factor = tokens  # [B, H*K], [B, H*K], [B, H*V], [B, H*K]
+            kept = body.op("Mul", state, body.reshape(factor, 0, heads, -1, 1))
+            outer = body.op("Mul", body.reshape(key, 0, heads, -1, 1), body.reshape(value, 0, heads, 1, -1))
+            state = body.op("Add", kept, outer)
+            output = body.op("MatMul", body.reshape(query, 0, heads, 1, -1), state)  # [B, H, 1, V]
+            return state, body.reshape(output, 0, -1)
+
+        present, outputs = scan(g, step, past, [*(_time_first(g, x) for x in (q, k, v)), gamma])
+        return _time_first(g, outputs), present
+
+
+def _time_first(g: GraphBuilder, x: ir.Value) -> ir.Value:
+    """`[B, T, N]` to `[T, B, N]`, and back."""
+    return g.op("Transpose", x, perm=[1, 0, 2])
