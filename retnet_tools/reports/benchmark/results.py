@@ -32,9 +32,10 @@ class BenchRow:
         ms_to_first_token: of a prompt, median; None when decoding.
         bytes_per_token: what a token must move (`retnet_tools.reports.benchmark.traffic`); a step moves `batch` times
             that.
-        read_bandwidth: bytes a second that the device reads, measured beside each repetition, mean.
-        floor_share: bytes_per_token * tokens_per_second / read_bandwidth: 1 is as fast as memory allows. A model that
-            fits into a cache can be faster.
+        read_bandwidth: bytes a second that the device reads, measured before and after each repetition, median.
+        floor_share: bytes_per_token / (seconds a token * read bandwidth) of each repetition, its median step against
+            the bandwidth beside it, median over repetitions: 1 is as fast as memory allows. A model that fits into a
+            cache can be faster.
         flops_per_token: of a prompt; None when decoding.
         product_rate: floating-point operations a second of a measured matrix product, best; None when decoding.
         product_share: flops_per_token * tokens_per_second / product_rate.
@@ -203,6 +204,12 @@ class Observed:
         """Tokens a second of each repetition, `[R]`."""
         return test.batch * test.tokens / np.array([sum(seconds) for seconds in self.seconds])
 
+    def floor_share(self, test: Case, bytes_per_token: float) -> float:
+        """Of the bandwidth beside each repetition, what its median step or its prompt took; median."""
+        steps = 1 if test.kind == "decode" else test.tokens
+        seconds = np.array([np.median(seconds) for seconds in self.seconds])
+        return float(np.median(bytes_per_token * test.batch * steps / seconds / np.array(self.bandwidths)))
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -224,7 +231,7 @@ def make_row(subject: Subject, test: Case, threads: int | None, seen: Observed, 
     """
     rates, traffic, decode = seen.rates(test), subject.traffic, test.kind == "decode"
     per_token = 1e3 * np.array(seen.seconds) / (1 if decode else test.tokens)
-    rate, bandwidth = float(rates.mean()), float(np.mean(seen.bandwidths))
+    rate = float(rates.mean())
     if decode:
         # The context grows while it decodes: its middle counts.
         moved = traffic.decode_bytes(test.batch, test.room - (test.tokens - 1) / 2 - 1)
@@ -251,8 +258,8 @@ def make_row(subject: Subject, test: Case, threads: int | None, seen: Observed, 
         ms_per_token_p99=float(np.percentile(per_token, 99)),
         ms_to_first_token=None if decode else float(1e3 * np.median(np.array(seen.seconds))),
         bytes_per_token=moved,
-        read_bandwidth=bandwidth,
-        floor_share=moved * rate / bandwidth,
+        read_bandwidth=float(np.median(seen.bandwidths)),
+        floor_share=seen.floor_share(test, moved),
         flops_per_token=flops,
         product_rate=products,
         product_share=None if flops is None or products is None else flops * rate / products,

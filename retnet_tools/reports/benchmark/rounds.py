@@ -73,10 +73,11 @@ class Round:
                     self._product_rates.append(self._probe(workers[RETNET], "product_rate", self._setting.shape))
                 for test in self._tests:
                     progress(f"{test.name}, batch {test.batch}, {self._threads or 'all'} threads", done, total)
-                    self._bandwidths[test].append(self._probe(workers[RETNET], "bandwidth"))
+                    before = self._probe(workers[RETNET], "bandwidth")
                     for implementation in order:
                         if implementation.name in workers:
                             self._sample(implementation, workers[implementation.name], test)
+                    self._bandwidths[test].append((before + self._probe(workers[RETNET], "bandwidth")) / 2)
                     done += 1
         return done
 

@@ -10,7 +10,7 @@ import pytest
 
 from retnet_tools.fields import from_json
 from retnet_tools.reports.benchmark.options import Case
-from retnet_tools.reports.benchmark.results import BenchRow, benchmark_document
+from retnet_tools.reports.benchmark.results import BenchRow, Observed, benchmark_document
 from tests.reports.benchmark.reports import GRID, TRAFFIC, report, row
 
 RATES = 2 * 10 / (10 * 0.02 * np.array([0.9, 1.0, 1.1]))
@@ -25,10 +25,17 @@ def test_a_decode_row_has_means_percentiles_and_the_share_of_the_limit() -> None
     assert found.ms_per_token_p99 == pytest.approx(22)
     assert found.bytes_per_token == TRAFFIC.weight_bytes / 2 + 2 * TRAFFIC.fixed_state + 61 * 4
     assert found.read_bandwidth == pytest.approx(2e9)
-    assert found.floor_share == pytest.approx(found.bytes_per_token * found.tokens_per_second / 2e9)
+    shares = found.bytes_per_token * RATES / np.array([1e9, 2e9, 3e9])
+    assert found.floor_share == pytest.approx(np.median(shares))
     assert (found.ms_to_first_token, found.product_share, found.retnet_speedup) == (None, None, None)
     assert found.peak_resident_bytes == 300_000_000
     assert found.parameters == TRAFFIC.parameters
+
+
+def test_the_share_of_the_limit_is_of_the_median_step() -> None:
+    seen = Observed(seconds=[(0.02, 0.02, 9.0)], peaks=[None], device_bytes=[None], bandwidths=[1e9], product_rates=[])
+    assert seen.floor_share(Case("decode", 3, 0, 4), 1e6) == pytest.approx(4 * 1e6 / 0.02 / 1e9)
+    assert seen.floor_share(Case("prefill", 100, 0, 4), 1e6) == pytest.approx(100 * 4 * 1e6 / 0.02 / 1e9)
 
 
 def test_a_prompt_row_has_the_time_to_the_first_token_and_the_share_of_products() -> None:
