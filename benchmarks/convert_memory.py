@@ -7,11 +7,10 @@ Like export_memory.py: random float32 weights in shards of 1 GB, `cp -r` and `re
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
-from large_checkpoint import COMMAND, Run, machine, main, summary, timed, write_checkpoint
+from large_checkpoint import alternate, heading, main, summary, write_checkpoint
 
 
 def measure(size: str, rounds: int, folder: Path, dtypes: list[str]) -> dict[str, Any]:
@@ -20,22 +19,12 @@ def measure(size: str, rounds: int, folder: Path, dtypes: list[str]) -> dict[str
     nbytes = write_checkpoint(source, size, shard_size=10**9)
     options = {f"canonical, {dtype}": ["--dtype", dtype] if dtype != "as-stored" else [] for dtype in dtypes}
     options["torchscale, as-stored"] = ["--to", "torchscale"]
-    copies: list[Run] = []
-    conversions: dict[str, list[Run]] = {name: [] for name in options}
-    for _ in range(rounds):
-        copies.append(timed(["cp", "-r", str(source), str(folder / "copy")]))
-        shutil.rmtree(folder / "copy")
-        for name, arguments in options.items():
-            conversions[name].append(timed([*COMMAND, "convert", str(source), str(out), *arguments]))
-            shutil.rmtree(out)
-    return {
-        "size": size,
-        "checkpoint_bytes": nbytes,
-        "shards": len(list(source.glob("model-*.safetensors"))),
-        "machine": machine(),
-        "copy_seconds": [round(seconds, 2) for seconds, _ in copies],
-        "conversions": {name: summary(runs, copies) for name, runs in conversions.items()},
-    }
+    commands = {name: ["convert", source, out, *arguments] for name, arguments in options.items()}
+    copies, conversions = alternate(rounds, ["cp", "-r", source, folder / "copy"], commands, out)
+    document = heading(size, nbytes, copies)
+    document["shards"] = len(list(source.glob("model-*.safetensors")))
+    document["conversions"] = {name: summary(runs, copies) for name, runs in conversions.items()}
+    return document
 
 
 if __name__ == "__main__":

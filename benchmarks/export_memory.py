@@ -9,30 +9,20 @@ ru_maxrss of the export process, which counts mapped file pages too. Times end w
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
-from large_checkpoint import COMMAND, Run, machine, main, summary, timed, write_checkpoint
+from large_checkpoint import alternate, heading, main, summary, write_checkpoint
 
 
 def measure(size: str, rounds: int, folder: Path, dtypes: list[str]) -> dict[str, Any]:
     """Alternate copies and exports."""
     source, out = folder / "checkpoint", folder / "out"
     nbytes = write_checkpoint(source, size, shard_size=1 << 40)
-    copies: list[Run] = []
-    exports: dict[str, list[Run]] = {dtype: [] for dtype in dtypes}
-    for _ in range(rounds):
-        copies.append(timed(["cp", str(source / "model.safetensors"), str(folder / "copy")]))
-        (folder / "copy").unlink()
-        for dtype in dtypes:
-            exports[dtype].append(timed([*COMMAND, "export", str(source), "-o", str(out), "--dtype", dtype]))
-            shutil.rmtree(out)
+    commands = {dtype: ["export", source, "-o", out, "--dtype", dtype] for dtype in dtypes}
+    copies, exports = alternate(rounds, ["cp", source / "model.safetensors", folder / "copy"], commands, out)
     return {
-        "size": size,
-        "checkpoint_bytes": nbytes,
-        "machine": machine(),
-        "copy_seconds": [round(seconds, 2) for seconds, _ in copies],
+        **heading(size, nbytes, copies),
         "exports": {dtype: summary(runs, copies) for dtype, runs in exports.items()},
     }
 

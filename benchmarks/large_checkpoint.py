@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from retnet_tools.weights import canonical_shapes
 
 COMMAND = [sys.executable, "-m", "retnet_tools.cli.app"]
 Run = tuple[float, int]
+Commands = Mapping[str, Sequence[str | Path]]
 
 
 def random_weights(config: RetNetConfig) -> RandomWeights:
@@ -81,6 +83,53 @@ def timed(command: list[str]) -> Run:
     return time.perf_counter() - began, peak
 
 
+def run_each(commands: Commands, out: Path, after: Callable[[str], None] = lambda name: None) -> dict[str, Run]:
+    """Each command once; what it makes is removed again.
+
+    Args:
+        commands: after `retnet-tools`, by name; each makes `out`.
+        after: called with the name of a command while its output is there.
+    """
+    runs = {}
+    for name, command in commands.items():
+        runs[name] = timed([*COMMAND, *map(str, command)])
+        after(name)
+        _remove(out)
+    return runs
+
+
+def alternate(
+    rounds: int,
+    copy: Sequence[str | Path],
+    commands: Commands,
+    out: Path,
+    after: Callable[[str], None] = lambda name: None,
+) -> tuple[list[Run], dict[str, list[Run]]]:
+    """A copy, a command whose last word is what it makes, and `run_each`, in turns."""
+    copies: list[Run] = []
+    runs: dict[str, list[Run]] = {name: [] for name in commands}
+    for _ in range(rounds):
+        copies.append(timed([*map(str, copy)]))
+        _remove(Path(copy[-1]))
+        for name, run in run_each(commands, out, after).items():
+            runs[name].append(run)
+    return copies, runs
+
+
+def heading(size: str, nbytes: int, copies: list[Run]) -> dict[str, Any]:
+    """How a document on a checkpoint and copies begins."""
+    return {
+        "size": size,
+        "checkpoint_bytes": nbytes,
+        "machine": machine(),
+        "copy_seconds": [round(seconds, 2) for seconds, _ in copies],
+    }
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def summary(runs: list[Run], copies: list[Run]) -> dict[str, Any]:
     """Times, the ratio of their median to that of the copies, and the highest peak."""
     return {
@@ -107,7 +156,12 @@ def main(doc: str, measure: Callable[[str, int, Path, list[str]], dict[str, Any]
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         result = measure(arguments.size, arguments.rounds, Path(folder), arguments.dtype.split(","))
-    text = json.dumps(result, indent=1) + "\n"
+    print_document(result, arguments.output)
+
+
+def print_document(document: dict[str, Any], output: Path | None) -> None:
+    """A document on stdout, and in a file if one is named."""
+    text = json.dumps(document, indent=1) + "\n"
     print(text, end="")
-    if arguments.output:
-        arguments.output.write_text(text)
+    if output:
+        output.write_text(text)

@@ -16,7 +16,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from large_checkpoint import COMMAND, Run, machine, main, summary, timed, write_checkpoint
+from large_checkpoint import COMMAND, alternate, heading, main, run_each, summary, write_checkpoint
 
 from retnet_tools.graph.contract import MANIFEST_FILE, WEIGHTS_FILE
 
@@ -26,28 +26,20 @@ def measure(size: str, rounds: int, folder: Path, types: list[str]) -> dict[str,
     source, floats, out = folder / "checkpoint", folder / "float", folder / "out"
     nbytes = write_checkpoint(source, size, shard_size=1 << 40)
     subprocess.run([*COMMAND, "export", str(source), "-o", str(floats)], check=True, stdout=subprocess.DEVNULL)
-    copies: list[Run] = []
-    runs: dict[str, list[Run]] = {kind: [] for kind in types}
     sizes: dict[str, Any] = {}
-    for _ in range(rounds):
-        copies.append(timed(["cp", str(floats / WEIGHTS_FILE), str(folder / "copy")]))
-        (folder / "copy").unlink()
-        for kind in types:
-            runs[kind].append(timed([*COMMAND, "quantize", str(floats), "-o", str(out), "--quantize", kind]))
-            sizes[kind] = file_size(out, floats)
-            shutil.rmtree(out)
+    copies, runs = alternate(
+        rounds,
+        ["cp", floats / WEIGHTS_FILE, folder / "copy"],
+        {kind: ["quantize", floats, "-o", out, "--quantize", kind] for kind in types},
+        out,
+        after=lambda kind: sizes.update({kind: file_size(out, floats)}),
+    )
     shutil.rmtree(floats)
-    at_once: dict[str, list[Run]] = {}
-    for kind in types:
-        at_once[kind] = [timed([*COMMAND, "export", str(source), "-o", str(out), "--quantize", kind])]
-        shutil.rmtree(out)
+    at_once = run_each({kind: ["export", source, "-o", out, "--quantize", kind] for kind in types}, out)
     return {
-        "size": size,
-        "checkpoint_bytes": nbytes,
-        "machine": machine(),
-        "copy_seconds": [round(seconds, 2) for seconds, _ in copies],
+        **heading(size, nbytes, copies),
         "quantize": {kind: {**summary(runs[kind], copies), **sizes[kind]} for kind in types},
-        "export_and_quantize": {kind: summary(at_once[kind], copies) for kind in types},
+        "export_and_quantize": {kind: summary([at_once[kind]], copies) for kind in types},
     }
 
 

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from retnet_tools.errors import InputError, UsageError, did_you_mean
+from retnet_tools.errors import RangeError, UsageError, did_you_mean
 
 FloatName = Literal["float16", "bfloat16", "float32", "float64"]
 
@@ -64,7 +64,7 @@ def convert(name: str, array: npt.NDArray[Any], target: np.dtype[Any]) -> npt.ND
         name: of the tensor, for the error.
 
     Raises:
-        InputError: a finite value that becomes infinite, which float16 does past 65504.
+        RangeError: a finite value that becomes infinite, which float16 does past 65504.
     """
     if array.dtype == target:
         return np.ascontiguousarray(array)
@@ -78,7 +78,7 @@ def convert(name: str, array: npt.NDArray[Any], target: np.dtype[Any]) -> npt.ND
         lost = source[block][np.isinf(result[block])]
         lost = lost[np.isfinite(lost)]
         if lost.size:
-            raise InputError(
+            raise RangeError(
                 f"tensor {name!r} has the value {float(lost[0]):.6g}, which {target.name} cannot hold",
                 f"magnitudes up to {_largest(target):.6g}",
                 "use --dtype bf16 or fp32",

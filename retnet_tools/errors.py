@@ -68,6 +68,10 @@ class InputError(RetNetToolsError):
     exit_code = 5
 
 
+class RangeError(InputError):
+    """A finite number that the type it is to be stored in cannot hold (exit 5)."""
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """`did you mean 'x'?` for the choice nearest to a word, or an empty string when none is near."""
     near = difflib.get_close_matches(word, list(choices), n=1)

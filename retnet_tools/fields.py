@@ -7,7 +7,7 @@ import math
 import reprlib
 from collections.abc import Mapping
 from functools import cache
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from retnet_tools.errors import ConfigError
@@ -21,8 +21,8 @@ def check_types(instance: Any, prefix: str = "") -> None:
     """Check that every field holds what its annotation says: a Python that ignores annotations would take `"no"` as
     true.
 
-    Known are bool, int, float (finite; an int will do), str, `Literal`, dataclasses, `tuple[X, ...]` of one of these,
-    and each or None.
+    Known are bool, int, float (finite; an int will do), str, `Literal`, dataclasses, unions of dataclasses that the
+    choices of their field `type` tell apart, `tuple[X, ...]` of one of these, and each or None.
 
     Raises:
         ConfigError: a field of another type, by name.
@@ -96,6 +96,8 @@ def _exact_fields(kind: Any, data: Any, where: str) -> dict[str, Any]:
 def _value(name: str, value: Any, kind: Any) -> Any:
     if _is_optional(kind):
         return None if value is None else _value(name, value, get_args(kind)[0])
+    if isinstance(kind, UnionType):
+        kind = _member(name, value, get_args(kind))
     if dataclasses.is_dataclass(kind):
         return from_json(kind, value, name)
     if get_origin(kind) is tuple:
@@ -104,6 +106,18 @@ def _value(name: str, value: Any, kind: Any) -> Any:
         return tuple(_value(f"{name}[{i}]", item, get_args(kind)[0]) for i, item in enumerate(value))
     _check(name, value, kind)
     return float(value) if kind is float else value
+
+
+def _member(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
+    """The one of several dataclasses whose field `type` may be what it is in a JSON object."""
+    if not isinstance(value, Mapping) or "type" not in value:
+        return kinds[0]
+    choices = {kind: get_args(_types(kind)["type"]) for kind in kinds}
+    for kind in kinds:
+        if value["type"] in choices[kind]:
+            return kind
+    words = ", ".join(word for kind in kinds for word in choices[kind])
+    raise _wrong(f"{name}.type", value["type"], f"one of {words}")
 
 
 def _check(name: str, value: Any, kind: Any) -> None:
@@ -123,7 +137,7 @@ def _check(name: str, value: Any, kind: Any) -> None:
         if not _is_finite(value):
             raise _wrong(name, value, _IN_WORDS[float])
     elif not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise _wrong(name, value, _IN_WORDS.get(kind, kind.__name__))
+        raise _wrong(name, value, _IN_WORDS.get(kind, getattr(kind, "__name__", str(kind))))
 
 
 def _is_optional(kind: Any) -> bool:

@@ -107,7 +107,7 @@ def _partial(target: Path, kind: str, room: str = "free space") -> Iterator[tupl
         yield target, partial
     except OSError as error:
         _remove(partial, made)
-        if error.errno in _DISK_FULL:
+        if is_disk_full(error):
             raise OutputError(f"the disk is full: {target} not written", room, "free space") from error
         reason = error.strerror or str(error)
         if error.filename is not None and target.parent not in Path(os.fsdecode(error.filename)).resolve().parents:
@@ -116,6 +116,11 @@ def _partial(target: Path, kind: str, room: str = "free space") -> Iterator[tupl
     except BaseException:
         _remove(partial, made)
         raise
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether an error says that there is no room to write to."""
+    return error.errno in _DISK_FULL
 
 
 def check_file(target: Path, *, force: bool) -> None:
@@ -131,13 +136,18 @@ def check_file(target: Path, *, force: bool) -> None:
         raise UsageError(f"{target} exists already", action="name another output with -o, or add --force to replace it")
 
 
-def check_target(target: Path, *, marker: str, force: bool) -> None:
+def check_target(target: Path, *, marker: str, force: bool, source: Path | None = None) -> None:
     """Check that a target is free, or that it may be written over.
 
+    Args:
+        source: what the output is made of, which it must not replace.
+
     Raises:
-        UsageError: it exists and `force` is off.
+        UsageError: it exists and `force` is off, or it is the source, under whatever name.
         OutputError: it exists and is not a folder with the marker.
     """
+    if source is not None and source.exists() and target.exists() and target.samefile(source):
+        raise UsageError(f"{target} is both input and output", "another output", "name one with -o")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not force:

@@ -20,6 +20,7 @@ ROWS = {
     "dtypes": 1,
     "provenance": 1,
     "staging": 1,
+    "texts": 1,
     "tokens": 1,
     "config": 1,
     "paper": 1,

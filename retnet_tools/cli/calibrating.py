@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from retnet_tools import texts
 from retnet_tools.cli import common
 from retnet_tools.errors import UsageError
 
 if TYPE_CHECKING:
     from retnet_tools.graph.export import ExportPlan
-    from retnet_tools.graph.quantization import WeightType
+    from retnet_tools.graph.quantization import HalfType, WeightType
     from retnet_tools.quantize.request import LearningOptions
-    from retnet_tools.quantize.scheme import HalfType, SchemeOptions
+    from retnet_tools.quantize.scheme import SchemeOptions
+    from retnet_tools.quantize.unfinished import Workplace
 
 Calibration = Annotated[
     Path | None,
@@ -73,15 +74,15 @@ def run(
     scheme: SchemeOptions,
     learning: LearningOptions,
     out: Path,
+    held_out: texts.Text | None,
     *,
     force: bool,
     dry_run: bool,
-    check: Callable[[ExportPlan], None] | None = None,
 ) -> ExportPlan:
-    """Plan what is asked for and write it, with progress on stderr; gives back the plan.
+    """Plan what is asked for and write it, with progress on stderr; gives back the plan as it was written.
 
     Args:
-        check: raises for a plan that is not to be written.
+        held_out: what quality will be measured on.
 
     Raises:
         UsageError: something to learn without `--quantize`, besides what planning and writing raise.
@@ -92,43 +93,45 @@ def run(
 
     if kind is None and learning != NO_LEARNING:
         raise UsageError("options of a quantization scheme without --quantize", "--quantize int8 or int4")
-    with _workplace(out, keep=not dry_run) as work:
+    learning = replace(learning, unseen=None if held_out is None else held_out.sha256)
+    with _workplace(out, dry_run=dry_run) as work:
         method = None
         with common.step_progress() as steps:
             if kind is not None:
                 plan, text = plan_request(plan, kind, scheme, learning, work=work, progress=steps)
-            if check is not None:
-                check(plan)
-            if kind is not None and not dry_run:
-                method = make_method(plan, text, work=work, progress=steps)
+                method = None if dry_run else make_method(plan, text, work=work, progress=steps)
         if not dry_run:
             write = write_export if kind is None else partial(write_quantized, method=method)
             with common.progress_bar() as progress:
                 task = progress.add_task("write", total=plan.weight_bytes)
-                write(plan, out, force=force, progress=partial(progress.advance, task))
+                manifest = write(plan, out, force=force, progress=partial(progress.advance, task))
+            plan = replace(plan, quantization=manifest.quantization)
     return plan
 
 
 @contextmanager
-def _workplace(out: Path, *, keep: bool) -> Iterator[Path]:
-    """A folder for results that are worth keeping if a run is stopped, which is said on stderr then.
+def _workplace(out: Path, *, dry_run: bool) -> Iterator[Workplace]:
+    """A place for results that are worth keeping if a run is stopped, which is said on stderr then.
 
     Args:
         out: the output that they are for.
-        keep: False for a folder that is removed again in any case.
+        dry_run: they are kept in any case, for the run that writes it.
     """
-    from retnet_tools.quantize.unfinished import unfinished_folder
+    from retnet_tools.quantize.unfinished import Workplace, unfinished_folder
 
-    if not keep:
-        with TemporaryDirectory() as folder:
-            yield Path(folder)
-        return
-    work = unfinished_folder(out)
-    try:
-        yield work
-    except BaseException:
-        if work.is_dir():
-            message = f"what was done is kept in {work}; the same command goes on from there"
-            common.stderr_console().print(message, highlight=False, soft_wrap=True)
-        raise
-    shutil.rmtree(work, ignore_errors=True)
+    with Workplace(unfinished_folder(out)) as work:
+        try:
+            yield work
+        except BaseException:
+            _say_kept(work, "the same command goes on from there")
+            raise
+        if dry_run:
+            _say_kept(work, "the same command without --dry-run goes on from there")
+        else:
+            work.remove()
+
+
+def _say_kept(work: Workplace, what: str) -> None:
+    if work.kept:
+        message = f"what was done is kept in {work.folder}; {what}"
+        common.stderr_console().print(message, highlight=False, soft_wrap=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from retnet_tools import texts
 from retnet_tools.errors import InputError, UsageError
 
 MAX_THREADS = max(64, 4 * (os.cpu_count() or 1))
@@ -142,7 +143,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         ) from error
 
 
-def read_text(file: Path | None) -> str:
+def read_text(file: Path | None) -> texts.Text:
     """The text of a file, or of stdin for `-`.
 
     Raises:
@@ -155,7 +156,11 @@ def read_text(file: Path | None) -> str:
             "--text FILE, or --text - for stdin",
             "a play that the shipped model has not seen is fixtures/shakespeare/heldout.txt in the source tree",
         )
-    return read_prompt("-", None) if str(file) == "-" else read_prompt(None, file)
+    if str(file) != "-":
+        return texts.read_text(file)
+    if sys.stdin is None:
+        raise UsageError("no stdin", "--text FILE")
+    return texts.read_stream(sys.stdin.buffer, "stdin")
 
 
 def open_logits(

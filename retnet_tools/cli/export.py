@@ -56,13 +56,10 @@ def export(
     """
     from retnet_tools.dtypes import parse_dtype
     from retnet_tools.formats import open_checkpoint
-    from retnet_tools.graph.contract import MANIFEST_FILE
     from retnet_tools.graph.devices import target_device
     from retnet_tools.graph.export import default_output, plan_export
     from retnet_tools.graph.targets import export_target
     from retnet_tools.reports.decoding import export_document, export_text
-    from retnet_tools.reports.quality import check_measurable
-    from retnet_tools.staging import check_target
 
     options = quantizing.options(block_size, symmetric, accuracy_level, method, exclude, tensor_type)
     learning = calibrating.options(calibration, calibration_tokens, seed, target_size, target_bits, keep_merged)
@@ -74,14 +71,13 @@ def export(
     ending = f"{target}{quantizing.ending(kind)}" + ("" if target_device(device).name == "cpu" else f"-{device}")
     out = output or (default_output(path, ending) if checkpoint else Path(f"{path.name}-{ending}"))
     if not dry_run:
-        check_target(out, marker=MANIFEST_FILE, force=force)
+        quantizing.check_output(out, path, kind, force=force)
     opened = open_checkpoint(path, source_format)
     plan = plan_export(opened, dtype=number_type, ops=ops, state_dtype=state_type, target=target, device=device)
-    content, quality = common.read_text(text) if text else "", None
-    check = None if text is None else check_measurable
-    plan = calibrating.run(plan, kind, options, learning, out, force=force, dry_run=dry_run, check=check)
-    if text is not None and not dry_run:
-        quality = quantizing.measure(out, path, text, content, text_tokens, source_format)
+    held_out, quality = quantizing.read_text(text, text_tokens, plan, kind), None
+    plan = calibrating.run(plan, kind, options, learning, out, held_out, force=force, dry_run=dry_run)
+    if held_out is not None and not dry_run:
+        quality = quantizing.measure(out, path, held_out, text_tokens, source_format)
     document = export_document(plan, out, written=not dry_run, quality=quality)
     if as_json:
         common.print_json(document)

@@ -67,7 +67,7 @@ def perplexity(
     windows = Windows(context, stride)
     if plot is not None:
         check_plot(plot, force=force)
-    content = common.read_text(text)
+    content = common.read_text(text).content
     path = common.checkpoint_or_default(model)
     source = common.open_logits(path, device, threads, dtype, source_format, cpu_fallback=cpu_fallback)
     baseline = None

@@ -37,25 +37,21 @@ def quantize(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Write an exported folder again with quantized weights: the same graphs, inputs, outputs and states."""
-    from retnet_tools.graph.contract import MANIFEST_FILE
     from retnet_tools.graph.export import default_output
     from retnet_tools.graph.exported import plan_of_export
     from retnet_tools.quantize.scheme import TARGET_WORDS, parse_target
     from retnet_tools.reports.decoding import export_document, export_text
-    from retnet_tools.reports.quality import check_measurable
-    from retnet_tools.staging import check_target
 
     options = quantizing.options(block_size, symmetric, accuracy_level, method, exclude, tensor_type)
     learning = calibrating.options(calibration, calibration_tokens, seed, target_size, target_bits, keep_merged)
     kind = parse_target(target)
     out = output or default_output(folder, TARGET_WORDS[kind])
     if not dry_run:
-        check_target(out, marker=MANIFEST_FILE, force=force)
-    plan = plan_of_export(folder)
-    content, quality = common.read_text(text) if text else "", None
-    check = None if text is None else check_measurable
-    plan = calibrating.run(plan, kind, options, learning, out, force=force, dry_run=dry_run, check=check)
-    if text is not None and not dry_run:
-        quality = quantizing.measure(out, folder, text, content, text_tokens)
+        quantizing.check_output(out, folder, kind, force=force)
+    plan, quality = plan_of_export(folder), None
+    held_out = quantizing.read_text(text, text_tokens, plan, kind)
+    plan = calibrating.run(plan, kind, options, learning, out, held_out, force=force, dry_run=dry_run)
+    if held_out is not None and not dry_run:
+        quality = quantizing.measure(out, folder, held_out, text_tokens)
     document = export_document(plan, out, written=not dry_run, quality=quality)
     common.print_json(document) if as_json else typer.echo(export_text(document))

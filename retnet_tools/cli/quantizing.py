@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from retnet_tools import texts
 from retnet_tools.cli import common
 from retnet_tools.errors import UsageError
 
 if TYPE_CHECKING:
-    from retnet_tools.graph.quantization import Quality, WeightType
-    from retnet_tools.quantize.scheme import HalfType, SchemeOptions
+    from retnet_tools.graph.export import ExportPlan
+    from retnet_tools.graph.quantization import HalfType, Quality, WeightType
+    from retnet_tools.quantize.scheme import SchemeOptions
 
 Target = Annotated[
     str | None,
@@ -55,15 +57,50 @@ TextTokens = Annotated[
 ]
 
 
+def check_output(out: Path, source: Path, kind: WeightType | HalfType | None, *, force: bool) -> None:
+    """Check that an output may be written, and that it is not its own source.
+
+    Raises:
+        UsageError, OutputError: it may not.
+    """
+    from retnet_tools.graph.contract import MANIFEST_FILE
+    from retnet_tools.quantize.card import check_card
+    from retnet_tools.staging import check_target
+
+    check_target(out, marker=MANIFEST_FILE, force=force, source=source)
+    if kind is not None:
+        check_card(out)
+
+
+def read_text(
+    file: Path | None, limit: int | None, plan: ExportPlan, kind: WeightType | HalfType | None
+) -> texts.Text | None:
+    """The text to measure on, if there is one, and if what is planned can be measured on it.
+
+    Raises:
+        UsageError: a limit without a text, besides what `check_measurable` raises.
+        InputError: a text that cannot be read.
+    """
+    from retnet_tools.reports.quality import check_measurable
+
+    if file is None:
+        if limit is not None:
+            raise UsageError("--text-tokens without a text", "--text FILE")
+        return None
+    text = common.read_text(file)
+    check_measurable(plan, kind, text, limit)
+    return text
+
+
 def measure(
-    folder: Path, baseline: Path, text: Path, content: str, limit: int | None, source_format: str | None = None
+    folder: Path, baseline: Path, text: texts.Text, limit: int | None, source_format: str | None = None
 ) -> Quality:
     """Measure a quantized folder against its float parent, with a progress bar."""
     from retnet_tools.reports.quality import measure_quality
 
     parent = common.open_logits(baseline, "cpu", None, source_format=source_format)
     with common.step_progress() as progress:
-        return measure_quality(folder, parent, text.name, content, limit=limit, progress=progress)
+        return measure_quality(folder, parent, text, limit=limit, progress=progress)
 
 
 def options(

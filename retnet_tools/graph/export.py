@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from retnet_tools import __version__
+from retnet_tools.errors import InputError
 from retnet_tools.formats import Checkpoint
 from retnet_tools.graph import contract
 from retnet_tools.graph.cuda_kernels import cpu_nodes, kernel_version
 from retnet_tools.graph.devices import operator_set, target_device
-from retnet_tools.graph.manifest import Manifest
+from retnet_tools.graph.manifest import Manifest, read_manifest
 from retnet_tools.graph.quantization import Quantization
-from retnet_tools.graph.stored import StoredTensor, stored_bytes
+from retnet_tools.graph.stored import StoredTensor
 from retnet_tools.graph.targets import TARGET_FILES, ExportTarget, export_target
 from retnet_tools.graph.weighted import BuiltGraph
-from retnet_tools.graph.writer import ALIGNMENT, BlockReader, float_blocks, write_graph, write_weights
+from retnet_tools.graph.writer import BlockReader, file_bytes, float_blocks, write_graph, write_weights
 from retnet_tools.provenance import SourceHasher, provenance
 from retnet_tools.staging import check_target, staged_folder
 
@@ -56,14 +57,9 @@ class ExportPlan:
         return {name: tensor for graph in self.graphs.values() for name, tensor in graph.stored.items()}
 
     @property
-    def tensor_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(map(stored_bytes, self.tensors.values()))
-
-    @property
     def weight_bytes(self) -> int:
-        """Size of weights.data, in which tensors are aligned."""
-        return sum(-(-stored_bytes(tensor) // ALIGNMENT) * ALIGNMENT for tensor in self.tensors.values())
+        """Size of weights.data."""
+        return file_bytes(self.tensors.values())
 
 
 def plan_export(
@@ -100,8 +96,11 @@ def write_export(
     progress: Callable[[int], None],
     read: BlockReader | None = None,
     texts: Mapping[str, Callable[[Manifest], str]] | None = None,
+    quantization: Callable[[], Quantization | None] | None = None,
 ) -> Manifest:
     """Write the folder: weights.data, then the graphs and retnet.json; all appear at the end.
+
+    The card of a quantized folder goes away when another takes its place, a README of somebody else's stays.
 
     Memory: one block of a source tensor (16 MB), or a whole one where its format transforms it.
 
@@ -112,17 +111,18 @@ def write_export(
         progress: called with the bytes of weights just written.
         read: gives the content of weights.data; None reads the checkpoint's float weights.
         texts: further files, by name, and what makes their text of the manifest.
+        quantization: what retnet.json is to say of it, called when the weights are written; None takes the plan's.
 
     Raises:
-        UsageError: the folder exists and `force` is off.
+        UsageError: the folder exists and `force` is off, or it is the checkpoint.
         OutputError: it cannot be written, or the disk is full; nothing is left behind.
         InputError: the checkpoint cannot be read, or a value does not fit `dtype`.
     """
-    check_target(out, marker=contract.MANIFEST_FILE, force=force)
-    checkpoint = plan.checkpoint
-    marker, needed = contract.MANIFEST_FILE, plan.weight_bytes + GRAPH_BYTES
+    checkpoint, marker = plan.checkpoint, contract.MANIFEST_FILE
+    check_target(out, marker=marker, force=force, source=checkpoint.path)
+    needed = plan.weight_bytes + GRAPH_BYTES
     with (
-        staged_folder(out, marker=marker, required_bytes=needed, stale=TARGET_FILES) as folder,
+        staged_folder(out, marker=marker, required_bytes=needed, stale=_stale_files(out)) as folder,
         SourceHasher(checkpoint.source_files) as hasher,
     ):
         read = read or float_blocks(checkpoint.weights)
@@ -133,7 +133,7 @@ def write_export(
             (folder / name).write_text(text, encoding="utf-8")
         for name, graph in plan.graphs.items():
             write_graph(folder / name, graph, places, producer_version=__version__)
-        manifest = _manifest(plan, hasher.digests())
+        manifest = _manifest(plan, hasher.digests(), quantization() if quantization else plan.quantization)
         for name, make_text in (texts or {}).items():
             (folder / name).write_text(make_text(manifest), encoding="utf-8")
         (folder / contract.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
@@ -171,14 +171,25 @@ def default_output(checkpoint: Path, target: str = "onnx") -> Path:
     return path.with_name(f"{path.stem if path.is_file() else path.name}-{target}")
 
 
-def _manifest(plan: ExportPlan, digests: Sequence[str]) -> Manifest:
+def _stale_files(out: Path) -> tuple[str, ...]:
+    """Files of an earlier export that a new one replaces or removes."""
+    try:
+        quantized = read_manifest(out).quantization is not None
+        card = (out / contract.CARD_FILE).read_text(encoding="utf-8").splitlines() if quantized else []
+    except (InputError, OSError, UnicodeDecodeError):
+        # No earlier export, or none with a card that this tool wrote.
+        card = []
+    return (*TARGET_FILES, contract.CARD_FILE) if contract.CARD_TITLE in card else TARGET_FILES
+
+
+def _manifest(plan: ExportPlan, digests: Sequence[str], quantization: Quantization | None) -> Manifest:
     checkpoint = plan.checkpoint
     return Manifest(
         config=checkpoint.config,
         dtype=plan.dtype,
         state_dtype=plan.state_dtype,
         ops=plan.ops,
-        quantization=plan.quantization,
+        quantization=quantization,
         provenance=plan.provenance or provenance(checkpoint.format, checkpoint.source_files, digests, checkpoint.notes),
         graphs={name: {"inputs": graph.inputs, "outputs": graph.outputs} for name, graph in plan.graphs.items()},
         tokenizer_files=tuple(file.name for file in checkpoint.tokenizer_files),

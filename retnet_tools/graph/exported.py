@@ -34,9 +34,9 @@ def plan_of_export(folder: Path) -> ExportPlan:
         InputError: not an exported folder, an incomplete one, or one whose weights are quantized already.
     """
     manifest = read_manifest(folder)
-    if manifest.quantization is not None:
+    if manifest.quantization is not None and (scheme := manifest.quantization.blocks) is not None:
         raise InputError(
-            f"{folder} is quantized already ({manifest.quantization.scheme.type})",
+            f"{folder} is quantized already ({scheme.type})",
             "an export with float weights",
             "quantize the float export, or export the checkpoint again",
         )

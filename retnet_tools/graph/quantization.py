@@ -17,6 +17,7 @@ from retnet_tools.errors import ConfigError
 from retnet_tools.fields import check_size, check_types, from_json
 
 WeightType = Literal["int8", "int4"]
+HalfType = Literal["float16", "bfloat16"]
 Bits = Literal[8, 4]
 BlockSize = Literal[32, 64, 128]
 AccuracyLevel = Literal[0, 1, 4]
@@ -104,16 +105,87 @@ class Scheme:
 
 
 @dataclass(frozen=True)
+class HalfScheme:
+    """Weights and activations in a float type of 16 bits, each weight rounded by itself.
+
+    Attributes:
+        type: of weights and activations.
+        method: how weights are rounded, by name; to nearest.
+    """
+
+    type: HalfType
+    method: Literal["rtn"] = "rtn"
+
+    def __post_init__(self) -> None:
+        check_types(self, "scheme.")
+
+
+@dataclass(frozen=True)
 class Calibration:
-    """The text that a calibrated method saw: its file's name, its sha256, and how many tokens of it."""
+    """The tokens that something was learnt from.
+
+    Attributes:
+        text: the file's name.
+        sha256: of the file.
+        tokens: how many of its tokens were taken.
+        sequence: how many of them follow one another in the text; None, like the next two, in records of before it
+            was written down.
+        seed: of the draw.
+        ids_sha256: of the token ids in order, as int64, low bytes first.
+    """
 
     text: str
     sha256: str
     tokens: int
+    sequence: int | None = None
+    seed: int | None = None
+    ids_sha256: str | None = None
 
     def __post_init__(self) -> None:
         check_types(self, "calibration.")
         check_size("calibration.tokens", self.tokens)
+
+
+@dataclass(frozen=True)
+class MatrixSensitivity:
+    """What quantizing some matrices alone costs.
+
+    Attributes:
+        matrices: canonical names of those that were quantized together.
+        type: as what, to nearest.
+        mean_kl: KL divergence of the logits from the float model's, mean over tokens, nats.
+    """
+
+    matrices: tuple[str, ...]
+    type: WeightType
+    mean_kl: float
+
+    def __post_init__(self) -> None:
+        check_types(self, "sensitivity.")
+
+
+@dataclass(frozen=True)
+class MixedPrecision:
+    """How types were chosen by sensitivity; the choice itself stands in the scheme's rules.
+
+    Attributes:
+        target_size: bytes of weights.data to keep to, or None.
+        target_bits: bits a weight to keep to, or None.
+        text: what sensitivities were measured on.
+        predicted_kl: sum of the sensitivities of the types that were chosen.
+        measured_kl: KL divergence with all of them, rounded to nearest.
+        sensitivities: all that were measured.
+    """
+
+    target_size: int | None
+    target_bits: float | None
+    text: Calibration
+    predicted_kl: float
+    measured_kl: float
+    sensitivities: tuple[MatrixSensitivity, ...]
+
+    def __post_init__(self) -> None:
+        check_types(self, "mixed_precision.")
 
 
 @dataclass(frozen=True)
@@ -145,26 +217,45 @@ class Quantization:
     """The field `quantization` of retnet.json.
 
     Attributes:
-        float_bytes: of weights.data with every matrix in the export's float type.
+        float_bytes: of weights.data before: with every matrix in the export's float type, float32 for a half type.
         weight_bytes: of weights.data as it is.
-        calibration: of a calibrated method, or of types chosen by sensitivity.
+        calibration: what a calibrated method learnt from.
         quality: where it was measured.
+        mixed_precision: of types chosen by sensitivity.
+        coarse_blocks: blocks of weights other than 0 whose scale is below the normal numbers of its type, so that it
+            is inexact.
     """
 
-    scheme: Scheme
+    scheme: Scheme | HalfScheme
     float_bytes: int
     weight_bytes: int
     calibration: Calibration | None = None
     quality: Quality | None = None
+    mixed_precision: MixedPrecision | None = None
+    coarse_blocks: int = 0
 
     def __post_init__(self) -> None:
         check_types(self, "quantization.")
         check_size("quantization.float_bytes", self.float_bytes)
         check_size("quantization.weight_bytes", self.weight_bytes)
 
+    @property
+    def blocks(self) -> Scheme | None:
+        """The scheme of matrices in blocks; None where all weights are floats."""
+        return self.scheme if isinstance(self.scheme, Scheme) else None
+
     def fingerprint(self) -> str:
-        """The scheme, and a hash of all that decided the codes; not what was measured afterwards."""
+        """The scheme, and a hash of all that decided the codes; not what was measured before or afterwards.
+
+        Of weights that are floats `none`, as of any export: their type says it all.
+        """
+        if self.blocks is None:
+            return "none"
         decided = dataclasses.asdict(dataclasses.replace(self, quality=None))
+        del decided["mixed_precision"], decided["coarse_blocks"]
+        if self.calibration is not None:
+            # Records of before more was written down keep the hash that they had.
+            decided["calibration"] = {n: value for n, value in decided["calibration"].items() if value is not None}
         digest = hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
         return f"{self.scheme.type} by {self.scheme.method} ({digest[:12]})"
 

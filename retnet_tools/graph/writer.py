@@ -11,9 +11,10 @@ import numpy as np
 import onnx_ir as ir
 
 from retnet_tools.dtypes import convert
+from retnet_tools.errors import InputError
 from retnet_tools.graph.contract import WEIGHTS_FILE
 from retnet_tools.graph.nodes import ELEMENT_TYPES
-from retnet_tools.graph.stored import StoredTensor
+from retnet_tools.graph.stored import StoredTensor, stored_bytes
 from retnet_tools.graph.weighted import BuiltGraph
 from retnet_tools.weights import Array, WeightSource, read_blocks
 
@@ -52,6 +53,15 @@ def float_blocks(source: WeightSource) -> BlockReader:
     return read
 
 
+def file_bytes(tensors: Iterable[StoredTensor]) -> int:
+    """Size of a weights.data that holds these, each at the next multiple of `ALIGNMENT`."""
+    end = 0
+    for tensor in tensors:
+        if size := stored_bytes(tensor):
+            end = _aligned(end) + size
+    return end
+
+
 def write_weights(
     path: Path, tensors: Iterable[StoredTensor], read: BlockReader, progress: Callable[[int], None]
 ) -> dict[str, Placement]:
@@ -67,7 +77,8 @@ def write_weights(
         The place of each tensor, by name.
 
     Raises:
-        InputError: a finite value that becomes infinite in the stored type, by tensor name.
+        InputError: a finite value that becomes infinite in the stored type, or content of another length than the
+            tensor has, by tensor name.
     """
     places: dict[str, Placement] = {}
     tensors = list(tensors)
@@ -75,11 +86,16 @@ def write_weights(
         for tensor in tensors:
             if tensor.same_as is not None:
                 continue
-            offset = -(-file.tell() // ALIGNMENT) * ALIGNMENT
+            offset = _aligned(file.tell())
             file.seek(offset)
             for block in read(tensor):
                 _write_array(file, block)
             places[tensor.name] = Placement(offset, file.tell() - offset)
+            if places[tensor.name].length != stored_bytes(tensor):
+                raise InputError(
+                    f"{places[tensor.name].length} bytes for tensor {tensor.name!r}",
+                    f"{stored_bytes(tensor)}, by its shape {list(tensor.shape)} and type {tensor.dtype}",
+                )
             progress(places[tensor.name].length)
     for tensor in tensors:
         if tensor.same_as is not None:
@@ -104,6 +120,10 @@ def write_graph(path: Path, built: BuiltGraph, places: dict[str, Placement], *, 
         built.graph, ir_version=IR_VERSION, producer_name="retnet-tools", producer_version=producer_version
     )
     ir.save(model, path)
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // ALIGNMENT) * ALIGNMENT
 
 
 def _write_array(file: IO[bytes], array: Array) -> None:

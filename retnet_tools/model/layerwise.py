@@ -83,10 +83,19 @@ class Block:
 
     def __call__(self, x: Array) -> Array:
         """The residual stream after the block, `[B, T, D]`."""
+        return self.after(x, self.inputs(1, x))
+
+    def after(self, x: Array, inputs: Array) -> Array:
+        """The residual stream after the block, `[B, T, D]`, where what its second step reads is known.
+
+        Args:
+            x: the stream before it, `[B, T, D]`.
+            inputs: `inputs(1, x)`, `[B T, K]`.
+        """
         stream = torch.from_numpy(x)
-        inner = self._inner(self._layer.block_input(self._norm, stream))
         last = self._layer.retention.out_proj if self._is_retention else self._layer.ffn.down_proj
-        return self._layer.add(self._norm, stream, last(inner)).numpy()
+        y = last(torch.from_numpy(inputs)).unflatten(0, x.shape[:2])  # [B T, D] -> [B, T, D]
+        return self._layer.add(self._norm, stream, y).numpy()
 
     def _inner(self, entry: Tensor) -> Tensor:
         """What the matrix of the second step reads."""

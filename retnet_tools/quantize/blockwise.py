@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from retnet_tools.graph.quantization import Bits, BlockFormat
@@ -70,7 +71,7 @@ def quantize_rows(weight: Array, format: BlockFormat, scale_type: np.dtype[Any])
         part = slice(start, start + _CHUNK // size)
         weights = np.ascontiguousarray(flat[part].T)  # [block, blocks]
         scale, zeros[part] = search(weights, format)
-        scales[part] = scale.astype(scale_type)
+        scales[part] = _stored(scale, scale_type)
         codes[part] = _encode(weights, scales[part], zeros[part], format).T
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -83,20 +84,24 @@ def quantize_rows(weight: Array, format: BlockFormat, scale_type: np.dtype[Any])
     )
 
 
-def encode_rows(weight: Array, scales: Array, zero_points: Array | None, format: BlockFormat) -> Array:
-    """The nearest codes `[N, K]` for given scales and zero points `[N, blocks]`."""
-    columns = weight.shape[1]
-    zeros = np.full(scales.shape, format.middle, dtype=np.uint8) if zero_points is None else zero_points
-    spread_scales, spread_zeros = (_spread(values, columns, format) for values in (scales, zeros))
-    return _encode(weight.astype(np.float32), spread_scales, spread_zeros, format)
-
-
 def dequantize_rows(rows: QuantizedRows, format: BlockFormat) -> Array:
     """(code - zero_point) * scale, `[N, K]` float32."""
     columns = rows.codes.shape[1]
     zeros = np.float32(format.middle) if rows.zero_points is None else _spread(rows.zero_points, columns, format)
     steps: Array = rows.codes.astype(np.float32) - zeros
     return steps * _spread(rows.scales.astype(np.float32), columns, format)
+
+
+def count_coarse_blocks(weight: Array, rows: QuantizedRows, format: BlockFormat) -> int:
+    """Blocks of weights `[N, K]`, not all of them 0, whose scale is below the normal numbers of its type.
+
+    Such a scale is off by up to half of the smallest number of its type; in float32 and bfloat16 its block becomes 0.
+    """
+    small = np.abs(rows.scales.astype(np.float32)) < _smallest_normal(rows.scales.dtype)
+    if not small.any():
+        return 0
+    starts = np.arange(0, weight.shape[1], format.block_size)
+    return int(np.count_nonzero(small & np.logical_or.reduceat(weight != 0, starts, axis=1)))
 
 
 def join_rows(pieces: Sequence[QuantizedRows]) -> QuantizedRows:
@@ -112,6 +117,20 @@ def join_rows(pieces: Sequence[QuantizedRows]) -> QuantizedRows:
 def _spread(values: Array, columns: int, format: BlockFormat) -> Array:
     """One value a block to one a column."""
     return np.repeat(values, format.block_size, axis=1)[:, :columns]
+
+
+def _stored(scales: Array, scale_type: np.dtype[Any]) -> Array:
+    """Scales in the type in which they are stored; one that is not 0 does not become 0."""
+    stored = scales.astype(scale_type)
+    lost = (stored == 0) & (scales != 0)
+    if lost.any():
+        smallest = np.array(1, dtype=np.uint16).view(scale_type)
+        stored[lost] = np.copysign(smallest, scales[lost]).astype(scale_type)
+    return stored
+
+
+def _smallest_normal(dtype: np.dtype[Any]) -> float:
+    return float(ml_dtypes.finfo(dtype).smallest_normal)  # type: ignore[no-untyped-call]
 
 
 def _search_symmetric(weights: Array, format: BlockFormat) -> tuple[Array, Array]:

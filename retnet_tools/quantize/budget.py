@@ -40,12 +40,17 @@ class Choice:
     Attributes:
         type: None stays float.
         size: bytes of the matrices.
-        divergence: what it costs, nats a token.
+        divergence: what it costs, nats a token; finite.
     """
 
     type: WeightType | None
     size: int
     divergence: float
+
+    def __post_init__(self) -> None:
+        # NaN is neither more nor less than another: what is chosen would be an accident.
+        if not math.isfinite(self.divergence):
+            raise ValueError(f"a divergence of {self.divergence}")
 
 
 def fill_budget(choices: Sequence[Sequence[Choice]], size: int) -> list[Choice]:

@@ -1,27 +1,33 @@
 """Sequences to calibrate on, drawn from a text.
 
 The text is cut into windows of `SEQUENCE` tokens, and as many as are wanted are drawn by the seed and kept in the
-order of the text. It is read and tokenized about a megabyte at a time, up to a line's end: memory is 8 bytes a token.
+order of the text. It is read and tokenized about a megabyte at a time, up to a line's end across which no token
+reaches: memory is 8 bytes a token. Tokens that a tokenizer puts around a text are left out.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from retnet_tools.config import RetNetConfig
-from retnet_tools.errors import InputError, UsageError
+from retnet_tools.errors import UsageError
 from retnet_tools.graph.quantization import Calibration
+from retnet_tools.texts import text_pieces
 from retnet_tools.tokens import TOKENIZER_FILE, load_tokenizer
 from retnet_tools.weights import Array
 
 SEQUENCE = 512
 DEFAULT_TOKENS = 128 * SEQUENCE
-_PIECE = 1 << 20
+_AROUND = 256
+"""Characters on each side of a cut that show whether a token would reach across it."""
+_TRIES = 64
+"""Line ends that are tried."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +78,25 @@ def read_calibration(
         raise UsageError(f"no {TOKENIZER_FILE} with the model to read {options.file} with", action="add one")
     tokenizer, digest = load_tokenizer(file), hashlib.sha256()
     ids = np.concatenate(
-        [np.array(tokenizer.encode(piece).ids, dtype=np.int64) for piece in _pieces(options.file, digest)]
-        or [np.empty(0, dtype=np.int64)]
+        [
+            np.empty(0, dtype=np.int64),
+            *(np.array(part, dtype=np.int64) for part in _encode(tokenizer, text_pieces(options.file, digest))),
+        ]
     )
     if not len(ids):
         raise UsageError(f"{options.file} holds no text", "a text to calibrate on")
     if ids.max() >= config.vocab_size:
         raise UsageError(f"token {ids.max()} from {file}", f"0 to {config.vocab_size - 1}, the model's vocabulary")
     sequences = draw_sequences(ids, options.tokens, options.seed)
-    return CalibrationText(Calibration(options.file.name, digest.hexdigest(), sequences.size), sequences)
+    record = Calibration(
+        text=options.file.name,
+        sha256=digest.hexdigest(),
+        tokens=sequences.size,
+        sequence=sequences.shape[1],
+        seed=options.seed,
+        ids_sha256=hash_ids(sequences),
+    )
+    return CalibrationText(record, sequences)
 
 
 def draw_sequences(ids: Array, tokens: int, seed: int) -> Array:
@@ -90,15 +106,34 @@ def draw_sequences(ids: Array, tokens: int, seed: int) -> Array:
     return np.stack([ids[place * length : (place + 1) * length] for place in np.sort(places)])
 
 
-def _pieces(file: Path, digest: hashlib._Hash) -> Iterator[str]:
-    """The text in pieces that end with a line."""
-    try:
-        with file.open("rb") as stream:
-            while lines := stream.readlines(_PIECE):
-                piece = b"".join(lines)
-                digest.update(piece)
-                yield piece.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8 ({error.reason})", "a text in UTF-8") from error
-    except OSError as error:
-        raise InputError(f"cannot read {file} ({error.strerror or error})", "a text to calibrate on") from error
+def hash_ids(ids: Array) -> str:
+    """sha256 of token ids in order, as int64, low bytes first."""
+    return hashlib.sha256(np.ascontiguousarray(ids, dtype="<i8").tobytes()).hexdigest()
+
+
+def _encode(tokenizer: Any, pieces: Iterable[str]) -> Iterator[list[int]]:
+    """The tokens of a text that comes in pieces, the same as those of the whole."""
+    rest = ""
+    for piece in pieces:
+        rest += piece
+        cut = _cut(tokenizer, rest)
+        yield _ids(tokenizer, rest[:cut])
+        rest = rest[cut:]
+    yield _ids(tokenizer, rest)
+
+
+def _cut(tokenizer: Any, text: str) -> int:
+    """The last line's end across which no token reaches, whatever follows the text; 0 where none is found."""
+    end = len(text) - _AROUND
+    for _ in range(_TRIES):
+        cut = text.rfind("\n", 0, max(end, 0)) + 1
+        left, right = text[max(0, cut - _AROUND) : cut], text[cut : cut + _AROUND]
+        if _ids(tokenizer, left + right) == _ids(tokenizer, left) + _ids(tokenizer, right):
+            return cut
+        end = cut - 1
+    return 0
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import os
 import re
 from collections import Counter
 from pathlib import Path
 
 from retnet_tools import __version__
-from retnet_tools.graph.contract import MANIFEST_FILE, WEIGHTS_FILE
+from retnet_tools.errors import UsageError
+from retnet_tools.graph.contract import CARD_FILE, CARD_TITLE, MANIFEST_FILE, WEIGHTS_FILE
 from retnet_tools.graph.manifest import Manifest, read_manifest
-from retnet_tools.graph.quantization import Quality, Quantization
-from retnet_tools.quantize.scheme import matrix_formats, scheme_text
+from retnet_tools.graph.quantization import Calibration, MixedPrecision, Quality, Quantization
+from retnet_tools.quantize.scheme import matrix_formats, matrix_names, scheme_text
 
-CARD_FILE = "README.md"
+_MOST_SENSITIVE = 5
+"""Matrices that the card names."""
 
 
 def model_card(manifest: Manifest) -> str:
@@ -28,7 +31,7 @@ def model_card(manifest: Manifest) -> str:
         "library_name: onnx",
         "tags: [retnet, onnx, onnxruntime, quantized]",
         "---",
-        "# RetNet, quantized",
+        CARD_TITLE,
         "",
         f"A RetNet ({parameters}, vocabulary {config.vocab_size}) as a stateful ONNX decoder, written by "
         f"retnet-tools {__version__} from {manifest.provenance.get('source_format', 'a checkpoint')}.",
@@ -39,12 +42,14 @@ def model_card(manifest: Manifest) -> str:
         "| --- | --- |",
         *(f"| {name} | {value} |" for name, value in _facts(manifest, record)),
         "",
-        f"`{WEIGHTS_FILE}` holds w = (code - zero point) * scale, a block of neighbours along the inputs of a layer "
-        "sharing scale and zero point. Norms, biases, tables and recurrent states are not quantized.",
+        _layout(manifest, record),
     ]
+    if record.coarse_blocks:
+        lines += ["", f"{coarse_text(record, manifest.dtype)}."]
     if record.calibration is not None:
-        seen = record.calibration
-        lines += ["", f"Calibrated on {seen.tokens} tokens of `{seen.text}` (sha256 {seen.sha256})."]
+        lines += ["", f"Calibrated on {_tokens(record.calibration)}."]
+    if record.mixed_precision is not None:
+        lines += ["", *_sensitivities(record.mixed_precision)]
     if record.quality is not None:
         lines += ["", "## Quality", "", *_quality(record.quality)]
     lines += [
@@ -52,6 +57,32 @@ def model_card(manifest: Manifest) -> str:
         "`retnet.json` holds the configuration, the inputs and outputs of each graph, and where it all comes from.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def check_card(out: Path) -> None:
+    """Check that a card would not take the place of a README that somebody else wrote.
+
+    Raises:
+        UsageError: it would.
+    """
+    try:
+        lines = (out / CARD_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return
+    if CARD_TITLE not in lines:
+        raise UsageError(
+            f"{out / CARD_FILE} is no card that this command wrote",
+            "its place for one",
+            "move it away, or name another -o",
+        )
+
+
+def coarse_text(record: Quantization, dtype: str) -> str:
+    """What `coarse_blocks` means, for people."""
+    return (
+        f"{record.coarse_blocks} blocks have weights so small that their scale is below the normal numbers of {dtype}: "
+        "it is inexact, or 0"
+    )
 
 
 def update_record(folder: Path, record: Quantization) -> None:
@@ -68,11 +99,9 @@ def update_record(folder: Path, record: Quantization) -> None:
 
 
 def _facts(manifest: Manifest, record: Quantization) -> list[tuple[str, str]]:
-    scheme = record.scheme
-    kinds = Counter(
-        manifest.dtype if format is None else f"int{format.bits}"
-        for format in matrix_formats(scheme, manifest.config).values()
-    )
+    scheme, blocks, matrices = record.scheme, record.blocks, matrix_names(manifest.config)
+    formats = dict.fromkeys(matrices) if blocks is None else matrix_formats(blocks, manifest.config)
+    kinds = Counter(manifest.dtype if format is None else f"int{format.bits}" for format in formats.values())
     share = record.weight_bytes / record.float_bytes
     return [
         ("scheme", f"`{_escaped(scheme_text(scheme))}`"),
@@ -82,6 +111,38 @@ def _facts(manifest: Manifest, record: Quantization) -> list[tuple[str, str]]:
         ("states", manifest.state_dtype),
         ("graphs", ", ".join(f"`{name}`" for name in manifest.graphs)),
         ("operators", manifest.ops),
+    ]
+
+
+def _layout(manifest: Manifest, record: Quantization) -> str:
+    if record.blocks is None:
+        return (
+            f"`{WEIGHTS_FILE}` holds every weight rounded to {manifest.dtype}. Decay, phases and position tables stay "
+            "float32."
+        )
+    return (
+        f"`{WEIGHTS_FILE}` holds w = (code - zero point) * scale, a block of neighbours along the inputs of a layer "
+        "sharing scale and zero point. Norms, biases, tables and recurrent states are not quantized."
+    )
+
+
+def _tokens(text: Calibration) -> str:
+    drawn = "" if text.sequence is None else f" in sequences of {text.sequence}, drawn with seed {text.seed}"
+    ids = "" if text.ids_sha256 is None else f", token ids {text.ids_sha256[:12]}"
+    return f"{text.tokens} tokens of `{text.text}` (sha256 {text.sha256}){drawn}{ids}"
+
+
+def _sensitivities(mixed: MixedPrecision) -> list[str]:
+    target = f"{mixed.target_bits:g} bits a weight" if mixed.target_size is None else f"{mixed.target_size} bytes"
+    worst = heapq.nlargest(_MOST_SENSITIVE, mixed.sensitivities, key=lambda found: found.mean_kl)
+    return [
+        f"Types were chosen to keep to {target}, by the KL divergence that each matrix alone causes on "
+        f"{_tokens(mixed.text)}: {mixed.predicted_kl:.2e} nats a token predicted for all together, "
+        f"{mixed.measured_kl:.2e} measured, rounded to nearest. The most sensitive (`retnet.json` has all):",
+        "",
+        "| matrix | type | mean KL divergence |",
+        "| --- | --- | --- |",
+        *(f"| {', '.join(found.matrices)} | {found.type} | {found.mean_kl:.2e} |" for found in worst),
     ]
 
 

@@ -10,7 +10,7 @@ from retnet_tools.dtypes import convert
 from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.graph.stored import PartName, QuantizedPart, StoredTensor
 from retnet_tools.graph.writer import float_blocks
-from retnet_tools.quantize.blockwise import QuantizedRows, join_rows
+from retnet_tools.quantize.blockwise import QuantizedRows, count_coarse_blocks, join_rows
 from retnet_tools.quantize.methods import Method
 from retnet_tools.quantize.packing import pack
 from retnet_tools.weights import Array, FiniteWeights, WeightSource, read_blocks
@@ -26,12 +26,16 @@ class QuantizedContents:
         source: float weights by canonical name. Values are rounded to `dtype` first, as an export would store them.
         method: chooses the codes.
         dtype: the float type of the export: of scales, and of what stays float.
+
+    Attributes:
+        coarse_blocks: blocks so far whose scale is inexact, see `retnet_tools.quantize.blockwise.count_coarse_blocks`.
     """
 
     def __init__(self, source: WeightSource, method: Method, dtype: str) -> None:
         self._source, self._method = FiniteWeights(source), method
         self._type = ELEMENT_TYPES[dtype].numpy()
         self._floats = float_blocks(self._source)
+        self.coarse_blocks = 0
         self._waiting: dict[tuple[tuple[str, ...], PartName], Array] = {}
 
     def __call__(self, tensor: StoredTensor) -> Iterator[Array]:
@@ -66,4 +70,6 @@ class QuantizedContents:
         for name in sources:
             for block in read_blocks(self._source, name):
                 rows = convert(name, block, self._type).astype(np.float32, copy=False)
-                yield self._method.quantize(name, rows, part.format, self._type)
+                quantized = self._method.quantize(name, rows, part.format, self._type)
+                self.coarse_blocks += count_coarse_blocks(rows, quantized, part.format)
+                yield quantized

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from retnet_tools.dtypes import convert
-from retnet_tools.weights import Array, FiniteWeights, TensorInfo, WeightSource
+from retnet_tools.weights import Array, FileRegion, FiniteWeights, TensorInfo, WeightSource
 
 
 class FloatWeights:
@@ -36,4 +36,20 @@ class FloatWeights:
         Raises:
             InputError: NaN, infinities, or a value that the export's type cannot hold.
         """
-        return convert(name, self._source.read(name), self._dtype).astype(np.float32)
+        return self._rounded(name, self._source.read(name))
+
+    def blocks(self, name: str) -> Iterator[Array]:
+        """The tensor in pieces along its first axis, float32.
+
+        Raises:
+            InputError: as `read`, when the piece is reached.
+        """
+        for block in self._source.blocks(name):
+            yield self._rounded(name, block)
+
+    def region(self, name: str) -> FileRegion | None:
+        """None: values are looked at and rounded."""
+        return None
+
+    def _rounded(self, name: str, values: Array) -> Array:
+        return convert(name, values, self._dtype).astype(np.float32)

@@ -25,10 +25,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 from retnet_tools.errors import InputError
 from retnet_tools.graph.quantization import BlockFormat
 from retnet_tools.quantize.blockwise import QuantizedRows, quantize_rows
+from retnet_tools.quantize.hidden_states import not_finite
 from retnet_tools.weights import Array
 
 DAMPING = 0.01
@@ -39,7 +41,8 @@ COLUMNS = 128
 class InputStatistics:
     """H = 2 sum x' x'^T and C = 2 sum (x - x') x'^T over tokens, for x and x' with K elements.
 
-    Products are made in float32 a call at a time, and added up in float64. Memory: 2 K^2 numbers of 8 bytes.
+    Products are made in float32 a call at a time, and added up in float64. Memory: 2 K^2 numbers of 8 bytes, and K^2
+    of 4 during a call.
 
     Attributes:
         hessian: H, `[K, K]` float64.
@@ -54,44 +57,68 @@ class InputStatistics:
         """Take in some tokens.
 
         Args:
-            float_inputs: x, `[n, K]` float32.
+            float_inputs: x, `[n, K]` float32; the same array as `inputs` where x = x'.
             inputs: x', `[n, K]` float32.
         """
-        self.hessian += 2 * (inputs.T @ inputs)
-        self.cross += 2 * ((float_inputs - inputs).T @ inputs)
+        _add_product(self.hessian, inputs, inputs)
+        if float_inputs is not inputs:
+            _add_product(self.cross, float_inputs - inputs, inputs)
+
+    def take(self) -> tuple[Array, Array]:
+        """H and C, which are handed over: what is left is empty."""
+        taken = self.hessian, self.cross
+        self.hessian, self.cross = (np.zeros((0, 0)) for _ in taken)
+        return taken
 
 
 class ErrorFeedback:
-    """Rounds the matrices that read one input. Memory: about 5 K^2 numbers of 8 bytes while it is made, 2 K^2 after.
+    """Rounds the matrices that read one input.
+
+    Memory: 3 K^2 numbers of 8 bytes while it is made, those of the statistics among them, and 2 K^2 after.
 
     Args:
-        statistics: of the input.
+        statistics: of the input; they are taken, and empty afterwards.
         name: of what reads it, for the error.
         damping: part of the mean of diag(H) that is added to diag(H).
 
     Raises:
-        InputError: inputs that are not finite in float32.
+        InputError: inputs that are not finite in float32, or that depend on one another in spite of the damping.
     """
 
     def __init__(self, statistics: InputStatistics, name: str, damping: float = DAMPING) -> None:
-        hessian = statistics.hessian.copy()
-        if not (np.isfinite(hessian).all() and np.isfinite(statistics.cross).all()):
-            raise InputError(
-                f"the calibration text gives {name} inputs that are not finite in float32",
-                "a model that float32 can compute with",
-                "use --method rtn",
-            )
+        hessian, cross = statistics.take()
+        if not (np.isfinite(hessian).all() and np.isfinite(cross).all()):
+            raise not_finite(name, "inputs")
         diagonal = np.diagonal(hessian).copy()
         scale = diagonal.mean() or 1.0
         np.fill_diagonal(hessian, np.where(diagonal > 0, diagonal, scale) + damping * scale)
         self.order = np.argsort(-diagonal, kind="stable")
-        self._correction = np.linalg.solve(hessian, statistics.cross.T).T  # C H^-1
-        self._factor = _inverse_factor(hessian[np.ix_(self.order, self.order)])
+        # With rows and columns in reverse order H = L L^T; in the order as it is H = R R^T, R upper triangular, and
+        # U = R^-1. C H^-1 = (C L^-T) L^-1. Each step takes the place of what it no longer needs.
+        self._reverse = self.order[::-1]
+        hessian = hessian[np.ix_(self._reverse, self._reverse)]
+        cross = np.take(cross, self._reverse, axis=1)
+        lower, failed = torch.linalg.cholesky_ex(torch.from_numpy(hessian))
+        if failed:
+            raise InputError(
+                f"the inputs that the calibration text gives {name} depend on one another",
+                "a text with more variety",
+                "calibrate on more tokens, or use --method rtn",
+            )
+        del hessian
+        correction = torch.from_numpy(cross)
+        torch.linalg.solve_triangular(lower.mT, correction, upper=True, left=False, out=correction)
+        torch.linalg.solve_triangular(lower, correction, upper=False, left=False, out=correction)
+        inverse = torch.eye(len(lower), dtype=torch.float64)
+        torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+        del lower
+        self._correction = cross  # C H^-1, columns in reverse order
+        self._factor = np.ascontiguousarray(inverse.numpy()[::-1, ::-1])  # U
 
     def target(self, weight: Array) -> Array:
         """V = W (I + C H^-1), `[n, K]` float64, for rows W `[n, K]`."""
         wide = weight.astype(np.float64)
-        wide += wide @ self._correction
+        wide[:, self._reverse] += wide @ self._correction
         return wide
 
     def quantize(self, weight: Array, format: BlockFormat, scale_type: np.dtype[Any]) -> QuantizedRows:
@@ -100,37 +127,52 @@ class ErrorFeedback:
         nearest = quantize_rows(target.astype(np.float32), format, scale_type)
         rest = np.ascontiguousarray(target[:, self.order].T)  # [K, n]
         codes = np.empty(rest.shape, dtype=np.uint8)
+        grid = _Grid(nearest, format)
         for start in range(0, len(rest), COLUMNS):
             part = slice(start, start + COLUMNS)
-            errors = self._round_columns(rest[part], codes[part], start, nearest, format)
+            errors = self._round_columns(rest[part], codes[part], start, grid)
             rest[start + COLUMNS :] -= self._factor[part, start + COLUMNS :].T @ errors
         restored = np.empty_like(codes)
         restored[self.order] = codes
         return QuantizedRows(np.ascontiguousarray(restored.T), nearest.scales, nearest.zero_points)
 
-    def _round_columns(
-        self, rest: Array, codes: Array, start: int, nearest: QuantizedRows, format: BlockFormat
-    ) -> Array:
+    def _round_columns(self, rest: Array, codes: Array, start: int, grid: _Grid) -> Array:
         """Round the columns `rest` `[c, n]`, which are those from `start` on in the order; their errors e `[c, n]`."""
         errors = np.empty_like(rest)
         for i in range(len(rest)):
-            block = self.order[start + i] // format.block_size
-            scale = nearest.scales[:, block].astype(np.float64)
-            zero = format.middle if nearest.zero_points is None else nearest.zero_points[:, block].astype(np.float64)
-            steps = np.divide(rest[i], scale, out=np.zeros_like(scale), where=scale != 0)
-            codes[i] = code = np.clip(np.rint(steps) + zero, 0, format.top)
+            codes[i], rounded = grid.nearest(rest[i], self.order[start + i])
             row = self._factor[start + i, start + i : start + len(rest)]
-            errors[i] = (rest[i] - (code - zero) * scale) / row[0]
+            errors[i] = (rest[i] - rounded) / row[0]
             rest[i + 1 :] -= row[1:, None] * errors[i]
         return errors
 
 
-def _inverse_factor(matrix: Array) -> Array:
-    """The upper triangular U with U^T U = matrix^-1, for a positive definite matrix.
+class _Grid:
+    """The numbers that the weights of each block may become.
 
-    With rows and columns in reverse order matrix = L L^T; in the order as it is then matrix = R R^T, R upper
-    triangular, and U = R^-1.
+    Args:
+        rows: scales and zero points of n rows; their codes are not looked at.
     """
-    upper = np.linalg.cholesky(matrix[::-1, ::-1])[::-1, ::-1]
-    inverse: Array = np.linalg.inv(upper)
-    return inverse
+
+    def __init__(self, rows: QuantizedRows, format: BlockFormat) -> None:
+        self._size, self._top = format.block_size, format.top
+        self._scales = np.ascontiguousarray(rows.scales.T).astype(np.float64)  # [blocks, n]
+        zeros = np.full(rows.scales.shape, format.middle) if rows.zero_points is None else rows.zero_points
+        self._zeros = np.ascontiguousarray(zeros.T).astype(np.float64)
+        # A block whose scale is 0 has the code of zero everywhere.
+        self._inverses = np.divide(1, self._scales, out=np.zeros_like(self._scales), where=self._scales != 0)
+
+    def nearest(self, values: Array, column: int) -> tuple[Array, Array]:
+        """Codes of a column `[n]`, and what they stand for."""
+        block = column // self._size
+        codes = np.rint(values * self._inverses[block])
+        codes += self._zeros[block]
+        np.clip(codes, 0, self._top, out=codes)
+        return codes, (codes - self._zeros[block]) * self._scales[block]
+
+
+def _add_product(total: Array, left: Array, right: Array) -> None:
+    """total += 2 left^T right."""
+    product = left.T @ right
+    product *= 2
+    total += product

@@ -10,9 +10,9 @@ On the shipped model (int4 in blocks of 64, 65,536 tokens) the mean KL divergenc
 0.016 with both streams the quantized one, as the paper has it, and 0.013 as it is done here; with the tied matrix to
 nearest or rounded after the blocks, 0.015 and 0.014. Choosing scales for errors weighted by diag(H) changes nothing.
 
-Memory: one block in float32 twice, its input's K^2 statistics (see `ErrorFeedback`), activations of 2048 tokens;
-while tokens are embedded, and for the head, the vocabulary's matrix. On disk: both streams twice, 16 bytes a token and
-hidden dimension (2.1 GB for 65,536 tokens of a model of 2048), and a byte for each weight that is done.
+Memory: one block in float32 twice, 3 K^2 numbers of 8 bytes for its input (see `ErrorFeedback`), activations of 2048
+tokens; while tokens are embedded, and for the head, the vocabulary's matrix. On disk: both streams twice, 16 bytes a
+token and hidden dimension (2.1 GB for 65,536 tokens of a model of 2048), and a byte for each weight that is done.
 
 A run that is stopped goes on at the block it was at: see `retnet_tools.quantize.unfinished`.
 """
@@ -25,28 +25,31 @@ from typing import Any
 
 import numpy as np
 
-from retnet_tools.errors import OutputError
+from retnet_tools.errors import InputError, OutputError
 from retnet_tools.graph.quantization import BlockFormat
 from retnet_tools.model.layerwise import EMBEDDING, Block, Head, block_count, embed, head_matrix
 from retnet_tools.quantize.blockwise import QuantizedRows, dequantize_rows, join_rows, quantize_rows
 from retnet_tools.quantize.float_weights import FloatWeights
-from retnet_tools.quantize.gptq import ErrorFeedback, InputStatistics
+from retnet_tools.quantize.gptq import DAMPING, ErrorFeedback, InputStatistics
 from retnet_tools.quantize.hidden_states import batches, read_states, write_states
 from retnet_tools.quantize.methods import MethodTask
 from retnet_tools.quantize.unfinished import Unfinished, hash_work
-from retnet_tools.weights import Array
+from retnet_tools.weights import Array, canonical_shapes
 
+VERSION = 2
+"""Of what codes come out, so that a run does not go on from codes that another algorithm chose."""
 _ROWS = 1024
 """Rows of a matrix that are rounded at a time."""
 _Pairs = Iterable[tuple[Array, Array]]
+Formats = dict[str, BlockFormat]
 
 
 class Gptq:
     """The method: every matrix is rounded when it is made, and handed out when it is asked for.
 
     Raises:
-        InputError: weights or activations that are not finite.
-        OutputError: too little space for the hidden states.
+        InputError: weights that are not finite, before anything is kept, or activations that are not.
+        OutputError: too little space for the hidden states and the codes.
     """
 
     def __init__(self, task: MethodTask) -> None:
@@ -54,12 +57,16 @@ class Gptq:
         self._open: tuple[str, QuantizedRows, int] | None = None
 
     def quantize(self, name: str, rows: Array, format: BlockFormat, scale_type: np.dtype[Any]) -> QuantizedRows:
-        """The codes of the next rows of a matrix; the rows themselves are known from the task."""
+        """The codes of the next rows of a matrix, and after its last rows of the first again; the rows themselves are
+        known from the task.
+        """
         if self._open is None or self._open[0] != name:
             self._open = name, self._work.load_rows(name, scale_type), 0
         _, done, start = self._open
-        part = slice(start, start + len(rows))
-        self._open = name, done, part.stop
+        part, count = slice(start, start + len(rows)), len(done.codes)
+        if part.stop > count:
+            raise ValueError(f"rows {start} to {part.stop - 1} of {name}, which has {count}")
+        self._open = (name, done, part.stop) if part.stop < count else None
         zeros = done.zero_points
         return QuantizedRows(done.codes[part], done.scales[part], None if zeros is None else zeros[part])
 
@@ -70,15 +77,15 @@ class _Run:
         self._config, self._task, self._formats = task.config, task, task.formats
         self._weights, self._ids = FloatWeights(task.weights, task.dtype), task.text.sequences
         self._parts = batches(self._ids)
-        self._shape = (*self._ids.shape, task.config.hidden_size)
+        self._shape, self._shapes = (*self._ids.shape, task.config.hidden_size), canonical_shapes(task.config)
         self._head, self._last = head_matrix(task.config), block_count(task.config)
         task.progress("reading weights", 0, self._last + 2)
-        key = hash_work(task.config, task.weights, task.formats, self._ids, dtype=task.dtype.name)
-        self._work = Unfinished(task.work, "gptq", key)
+        decisions = {"dtype": task.dtype.name, "version": VERSION, "damping": DAMPING}
+        self._work = task.work.open("gptq", hash_work(task.config, self._weights, task.formats, self._ids, **decisions))
 
     def finish(self) -> Unfinished:
         """Do what is not done yet; gives back where the codes are."""
-        if not all(self._work.has_rows(name) for name, format in self._formats.items() if format):
+        if self._missing():
             self._check_space()
             self._begin()
             start = next((n for n in range(self._last, -1, -1) if all(s in self._work for s in _streams(n))), None)
@@ -89,6 +96,10 @@ class _Run:
                 self._quantize_block(n)
             self._finish_head()
         return self._work
+
+    def _missing(self) -> Formats:
+        """Matrices whose codes are not there yet, and their formats."""
+        return {name: f for name, f in self._formats.items() if f is not None and not self._work.has_rows(name)}
 
     def _begin(self) -> None:
         """The embedding, which all blocks see: as the head where it is tied, else to nearest."""
@@ -110,8 +121,9 @@ class _Run:
             self._write("hidden-float", (block(x) for x in self._read("hidden-float")))
         head = Head(self._config, self._weights, matrix)
         inputs = (head.inputs(x) for x in self._read("hidden-float"))
-        feedback = self._feedback("the output head", ((x, x) for x in inputs))
-        self._work.save_rows(EMBEDDING, self._round(feedback, matrix, format))
+        statistics = self._statistics([EMBEDDING], ((x, x) for x in inputs))
+        rows = self._round(self._feedback("the output head", statistics), matrix, format)
+        self._work.save_rows(EMBEDDING, rows)
         self._work.discard("hidden-float")
 
     def _embed(self) -> None:
@@ -124,20 +136,39 @@ class _Run:
     def _quantize_block(self, n: int) -> None:
         floats, block = (Block(self._config, self._weights, n) for _ in range(2))
         self._progress(block.name, n + 1)
-        for step, names in enumerate(block.matrices):
-            chosen = {name: format for name in names if (format := self._formats[name]) is not None}
-            if not chosen:
-                continue
-            pairs = ((floats.inputs(step, x), block.inputs(step, y)) for x, y in self._states(n))
-            feedback = self._feedback(block.name, pairs)
-            for name, format in chosen.items():
-                rows = self._round(feedback, block.matrix(name), format)
-                self._work.save_rows(name, rows)
-                block.set_matrix(name, dequantize_rows(rows, format))
-        for old, new, run in zip(_streams(n), _streams(n + 1), (floats, block), strict=True):
-            self._write(new, (run(x) for x in self._read(old)))
-        for old in _streams(n):
+        first, last = (self._chosen(names) for names in block.matrices)
+        if first:
+            pairs = ((floats.inputs(0, x), block.inputs(0, y)) for x, y in self._states(n))
+            self._round_matrices(block, first, self._statistics(first, pairs))
+        (old_float, old_quantized), (new_float, new_quantized) = _streams(n), _streams(n + 1)
+        # What the last matrix reads is most of a block's work: the float stream moves on with it.
+        statistics = self._statistics(last) if last else None
+        self._write(new_float, self._moving_on(n, floats, block, statistics))
+        if statistics is not None:
+            self._round_matrices(block, last, statistics)
+        self._write(new_quantized, (block(y) for y in self._read(old_quantized)))
+        for old in (old_float, old_quantized):
             self._work.discard(old)
+
+    def _moving_on(self, n: int, floats: Block, block: Block, statistics: InputStatistics | None) -> Iterator[Array]:
+        """The float stream after a block; on the way what the last matrix of the block reads is taken in."""
+        for x, y in self._states(n):
+            inputs = floats.inputs(1, x)
+            if statistics is not None:
+                statistics.add(inputs, block.inputs(1, y))
+            yield floats.after(x, inputs)
+
+    def _chosen(self, names: Iterable[str]) -> Formats:
+        """Those of some matrices that are to be quantized, and their formats."""
+        return {name: format for name in names if (format := self._formats[name]) is not None}
+
+    def _round_matrices(self, block: Block, chosen: Formats, statistics: InputStatistics) -> None:
+        """Round the matrices of a block that read one input, and put them into it."""
+        feedback = self._feedback(block.name, statistics)
+        for name, format in chosen.items():
+            rows = self._round(feedback, block.matrix(name), format)
+            self._work.save_rows(name, rows)
+            block.set_matrix(name, dequantize_rows(rows, format))
 
     def _finish_head(self) -> None:
         format = self._formats[self._head]
@@ -147,15 +178,23 @@ class _Run:
         matrix = self._weights.read(self._head)
         head = Head(self._config, self._weights, matrix)
         pairs = ((head.inputs(x), head.inputs(y)) for x, y in self._states(self._last))
-        self._work.save_rows(self._head, self._round(self._feedback("the output head", pairs), matrix, format))
+        feedback = self._feedback("the output head", self._statistics([self._head], pairs))
+        self._work.save_rows(self._head, self._round(feedback, matrix, format))
 
-    def _feedback(self, name: str, pairs: _Pairs) -> ErrorFeedback:
-        statistics: InputStatistics | None = None
+    def _statistics(self, names: Iterable[str], pairs: _Pairs = ()) -> InputStatistics:
+        """Of the input of some matrices."""
+        statistics = InputStatistics(self._shapes[next(iter(names))][1])
         for float_inputs, inputs in pairs:
-            statistics = statistics or InputStatistics(inputs.shape[1])
             statistics.add(float_inputs, inputs)
-        assert statistics is not None
-        return ErrorFeedback(statistics, name)
+        return statistics
+
+    def _feedback(self, name: str, statistics: InputStatistics) -> ErrorFeedback:
+        try:
+            return ErrorFeedback(statistics, name)
+        except InputError:
+            # No later run gets further than this one.
+            self._work.remove()
+            raise
 
     def _round(self, feedback: ErrorFeedback, matrix: Array, format: BlockFormat) -> QuantizedRows:
         starts = range(0, len(matrix), _ROWS)
@@ -176,11 +215,14 @@ class _Run:
         self._task.progress(what, done, self._last + 2)
 
     def _check_space(self) -> None:
-        needed = 16 * int(np.prod(self._shape))
-        free = shutil.disk_usage(self._work.folder).free
+        there = sum(self._work.size(name) for n in range(self._last + 1) for name in _streams(n))
+        states = 16 * int(np.prod(self._shape)) - there
+        codes = sum(_code_bytes(self._shapes[name], format) for name, format in self._missing().items())
+        needed, free = states + codes, shutil.disk_usage(self._work.folder).free
         if free < needed:
             raise OutputError(
-                f"{free / 1e9:.2f} GB free for the hidden states of {self._ids.size} tokens in {self._work.folder}",
+                f"{free / 1e9:.2f} GB free for hidden states of {self._ids.size} tokens and codes in "
+                f"{self._work.folder}",
                 f"{needed / 1e9:.2f} GB",
                 "free space, or calibrate on fewer tokens",
             )
@@ -189,3 +231,9 @@ class _Run:
 def _streams(n: int) -> tuple[str, str]:
     """The files of the hidden states before block n: the float model's, and the quantized one's."""
     return f"hidden-{n}-float", f"hidden-{n}-quantized"
+
+
+def _code_bytes(shape: tuple[int, ...], format: BlockFormat) -> int:
+    """Of a matrix as it is kept: a byte a code, 4 a scale, 1 a zero point."""
+    rows, columns = shape
+    return rows * (columns + format.blocks(columns) * (4 if format.symmetric else 5))

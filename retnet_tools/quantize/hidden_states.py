@@ -1,4 +1,4 @@
-"""Hidden states of all calibration tokens, on disk, some sequences in memory at a time."""
+"""Hidden states of calibration tokens: on disk, some sequences in memory at a time, and refused where not finite."""
 
 from __future__ import annotations
 
@@ -7,10 +7,25 @@ from pathlib import Path
 
 import numpy as np
 
+from retnet_tools.errors import InputError
 from retnet_tools.weights import Array
 
 BATCH_TOKENS = 2048
 """Tokens whose activations are in memory at a time; at least one sequence."""
+
+
+def not_finite(name: str, what: str) -> InputError:
+    """The error for activations that overflow.
+
+    Args:
+        name: of the part of the model.
+        what: it is given or gives.
+    """
+    return InputError(
+        f"the calibration text gives {name} {what} that are not finite in float32",
+        "a model that float32 can compute with",
+        "use --method rtn without a target",
+    )
 
 
 def batches(sequences: Array) -> list[slice]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +17,7 @@ from retnet_tools.errors import UsageError, did_you_mean
 from retnet_tools.graph.quantization import BlockFormat
 from retnet_tools.quantize.blockwise import QuantizedRows, quantize_rows
 from retnet_tools.quantize.calibration import CalibrationText
+from retnet_tools.quantize.unfinished import Workplace
 from retnet_tools.weights import Array, WeightSource
 
 Progress = Callable[[str, int, int], None]
@@ -47,7 +47,7 @@ class MethodTask:
         formats: of every matrix by canonical name; None where it stays float.
         dtype: the float type of the export, which weights are rounded to first, and which scales are stored in.
         text: for a calibrated method.
-        work: the folder for what is worth keeping if the run is stopped; whoever writes the output removes it.
+        work: the place for what is worth keeping if the run is stopped; whoever writes the output removes it.
         progress: called with what is done now, steps done and steps in all.
     """
 
@@ -56,7 +56,7 @@ class MethodTask:
     formats: Mapping[str, BlockFormat | None]
     dtype: np.dtype[Any]
     text: CalibrationText | None
-    work: Path
+    work: Workplace
     progress: Progress
 
 

@@ -11,20 +11,28 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from retnet_tools.errors import UsageError
 from retnet_tools.graph.export import ExportPlan
 from retnet_tools.graph.nodes import ELEMENT_TYPES
-from retnet_tools.graph.quantization import BITS, BlockFormat, Scheme, TensorRule, WeightType
+from retnet_tools.graph.quantization import (
+    BITS,
+    BlockFormat,
+    MatrixSensitivity,
+    MixedPrecision,
+    Scheme,
+    TensorRule,
+    WeightType,
+)
 from retnet_tools.quantize.budget import Budget, Choice, fill_budget, matrix_bytes
 from retnet_tools.quantize.calibration import CalibrationText
 from retnet_tools.quantize.methods import MethodTask, Progress
 from retnet_tools.quantize.plan import plan_quantization
 from retnet_tools.quantize.scheme import matrix_formats
 from retnet_tools.quantize.sensitivity import Sensitivity, Trial
+from retnet_tools.quantize.unfinished import Workplace
 from retnet_tools.weights import canonical_shapes
 
 _MERGED = {"q_proj": "qkvg", "k_proj": "qkvg", "v_proj": "qkvg", "up_proj": "gate_up"}
@@ -37,7 +45,7 @@ def plan_mixed(
     budget: Budget,
     text: CalibrationText,
     *,
-    work: Path,
+    work: Workplace,
     progress: Progress,
     together: bool = False,
 ) -> ExportPlan:
@@ -49,11 +57,12 @@ def plan_mixed(
     Args:
         plan: of float weights.
         text: to measure sensitivities on, and for a calibrated method.
-        work: the folder for results that are worth keeping if the run is stopped.
+        work: the place for results that are worth keeping if the run is stopped.
         together: matrices that a graph keeps as one get one type: faster to measure and to run, less free to choose.
 
     Raises:
         UsageError: a budget that is too small, with what can be had, or one that float weights fit; nothing to choose.
+        InputError: weights or logits that are not finite.
     """
     sizes = _Sizes(plan, scheme)
     groups = _groups(sizes.free, together)
@@ -83,9 +92,13 @@ def plan_mixed(
     predicted, measured = sum(choice.divergence for choice in chosen.values()), sensitivity.total(formats)
     note = (
         f"types chosen by sensitivity: mean KL divergence {predicted:.2e} predicted, {measured:.2e} measured (rounded "
-        f"to nearest, {sensitivity.tokens} tokens of {text.record.text})"
+        f"to nearest, {sensitivity.text.tokens} tokens of {text.record.text})"
     )
-    return dataclasses.replace(mixed, notes=(*mixed.notes, note))
+    table = tuple(MatrixSensitivity(group, kind, found[trial]) for (group, kind), trial in trials.items())
+    record = MixedPrecision(budget.size, budget.bits, sensitivity.text, predicted, measured, table)
+    assert mixed.quantization is not None
+    quantization = dataclasses.replace(mixed.quantization, mixed_precision=record)
+    return dataclasses.replace(mixed, quantization=quantization, notes=(*mixed.notes, note))
 
 
 class _Sizes:
@@ -151,7 +164,7 @@ def _room(budget: Budget, sizes: _Sizes, smallest: ExportPlan, kind: WeightType)
         raise UsageError(
             f"{option} cannot be met",
             f"at least {needed}, which is {kind} wherever the type is free",
-            "larger blocks or fewer exclusions take less",
+            f"{'--quantize int4, ' if kind == 'int8' else ''}larger blocks or fewer exclusions take less",
         )
     if room >= most:
         raise UsageError(f"{option} is enough for float weights ({floats})", "less, or no target")

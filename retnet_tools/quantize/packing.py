@@ -11,8 +11,6 @@ A matrix may be packed by rows piece by piece; by columns it has to be there as 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from retnet_tools.graph.quantization import BlockFormat
@@ -32,23 +30,6 @@ def pack(rows: QuantizedRows, format: BlockFormat, layout: Layout) -> tuple[Arra
         _whole(codes.T ^ np.uint8(flip), format),
         np.ascontiguousarray(scales.T),
         None if zeros is None else _whole(zeros.T, format),
-    )
-
-
-def unpack(
-    packed: tuple[Array, Array, Array | None], shape: Sequence[int], format: BlockFormat, layout: Layout
-) -> QuantizedRows:
-    """Inverse of `pack` for a matrix of shape `[N, K]`."""
-    rows, columns = shape
-    blocks, (codes, scales, zeros) = format.blocks(columns), packed
-    if layout == "rows":
-        unpacked = _split(codes.reshape(rows, -1), format)[:, :columns]
-        return QuantizedRows(unpacked, scales, None if zeros is None else _split(zeros, format)[:, :blocks])
-    flip = format.middle if format.symmetric else 0
-    return QuantizedRows(
-        _unwhole(codes, (columns, rows), format).T ^ np.uint8(flip),
-        scales.T,
-        None if zeros is None else _unwhole(zeros, (blocks, rows), format).T,
     )
 
 
@@ -74,19 +55,7 @@ def _pairs(codes: Array, format: BlockFormat) -> Array:
     return packed
 
 
-def _split(packed: Array, format: BlockFormat) -> Array:
-    """Inverse of `_pairs`; twice as many codes as bytes."""
-    if format.bits == 8:
-        return packed
-    return np.stack((packed & 15, packed >> 4), axis=-1).reshape(*packed.shape[:-1], -1)
-
-
 def _whole(codes: Array, format: BlockFormat) -> Array:
     """A matrix as ONNX stores it: `[rows, columns]` of bytes, or one row of pairs."""
     codes = np.ascontiguousarray(codes)
     return codes if format.bits == 8 else _pairs(codes.reshape(-1), format)
-
-
-def _unwhole(packed: Array, shape: tuple[int, int], format: BlockFormat) -> Array:
-    bytes_ = packed.view(np.uint8)
-    return bytes_ if format.bits == 8 else _split(bytes_, format)[: shape[0] * shape[1]].reshape(shape)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from retnet_tools.errors import UsageError
 from retnet_tools.graph.export import ExportPlan
-from retnet_tools.graph.quantization import WeightType
+from retnet_tools.graph.quantization import HalfType, WeightType
 from retnet_tools.quantize.budget import Budget
 from retnet_tools.quantize.calibration import CalibrationOptions, CalibrationText, read_calibration
 from retnet_tools.quantize.methods import Progress, find_method
 from retnet_tools.quantize.plan import plan_quantization, plan_target
-from retnet_tools.quantize.scheme import HalfType, SchemeOptions, make_scheme
+from retnet_tools.quantize.scheme import SchemeOptions, make_scheme
+from retnet_tools.quantize.unfinished import Workplace
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,13 @@ class LearningOptions:
         calibration: the text, for a calibrated method and to choose types on.
         budget: for types chosen by sensitivity.
         together: matrices that the graph keeps as one get one type.
+        unseen: sha256 of a text that is not to be learnt from, since quality will be measured on it.
     """
 
     calibration: CalibrationOptions | None = None
     budget: Budget | None = None
     together: bool = False
+    unseen: str | None = None
 
     def __post_init__(self) -> None:
         if self.budget is not None and self.calibration is None:
@@ -49,7 +51,7 @@ def plan_request(
     options: SchemeOptions,
     learning: LearningOptions = NO_LEARNING,
     *,
-    work: Path,
+    work: Workplace,
     progress: Progress,
 ) -> tuple[ExportPlan, CalibrationText | None]:
     """The plan of what is asked for, and the text for `make_method`.
@@ -57,10 +59,11 @@ def plan_request(
     Args:
         plan: of float weights.
         target: what `--quantize` names.
-        work: the folder for results that are worth keeping if the run is stopped.
+        work: the place for results that are worth keeping if the run is stopped.
 
     Raises:
-        UsageError: options that do not fit one another or the model, besides those of `plan_target` and `plan_mixed`.
+        UsageError: options that do not fit one another or the model, or a text to calibrate on that is also the one to
+            measure on, besides those of `plan_target` and `plan_mixed`.
         InputError: a text that cannot be read.
     """
     if learning.calibration is None:
@@ -69,6 +72,12 @@ def plan_request(
         raise UsageError(f"a text to calibrate on with {target} weights", "--quantize int8 or int4")
     scheme, checkpoint = make_scheme(target, options, ops=plan.ops), plan.checkpoint
     text = read_calibration(learning.calibration, checkpoint.config, checkpoint.tokenizer_files)
+    if text.record.sha256 == learning.unseen:
+        raise UsageError(
+            f"{learning.calibration.file} is the text to calibrate on and the one to measure on",
+            "two texts",
+            "figures on what it has learnt from say little about others",
+        )
     if learning.budget is None:
         if not find_method(scheme.method, text).calibrated:
             raise UsageError(f"a text to calibrate on with --method {scheme.method}", "a calibrated method or a target")

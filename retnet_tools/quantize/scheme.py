@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 from retnet_tools.config import RetNetConfig
 from retnet_tools.dtypes import ALIASES
 from retnet_tools.errors import UsageError, did_you_mean
-from retnet_tools.graph.quantization import AccuracyLevel, BlockFormat, BlockSize, Scheme, TensorRule, WeightType
+from retnet_tools.graph.quantization import (
+    AccuracyLevel,
+    BlockFormat,
+    BlockSize,
+    HalfScheme,
+    HalfType,
+    Scheme,
+    TensorRule,
+    WeightType,
+)
 from retnet_tools.weights import canonical_shapes
-
-HalfType = Literal["float16", "bfloat16"]
 
 WEIGHT_ALIASES: dict[str, WeightType] = {"int8": "int8", "q8": "int8", "int4": "int4", "q4": "int4"}
 HALF_TYPES: tuple[HalfType, ...] = ("float16", "bfloat16")
@@ -103,15 +110,20 @@ def make_scheme(kind: WeightType, options: SchemeOptions = NO_OPTIONS, *, ops: s
     )
 
 
+def matrix_names(config: RetNetConfig) -> list[str]:
+    """Canonical names of the weights of linear layers, the embedding and the output head, in storage order."""
+    return [name for name, shape in canonical_shapes(config).items() if len(shape) == 2]
+
+
 def matrix_formats(scheme: Scheme, config: RetNetConfig) -> dict[str, BlockFormat | None]:
     """The format of every matrix of a model by canonical name, in storage order; None where it stays float.
 
-    Matrices are the weights of linear layers, the embedding and the output head. Norms, biases and tables stay float.
+    Norms, biases and tables, which are no matrices, stay float.
 
     Raises:
         UsageError: a pattern that is found in no name, or a scheme that quantizes nothing.
     """
-    names = [name for name, shape in canonical_shapes(config).items() if len(shape) == 2]
+    names = matrix_names(config)
     for pattern in (*scheme.exclude, *(rule.pattern for rule in scheme.tensor_types)):
         if not any(re.search(pattern, name) for name in names):
             raise UsageError(
@@ -125,8 +137,10 @@ def matrix_formats(scheme: Scheme, config: RetNetConfig) -> dict[str, BlockForma
     return formats
 
 
-def scheme_text(scheme: Scheme) -> str:
+def scheme_text(scheme: Scheme | HalfScheme) -> str:
     """A scheme in one line."""
+    if isinstance(scheme, HalfScheme):
+        return f"{scheme.type} weights and activations, {scheme.method}"
     kind = "symmetric" if scheme.symmetric else "asymmetric"
     level = "" if scheme.accuracy_level is None else f", accuracy level {scheme.accuracy_level}"
     rules = [f"{rule.type} where {rule.pattern}" for rule in scheme.tensor_types]

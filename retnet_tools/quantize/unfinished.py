@@ -1,8 +1,9 @@
 """Results of a long run that are kept while it runs, so that the next one goes on where it was stopped.
 
 They lie in a hidden folder beside the output, `.<output>.unfinished`, in a folder for each kind of work, which is
-named after a hash of everything that the results depend on. Each file appears whole or not at all. Work of the same
-kind under another hash is removed when new work begins, and all of it when the output has been written.
+named after a hash of everything that the results depend on. Each file appears whole or not at all, and is on the disk
+when it does. Work of the same kind under another hash is removed when new work begins. The place is locked against
+other processes while work is open in it.
 """
 
 from __future__ import annotations
@@ -13,17 +14,22 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 
 from retnet_tools import __version__
 from retnet_tools.config import RetNetConfig
+from retnet_tools.errors import OutputError
 from retnet_tools.graph.quantization import BlockFormat
 from retnet_tools.quantize.blockwise import QuantizedRows
+from retnet_tools.staging import appended_file, is_disk_full
 from retnet_tools.weights import Array, WeightSource, read_blocks
+
+LOCK_FILE = "lock"
 
 
 def unfinished_folder(out: Path) -> Path:
@@ -35,7 +41,11 @@ def unfinished_folder(out: Path) -> Path:
 def hash_work(
     config: RetNetConfig, weights: WeightSource, formats: Mapping[str, Any], sequences: Array, **others: object
 ) -> str:
-    """A hash of a model, of what is to be done with it and of the tokens it is done with. Reads every weight once."""
+    """A hash of a model, of what is to be done with it and of the tokens it is done with. Reads every weight once.
+
+    Args:
+        weights: as the work reads them, so that what it would refuse is refused here.
+    """
     digest = hashlib.sha256(json.dumps([__version__, config.to_dict(), others], sort_keys=True).encode())
     digest.update(json.dumps({name: _plain(format) for name, format in formats.items()}).encode())
     digest.update(f"{sequences.shape}".encode() + np.ascontiguousarray(sequences).tobytes())
@@ -47,22 +57,73 @@ def hash_work(
     return digest.hexdigest()
 
 
-class Unfinished:
-    """The results of one kind of work.
+class Workplace:
+    """The place for the results of one output, and those of them that this process opened; a context.
 
     Args:
-        parent: from `unfinished_folder`.
-        kind: a word for the work.
-        key: from `hash_work`.
+        folder: from `unfinished_folder`; made when the first work is opened.
     """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._opened: list[Unfinished] = []
+        self._lock = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.close()
+
+    @property
+    def kept(self) -> bool:
+        """Whether something that was opened here is there."""
+        return any(work.folder.is_dir() for work in self._opened)
+
+    def open(self, kind: str, key: str) -> Unfinished:
+        """The results of one kind of work, as they are now.
+
+        Args:
+            kind: a word for the work.
+            key: from `hash_work`.
+
+        Raises:
+            UsageError: another process has work open here.
+            OutputError: the folder cannot be written to.
+        """
+        with _writing_to(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not self._opened:
+                self._lock.enter_context(appended_file(self.folder / LOCK_FILE))
+            work = Unfinished(self.folder, kind, key)
+        self._opened.append(work)
+        return work
+
+    def remove(self) -> None:
+        """Remove what was opened here, and the folder where nothing else is in it."""
+        if not self._opened:
+            return
+        for work in self._opened:
+            work.remove()
+        with suppress(OSError):
+            # While the lock is held, so that nobody else's goes away.
+            (self.folder / LOCK_FILE).unlink(missing_ok=True)
+        self._lock.close()
+        with suppress(OSError):
+            self.folder.rmdir()
+
+
+class Unfinished:
+    """The results of one kind of work; see `Workplace.open`."""
 
     def __init__(self, parent: Path, kind: str, key: str) -> None:
         self.folder = parent / f"{kind}-{key[:32]}"
-        if parent.is_dir():
-            for other in parent.glob(f"{kind}-*"):
-                if other != self.folder:
-                    shutil.rmtree(other, ignore_errors=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        for other in parent.glob(f"{kind}-*"):
+            if other != self.folder:
+                shutil.rmtree(other, ignore_errors=True)
+        self.folder.mkdir(exist_ok=True)
         for partial in self.folder.glob("*.partial"):
             partial.unlink()
 
@@ -71,14 +132,29 @@ class Unfinished:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        """A path to write to; it becomes the result `name` when the context ends without an error."""
+        """A path to write to; it becomes the result `name` when the context ends without an error.
+
+        Raises:
+            OutputError: the disk is full.
+        """
         partial = self.folder / f"{name}.partial"
-        yield partial
-        os.replace(partial, self.folder / name)
+        with _writing_to(self.folder):
+            yield partial
+            with partial.open("r+b") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, self.folder / name)
+
+    def size(self, name: str) -> int:
+        """Bytes of a result; 0 where it is not there."""
+        return (self.folder / name).stat().st_size if name in self else 0
 
     def discard(self, name: str) -> None:
         """Forget a result."""
         (self.folder / name).unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Forget all results."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def save_rows(self, name: str, rows: QuantizedRows) -> None:
         """Keep the codes of a matrix under its name."""
@@ -96,6 +172,24 @@ class Unfinished:
         """The codes of a matrix; float32 has held scales of any type exactly."""
         with np.load(self.folder / f"{name}.npz") as parts:
             return QuantizedRows(parts["codes"], parts["scales"].astype(scale_type), parts.get("zero_points"))
+
+
+@contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    """Turns errors of writing to a folder into one line; others pass."""
+    try:
+        yield
+    except OSError as error:
+        if is_disk_full(error):
+            raise OutputError(
+                f"the disk is full: results in {folder} not written", "more free space", "make room and run it again"
+            ) from error
+        path = None if error.filename is None else Path(os.fsdecode(error.filename))
+        if path is not None and (folder in (path, *path.parents) or path in folder.parents):
+            raise OutputError(
+                f"cannot write {path} ({error.strerror or error})", "a folder that can be written", "name another -o"
+            ) from error
+        raise
 
 
 def _plain(format: BlockFormat | list[BlockFormat] | None) -> Any:

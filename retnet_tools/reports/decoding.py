@@ -12,7 +12,8 @@ from retnet_tools.graph.export import ExportPlan, kernel_notes
 from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.graph.quantization import Quality
 from retnet_tools.graph.stored import stored_bytes
-from retnet_tools.quantize.scheme import scheme_text
+from retnet_tools.quantize.card import coarse_text
+from retnet_tools.quantize.scheme import HALF_TYPES, scheme_text
 from retnet_tools.reports.quality import quality_text
 from retnet_tools.runtime.bulk import BulkSummary
 from retnet_tools.runtime.decode import Generations
@@ -23,9 +24,9 @@ SCHEMA_VERSION = 1
 def export_document(plan: ExportPlan, out: Path, *, written: bool, quality: Quality | None = None) -> dict[str, Any]:
     """The export as a JSON document; sizes in bytes. `quality` is what quantization cost, where it was measured."""
     config, record = plan.checkpoint.config, plan.quantization
-    sizes = {name: stored_bytes(tensor) for name, tensor in plan.tensors.items()}
-    tables = sum(size for name, size in sizes.items() if plan.tensors[name].table is not None)
+    tables = sum(stored_bytes(tensor) for tensor in plan.tensors.values() if tensor.table is not None)
     state = config.num_layers * math.prod(state_shape(config)) * ELEMENT_TYPES[plan.state_dtype].numpy().itemsize
+    coarse = () if record is None or not record.coarse_blocks else (coarse_text(record, plan.dtype),)
     return {
         "schema_version": SCHEMA_VERSION,
         "written": written,
@@ -37,12 +38,12 @@ def export_document(plan: ExportPlan, out: Path, *, written: bool, quality: Qual
         "device": plan.device,
         "graphs": {name: {"nodes": sum(1 for _ in built.graph.all_nodes())} for name, built in plan.graphs.items()},
         "quantization": None if record is None else {"summary": scheme_text(record.scheme), **record.to_dict()},
-        "weight_bytes": sum(sizes.values()),
+        "weight_bytes": plan.weight_bytes,
         "position_table_bytes": tables,
         "state_bytes_per_sequence": state,
         "tokenizer_files": [file.name for file in plan.checkpoint.tokenizer_files],
         "settings_files": list(plan.files),
-        "notes": [*plan.notes, *kernel_notes(plan)],
+        "notes": [*plan.notes, *coarse, *kernel_notes(plan)],
         "quality": None if quality is None else asdict(quality),
     }
 
@@ -73,7 +74,8 @@ def _weights(document: dict[str, Any]) -> str:
     if record is None:
         return str(document["dtype"])
     share = record["weight_bytes"] / record["float_bytes"]
-    return f"{share:.1%} of {document['dtype']}: {record['summary']}"
+    before = "float32" if record["scheme"]["type"] in HALF_TYPES else document["dtype"]
+    return f"{share:.1%} of {before}: {record['summary']}"
 
 
 def generation_document(result: Generations) -> dict[str, Any]:

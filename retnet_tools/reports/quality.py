@@ -3,30 +3,79 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 from retnet_tools.errors import UsageError
 from retnet_tools.graph.contract import STEP_FILE
 from retnet_tools.graph.export import ExportPlan
 from retnet_tools.graph.manifest import read_manifest
-from retnet_tools.graph.quantization import Quality
+from retnet_tools.graph.quantization import HalfType, Quality, WeightType
 from retnet_tools.quantize.card import update_record
+from retnet_tools.quantize.scheme import HALF_TYPES
 from retnet_tools.reports.logits import ExportLogits, LogitsSource
 from retnet_tools.reports.perplexity import measure_perplexity
 from retnet_tools.reports.scored_text import read_tokens
 from retnet_tools.reports.scoring import Progress
 from retnet_tools.reports.windows import Windows
+from retnet_tools.texts import Text
+from retnet_tools.tokens import TOKENIZER_FILE
 
 WINDOWS = Windows(512)
 """How the text is cut: the windows that `perplexity` uses where nothing else is said."""
 
 
+@dataclass(frozen=True)
+class _Planned:
+    """What reads the text, before it is written."""
+
+    name: str
+    vocab_size: int
+    tokenizer_file: Path | None
+
+
+def check_measurable(
+    plan: ExportPlan, target: WeightType | HalfType | None, text: Text, limit: int | None = None
+) -> None:
+    """Check before anything is planned, measured or written that what will be written can be measured on a text.
+
+    Args:
+        plan: of float weights.
+        target: what `--quantize` names, if anything.
+        text: the text.
+        limit: tokens of it to take at most.
+
+    Raises:
+        UsageError: float weights, graphs that this runtime does not step, a type that it cannot compute with, a model
+            without vocabulary or tokenizer, a text that is too short.
+        InputError: a tokenizer that cannot be read or does not fit.
+    """
+    checkpoint, dtype = plan.checkpoint, target if target in HALF_TYPES else plan.dtype
+    if target is None:
+        raise UsageError(
+            f"--text with {dtype}", "--quantize with a type", "perplexity --against measures any two models"
+        )
+    if STEP_FILE not in plan.graphs:
+        raise UsageError(f"--text for {', '.join(plan.graphs)}", "an export of --to onnx", "leave --text out")
+    if dtype == "bfloat16":
+        raise UsageError(
+            "--text with bfloat16, for which ONNX Runtime has no CPU kernels", "float32 or float16", "leave --text out"
+        )
+    if not checkpoint.config.has_vocabulary:
+        raise UsageError("--text for a stack without embedding", "a model with a vocabulary", "leave --text out")
+    tokenizer = next((file for file in checkpoint.tokenizer_files if file.name == TOKENIZER_FILE), None)
+    if tokenizer is None:
+        raise UsageError(
+            f"--text for {checkpoint.path}, which has no {TOKENIZER_FILE}", "one, to read it with", "add it"
+        )
+    reader = _Planned(str(checkpoint.path), checkpoint.config.vocab_size, tokenizer)
+    next(WINDOWS.rows(len(read_tokens(text.content, reader, limit=limit).ids)))
+
+
 def measure_quality(
     folder: Path,
     baseline: LogitsSource,
-    name: str,
-    text: str,
+    text: Text,
     *,
     limit: int | None = None,
     threads: int | None = None,
@@ -37,7 +86,6 @@ def measure_quality(
     Args:
         folder: what `quantize` wrote.
         baseline: the float model.
-        name: of the text's file.
         text: one that the quantization has not seen, if the figures are to say anything about other texts.
         limit: tokens of it to take at most.
 
@@ -49,13 +97,13 @@ def measure_quality(
     if record is None:
         raise UsageError(f"{folder} has float weights", "int8 or int4", "perplexity --against measures any two models")
     source = ExportLogits(folder, threads=threads)
-    tokens = read_tokens(text, source, baseline, limit=limit)
+    tokens = read_tokens(text.content, source, baseline, limit=limit)
     report = measure_perplexity(source, tokens, WINDOWS, baseline=baseline, progress=progress)
     assert report.baseline is not None
     assert report.divergence is not None
     quality = Quality(
-        text=name,
-        sha256=hashlib.sha256(text.encode()).hexdigest(),
+        text=text.name,
+        sha256=text.sha256,
         tokens=report.scored_tokens,
         perplexity=report.model.ppl.value,
         float_perplexity=report.baseline.ppl.value,
@@ -64,18 +112,6 @@ def measure_quality(
     )
     update_record(folder, dataclasses.replace(record, quality=quality))
     return quality
-
-
-def check_measurable(plan: ExportPlan) -> None:
-    """Check before anything is written that the folder of a plan can be measured.
-
-    Raises:
-        UsageError: float weights, or graphs that this runtime does not step.
-    """
-    if plan.quantization is None:
-        raise UsageError(f"--text with {plan.dtype}", "int8 or int4", "perplexity --against measures any two models")
-    if STEP_FILE not in plan.graphs:
-        raise UsageError(f"--text for {', '.join(plan.graphs)}", "an export of --to onnx", "leave --text out")
 
 
 def quality_text(quality: Quality) -> str:

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from retnet_tools.errors import InputError, UsageError
-from retnet_tools.reports.logits import LogitsSource
 from retnet_tools.runtime.text import IdCodec
 from retnet_tools.tokens import load_tokenizer
 from retnet_tools.weights import Array
+
+
+class TokenReader(Protocol):
+    """A model as far as texts become its tokens; a `LogitsSource` is one."""
+
+    @property
+    def name(self) -> str:
+        """Its path, for people."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """How many token ids there are."""
+        ...
+
+    @property
+    def tokenizer_file(self) -> Path | None:
+        """Its tokenizer.json, or None."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -34,8 +53,8 @@ class ScoredText:
 
 def read_tokens(
     text: str,
-    source: LogitsSource,
-    baseline: LogitsSource | None = None,
+    source: TokenReader,
+    baseline: TokenReader | None = None,
     *,
     token_ids: bool = False,
     start_token: str | None = None,
@@ -84,7 +103,7 @@ def byte_sizes(text: str, ends: Array) -> Array:
     return np.diff(offsets[reached], prepend=0)
 
 
-def _open_tokenizer(source: LogitsSource) -> Any:
+def _open_tokenizer(source: TokenReader) -> Any:
     if source.tokenizer_file is None:
         raise UsageError(
             f"{source.name} has no tokenizer.json", "one, to read a text with", "add it, or give token ids: --token-ids"
@@ -99,7 +118,7 @@ def _encode(tokenizer: Any, text: str) -> ScoredText:
 
 
 def _check_tokenizer(
-    tokenizer: Any, source: LogitsSource, baseline: LogitsSource, text: str, ids: Array
+    tokenizer: Any, source: TokenReader, baseline: TokenReader, text: str, ids: Array
 ) -> tuple[str, ...]:
     if baseline.tokenizer_file is None:
         return (f"{baseline.name} has no tokenizer: that its tokens mean the same is not checked",)
@@ -123,7 +142,7 @@ def _after(token: int, text: ScoredText) -> ScoredText:
     return replace(text, ids=np.concatenate([[token], text.ids]), sizes=sizes)
 
 
-def _token_id(word: str, tokenizer: Any, source: LogitsSource) -> int:
+def _token_id(word: str, tokenizer: Any, source: TokenReader) -> int:
     number = None if tokenizer is None else tokenizer.token_to_id(word)
     if number is not None:
         return int(number)
@@ -132,7 +151,7 @@ def _token_id(word: str, tokenizer: Any, source: LogitsSource) -> int:
     raise UsageError(f"start token {word!r}", f"a token of {source.tokenizer_file or source.name} or its id")
 
 
-def _check_ids(ids: Array, source: LogitsSource) -> None:
+def _check_ids(ids: Array, source: TokenReader) -> None:
     if len(ids) and not 0 <= ids.max() < source.vocab_size:
         found = f"token id {int(ids.max())}"
         raise InputError(found, f"0 to {source.vocab_size - 1}, the vocabulary of {source.name}")

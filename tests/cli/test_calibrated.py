@@ -17,6 +17,7 @@ from retnet_tools.formats.canonical import write_canonical
 from retnet_tools.graph.contract import WEIGHTS_FILE
 from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.paper import paper_config
+from retnet_tools.quantize.sensitivity import Sensitivity
 from tests.helpers import random_source
 from tests.quantize.calibrated import FIXTURE
 
@@ -52,7 +53,8 @@ def test_gptq_writes_the_folder_and_says_what_it_learnt_from(folder: Path, cli) 
     record = read_manifest(folder.parent / "model-int4").quantization
     assert (record.calibration.text, record.calibration.tokens) == ("calibration.txt", 1024)
     card = (folder.parent / "model-int4" / "README.md").read_text(encoding="utf-8")
-    assert f"Calibrated on 1024 tokens of `calibration.txt` (sha256 {record.calibration.sha256})." in card
+    assert f"Calibrated on 1024 tokens of `calibration.txt` (sha256 {record.calibration.sha256})" in card
+    assert f"in sequences of 512, drawn with seed 0, token ids {record.calibration.ids_sha256[:12]}." in card
 
 
 def test_codes_differ_from_round_to_nearest_and_by_the_seed_alone(folder: Path, tmp_path: Path, cli) -> None:
@@ -80,7 +82,11 @@ def test_a_target_chooses_types_and_keeps_to_it(method: str, folder: Path, tmp_p
     arguments = ["--quantize", "int4", "--method", method, "--target-bits", 6, "--keep-merged", *LEARN]
     result = cli("quantize", folder, "-o", tmp_path / "out", *arguments, "--json")
     document = json.loads(result.out)
-    assert document["quantization"]["scheme"]["tensor_types"]
+    quantization = document["quantization"]
+    assert quantization["scheme"]["tensor_types"]
+    assert (quantization["calibration"] is None) == (method == "rtn")
+    assert quantization["mixed_precision"]["target_bits"] == 6
+    assert quantization["mixed_precision"]["text"]["tokens"] == 1024
     assert re.fullmatch(
         r"types chosen by sensitivity: mean KL divergence \S+ predicted, \S+ measured \(rounded to nearest, 1024 "
         r"tokens of calibration.txt\)",
@@ -92,12 +98,56 @@ def test_a_target_chooses_types_and_keeps_to_it(method: str, folder: Path, tmp_p
 def test_a_target_size_is_that_of_the_file(folder: Path, tmp_path: Path, cli) -> None:
     size = int(0.7 * (folder / WEIGHTS_FILE).stat().st_size)
     arguments = ["--quantize", "int4", "--target-size", f"{size / 1e6:.3f}MB", *LEARN]
-    dry = cli("quantize", folder, "-o", tmp_path / "out", *arguments, "--dry-run", "--json")
-    assert dry.err == ""
-    assert names(tmp_path) == ["model"]
     result = cli("quantize", folder, "-o", tmp_path / "out", *arguments, "--json")
+    written = (tmp_path / "out" / WEIGHTS_FILE).stat().st_size
+    assert 0.9 * size < written <= size
+    assert json.loads(result.out)["weight_bytes"] == json.loads(result.out)["quantization"]["weight_bytes"] == written
+
+
+def test_what_a_dry_run_measures_is_kept_for_the_run_that_writes(
+    folder: Path, tmp_path: Path, cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["quantize", folder, "-o", tmp_path / "out", "--quantize", "int4", "--target-bits", 6, *LEARN]
+    dry = cli(*arguments, "--dry-run", "--json")
+    kept = tmp_path / ".out.unfinished"
+    assert dry.err == f"what was done is kept in {kept}; the same command without --dry-run goes on from there\n"
+    assert names(tmp_path) == [kept.name, "model"]
+    measured: list[int] = []
+    original = Sensitivity._divergence
+    monkeypatch.setattr(Sensitivity, "_divergence", lambda *a: measured.append(1) or original(*a))
+    result = cli(*arguments, "--json")
+    # All together is the only thing that is left to measure.
+    assert len(measured) == 1
     assert json.loads(dry.out)["quantization"] == json.loads(result.out)["quantization"]
-    assert 0.9 * size < (tmp_path / "out" / WEIGHTS_FILE).stat().st_size <= size
+    assert names(tmp_path) == ["model", "out"]
+
+
+def test_a_run_leaves_alone_what_another_one_keeps(folder: Path, tmp_path: Path, cli) -> None:
+    kept = tmp_path / ".out.unfinished" / "gptq-0"
+    kept.mkdir(parents=True)
+    failed = cli("quantize", folder, "-o", tmp_path / "out", "--quantize", "int8", "--exclude", "nothing")
+    assert failed.exit_code == 2
+    assert "what was done is kept" not in failed.err
+    assert cli("quantize", folder, "-o", tmp_path / "out", "--quantize", "int8").exit_code == 0
+    assert kept.is_dir()
+
+
+def test_a_text_of_few_tokens_is_noted(folder: Path, tmp_path: Path, cli) -> None:
+    (tmp_path / "short.txt").write_text("To be, or not to be, that is the question.")
+    arguments = ["--quantize", "int4", "--method", "gptq", "--calibration", tmp_path / "short.txt"]
+    result = cli("quantize", folder, "-o", tmp_path / "out", *arguments)
+    assert result.exit_code == 0
+    assert re.search(r"note: \d\d tokens to calibrate on are fewer than the 64 inputs of the widest matrix", result.out)
+
+
+def test_weights_that_are_not_finite_leave_nothing_behind(folder: Path, tmp_path: Path, cli) -> None:
+    data = np.memmap(folder / WEIGHTS_FILE, np.float32, "r+")
+    data[np.flatnonzero(data)[-5]] = np.nan
+    result = cli("quantize", folder, "--quantize", "int4", "--method", "gptq", *LEARN)
+    assert result.exit_code == 5
+    assert "NaN" in result.err
+    assert result.err.count("\n") == 1
+    assert names(tmp_path) == ["model"]
 
 
 @pytest.mark.parametrize(
@@ -115,6 +165,7 @@ def test_a_target_size_is_that_of_the_file(folder: Path, tmp_path: Path, cli) ->
         (["--quantize", "int4", "--seed", "1"], "--calibration-tokens or --seed without a text"),
         (["--quantize", "int4", "--calibration", TEXT, "--calibration-tokens", "100"], "expected at least 512"),
         (["--quantize", "int4", "--keep-merged", *LEARN], "--keep-merged without a target"),
+        (["--quantize", "int8", "--target-bits", "5", *LEARN], "--quantize int4, larger blocks or fewer exclusions"),
     ],
 )
 def test_usage_errors_end_with_exit_code_2(arguments: list, message: str, folder: Path, cli) -> None:
@@ -135,7 +186,7 @@ def test_a_text_without_quantize_is_refused_by_export(model: Path, tmp_path: Pat
 def test_a_missing_text_ends_with_exit_code_5(folder: Path, cli) -> None:
     result = cli("quantize", folder, "--quantize", "int4", "--method", "gptq", "--calibration", folder / "none.txt")
     assert result.exit_code == 5
-    assert "cannot read" in result.err
+    assert "no file" in result.err
 
 
 STOP = """

@@ -35,8 +35,7 @@ def test_without_o_the_quantized_folder_lies_beside_the_export(word: str, ending
     assert result.exit_code == 0
     assert result.err == ""
     assert names(folder.parent) == ["model", f"model-{ending}"]
-    expected = FILES if ending.startswith("int") else FILES[1:]
-    assert names(folder.parent / f"model-{ending}") == expected
+    assert names(folder.parent / f"model-{ending}") == FILES
 
 
 def test_the_report_says_size_and_scheme(folder: Path, cli) -> None:
@@ -92,7 +91,8 @@ def test_inspect_reads_a_quantized_folder(folder: Path, cli) -> None:
     assert "weights  int4 in blocks of 64, symmetric, rtn, accuracy level 4; " in result.out
     document = json.loads(cli("inspect", folder.parent / "model-int4", "--json").out)
     assert document["export"]["quantization"]["scheme"]["block_size"] == 64
-    assert sum(document["bytes_by_dtype"].values()) == document["export"]["quantization"]["weight_bytes"]
+    size = (folder.parent / "model-int4" / "weights.data").stat().st_size
+    assert document["export"]["quantization"]["weight_bytes"] == size
 
 
 @pytest.mark.parametrize(
@@ -132,6 +132,49 @@ def test_an_existing_output_is_refused_without_force(folder: Path, cli) -> None:
     assert "exists already" in result.err
     assert cli("quantize", folder, "--quantize", "int8", "--block-size", 32, "--force").exit_code == 0
     assert read_manifest(folder.parent / "model-int8").quantization.scheme.block_size == 32
+
+
+def test_an_export_is_not_its_own_output(folder: Path, cli) -> None:
+    (folder.parent / "link").symlink_to(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for out in (folder, folder.parent / "link", folder.parent / "model" / ".." / "model"):
+        result = cli("quantize", folder, "-o", out, "--quantize", "int8", "--force")
+        assert result.exit_code == 2
+        assert "is both input and output; expected another output; name one with -o" in result.err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_checkpoint_is_not_its_own_output(tmp_path: Path, cli) -> None:
+    write_canonical(tmp_path / "ckpt", BASE, random_source(BASE, 1))
+    result = cli("export", tmp_path / "ckpt", "-o", tmp_path / "ckpt", "--quantize", "int8", "--force")
+    assert result.exit_code == 2
+    assert "is both input and output" in result.err
+    assert "retnet.json" not in names(tmp_path / "ckpt")
+
+
+def test_a_float_export_over_a_quantized_one_takes_its_card_away(folder: Path, tmp_path: Path, cli) -> None:
+    write_canonical(tmp_path / "ckpt", BASE, random_source(BASE, 1))
+    assert cli("quantize", folder, "-o", tmp_path / "out", "--quantize", "int4").exit_code == 0
+    assert cli("export", tmp_path / "ckpt", "-o", tmp_path / "out", "--dtype", "fp16", "--force").exit_code == 0
+    assert names(tmp_path / "out") == FILES[1:]
+
+
+def test_somebody_elses_readme_is_not_replaced(folder: Path, tmp_path: Path, cli) -> None:
+    out = export(BASE, random_source(BASE, 2), tmp_path / "out")
+    (out / "README.md").write_text("mine")
+    result = cli("quantize", folder, "-o", out, "--quantize", "int4", "--force")
+    assert result.exit_code == 2
+    assert "README.md is no card that this command wrote" in result.err
+    assert (out / "README.md").read_text() == "mine"
+
+
+def test_weights_that_float16_cannot_hold_are_told_what_quantize_has(tmp_path: Path, cli) -> None:
+    source = random_source(BASE, 1)
+    source.tensors["final_norm.weight"][0] = 1e6
+    folder = export(BASE, source, tmp_path / "model")
+    result = cli("quantize", folder, "--quantize", "fp16")
+    assert result.exit_code == 5
+    assert "which float16 cannot hold; expected magnitudes up to 65504; use --quantize bf16, or keep" in result.err
 
 
 def test_quantizing_twice_ends_with_exit_code_5(folder: Path, cli) -> None:

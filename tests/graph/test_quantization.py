@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from retnet_tools.errors import ConfigError
-from retnet_tools.graph.quantization import BlockFormat, Calibration, Quality, Quantization, Scheme, TensorRule
+from retnet_tools.graph.quantization import (
+    BlockFormat,
+    Calibration,
+    HalfScheme,
+    MatrixSensitivity,
+    MixedPrecision,
+    Quality,
+    Quantization,
+    Scheme,
+    TensorRule,
+)
 
 SCHEME = Scheme("int4", 32, symmetric=False, method="gptq", exclude=("norm",), tensor_types=(TensorRule("q", "int8"),))
 FULL = Quantization(
     scheme=SCHEME,
     float_bytes=1000,
     weight_bytes=200,
-    calibration=Calibration("plays.txt", "ab" * 32, 4096),
+    calibration=Calibration("plays.txt", "ab" * 32, 4096, 512, 3, "ef" * 32),
     quality=Quality("held.txt", "cd" * 32, 512, 12.5, 12.0, 0.03, 0.9),
+    mixed_precision=MixedPrecision(
+        None, 5.0, Calibration("plays.txt", "ab" * 32, 512), 0.5, 0.4, (MatrixSensitivity(("a", "b"), "int4", 0.1),)
+    ),
+    coarse_blocks=2,
 )
+HALF = Quantization(HalfScheme("bfloat16"), 9, 4)
 
 
-@pytest.mark.parametrize("record", [FULL, Quantization(Scheme("int8", 128, accuracy_level=None), 9, 3)])
+@pytest.mark.parametrize("record", [FULL, Quantization(Scheme("int8", 128, accuracy_level=None), 9, 3), HALF])
 def test_a_record_survives_json(record: Quantization) -> None:
     assert Quantization.from_dict(json.loads(json.dumps(record.to_dict()))) == record
 
@@ -28,7 +45,13 @@ def test_a_record_survives_json(record: Quantization) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"scheme": {"type": "int3"}}, "quantization.scheme.type is 'int3'; expected one of int8, int4"),
+        (
+            {"scheme": {"type": "int3"}},
+            "quantization.scheme.type is 'int3'; expected one of int8, int4, float16, bfloat16",
+        ),
+        ({"scheme": {"type": "float16"}}, "quantization.scheme has unknown field 'accuracy_level'"),
+        ({"scheme": 3}, "quantization.scheme is int; expected an object"),
+        ({"mixed_precision": {"sensitivities": [{"type": "int4"}]}}, "sensitivities[0] has no field 'matrices'"),
         ({"scheme": {"block_size": 48}}, "block_size is 48; expected one of 32, 64, 128"),
         ({"scheme": {"block_size": 32.0}}, "block_size is 32.0"),
         ({"scheme": {"accuracy_level": True}}, "accuracy_level is True; expected one of 0, 1, 4"),
@@ -56,6 +79,42 @@ def test_missing_fields_are_refused_by_name() -> None:
     del data["float_bytes"]
     with pytest.raises(ConfigError, match="no field 'float_bytes'"):
         Quantization.from_dict(data)
+
+
+def test_a_record_of_before_seeds_were_written_down_reads_and_keeps_its_fingerprint() -> None:
+    old = {
+        "scheme": {"type": "int4", "block_size": 64, "symmetric": True, "accuracy_level": 4, "method": "gptq"},
+        "float_bytes": 1000,
+        "weight_bytes": 200,
+        "calibration": {"text": "plays.txt", "sha256": "ab" * 32, "tokens": 4096},
+        "quality": None,
+    }
+    old["scheme"] |= {"exclude": [], "tensor_types": []}
+    record = Quantization.from_dict(old)
+    assert (record.calibration.seed, record.mixed_precision, record.coarse_blocks) == (None, None, 0)
+    expected = hashlib.sha256(json.dumps(old, sort_keys=True).encode()).hexdigest()[:12]
+    assert record.fingerprint() == f"int4 by gptq ({expected})"
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"calibration": replace(FULL.calibration, seed=4)}, False),
+        ({"calibration": replace(FULL.calibration, sequence=256)}, False),
+        ({"calibration": replace(FULL.calibration, ids_sha256="00" * 32)}, False),
+        ({"quality": None}, True),
+        ({"mixed_precision": None}, True),
+        ({"coarse_blocks": 0}, True),
+    ],
+)
+def test_the_fingerprint_says_what_decided_the_codes(change: dict, same: bool) -> None:
+    assert (replace(FULL, **change).fingerprint() == FULL.fingerprint()) == same
+
+
+def test_floats_have_no_fingerprint_of_their_own() -> None:
+    assert HALF.fingerprint() == "none"
+    assert HALF.blocks is None
+    assert FULL.blocks == SCHEME
 
 
 def test_exclusion_goes_before_rules_and_the_last_rule_wins() -> None:

@@ -14,6 +14,7 @@ from retnet_tools.quantize.blockwise import QuantizedRows, dequantize_rows
 from retnet_tools.quantize.calibration import CalibrationText
 from retnet_tools.quantize.methods import Method, MethodTask, Progress
 from retnet_tools.quantize.scheme import matrix_formats
+from retnet_tools.quantize.unfinished import Workplace
 from retnet_tools.tokens import load_tokenizer
 from retnet_tools.weights import Array, WeightSource
 from tests.helpers import MemorySource, random_tokens
@@ -33,7 +34,7 @@ def as_text(sequences: Array) -> CalibrationText:
 def make_task(
     config: RetNetConfig,
     source: WeightSource,
-    work: Path,
+    work: Path | Workplace,
     *,
     scheme: Scheme = INT4,
     sequences: Array | None = None,
@@ -44,7 +45,8 @@ def make_task(
     if sequences is None:
         sequences = random_tokens(config, 3, 40, 7)
     formats = matrix_formats(scheme, config)
-    return MethodTask(config, source, formats, np.dtype(dtype), as_text(sequences), work, progress)
+    place = Workplace(work) if isinstance(work, Path) else work
+    return MethodTask(config, source, formats, np.dtype(dtype), as_text(sequences), place, progress)
 
 
 def all_rows(method: Method, task: MethodTask) -> dict[str, QuantizedRows]:

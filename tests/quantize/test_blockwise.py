@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retnet_tools.graph.quantization import BlockFormat
-from retnet_tools.quantize.blockwise import QuantizedRows, dequantize_rows, encode_rows, quantize_rows
+from retnet_tools.quantize.blockwise import QuantizedRows, count_coarse_blocks, dequantize_rows, quantize_rows
 
 FLOAT32 = np.dtype(np.float32)
 FORMATS = [
@@ -58,7 +58,6 @@ def test_every_code_is_the_nearest_for_its_stored_scale(format: BlockFormat, sca
     distances = np.abs(weight[..., None] - (np.arange(2**format.bits) - zero) * scale)
     chosen = np.take_along_axis(distances, rows.codes[..., None].astype(int), -1)[..., 0]
     np.testing.assert_array_less(chosen, distances.min(-1) + 1e-6 * np.abs(scale[..., 0]))
-    np.testing.assert_array_equal(encode_rows(weight, rows.scales, rows.zero_points, format), rows.codes)
 
 
 def squared_error(weight: np.ndarray, scale: np.ndarray, bits: int) -> np.ndarray:
@@ -114,6 +113,36 @@ def test_no_magnitude_overflows(format: BlockFormat, magnitude: float) -> None:
     assert np.isfinite(restored).all()
     # A block whose scale would be below the smallest normal number vanishes.
     np.testing.assert_allclose(restored, weight, rtol=0.1, atol=2**8 * np.finfo(np.float32).tiny)
+
+
+@ALL_FORMATS
+@pytest.mark.parametrize("steps", [0.01, 0.3, 3.0, 40.0])
+def test_no_block_vanishes_in_float16_and_what_is_inexact_is_counted(format: BlockFormat, steps: float) -> None:
+    info = np.finfo(np.float16)
+    # Scales of 0.01 to 40 times the smallest number that the type has; the second row is zeros, the third is large.
+    peak = np.float32(steps * float(info.smallest_subnormal)) * np.float32(2 ** (format.bits - 1))
+    weight = np.sign(weights(3, 200, seed=7)) * peak
+    weight[1], weight[2] = 0, weights(1, 200)
+    rows = quantize_rows(weight, format, np.dtype(np.float16))
+    assert (rows.scales[0] != 0).all()
+    assert (rows.scales[1] == 0).all()
+    inexact = np.abs(rows.scales[0].astype(np.float64)) < float(info.smallest_normal)
+    assert inexact.all()
+    assert count_coarse_blocks(weight, rows, format) == rows.scales.shape[1]
+    # Off by no more than half a step, where the codes reach.
+    step = float(info.smallest_subnormal)
+    assert np.abs(decode(rows, format)[0] - weight[0]).max() <= 2 ** (format.bits - 1) * step
+
+
+@pytest.mark.parametrize("scale_type", [np.float32, ml_dtypes.bfloat16])
+def test_blocks_that_become_zero_are_counted(scale_type: type) -> None:
+    format, weight = BlockFormat(4, 32, True), np.full((2, 64), 1e-38, dtype=np.float32)
+    weight[1, :32] = 0
+    rows = quantize_rows(weight, format, np.dtype(scale_type))
+    assert (dequantize_rows(rows, format) == 0).all()
+    assert count_coarse_blocks(weight, rows, format) == 3
+    large = weights(2, 64)
+    assert count_coarse_blocks(large, quantize_rows(large, format, np.dtype(scale_type)), format) == 0
 
 
 @given(

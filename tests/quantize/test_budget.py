@@ -67,6 +67,12 @@ def test_what_saves_nothing_is_not_bought() -> None:
     assert fill_budget([worse], 80) == [worse[2]]
 
 
+@pytest.mark.parametrize("divergence", [math.nan, math.inf])
+def test_a_divergence_that_is_no_number_is_no_choice(divergence: float) -> None:
+    with pytest.raises(ValueError, match="a divergence of"):
+        Choice("int4", 10, divergence)
+
+
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 @pytest.mark.parametrize("shape", [(5, 256), (3, 200), (1, 33)])
 def test_bytes_of_a_matrix_are_those_that_are_packed(format: BlockFormat, shape: tuple[int, int]) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from retnet_tools import texts
 from retnet_tools.errors import InputError, UsageError
-from retnet_tools.quantize import calibration
-from retnet_tools.quantize.calibration import CalibrationOptions, draw_sequences, read_calibration
+from retnet_tools.quantize.calibration import SEQUENCE, CalibrationOptions, draw_sequences, read_calibration
 from retnet_tools.tokens import load_tokenizer
 from tests.helpers import ABLATIONS, BASE
 from tests.quantize.calibrated import FIXTURE, fixture
@@ -40,21 +40,45 @@ def test_the_record_names_the_text_and_what_was_taken() -> None:
     assert text.record.text == "calibration.txt"
     assert text.record.sha256 == hashlib.sha256(TEXT.read_bytes()).hexdigest()
     assert text.record.tokens == text.sequences.size == 1024
+    assert (text.record.sequence, text.record.seed) == (512, 0)
+    assert text.record.ids_sha256 == hashlib.sha256(text.sequences.astype("<i8").tobytes()).hexdigest()
     ids = load_tokenizer(FIXTURE / "tokenizer.json").encode(TEXT.read_text(encoding="utf-8")).ids
     windows = np.array(ids[: len(ids) // 512 * 512]).reshape(-1, 512)
     for sequence in text.sequences:
         assert (windows == sequence).all(1).any()
 
 
-def test_a_text_in_pieces_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_draw_has_another_record() -> None:
     checkpoint = fixture()
-    options = CalibrationOptions(TEXT)
-    whole = read_calibration(options, checkpoint.config, checkpoint.tokenizer_files)
-    monkeypatch.setattr(calibration, "_PIECE", 4096)
-    pieces = read_calibration(options, checkpoint.config, checkpoint.tokenizer_files)
-    assert pieces.record == whole.record
-    # A token may reach over the end of a line.
-    assert len(pieces.sequences) == len(whole.sequences)
+    records = [
+        read_calibration(CalibrationOptions(TEXT, 1024, seed), checkpoint.config, checkpoint.tokenizer_files).record
+        for seed in (0, 1)
+    ]
+    assert (records[0].seed, records[1].seed) == (0, 1)
+    assert records[0].ids_sha256 != records[1].ids_sha256
+
+
+@pytest.mark.parametrize("size", [700, 4096, 50_000])
+def test_a_text_in_pieces_gives_the_same_tokens(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = fixture()
+    # Lines of spaces and several empty ones, which a token may reach across.
+    text = tmp_path / "text"
+    text.write_bytes(TEXT.read_bytes().replace(b"\n\n", b"\n\n\n  \n\n")[:150_000])
+    monkeypatch.setattr(texts, "PIECE", size)
+    found = read_calibration(CalibrationOptions(text), checkpoint.config, checkpoint.tokenizer_files)
+    ids = load_tokenizer(FIXTURE / "tokenizer.json").encode(text.read_bytes().decode()).ids
+    count = len(ids) // SEQUENCE
+    assert len(found.sequences) == count > 30
+    np.testing.assert_array_equal(found.sequences, np.array(ids[: count * SEQUENCE]).reshape(-1, SEQUENCE))
+
+
+def test_newlines_of_another_system_stay_as_they_are(tmp_path: Path) -> None:
+    checkpoint, text = fixture(), tmp_path / "text"
+    text.write_bytes(TEXT.read_bytes()[:9000].replace(b"\n", b"\r\n"))
+    found = read_calibration(CalibrationOptions(text), checkpoint.config, checkpoint.tokenizer_files)
+    ids = load_tokenizer(FIXTURE / "tokenizer.json").encode(text.read_bytes().decode()).ids
+    np.testing.assert_array_equal(found.sequences[0], ids[:SEQUENCE])
+    assert texts.read_text(text) == texts.Text("text", found.record.sha256, text.read_bytes().decode())
 
 
 def test_the_held_out_play_is_no_part_of_the_text() -> None:
@@ -70,7 +94,7 @@ def test_the_held_out_play_is_no_part_of_the_text() -> None:
     [
         (b"", UsageError, "text holds no text; expected a text to calibrate on"),
         (b"caf\xe9\n", InputError, "text is not UTF-8"),
-        (None, InputError, r"cannot read .*text \(No such file or directory\)"),
+        (None, InputError, r"no file .*text; expected a text file in UTF-8"),
     ],
 )
 def test_a_text_that_cannot_be_used_is_refused(content, error, message: str, tmp_path: Path) -> None:

@@ -59,20 +59,19 @@ def objective(weight: np.ndarray, x: np.ndarray, rows: QuantizedRows, quantized:
 @pytest.mark.parametrize("columns", [32, 96, 200, 300, 33, 1])
 def test_codes_are_those_of_the_papers_updates(format: BlockFormat, columns: int) -> None:
     weight, x = weights(7, columns), inputs(columns)
-    stats = statistics(x)
-    found = ErrorFeedback(stats, "x").quantize(weight, format, FLOAT32)
+    found = ErrorFeedback(statistics(x), "x").quantize(weight, format, FLOAT32)
     nearest = quantize_rows(weight, format, FLOAT32)
     np.testing.assert_array_equal(found.scales, nearest.scales)
-    np.testing.assert_array_equal(found.codes, paper(weight, damped(stats.hessian), nearest, format))
+    np.testing.assert_array_equal(found.codes, paper(weight, damped(statistics(x).hessian), nearest, format))
     assert columns == 1 or (found.codes != nearest.codes).any()
 
 
 @pytest.mark.parametrize("scale_type", ["float16", "float32"])
 def test_codes_are_chosen_for_scales_as_they_are_stored(scale_type: str) -> None:
-    format, weight, stats = BlockFormat(4, 32, True), weights(5, 96), statistics(inputs(96))
-    found = ErrorFeedback(stats, "x").quantize(weight, format, np.dtype(scale_type))
+    format, weight, x = BlockFormat(4, 32, True), weights(5, 96), inputs(96)
+    found = ErrorFeedback(statistics(x), "x").quantize(weight, format, np.dtype(scale_type))
     assert found.scales.dtype == scale_type
-    np.testing.assert_array_equal(found.codes, paper(weight, damped(stats.hessian), found, format))
+    np.testing.assert_array_equal(found.codes, paper(weight, damped(statistics(x).hessian), found, format))
 
 
 @ALL_FORMATS
@@ -132,6 +131,21 @@ def test_rows_do_not_depend_on_how_the_matrix_is_cut() -> None:
     whole = feedback.quantize(weight, format, FLOAT32)
     pieces = [feedback.quantize(part, format, FLOAT32) for part in np.split(weight, [1, 4])]
     np.testing.assert_array_equal(np.concatenate([piece.codes for piece in pieces]), whole.codes)
+
+
+def test_the_statistics_are_taken() -> None:
+    stats = statistics(inputs(96))
+    ErrorFeedback(stats, "x")
+    assert stats.hessian.size == stats.cross.size == 0
+
+
+def test_inputs_that_depend_on_one_another_are_refused() -> None:
+    x = inputs(32)
+    x[:, 7] = x[:, 3]
+    with pytest.raises(
+        InputError, match=r"gives layers.0.ffn depend on one another; expected a text with more variety"
+    ):
+        ErrorFeedback(statistics(x), "layers.0.ffn", damping=-1e-6)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

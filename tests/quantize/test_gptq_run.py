@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from retnet_tools.quantize.blockwise import QuantizedRows, quantize_rows
 from retnet_tools.quantize.calibration import SEQUENCE, CalibrationOptions, read_calibration
 from retnet_tools.quantize.gptq_run import Gptq
 from retnet_tools.quantize.methods import MethodTask, RoundToNearest
+from retnet_tools.quantize.unfinished import Workplace
 from tests.helpers import ABLATIONS, BASE, random_source, random_tokens
 from tests.quantize.calibrated import FIXTURE, INT4, all_rows, fixture, fixture_tokens, make_task, with_rows
 
@@ -110,13 +112,18 @@ def test_rows_come_in_any_pieces(tmp_path: Path) -> None:
     pieces = [method.quantize(name, part, format, task.dtype) for part in np.split(weight, [1, 17])]
     np.testing.assert_array_equal(np.concatenate([piece.codes for piece in pieces]), whole.codes)
     np.testing.assert_array_equal(np.concatenate([piece.scales for piece in pieces]), whole.scales)
+    # Asked for again it begins anew; more rows than there are is an error.
+    for _ in range(2):
+        np.testing.assert_array_equal(method.quantize(name, weight, format, task.dtype).codes, whole.codes)
+    with pytest.raises(ValueError, match="which has 40"):
+        method.quantize(name, np.concatenate([weight, weight]), format, task.dtype)
 
 
 def test_sequences_do_not_depend_on_how_many_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = make_task(BASE, random_source(BASE, 3), tmp_path / "a")
     together = all_rows(Gptq(task), task)
     monkeypatch.setattr("retnet_tools.quantize.hidden_states.BATCH_TOKENS", 1)
-    one_by_one = all_rows(Gptq(replace(task, work=tmp_path / "b")), task)
+    one_by_one = all_rows(Gptq(replace(task, work=Workplace(tmp_path / "b"))), task)
     same = np.mean([(together[name].codes == one_by_one[name].codes).mean() for name in together])
     # Sums in another order may tip a weight that lies between two codes, and what follows from it.
     assert same > 0.99
@@ -186,21 +193,31 @@ def test_a_finished_run_is_not_done_again(tmp_path: Path) -> None:
 
 
 def test_another_model_text_or_scheme_begins_anew(tmp_path: Path) -> None:
-    source, other = random_source(BASE, 3), random_source(BASE, 3)
+    source, other, work = random_source(BASE, 3), random_source(BASE, 3), Workplace(tmp_path)
     other.tensors["lm_head.weight"][0, 0] += 1e-3
     tasks = [
-        make_task(BASE, source, tmp_path),
-        make_task(BASE, other, tmp_path),
-        make_task(BASE, source, tmp_path, sequences=random_tokens(BASE, 3, 40, 8)),
-        make_task(BASE, source, tmp_path, scheme=replace(INT4, block_size=64)),
-        make_task(BASE, source, tmp_path, dtype="float16"),
-        make_task(BASE.with_head_norm_eps(1e-3), source, tmp_path),
+        make_task(BASE, source, work),
+        make_task(BASE, other, work),
+        make_task(BASE, source, work, sequences=random_tokens(BASE, 3, 40, 8)),
+        make_task(BASE, source, work, scheme=replace(INT4, block_size=64)),
+        make_task(BASE, source, work, dtype="float16"),
+        make_task(BASE.with_head_norm_eps(1e-3), source, work),
     ]
     for task in tasks:
         steps: list[str] = []
         Gptq(replace(task, progress=lambda what, done, total, steps=steps: steps.append(what)))
         assert len(steps) == 7
-        assert len(list(tmp_path.iterdir())) == 1
+        assert len(list(tmp_path.glob("gptq-*"))) == 1
+
+
+@pytest.mark.parametrize("name", ["VERSION", "DAMPING"])
+def test_another_algorithm_begins_anew(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = make_task(BASE, random_source(BASE, 3), tmp_path)
+    Gptq(task)
+    monkeypatch.setattr(gptq_run, name, 7)
+    steps: list[str] = []
+    Gptq(replace(task, progress=lambda what, done, total: steps.append(what)))
+    assert len(steps) == 7
 
 
 def test_hidden_states_are_removed_as_the_run_goes_on(tmp_path: Path) -> None:
@@ -216,8 +233,44 @@ def test_hidden_states_are_removed_as_the_run_goes_on(tmp_path: Path) -> None:
 def test_too_little_space_is_refused_before_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr(gptq_run.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(OutputError, match=r"free for the hidden states of 120 tokens in .*; expected 0.00 GB"):
+    with pytest.raises(OutputError, match=r"free for hidden states of 120 tokens and codes in .*; expected 0.00 GB"):
         Gptq(make_task(BASE, random_source(BASE, 3), tmp_path))
+
+
+def test_space_for_codes_counts_and_what_is_there_needs_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(what: str, done: int, total: int) -> None:
+        if what == "layers.1.retention":
+            raise Stopped
+
+    states, codes = 16 * 120 * 32, 2 * 2 * 12_000
+    task = make_task(BASE, random_source(BASE, 3), tmp_path, progress=stop)
+    monkeypatch.setattr(gptq_run.shutil, "disk_usage", lambda path: type("usage", (), {"free": states}))
+    with pytest.raises(OutputError):
+        Gptq(task)
+    monkeypatch.setattr(gptq_run.shutil, "disk_usage", lambda path: type("usage", (), {"free": states + codes}))
+    with pytest.raises(Stopped):
+        Gptq(task)
+    # Half of the states and of the codes are there.
+    left = (states + codes) * 2 // 3
+    monkeypatch.setattr(gptq_run.shutil, "disk_usage", lambda path: type("usage", (), {"free": left}))
+    Gptq(replace(task, progress=lambda *step: None))
+
+
+def test_a_full_disk_is_one_line_and_what_is_done_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = make_task(BASE, random_source(BASE, 3), tmp_path)
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gptq_run, "write_states", full)
+        with pytest.raises(OutputError, match=r"the disk is full: results in .* not written; expected more free"):
+            Gptq(task)
+    assert [path.name for path in tmp_path.rglob("*.npz")] == ["embedding.weight.npz"]
+    whole = make_task(BASE, random_source(BASE, 3), tmp_path / "whole")
+    assert equal(all_rows(Gptq(task), task), all_rows(Gptq(whole), whole))
 
 
 @pytest.mark.parametrize("tensor", ["layers.1.ffn.up_proj.weight", "embedding.weight", "final_norm.weight"])
@@ -226,6 +279,15 @@ def test_weights_that_are_not_finite_are_refused_by_name(tensor: str, tmp_path: 
     source.tensors[tensor].flat[2] = np.nan
     with pytest.raises(InputError, match=f"tensor '{tensor}' holds 1 NaN"):
         Gptq(make_task(BASE, source, tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_do_not_fit_the_type_are_refused_before_anything_is_kept(tmp_path: Path) -> None:
+    source = random_source(BASE, 3)
+    source.tensors["layers.1.ffn.down_proj.weight"][0, 0] = 1e5
+    with pytest.raises(InputError, match=r"layers\.1\.ffn\.down_proj\.weight' has the value 100000, which float16"):
+        Gptq(make_task(BASE, source, tmp_path, dtype="float16"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_activations_that_overflow_are_refused_by_name(tmp_path: Path) -> None:
@@ -236,3 +298,5 @@ def test_activations_that_overflow_are_refused_by_name(tmp_path: Path) -> None:
         pytest.raises(InputError, match=r"gives layers.0.retention inputs that are not finite"),
     ):
         Gptq(make_task(ABLATIONS["no_head_norm"], source, tmp_path))
+    # No other run would get further.
+    assert not list(tmp_path.glob("gptq-*"))

@@ -13,13 +13,15 @@ from retnet_tools.quantize import methods
 from retnet_tools.quantize.blockwise import quantize_rows
 from retnet_tools.quantize.calibration import CalibrationText
 from retnet_tools.quantize.methods import MethodSpec, MethodTask, RoundToNearest, find_method
+from retnet_tools.quantize.unfinished import Workplace
 from tests.helpers import BASE, random_source
 
 TEXT = CalibrationText(Calibration("text", "00" * 32, 8), np.arange(8)[None])
 
 
 def test_round_to_nearest_rounds_each_piece(tmp_path: Path) -> None:
-    task = MethodTask(BASE, random_source(BASE, 1), {}, np.dtype(np.float16), None, tmp_path, lambda *step: None)
+    work = Workplace(tmp_path)
+    task = MethodTask(BASE, random_source(BASE, 1), {}, np.dtype(np.float16), None, work, lambda *step: None)
     method = find_method("rtn", None).make(task)
     weight, format = np.random.default_rng(0).standard_normal((5, 40), np.float32), BlockFormat(4, 32, True)
     found = method.quantize("layers.0.ffn.up_proj.weight", weight, format, np.dtype(np.float16))

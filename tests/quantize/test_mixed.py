@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from retnet_tools.errors import UsageError
 from retnet_tools.graph.contract import WEIGHTS_FILE
 from retnet_tools.graph.export import ExportPlan, plan_export
+from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.graph.quantization import Scheme, TensorRule
 from retnet_tools.paper import paper_config
 from retnet_tools.quantize import mixed
@@ -19,6 +21,7 @@ from retnet_tools.quantize.budget import Budget, matrix_bytes
 from retnet_tools.quantize.mixed import plan_mixed
 from retnet_tools.quantize.plan import make_method, plan_quantization, write_quantized
 from retnet_tools.quantize.scheme import matrix_formats
+from retnet_tools.quantize.unfinished import Workplace
 from retnet_tools.weights import canonical_shapes
 from tests.exports import checkpoint
 from tests.helpers import BASE, random_source, random_tokens
@@ -38,7 +41,8 @@ def choose(
 ) -> ExportPlan:
     plan = plan or float_plan()
     text = as_text(random_tokens(plan.checkpoint.config, 2, 40, 7))
-    return plan_mixed(plan, scheme, budget, text, work=work, progress=quiet, **options)
+    with Workplace(work) as place:
+        return plan_mixed(plan, scheme, budget, text, work=place, progress=quiet, **options)
 
 
 def bits(plan: ExportPlan) -> float:
@@ -142,7 +146,33 @@ def test_what_was_predicted_is_noted_beside_what_was_measured(tmp_path: Path) ->
     )
     predicted, measured = map(float, match.groups())
     assert 0 < predicted < 3 * measured < 9 * predicted
-    assert plan.quantization.calibration == as_text(random_tokens(CONFIG, 2, 40, 7)).record
+    record, ids = plan.quantization.mixed_precision, random_tokens(CONFIG, 2, 40, 7)
+    assert f"{record.predicted_kl:.2e}" == match[1]
+    assert f"{record.measured_kl:.2e}" == match[2]
+    assert (record.target_bits, record.target_size) == (7.0, None)
+    assert record.text == replace(as_text(ids).record, ids_sha256=hashlib.sha256(ids.tobytes()).hexdigest())
+    # Codes are rounded to nearest: nothing was learnt but the types.
+    assert plan.quantization.calibration is None
+
+
+def test_what_was_measured_is_recorded_and_explains_the_choice(tmp_path: Path) -> None:
+    plan = choose(Budget(bits=7.0), tmp_path / "work")
+    record, formats = plan.quantization.mixed_precision, matrix_formats(plan.quantization.scheme, CONFIG)
+    found = {(names, entry.type): entry.mean_kl for entry in record.sensitivities for names in entry.matrices}
+    assert set(found) == {(name, kind) for name in formats for kind in ("int4", "int8")}
+    chosen = sum(found[name, f"int{format.bits}"] for name, format in formats.items() if format is not None)
+    assert record.predicted_kl == pytest.approx(chosen)
+    write_quantized(plan, tmp_path / "out", force=False, progress=lambda count: None)
+    assert read_manifest(tmp_path / "out").quantization == plan.quantization
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    worst = max(found, key=found.__getitem__)
+    assert "Types were chosen to keep to 7 bits a weight" in card
+    assert f"| {worst[0]} | {worst[1]} | {found[worst]:.2e} |" in card
+
+
+def test_int8_that_is_too_large_points_to_int4(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--target-bits 5 cannot be met; .*int8 wherever.*; --quantize int4, larger"):
+        choose(Budget(bits=5.0), tmp_path, scheme=replace(SCHEME, type="int8"))
 
 
 def test_a_calibrated_method_makes_the_codes_of_a_mixed_plan(tmp_path: Path) -> None:
@@ -150,10 +180,12 @@ def test_a_calibrated_method_makes_the_codes_of_a_mixed_plan(tmp_path: Path) -> 
     text = as_text(random_tokens(CONFIG, 2, 40, 7))
     with pytest.raises(UsageError, match="--method gptq without a text"):
         write_quantized(plan, tmp_path / "out", force=False, progress=lambda count: None)
-    method = make_method(plan, text, work=tmp_path / "work")
+    method = make_method(plan, text, work=Workplace(tmp_path / "work"))
     manifest = write_quantized(plan, tmp_path / "out", force=False, progress=lambda count: None, method=method)
     assert manifest.quantization.scheme.method == "gptq"
     assert manifest.quantization.scheme.tensor_types
+    assert manifest.quantization.calibration == text.record
+    assert manifest.quantization.mixed_precision.text.tokens == 80
 
 
 def test_patterns_fit_the_names_they_were_made_of_and_no_others() -> None:

@@ -18,7 +18,7 @@ from retnet_tools.graph import contract
 from retnet_tools.graph.export import plan_export, write_export
 from retnet_tools.graph.exported import plan_of_export
 from retnet_tools.graph.manifest import read_manifest
-from retnet_tools.graph.quantization import BlockFormat, Calibration, Quality, Scheme
+from retnet_tools.graph.quantization import BlockFormat, Calibration, HalfScheme, Quality, Quantization, Scheme
 from retnet_tools.graph.reader import read_graphs
 from retnet_tools.graph.stored import StoredTensor, stored_bytes
 from retnet_tools.quantize import methods
@@ -28,10 +28,11 @@ from retnet_tools.quantize.card import update_record
 from retnet_tools.quantize.methods import MethodSpec, RoundToNearest
 from retnet_tools.quantize.plan import make_method, plan_half, plan_quantization, plan_target, write_quantized
 from retnet_tools.quantize.scheme import SchemeOptions, make_scheme
+from retnet_tools.quantize.unfinished import Workplace
 from retnet_tools.runtime.session import DecoderSession
 from tests.exports import checkpoint, export
 from tests.helpers import ABLATIONS, BASE, MemorySource, random_source, random_tokens
-from tests.quantized import quantize
+from tests.quantized import decoded_source, quantize
 from tests.tolerances import GRAPH_FLOAT32
 
 
@@ -85,8 +86,36 @@ def test_half_precision_equals_an_export_in_it(ops: str, dtype: str, target: str
     folder = export(BASE, source, tmp_path / "float", ops=ops, target=target)
     plan = plan_half(plan_of_export(folder), dtype)
     write_quantized(plan, tmp_path / "half", force=False, progress=lambda count: None)
-    expected = export(BASE, source, tmp_path / "expected", ops=ops, dtype=dtype, target=target)
-    assert contents(tmp_path / "half") == contents(expected)
+    expected = contents(export(BASE, source, tmp_path / "expected", ops=ops, dtype=dtype, target=target))
+    found = contents(tmp_path / "half")
+    assert found.keys() - expected.keys() == {"README.md"}
+    assert {name: found[name] for name in expected if name != "retnet.json"} == {
+        name: content for name, content in expected.items() if name != "retnet.json"
+    }
+    manifest = read_manifest(tmp_path / "half")
+    assert replace(manifest, quantization=None) == read_manifest(tmp_path / "expected")
+    sizes = [(tmp_path / name / contract.WEIGHTS_FILE).stat().st_size for name in ("float", "half")]
+    assert manifest.quantization == Quantization(HalfScheme(dtype), *sizes)
+    card = found["README.md"].decode()
+    assert f"{dtype} weights and activations, rtn" in card
+    assert f"| matrices | 18 {dtype} |" in card
+    assert f"{sizes[1] / sizes[0]:.1%} of" in card
+
+
+def test_a_state_does_not_depend_on_how_a_half_type_was_asked_for(tmp_path: Path) -> None:
+    source = random_source(BASE, 3)
+    plan = plan_half(plan_of_export(export(BASE, source, tmp_path / "float")), "float16")
+    write_quantized(plan, tmp_path / "half", force=False, progress=lambda count: None)
+    exported = export(BASE, source, tmp_path / "expected", dtype="float16")
+    assert read_manifest(tmp_path / "half").fingerprint() == read_manifest(exported).fingerprint()
+
+
+def test_half_precision_weights_can_be_quantized(tmp_path: Path) -> None:
+    plan = plan_half(plan_of_export(export(BASE, random_source(BASE, 3), tmp_path / "float")), "float16")
+    write_quantized(plan, tmp_path / "half", force=False, progress=lambda count: None)
+    record = read_manifest(quantize(tmp_path / "half", tmp_path / "out", "int4")).quantization
+    assert record.scheme.type == "int4"
+    assert record.float_bytes == (tmp_path / "half" / contract.WEIGHTS_FILE).stat().st_size
 
 
 def test_the_record_reads_back_and_counts_the_bytes(tmp_path: Path) -> None:
@@ -95,8 +124,8 @@ def test_the_record_reads_back_and_counts_the_bytes(tmp_path: Path) -> None:
     before, after = read_manifest(folder), read_manifest(out)
     assert before.quantization is None
     assert after.quantization.scheme == Scheme("int4", 32)
-    assert after.quantization.float_bytes == sum(length for _, length in places(folder).values())
-    assert after.quantization.weight_bytes == sum(length for _, length in places(out).values())
+    assert after.quantization.float_bytes == (folder / contract.WEIGHTS_FILE).stat().st_size
+    assert after.quantization.weight_bytes == (out / contract.WEIGHTS_FILE).stat().st_size
     assert replace(after, quantization=None) == before
 
 
@@ -152,8 +181,8 @@ def test_a_tied_embedding_is_stored_once(ops: str, kind: str, symmetric: bool, t
         others = sorted(set(found.values()))
         assert all(start + length <= after for (start, length), (after, _) in itertools.pairwise(others))
     assert places(out, contract.STEP_FILE) == places(out, contract.PREFILL_FILE)
-    listed = read_graphs(out, [contract.STEP_FILE]).tensors
-    assert sum(listed.info(name).nbytes for name in listed.names()) == read_manifest(out).quantization.weight_bytes
+    last = max(start + length for start, length in places(out).values())
+    assert last == read_manifest(out).quantization.weight_bytes == (out / contract.WEIGHTS_FILE).stat().st_size
 
 
 def test_what_is_no_matrix_stays_as_it_was(tmp_path: Path) -> None:
@@ -261,6 +290,89 @@ def test_codes_from_elsewhere_can_be_written(tmp_path: Path) -> None:
         assert np.isfinite(session.step(np.array([3]), session.new_state())).all()
 
 
+def test_a_new_export_takes_the_card_of_a_quantized_one_away_and_leaves_other_readmes(tmp_path: Path) -> None:
+    folder = export(BASE, random_source(BASE, 4), tmp_path / "float")
+    out = quantize(folder, tmp_path / "out", "int4")
+    write_export(plan_of_export(folder), out, force=True, progress=lambda count: None)
+    assert contents(out) == contents(folder)
+    for record in (None, "int4"):
+        other = tmp_path / f"other-{record}"
+        quantize(folder, other, "int4") if record else export(BASE, random_source(BASE, 4), other)
+        (other / "README.md").write_text("# My model\n")
+        write_export(plan_of_export(folder), other, force=True, progress=lambda count: None)
+        assert (other / "README.md").read_text() == "# My model\n"
+
+
+def test_a_card_does_not_take_the_place_of_somebody_elses_readme(tmp_path: Path) -> None:
+    folder = export(BASE, random_source(BASE, 4), tmp_path / "float")
+    out = export(BASE, random_source(BASE, 4), tmp_path / "out")
+    (out / "README.md").write_text("# My model\n")
+    before = contents(out)
+    for kind in ("int4", "float16"):
+        plan = plan_target(plan_of_export(folder), kind, SchemeOptions())
+        with pytest.raises(UsageError, match=r"README.md is no card that this command wrote; .*move it away"):
+            write_quantized(plan, out, force=True, progress=lambda count: None)
+    assert contents(out) == before
+
+
+def test_an_export_is_not_written_over_itself(tmp_path: Path) -> None:
+    folder = export(BASE, random_source(BASE, 4), tmp_path / "float")
+    (tmp_path / "link").symlink_to(folder)
+    before = contents(folder)
+    plan = plan_quantization(plan_of_export(folder), Scheme("int4", 64))
+    for out in (folder, tmp_path / "link"):
+        with pytest.raises(UsageError, match="is both input and output; expected another output"):
+            write_quantized(plan, out, force=True, progress=lambda count: None)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("dtype", "action"), [("float16", "use --quantize bf16, or keep float32"), ("bfloat16", "keep float32")]
+)
+def test_weights_that_a_half_type_cannot_hold_are_refused_with_what_quantize_has(
+    dtype, action: str, tmp_path: Path
+) -> None:
+    source = random_source(BASE, 11)
+    source.tensors["final_norm.weight"][3] = 3.4e38
+    plan = plan_half(plan_of_export(export(BASE, source, tmp_path / "float")), dtype)
+    with pytest.raises(InputError, match=r"'final_norm.weight' has the value 3.4e.38, which") as refusal:
+        write_quantized(plan, tmp_path / "out", force=False, progress=lambda count: None)
+    assert refusal.value.action == action
+
+
+def test_content_of_another_length_is_refused_by_name(tmp_path: Path) -> None:
+    plan = plan_export(checkpoint(BASE, random_source(BASE, 9)), dtype="float32", ops="fused")
+
+    def short(tensor: StoredTensor) -> Iterator[np.ndarray]:
+        yield np.zeros(stored_bytes(tensor) - (tensor.name == "final_norm.weight"), dtype=np.uint8)
+
+    with pytest.raises(
+        InputError, match=r"127 bytes for tensor 'final_norm.weight'; expected 128, by its shape \[32\]"
+    ):
+        write_export(plan, tmp_path / "out", force=False, progress=lambda count: None, read=short)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_blocks_with_inexact_scales_are_recorded(tmp_path: Path) -> None:
+    source = random_source(BASE, 16)
+    source.tensors["layers.0.ffn.up_proj.weight"][5, :32] = 1e-5
+    folder = export(BASE, source, tmp_path / "float", dtype="float16")
+    out = quantize(folder, tmp_path / "out", "int8", block_size=32)
+    assert read_manifest(out).quantization.coarse_blocks == 1
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "1 blocks have weights so small that their scale is below the normal numbers of float16" in card
+    decoded = decoded_source(BASE, out / contract.STEP_FILE).tensors["layers.0.ffn.up_proj.weight"]
+    assert (decoded[5, :32] > 0).all()
+
+
+def test_fewer_tokens_than_inputs_are_noted(tmp_path: Path) -> None:
+    plan = plan_export(checkpoint(BASE, random_source(BASE, 9)), dtype="float32", ops="fused")
+    for tokens, noted in ((47, True), (48, False)):
+        text = CalibrationText(Calibration("text", "00" * 32, tokens), np.zeros((1, tokens), dtype=np.int64))
+        notes = plan_quantization(plan, Scheme("int4", 64, method="gptq"), text).notes
+        assert any(f"{tokens} tokens to calibrate on are fewer than the 48 inputs" in n for n in notes) == noted
+
+
 class _Learned(RoundToNearest):
     def __init__(self, seen: list) -> None:
         self.seen = seen
@@ -288,7 +400,7 @@ def test_a_calibrated_method_sees_every_matrix_under_its_name(tmp_path: Path, mo
     quantized = plan_quantization(plan, scheme, text)
     with pytest.raises(UsageError, match="--method learned without a text"):
         write_quantized(quantized, tmp_path / "out", force=False, progress=lambda count: None)
-    method = make_method(quantized, text, work=tmp_path / "work")
+    method = make_method(quantized, text, work=Workplace(tmp_path / "work"))
     manifest = write_quantized(quantized, tmp_path / "out", force=False, progress=lambda count: None, method=method)
     assert manifest.quantization.calibration == text.record
     assert made == [(BASE, sorted(source.names()), text, {BlockFormat(4, 64, True)}, np.float32)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from retnet_tools.distributions import mean_kl
+from retnet_tools.errors import InputError
 from retnet_tools.graph.quantization import BlockFormat
 from retnet_tools.model.retention import retention_chunkwise
 from retnet_tools.model.retnet import load_model
@@ -69,13 +71,59 @@ def test_weights_have_the_type_of_the_export(tmp_path: Path) -> None:
     assert found[trial] == pytest.approx(divergence(BASE, {trial.names[0]: INT4}, ids, np.float16), rel=1e-3)
 
 
-def test_only_some_tokens_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_some_sequences_from_all_over_the_text_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sensitivity, "TOKENS", 80)
-    trial = Trial(("lm_head.weight",), INT4)
-    measured = Sensitivity(make_task(BASE, random_source(BASE, 3), tmp_path), [trial])
-    assert measured.tokens == 80
-    expected = divergence(BASE, {trial.names[0]: INT4}, random_tokens(BASE, 3, 40, 7)[:2])
-    assert measured.measure()[trial] == pytest.approx(expected, rel=1e-3)
+    trial, ids = Trial(("lm_head.weight",), INT4), random_tokens(BASE, 7, 40, 7)
+    task = make_task(BASE, random_source(BASE, 3), tmp_path, sequences=ids)
+    measured, chosen = Sensitivity(task, [trial]), ids[[0, 3]]
+    assert measured.text.tokens == 80
+    assert measured.text.ids_sha256 == hashlib.sha256(chosen.astype("<i8").tobytes()).hexdigest()
+    assert measured.measure()[trial] == pytest.approx(divergence(BASE, {trial.names[0]: INT4}, chosen), rel=1e-3)
+
+
+def test_few_logits_at_a_time_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trial, source = Trial(("lm_head.weight",), INT4), random_source(BASE, 3)
+    whole = Sensitivity(make_task(BASE, source, tmp_path / "a"), [trial]).measure()[trial]
+    monkeypatch.setattr(sensitivity, "_LOGITS", 7 * BASE.vocab_size + 1)
+    rows: list[int] = []
+    logits = sensitivity.Head.logits
+    monkeypatch.setattr(sensitivity.Head, "logits", lambda head, x: rows.append(x.shape[1]) or logits(head, x))
+    found = Sensitivity(make_task(BASE, source, tmp_path / "b"), [trial]).measure()[trial]
+    assert found == pytest.approx(whole, rel=1e-6)
+    assert max(rows) == 7
+    assert sum(rows) == 2 * 120
+
+
+def test_the_float_head_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    original = sensitivity.FloatWeights.read
+    monkeypatch.setattr(
+        sensitivity.FloatWeights, "read", lambda weights, name: read.append(name) or original(weights, name)
+    )
+    trials = [Trial((f"layers.{i}.retention.{part}_proj.weight",), INT4) for i in (0, 1) for part in "qkv"]
+    Sensitivity(make_task(BASE, random_source(BASE, 3), tmp_path), trials).measure()
+    assert read.count("lm_head.weight") == 1
+
+
+def test_logits_that_are_not_finite_are_refused_and_nothing_is_kept(tmp_path: Path) -> None:
+    config = ABLATIONS["no_head_norm"]
+    source = random_source(config, 3)
+    source.tensors["layers.0.retention.v_proj.weight"] *= np.float32(1e38)
+    trial = Trial(("layers.1.ffn.up_proj.weight",), INT4)
+    with (
+        np.errstate(all="ignore"),
+        pytest.raises(InputError, match=r"gives lm_head.weight inputs or logits that are not finite in float32"),
+    ):
+        Sensitivity(make_task(config, source, tmp_path), [trial]).measure()
+    assert not list(tmp_path.glob("sensitivity-*"))
+
+
+def test_weights_that_are_not_finite_are_refused_before_anything_is_kept(tmp_path: Path) -> None:
+    source = random_source(BASE, 3)
+    source.tensors["layers.1.ffn.up_proj.weight"][0, 0] = np.nan
+    with pytest.raises(InputError, match="holds 1 NaN"):
+        Sensitivity(make_task(BASE, source, tmp_path), [Trial(("lm_head.weight",), INT4)])
+    assert list(tmp_path.iterdir()) == []
 
 
 class Stopped(Exception):

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from retnet_tools.graph.manifest import read_manifest
+from tests.exports import export
+from tests.helpers import ABLATIONS, random_source
+from tests.tolerances import FLOAT16_KL
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "shakespeare"
 HELD_OUT = FIXTURE / "heldout.txt"
@@ -65,20 +68,76 @@ def test_a_checkpoint_is_the_parent_of_what_export_quantizes(tmp_path: Path, cli
     assert 0 < record.quality.mean_kl < 1e-3
 
 
+def test_half_precision_is_measured_too(folder: Path, tmp_path: Path, cli) -> None:
+    arguments = ["--quantize", "fp16", "--text", HELD_OUT, "--text-tokens", 1500]
+    result = cli("quantize", folder, "-o", tmp_path / "q", *arguments)
+    assert result.exit_code == 0
+    assert "of float32: float16 weights and activations, rtn" in result.out
+    quality = read_manifest(tmp_path / "q").quantization.quality
+    assert 0 < quality.mean_kl < FLOAT16_KL
+    assert f"{quality.perplexity:.4f}" in (tmp_path / "q" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_hash_is_of_the_bytes_whatever_ends_a_line(folder: Path, tmp_path: Path, cli) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(HELD_OUT.read_bytes()[:6000].replace(b"\n", b"\r\n"))
+    arguments = ["--quantize", "int8", "--text", text, "--json"]
+    quality = json.loads(cli("quantize", folder, "-o", tmp_path / "q", *arguments).out)["quality"]
+    assert quality["sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()
+    report = json.loads(cli("perplexity", folder, "--text", text, "--json").out)
+    assert quality["float_perplexity"] == pytest.approx(report["model"]["mean_ppl"]["value"], rel=1e-6)
+
+
+def without_tokenizer(folder: Path, tmp_path: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    manifest = json.loads((folder / "retnet.json").read_text())
+    manifest["tokenizer_files"].remove("tokenizer.json")
+    (folder / "retnet.json").write_text(json.dumps(manifest))
+
+
+def short_text(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("To be, or not to be")
+
+
 @pytest.mark.parametrize(
-    ("arguments", "code", "message"),
+    ("arguments", "prepare", "code", "message"),
     [
-        (["--quantize", "fp16", "--text", HELD_OUT], 2, "--text with float16; expected int8 or int4"),
-        (["--quantize", "int8", "--text", "missing.txt"], 5, "missing.txt"),
+        (["bf16", "--text", HELD_OUT], None, 2, "--text with bfloat16, for which ONNX Runtime has no CPU kernels"),
+        (["int8", "--text", "missing.txt"], None, 5, "no file missing.txt"),
+        (["int8", "--text-tokens", 9], None, 2, "--text-tokens without a text"),
+        (["int8", "--text", HELD_OUT, "--text-tokens", 100], None, 2, "a text of 100 tokens; expected at least 258"),
+        (["int8", "--text", "{tmp}/short.txt"], short_text, 2, "expected at least 258"),
+        (["int8", "--text", HELD_OUT], without_tokenizer, 2, "which has no tokenizer.json; expected one, to read it"),
+        (
+            ["int4", "--method", "gptq", "--calibration", HELD_OUT, "--text", HELD_OUT],
+            None,
+            2,
+            "heldout.txt is the text to calibrate on and the one to measure on; expected two texts",
+        ),
     ],
 )
-def test_what_cannot_be_measured_is_refused_before_anything_is_written(
-    arguments: list[str], code: int, message: str, folder: Path, tmp_path: Path, cli
+def test_what_cannot_be_measured_is_refused_before_anything_is_done(
+    arguments: list, prepare, code: int, message: str, folder: Path, tmp_path: Path, cli, monkeypatch
 ) -> None:
-    result = cli("quantize", folder, "-o", tmp_path / "q", *arguments)
+    if prepare is not None:
+        prepare(folder, tmp_path)
+    monkeypatch.setattr("retnet_tools.quantize.plan.plan_quantization", lambda *a, **k: pytest.fail("planned"))
+    words = [str(word).replace("{tmp}", str(tmp_path)) for word in arguments]
+    result = cli("quantize", folder, "-o", tmp_path / "q", "--quantize", *words)
     assert (result.exit_code, result.out) == (code, "")
     assert message in result.err
     assert result.err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["float"]
+
+
+def test_float_weights_and_a_stack_are_not_measured(tmp_path: Path, cli) -> None:
+    result = cli("export", FIXTURE, "-o", tmp_path / "q", "--text", HELD_OUT)
+    assert result.exit_code == 2
+    assert "--text with float32; expected --quantize with a type" in result.err
+    stack = export(ABLATIONS["stack"], random_source(ABLATIONS["stack"], 1), tmp_path / "stack")
+    result = cli("quantize", stack, "-o", tmp_path / "q", "--quantize", "int8", "--text", HELD_OUT)
+    assert result.exit_code == 2
+    assert "--text for a stack without embedding" in result.err
     assert not (tmp_path / "q").exists()
 
 

@@ -20,10 +20,9 @@ from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.graph.ops import FusedOps
 from retnet_tools.graph.probes import COPY_FILE, PRODUCT_FILE, ProductShape, copy_graph, product_graph
 from retnet_tools.graph.quantization import Scheme
-from retnet_tools.graph.stored import stored_bytes
 from retnet_tools.graph.transformer import TRANSFORMER_FILE, TransformerBuilder, TransformerConfig, transformer_shapes
 from retnet_tools.graph.weighted import BuiltGraph
-from retnet_tools.graph.writer import float_blocks, write_graph, write_weights
+from retnet_tools.graph.writer import file_bytes, float_blocks, write_graph, write_weights
 from retnet_tools.paper import VOCABULARY_SIZE, model_size
 from retnet_tools.quantize.contents import QuantizedContents
 from retnet_tools.quantize.methods import RoundToNearest
@@ -148,7 +147,7 @@ def make_model(options: ModelOptions, scratch: Path, progress: Progress, *, copi
     manifest = read_manifest(folder)
     if not {STEP_FILE, PREFILL_FILE} <= set(manifest.graphs):
         raise UsageError(f"{folder} has no {STEP_FILE}", "an export for ONNX Runtime", "export with --to onnx")
-    scheme = None if manifest.quantization is None else manifest.quantization.scheme
+    scheme = None if manifest.quantization is None else manifest.quantization.blocks
     if plan is None and scheme is None:
         plan = plan_of_export(folder)
     return Model(
@@ -204,7 +203,7 @@ def _write(
         graphs = {name: quantize_graph(graph, ops, formats, shapes, level) for name, graph in graphs.items()}
         read = QuantizedContents(source, RoundToNearest(), precision.dtype)
     tensors = {name: tensor for graph in graphs.values() for name, tensor in graph.stored.items()}
-    marker, required = next(iter(graphs)), sum(map(stored_bytes, tensors.values()))
+    marker, required = next(iter(graphs)), file_bytes(tensors.values())
     with staged_folder(folder, marker=marker, required_bytes=required) as partial:
         places = write_weights(partial / WEIGHTS_FILE, tensors.values(), read, progress=lambda count: None)
         for name, graph in graphs.items():
