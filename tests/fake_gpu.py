@@ -108,10 +108,6 @@ class FakeGpu:
         """The JSON that a program prints in its last line."""
         return json.loads(self.run(program, *arguments).stdout.splitlines()[-1])
 
-    def evaluate_document(self, program: str, *arguments: object) -> Any:
-        """The JSON that a program prints, on several lines."""
-        return json.loads(self.run(program, *arguments).stdout)
-
 
 COUNTS = """
 import ctypes

@@ -75,34 +75,3 @@ def test_it_runs_kernel_by_kernel_where_that_is_asked_for(folder: Path) -> None:
     program = OPEN + "cache = session.new_cache(1, 32)\n"
     program += "print(json.dumps([session.eager_reason, feed(cache, 1), feed(cache, 1)]))"
     assert FakeGpu().evaluate(program, folder, "False") == ["it was asked for", [0, 0], [0, 0]]
-
-
-@pytest.mark.slow
-@needs_fake_gpu
-def test_rows_say_which_steps_were_captured_and_what_memory_they_took(tmp_path: Path) -> None:
-    """The whole command on a GPU that computes nothing."""
-    arguments = (
-        "bench",
-        "--device",
-        "cuda",
-        "--dtype",
-        "fp16",
-        "--against",
-        "transformer",
-        "--quick",
-        "-p",
-        9,
-        "-n",
-        4,
-    )
-    arguments += ("-r", 2, "-b", "1,64", "--folder", tmp_path, "--json")
-    run = lambda *more: FakeGpu().evaluate_document("-m retnet_tools.cli.app", *arguments, *more)  # noqa: E731
-    for captured, document in ((True, run()), (False, run("--no-cuda-graph"))):
-        assert document["skipped"] == []
-        assert len(document["rows"]) == 8
-        for row in document["rows"]:
-            assert row["device"] == "cuda"
-            assert row["cuda_graph"] is (captured if row["kind"] == "decode" else None)
-            # Of the process alone: weights in float16 and what came on top.
-            assert 2 * 4e6 < row["device_bytes"] < 2e8
-            assert row["state_buffers"] == (2 if row["implementation"] == "retnet" else 1)

@@ -62,12 +62,14 @@ def run_benchmark(
     if not rows and skipped:
         raise RetNetToolsError(f"no test of {model.name} could be measured: {skipped[0].reason}")
     summary = _summary(model, implementations[0].subject.traffic)
+    # RetNet may have gone to the CPU where that was allowed.
+    ran_on = rows[0].device if rows else device.kind
     return BenchReport(
         summary,
         this_machine(),
         options,
-        device.kind,
-        device_name(device),
+        ran_on,
+        device_name(device) if ran_on == device.kind else None,
         tuple(with_measured_memory(rows)),
         tuple(skipped),
     )
