@@ -71,7 +71,7 @@ class Traffic:
 
     def _chunk(self, tokens: int) -> float:
         """Tokens of the chunk that a token of a prompt is in, mean over the prompt."""
-        size = tokens if self.chunk_size is None else min(tokens, self.chunk_size)
+        size = tokens if self.chunk_size is None else self.chunk_size
         rest = tokens % size
         return ((tokens - rest) * size + rest**2) / tokens
 
