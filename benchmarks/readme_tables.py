@@ -13,74 +13,56 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+
+from readme_cells import (
+    ALTERNATIVES,
+    Document,
+    deviating,
+    gigabytes,
+    memory,
+    number,
+    origin,
+    sequence,
+    skipped,
+    spread,
+    table,
+    threads,
+    title,
+    weights,
+)
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks" / "bench"
-Row = dict[str, Any]
-Document = dict[str, Any]
+SCHEMA_VERSION = 3
+TYPES = ("float32", "float16", "int8", "int4")
 LONG_CONTEXT = 8192
 """The paper's headline is about this many tokens."""
-NAMES = {"retnet": "RetNet", "torch": "torch, recurrent form"}
-ALTERNATIVES = {"transformer": "Transformer", "transformer-gqa": "Transformer, a quarter of the KV heads"}
 
 
 def load(device: str, name: str) -> Document | None:
     """A record, or None."""
     path = FOLDER / f"{device}-{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read(path) if path.is_file() else None
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def read(path: Path) -> Document:
+    """A record; ends the program where it is of another version."""
+    document: Document = json.loads(path.read_text(encoding="utf-8"))
+    if document["schema_version"] != SCHEMA_VERSION:
+        sys.exit(f"{path.name} has schema version {document['schema_version']}, not {SCHEMA_VERSION}: record it again")
+    return document
 
 
-def origin(*documents: Document) -> str:
-    """What it was measured on, and the commands."""
-    first = documents[0]
-    machine = first["machine"]
-    memory = "" if machine["memory_bytes"] is None else f", {machine['memory_bytes'] / 2**30:.0f} GiB"
-    device = f"{first['device_name']}; " if first["device_name"] else ""
-    days = sorted({document["recorded"] for document in documents})
-    commands = "\n".join(document["command"] for document in documents)
-    text = f"{device}{machine['processor']}, {machine['cores']} cores{memory}; {' and '.join(days)}:"
-    return f"{text}\n\n```\n{commands}\n```"
-
-
-def title(row: Row) -> str:
-    name = row["implementation"]
-    return (NAMES | ALTERNATIVES)[name]
-
-
-def weights(row: Row) -> str:
-    return row["quantization"] or row["dtype"]
-
-
-def spread(row: Row) -> str:
-    deviation = row["tokens_per_second_std"]
-    return f"{number(row['tokens_per_second'])}" + ("" if deviation is None else f" ± {number(deviation)}")
-
-
-def number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def gigabytes(count: float | None) -> str:
-    return "-" if count is None else f"{count / 1e9:.2f}"
-
-
-def memory(row: Row) -> float | None:
-    return row["peak_resident_bytes"] if row["device_bytes"] is None else row["device_bytes"]
+def loaded(device: str, names: Iterable[str]) -> list[Document]:
+    """The records that are there."""
+    return [document for name in names if (document := load(device, name))]
 
 
 def decoding(device: str) -> str | None:
     """One sequence, in every type."""
-    names = ("float32", "float16", "int8", "int4")
-    documents = [document for name in names if (document := load(device, name))]
+    documents = loaded(device, TYPES)
     if not documents:
         return None
     rows = [row for document in documents for row in document["rows"] if row["kind"] == "decode"]
@@ -88,7 +70,7 @@ def decoding(device: str) -> str | None:
         [
             title(row),
             weights(row),
-            str(row["threads"] or "all"),
+            threads(row),
             spread(row),
             f"{row['ms_per_token_p50']:.1f}",
             f"{row['ms_per_token_p99']:.1f}",
@@ -99,14 +81,14 @@ def decoding(device: str) -> str | None:
         ]
         for row in rows
     ]
-    headings = ("", "weights", "threads", "tokens/s", "ms p50", "ms p99", "GB a token", "GB/s read", "of that limit")
+    limit = "GB/s read" if device == "cpu" else "GB/s copied"
+    headings = ("", "weights", "threads", "tokens/s", "ms p50", "ms p99", "GB a token", limit, "of that limit")
     return f"{table((*headings, 'GB in use'), lines)}\n\n{origin(*documents)}"
 
 
 def prompts(device: str) -> str | None:
     """Prompts: RetNet in every type, and beside the Transformer."""
-    names = ("float32", "float16", "int8", "int4", "transformer-prompt")
-    documents = [document for name in names if (document := load(device, name))]
+    documents = loaded(device, (*TYPES, "transformer-prompt"))
     rows = [row for document in documents for row in document["rows"] if row["kind"] == "prefill"]
     if not rows:
         return None
@@ -114,7 +96,7 @@ def prompts(device: str) -> str | None:
         [
             title(row),
             weights(row),
-            str(row["threads"] or "all"),
+            threads(row),
             row["test"],
             spread(row),
             number(row["ms_to_first_token"]),
@@ -132,7 +114,7 @@ def against_transformer(device: str) -> str | None:
     if document is None:
         return None
     rows = [row for row in document["rows"] if row["depth"] == LONG_CONTEXT]
-    state = {row["test"]: row["state_bytes_per_sequence"] for row in rows if row["implementation"] == "retnet"}
+    state = {row["test"]: sequence(row) for row in rows if row["implementation"] == "retnet"}
     lines = [
         [
             title(row),
@@ -140,14 +122,18 @@ def against_transformer(device: str) -> str | None:
             str(row["batch"]),
             spread(row),
             "" if row["retnet_speedup"] is None else f"{row['retnet_speedup']:.2f} times",
-            gigabytes(row["state_bytes_per_sequence"]),
-            "" if row["retnet_speedup"] is None else f"{state[row['test']] / row['state_bytes_per_sequence']:.1%}",
+            gigabytes(sequence(row)),
+            f"{state[row['test']] / sequence(row):.1%}" if title(row) != "RetNet" and row["test"] in state else "",
+            gigabytes(row.get("memory_per_sequence")),
             gigabytes(memory(row)),
         ]
         for row in rows
     ]
-    headings = ("", "context", "batch", "tokens/s", "RetNet is as fast", "GB a sequence", "RetNet's part", "GB in use")
-    return f"{table(headings, lines)}\n\n{_skipped(document)}{origin(document)}"
+    headings = (
+        *("", "context", "batch", "tokens/s", "RetNet is as fast", "GB a sequence, computed", "RetNet's part of that"),
+        *("GB a sequence, measured over batches", "GB in use"),
+    )
+    return "\n\n".join(filter(None, (table(headings, lines), skipped(document), origin(document))))
 
 
 def contexts(device: str) -> str | None:
@@ -169,45 +155,53 @@ def contexts(device: str) -> str | None:
     for name in others:
         headings += [f"{ALTERNATIVES[name]} tokens/s", "GB"]
     picture = f"![Latency, throughput and memory against context and batch](benchmarks/bench/{device}-context.svg)"
-    note = "`-`: does not fit into memory." if document["skipped"] else ""
-    return "\n\n".join(filter(None, (picture, table(headings, lines), note, origin(document))))
+    return "\n\n".join(filter(None, (picture, table(headings, lines), skipped(document), origin(document))))
 
 
 def positions(device: str) -> str | None:
     """Decoding far out."""
-    documents = [document for name in ("flat", "flat-float32") if (document := load(device, name))]
+    documents = loaded(device, ("flat", "flat-float32"))
     if not documents:
         return None
     lines = []
     for document in documents:
-        flat = document["flat"]
+        flat, model = document["flat"], document["model"]
         lines.append(
             [
-                document["model"]["quantization"] or document["model"]["dtype"],
+                weights(model),
                 *(f"{place['ms_per_token']:.2f}" for place in flat["positions"]),
                 f"{flat['difference']:+.2f} ({flat['difference_low']:+.2f} to {flat['difference_high']:+.2f})",
+                f"{flat['largest_share']:.1%}",
                 " / ".join("-" if p["max_abs"] is None else f"{p['max_abs']:.1e}" for p in flat["positions"]),
+                f"{max(p['logits_scale'] for p in flat['positions']):.3g}",
             ]
         )
     places = [f"ms at {place['position']:,}" for place in documents[0]["flat"]["positions"]]
-    headings = ["weights", *places, "ms over the range (95%)", "logits from float64 at each"]
+    headings = ["weights", *places, "ms over the range (95%)", "at most, of a step"]
+    headings += ["largest difference of a logit from the float weights' in float64, at each", "largest logit"]
     return f"{table(headings, lines)}\n\n{origin(*documents)}"
 
 
 def operators(device: str) -> str | None:
     """Where a step's time goes."""
-    documents = [d for name in ("float32", "float16", "int8", "int4") if (d := load(device, name)) and d["profile"]]
+    documents = [document for document in loaded(device, TYPES) if document["profile"]]
     if not documents:
         return None
-    names = [document["model"]["quantization"] or document["model"]["dtype"] for document in documents]
-    shares = [{entry["operator"]: entry for entry in document["profile"]} for document in documents]
+    names = [weights(document["model"]) for document in documents]
+    profiles = [document["profile"] for document in documents]
+    shares = [{entry["operator"]: entry for entry in profile["operators"]} for profile in profiles]
     total = {name: sum(part[name]["share"] for part in shares if name in part) for part in shares for name in part}
     lines = [
         [name, *(f"{part[name]['ms']:.2f} ({part[name]['share']:.1%})" if name in part else "" for part in shares)]
         for name in sorted(total, key=lambda name: -total[name])
         if total[name] > 0.01 * len(shares)
     ]
-    return table(["operator, ms a step", *names], lines)
+    outside = [f"{p['outside_ms']:.2f} ({p['outside_ms'] / p['ms']:.1%})" for p in profiles]
+    lines += [["outside operators", *outside], ["the whole step, profiled", *(f"{p['ms']:.2f}" for p in profiles)]]
+    kind = "ms a step" if device == "cpu" else "ms to launch a step, kernel by kernel"
+    first = profiles[0]
+    case = f"Profiled: {first['test']}, batch {first['batch']}, {first['threads'] or 'all'} threads."
+    return f"{table([f'operator, {kind}', *names], lines)}\n\n{case}"
 
 
 def official(device: str) -> str | None:
@@ -217,15 +211,22 @@ def official(device: str) -> str | None:
         return None
     document = json.loads(path.read_text(encoding="utf-8"))
     lines = [
-        [entry["implementation"], number(entry["ms_per_token"]), f"{entry['times_official']:.2f}"]
-        for entry in document["results"]
+        [entry["implementation"], deviating(entry), f"{entry['times_official']:.2f}"] for entry in document["results"]
     ]
-    return table(["", "ms a token", "times as fast"], lines)
+    about = f"{document['size']}, {document['threads']} threads, torch {document['libraries']['torch']}."
+    return f"{table(['', 'ms a token', 'times as fast'], lines)}\n\n{about} {origin(document)}"
 
 
-def _skipped(document: Document) -> str:
-    notes = [f"{s['implementation']} at batch {s['batch']}: {s['reason']}." for s in document["skipped"]]
-    return "\n".join(notes) + ("\n\n" if notes else "")
+def recorded(_: str) -> str:
+    """How far the figures can be trusted, in a sentence."""
+    documents = [read(path) for path in sorted(FOLDER.glob("*.json"))]
+    if not documents:
+        return "No run on a quiet machine has been recorded yet."
+    rows = sum(len(document["rows"]) for document in documents)
+    noisy = sum(len(document["noisy"]) for document in documents)
+    days = sorted({document["recorded"] for document in documents})
+    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    return f"Recorded {when}: {rows} rows, of which {noisy} deviate by more than 5% between repetitions."
 
 
 PARTS: dict[str, Callable[[str], str | None]] = {
@@ -238,6 +239,7 @@ PARTS: dict[str, Callable[[str], str | None]] = {
     "operators": operators,
 }
 SECTIONS = {f"{device}-{name}": (device, part) for device in ("cpu", "cuda") for name, part in PARTS.items()}
+SECTIONS |= {"recorded": ("", recorded)}
 
 
 def rewritten(text: str) -> str:

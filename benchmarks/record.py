@@ -6,23 +6,28 @@
     python benchmarks/record.py --device cpu --list          what would run
 
 Each run is a `retnet-tools bench` in a process of its own; its command stands in its JSON. Nothing else should run on
-the machine. Afterwards `python benchmarks/readme_tables.py` puts the figures into README.md. Models take up to 12 GB on
-the disk at a time for the CPU, and 40 GB for a GPU.
+the machine; rows that vary by more than 5% are marked as noisy. Afterwards `python benchmarks/readme_tables.py` puts
+the figures into README.md. Models take up to 12 GB on the disk at a time for the CPU, and 40 GB for a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-FOLDER = Path(__file__).parent / "bench"
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "benchmarks" / "bench"
 CONTEXTS = "512,1024,2048,4096,8192,16384,32768"
+NOISY = 0.05
+"""A deviation of this part of the mean: something else ran on the machine."""
 
 
 @dataclass(frozen=True)
@@ -76,28 +81,71 @@ def record(run: Run, device: str, size: str, folder: Path | None, extra: str) ->
         options += ["--device", device]
     command = ["bench", *options]
     if folder is not None:
-        options += ["--folder", str(folder)]
+        options += ["--folder", str(folder.resolve())]
     kind = device.partition(":")[0]
     if run.picture:
         options += ["--plot", str(FOLDER / f"{kind}-{run.name}.svg"), "--force"]
-    began = time.time()
+    began, measured = time.time(), tree()
     process = subprocess.run(
-        [sys.executable, "-m", "retnet_tools.cli.app", "bench", *options, "--json"], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "retnet_tools.cli.app", "bench", *options, "--json"],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environment(),
     )
     seconds = time.time() - began
     print(f"{run.name}: exit code {process.returncode} after {seconds:.0f} s", file=sys.stderr)
     if process.returncode:
         return False
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=FOLDER).stdout.strip()
+    found = json.loads(process.stdout)
     document = {
         "command": shlex.join(["retnet-tools", *command]),
-        "recorded": time.strftime("%Y-%m-%d", time.gmtime(began)),
-        "commit": commit,
+        "recorded": day(began),
+        **measured,
         "seconds": round(seconds),
-        **json.loads(process.stdout),
+        "noisy": noisy(found["rows"]),
+        **found,
     }
+    for line in document["noisy"]:
+        print(f"{run.name}: noisy: {line}", file=sys.stderr)
     (FOLDER / f"{kind}-{run.name}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return True
+
+
+def environment() -> dict[str, str]:
+    """That of this process, where the package of this tree comes first."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def tree() -> dict[str, Any]:
+    """The commit of this tree, and whether what is measured differs from it; None outside of a repository."""
+    try:
+        commit = _git("rev-parse", "HEAD").strip()
+        changed = _git("status", "--porcelain", "--", "retnet_tools", "benchmarks/*.py")
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "modified": None}
+    return {"commit": commit, "modified": bool(changed)}
+
+
+def day(seconds: float) -> str:
+    """The day of a time, in UTC."""
+    return time.strftime("%Y-%m-%d", time.gmtime(seconds))
+
+
+def noisy(rows: list[dict[str, Any]]) -> list[str]:
+    """The rows whose repetitions deviate by more than `NOISY` of their mean."""
+    found = []
+    for row in rows:
+        part = (row["tokens_per_second_std"] or 0.0) / row["tokens_per_second"]
+        if part > NOISY:
+            where = f"{row['implementation']} {row['test']}, batch {row['batch']}, {row['threads'] or 'all'} threads"
+            found.append(f"{where}: {part:.1%}")
+    return found
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT, check=True).stdout
 
 
 def main() -> None:

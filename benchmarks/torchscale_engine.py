@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
 
@@ -46,6 +45,10 @@ class TorchscaleSpec:
 
 
 class TorchscaleEngine:
+    device = Device("cpu")
+    captured: bool | None = None
+    prompt_at_once: int | None = 1
+
     def __init__(self, spec: TorchscaleSpec) -> None:
         use_threads(spec.threads)
         self._model = build(spec.config)
@@ -71,9 +74,6 @@ class TorchscaleEngine:
 
     def release(self) -> None:
         self._state, self._tokens = {}, torch.zeros((0, 0), dtype=torch.int64)
-
-    def end_profile(self) -> Path:
-        raise NotImplementedError
 
 
 def build(config: RetNetConfig) -> torch.nn.Module:

@@ -3,8 +3,8 @@
     pip install --no-deps --target torchscale torchscale==0.3.0
     python benchmarks/torchscale_step.py --torchscale torchscale --size 1.3b -o benchmarks/torchscale_step.json
 
-Random weights of a published size; one sequence. Every implementation has a process of its own, and each repetition is
-`--steps` steps after a warm-up. Figures are medians over repetitions of the median step; times are by repetition.
+Random weights of a published size; one sequence. Every implementation has a new process in each repetition, which is
+`--steps` steps after a warm-up. Figures are medians over repetitions of the median step; ratios are taken in each.
 """
 
 from __future__ import annotations
@@ -12,17 +12,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
+import sys
 import tempfile
+import time
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from large_checkpoint import machine, write_exports
+from large_checkpoint import write_exports
+from record import day, environment, tree
 from torchscale_engine import TorchscaleSpec
 
+from retnet_tools.machine import this_machine
 from retnet_tools.paper import VOCABULARY_SIZE, model_size
 from retnet_tools.reports.benchmark.options import BenchOptions, Case
+from retnet_tools.reports.benchmark.results import libraries
 from retnet_tools.reports.benchmark.specs import RetNetSpec
 from retnet_tools.reports.benchmark.worker import Worker
 from retnet_tools.runtime.providers import Device
@@ -40,28 +47,26 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     specs |= {kind: RetNetSpec(folder / kind, Device("cpu"), arguments.threads, chunk_size) for kind in KINDS}
     test = Case("decode", arguments.steps, arguments.depth, 1)
     medians: dict[str, list[float]] = {name: [] for name in specs}
-    with ExitStack() as stack:
-        workers = {name: stack.enter_context(Worker(name, spec)) for name, spec in specs.items()}
-        for repetition in range(arguments.repetitions):
+    for repetition in range(arguments.repetitions):
+        with ExitStack() as stack:
+            workers = {name: stack.enter_context(Worker(name, spec)) for name, spec in specs.items()}
             for name in list(workers)[:: -1 if repetition % 2 else 1]:
                 medians[name].append(1e3 * statistics.median(workers[name].call("run", test).seconds))
-    return {
-        "size": arguments.size,
-        "threads": arguments.threads,
-        "depth": arguments.depth,
-        "machine": machine(),
-        "results": [
-            {
-                "implementation": name,
-                "ms_per_token": round(statistics.median(found), 2),
-                "times_official": round(
-                    statistics.median(a / b for a, b in zip(medians[OFFICIAL], found, strict=True)), 2
-                ),
-                "repetitions_ms": [round(ms, 2) for ms in found],
-            }
-            for name, found in medians.items()
-        ],
-    }
+    return {"size": arguments.size, "threads": arguments.threads, "depth": arguments.depth, "results": results(medians)}
+
+
+def results(medians: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """Of each implementation, with its deviation and how many times as fast as the official one it was."""
+    return [
+        {
+            "implementation": name,
+            "ms_per_token": round(statistics.median(found), 2),
+            "ms_per_token_std": round(statistics.stdev(found), 2) if len(found) > 1 else None,
+            "times_official": round(statistics.median(a / b for a, b in zip(medians[OFFICIAL], found, strict=True)), 2),
+            "repetitions_ms": [round(ms, 2) for ms in found],
+        }
+        for name, found in medians.items()
+    ]
 
 
 def main() -> None:
@@ -75,10 +80,17 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
     parser.add_argument("-o", "--output", type=Path, help="also write the JSON here")
     arguments = parser.parse_args()
-    paths = [str(Path(__file__).parent), str(arguments.torchscale.resolve()), os.environ.get("PYTHONPATH", "")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    paths = [str(Path(__file__).parent), str(arguments.torchscale.resolve()), environment()["PYTHONPATH"]]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    about = {
+        "command": shlex.join(["python", "benchmarks/torchscale_step.py", *sys.argv[1:]]),
+        "recorded": day(time.time()),
+        **tree(),
+        "libraries": libraries(),
+        "machine": asdict(this_machine()),
+    }
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        text = json.dumps(measure(arguments, Path(folder)), indent=1) + "\n"
+        text = json.dumps(about | measure(arguments, Path(folder)), indent=1) + "\n"
     print(text, end="")
     if arguments.output:
         arguments.output.write_text(text)

@@ -6,7 +6,7 @@ import os
 import platform
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,32 @@ def this_machine() -> Machine:
 
 
 def available_memory() -> int | None:
-    """Bytes that new allocations can have: what the kernel says, at most what the container is allowed.
+    """Bytes that new allocations can have: what the kernel says, at most what the container has left.
 
-    The machine's whole memory where the kernel does not say; None where nothing is known.
+    A container has left what it is allowed less what it uses, of which the file cache can be given up. The machine's
+    whole memory where the kernel does not say; None where nothing is known.
     """
     found = re.search(r"^MemAvailable:\s+(\d+) kB$", _text("/proc/meminfo"), re.MULTILINE)
     amounts = [int(found[1]) * 1024] if found else []
-    if (limit := _text("/sys/fs/cgroup/memory.max").strip()).isdecimal():
-        amounts.append(int(limit))
+    amounts += [left for folder in _control_groups() if (left := _left(folder)) is not None]
     return min(amounts, default=_physical_memory())
+
+
+def _control_groups() -> list[str]:
+    """The folders of this process's control group and of those that it is in; limits hold at each."""
+    found = re.search(r"^0::(/.*)$", _text("/proc/self/cgroup"), re.MULTILINE)
+    path = PurePosixPath(found[1] if found else "/")
+    return [f"/sys/fs/cgroup{part if part != '/' else ''}" for part in map(str, (path, *path.parents))]
+
+
+def _left(group: str) -> int | None:
+    """Bytes that a control group may still take; None without a limit."""
+    limit, used = (_text(f"{group}/memory.{name}").strip() for name in ("max", "current"))
+    if not limit.isdecimal():
+        return None
+    cache = re.search(r"^inactive_file (\d+)$", _text(f"{group}/memory.stat"), re.MULTILINE)
+    in_use = int(used) - (int(cache[1]) if cache else 0) if used.isdecimal() else 0
+    return max(0, int(limit) - max(0, in_use))
 
 
 def _physical_memory() -> int | None:

@@ -105,7 +105,7 @@ class FakeGpu:
         return result
 
     def evaluate(self, program: str, *arguments: object) -> Any:
-        """The JSON that a program prints last."""
+        """The JSON that a program prints in its last line."""
         return json.loads(self.run(program, *arguments).stdout.splitlines()[-1])
 
 

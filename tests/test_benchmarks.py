@@ -47,11 +47,12 @@ def test_every_command_of_record_is_one(device: str, scripts) -> None:
         assert found["size"] in ("1.3b", "6.7b")
 
 
-def document(*, flat: bool = False) -> dict[str, object]:
+def document(*, flat: bool = False, **changes: object) -> dict[str, object]:
     rows = [row("retnet", Case("prefill", 64, 0, 1)), *GRID, row("retnet", Case("decode", 8, 8192, 1))]
     rows.append(row("transformer", Case("decode", 8, 8192, 1), seconds=0.03))
-    found = benchmark_document(report(rows, flat=flat, profile=True))
-    return {"command": "retnet-tools bench -d 8192", "recorded": "2026-11-24", **json.loads(json.dumps(found))}
+    found = json.loads(json.dumps(benchmark_document(report(rows, flat=flat, profile=True))))
+    record = {"command": "retnet-tools bench -d 8192", "recorded": "2026-11-24", "noisy": [], "modified": False}
+    return record | found | changes
 
 
 @pytest.fixture
@@ -62,21 +63,147 @@ def tables(scripts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleTy
     return module
 
 
-def test_every_section_is_made_of_its_records(tables: ModuleType, tmp_path: Path) -> None:
+def section(tables: ModuleType, name: str) -> str:
+    return tables.rewritten(f"<!-- bench:{name} -->\nold\n<!-- /bench:{name} -->")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_section_is_made_of_its_records(device: str, tables: ModuleType, tmp_path: Path) -> None:
     for name in ("float32", "transformer", "context"):
-        (tmp_path / f"cpu-{name}.json").write_text(json.dumps(document()))
-    (tmp_path / "cpu-flat.json").write_text(json.dumps(document(flat=True)))
+        (tmp_path / f"{device}-{name}.json").write_text(json.dumps(document()))
+    (tmp_path / f"{device}-flat.json").write_text(json.dumps(document(flat=True)))
     names = ("decode", "prefill", "transformer", "context", "flat", "operators")
-    old = "".join(f"before {n}\n<!-- bench:cpu-{n} -->\nold\n<!-- /bench:cpu-{n} -->\n" for n in names)
+    old = "".join(f"before {n}\n<!-- bench:{device}-{n} -->\nold\n<!-- /bench:{device}-{n} -->\n" for n in names)
     new = tables.rewritten(old)
     assert "old" not in new
     assert [f"before {n}" in new for n in names] == [True] * len(names)
     assert "| RetNet | float32 | 2 | 101 ± 10.1 |" in new
     assert "| Transformer | 8,192 | 1 | 33.6 ± 3.37 | 3.00 times |" in new
-    assert "+0.03 (-0.03 to +0.09)" in new
-    assert "MatMulNBits | 30.00 (90.0%)" in new
+    assert "GB a sequence, computed" in new
+    assert "+0.03 (-0.03 to +0.09) | 0.9%" in new
+    assert "3.0e-05 / 4.0e-05 / 5.0e-05 / 6.0e-05 | 12 |" in new
+    assert "MatMulNBits | 30.00 (75.0%)" in new
+    assert "outside operators | 9.00 (22.5%)" in new
+    assert "| int8 in 128s, float32 activations |" in new
     assert "retnet-tools bench -d 8192" in new
+    assert ("GB/s copied" in new) == (device == "cuda")
     assert tables.rewritten(new) == new
+
+
+def test_every_machine_is_named_with_its_commands(tables: ModuleType, tmp_path: Path) -> None:
+    other = {"processor": "Another", "cores": 8, "memory_bytes": None, "system": "Linux 6"}
+    (tmp_path / "cpu-float32.json").write_text(json.dumps(document(command="bench a")))
+    (tmp_path / "cpu-int8.json").write_text(json.dumps(document(command="bench b", machine=other)))
+    (tmp_path / "cpu-int4.json").write_text(json.dumps(document(command="bench c", recorded="2026-11-25")))
+    text = section(tables, "cpu-decode")
+    assert "Some processor, 2 cores, 24 GiB; 2026-11-24 and 2026-11-25:\n\n```\nbench a\nbench c\n```" in text
+    assert "Another, 8 cores; 2026-11-24:\n\n```\nbench b\n```" in text
+
+
+def test_what_was_not_measured_is_named_with_its_reason(tables: ModuleType, tmp_path: Path) -> None:
+    skips = [
+        ("tg8 @ d512", 64, "it needs 2.5 GB, and 1.0 GB are free", 0),
+        ("tg8 @ d2048", 8, "it needs 9.1 GB, and 1.0 GB are free", 0),
+        ("tg8", 1, "no such kernel", 2),
+    ]
+    keys = ("test", "batch", "reason", "repetitions")
+    found = [{"implementation": "transformer", "threads": 2, **dict(zip(keys, skip, strict=True))} for skip in skips]
+    (tmp_path / "cpu-context.json").write_text(json.dumps(document(skipped=found)))
+    assert (
+        "Transformer, tg8 @ d512, batch 64: it needs 2.5 GB, and 1.0 GB are free (likewise tg8 @ d2048, batch 8). "
+        "Transformer, tg8, batch 1 after 2 repetitions: no such kernel."
+    ) in section(tables, "cpu-context")
+
+
+def test_noise_and_changes_are_said(tables: ModuleType, tmp_path: Path) -> None:
+    assert "No run on a quiet machine has been recorded yet." in section(tables, "recorded")
+    (tmp_path / "cpu-int8.json").write_text(json.dumps(document(noisy=["retnet tg8: 7.0%"], modified=True)))
+    text = section(tables, "cpu-decode")
+    assert "Deviating by more than 5% of the mean: retnet tg8: 7.0%." in text
+    assert "changes that are not in the recorded commit" in text
+    rows = len(document()["rows"])
+    assert f"Recorded 2026-11-24: {rows} rows, of which 1 deviate" in section(tables, "recorded")
+
+
+def test_a_record_of_another_version_is_refused(tables: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "cpu-int8.json").write_text(json.dumps(document(schema_version=2)))
+    with pytest.raises(SystemExit, match=r"cpu-int8\.json has schema version 2, not 3"):
+        section(tables, "cpu-decode")
+
+
+def test_torchscale_is_a_section_with_its_machine(tables: ModuleType, scripts, tmp_path: Path) -> None:
+    step = scripts("torchscale_step")
+    medians = {step.OFFICIAL: [290.0, 300.0, 310.0], "int8": [29.0, 25.0, 31.0]}
+    record = {
+        "command": "python benchmarks/torchscale_step.py",
+        "recorded": "2026-11-24",
+        "machine": document()["machine"],
+        "libraries": {"torch": "2.9"},
+        **{"size": "1.3b", "threads": 2, "depth": 512, "results": step.results(medians)},
+    }
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "torchscale_step.json").write_text(json.dumps(record))
+    text = section(tables, "cpu-official")
+    assert "| torchscale 0.3.0, float32 | 300 ± 10 | 1.00 |" in text
+    assert "| int8 | 29 ± 3.06 | 10.00 |" in text
+    assert "torch 2.9. Some processor, 2 cores, 24 GiB; 2026-11-24:" in text
+    assert "\nold\n" in section(tables, "cuda-official")
+
+
+def test_check_says_whether_the_readme_is_what_the_records_say(
+    tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = tmp_path / "README.md"
+    old = "<!-- bench:cpu-decode -->\nold\n<!-- /bench:cpu-decode -->"
+    readme.write_text(old)
+    (tmp_path / "cpu-int8.json").write_text(json.dumps(document()))
+
+    def run(*arguments: str) -> object:
+        monkeypatch.setattr("sys.argv", ["readme_tables.py", *arguments])
+        try:
+            return tables.main()
+        except SystemExit as stop:
+            return stop.code
+
+    assert run("--check") == "README.md is not what benchmarks/bench/ says: run benchmarks/readme_tables.py"
+    assert readme.read_text() == old
+    assert run() is None
+    assert "| RetNet | float32 |" in readme.read_text()
+    assert run("--check") == 0
+
+
+def test_rows_that_vary_are_noisy(scripts) -> None:
+    rows = [
+        {"implementation": "retnet", "test": "tg8", "batch": 1, "threads": None, "tokens_per_second": 100.0} | changes
+        for changes in ({"tokens_per_second_std": 5.1}, {"tokens_per_second_std": 4.9}, {"tokens_per_second_std": None})
+    ]
+    assert scripts("record").noisy(rows) == ["retnet tg8, batch 1, all threads: 5.1%"]
+
+
+def test_a_record_says_what_was_measured(scripts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = scripts("record")
+    for command in ("init -q", "config user.email a@b", "config user.name a", "commit -q --allow-empty -m one"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    monkeypatch.setattr(record, "FOLDER", tmp_path / "benchmarks" / "bench")
+    record.FOLDER.mkdir(parents=True)
+    (tmp_path / "retnet_tools" / "cli").mkdir(parents=True)
+    for folder in (tmp_path / "retnet_tools", tmp_path / "retnet_tools" / "cli"):
+        (folder / "__init__.py").write_text("")
+    rows = [{"implementation": "retnet", "test": "tg8", "batch": 1, "threads": 2}]
+    rows[0] |= {"tokens_per_second": 100.0, "tokens_per_second_std": 9.0}
+    (tmp_path / "retnet_tools" / "cli" / "app.py").write_text(f"print('''{json.dumps({'rows': rows})}''')")
+    assert record.tree()["modified"] is True
+    subprocess.run(["git", "add", "."], cwd=tmp_path, check=True)
+    subprocess.run(["git", "commit", "-q", "-m", "two"], cwd=tmp_path, check=True)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert record.record(record.Run("int8", "--size {size}"), "cpu", "1.3b", None, "")
+    found = json.loads((record.FOLDER / "cpu-int8.json").read_text())
+    # The package of this tree ran, not one that is installed; its own record is no change.
+    assert (found["rows"], found["commit"], found["modified"]) == (rows, head.stdout.strip(), False)
+    assert found["noisy"] == ["retnet tg8, batch 1, 2 threads: 9.0%"]
+    assert found["command"] == "retnet-tools bench --size 1.3b"
+    assert record.tree()["modified"] is False
 
 
 def test_a_section_without_records_stays_and_an_unknown_one_is_named(tables: ModuleType) -> None:

@@ -26,12 +26,14 @@ def bench(
     batches: benching.Batches = "1",
     threads: benching.ThreadCounts = None,
     repetitions: benching.Repetitions = None,
+    chunk_size: benching.ChunkSize = None,
     against: benching.Against = None,
     dtype: benching.FloatType = None,
     ops: benching.Operators = None,
     quantize: quantizing.Target = None,
     block_size: quantizing.BlockSize = None,
     accuracy_level: quantizing.AccuracyLevel = None,
+    eager: benching.Eager = False,
     flat: benching.Flat = False,
     profile: benching.Profile = False,
     plot: benching.Plot = None,
@@ -58,7 +60,8 @@ def bench(
     from retnet_tools.runtime.providers import parse_device, usable_device
 
     target, form = parse_device(device, cpu_fallback=cpu_fallback), "json" if as_json else parse_format(output)
-    options = benching.options(prompts, tokens, depths, batches, threads, repetitions, against, quick=quick, flat=flat)
+    lists = (prompts, tokens, depths, batches, threads, repetitions, against)
+    options = benching.options(*lists, chunk_size=chunk_size, cuda_graph=not eager, quick=quick, flat=flat)
     if plot is not None:
         check_plot(plot, force=force)
     number_type = None if dtype is None else parse_dtype(dtype, ("float32", "float16", "bfloat16"))
@@ -78,11 +81,11 @@ def bench(
             report = dataclasses.replace(report, flat=measure_flat(measured, options, target, progress))
         if profile:
             report = dataclasses.replace(report, profile=measure_profile(measured, options, target, scratch))
-    if plot is not None:
-        write_plot(report, plot, force=force)
     if form == "json":
         common.print_json(benchmark_document(report))
     elif form == "table":
         render_benchmark(report)
     else:
         typer.echo(markdown(report) if form == "md" else comma_separated(report))
+    if plot is not None:
+        write_plot(report, plot, force=force)

@@ -25,6 +25,10 @@ ThreadCounts = Annotated[str | None, typer.Option("-t", "--threads", help="CPU t
 Repetitions = Annotated[
     int | None, typer.Option("-r", "--repetitions", help="Times to repeat each; 5 if left out.", min=1)
 ]
+ChunkSize = Annotated[
+    int | None,
+    typer.Option("--chunk-size", help="Tokens of a prompt that RetNet reads at once; 256 if left out.", min=1),
+]
 Against = Annotated[
     str | None, typer.Option("--against", help="Alternatives: torch, transformer, transformer-gqa; a comma list.")
 ]
@@ -38,6 +42,7 @@ Plot = Annotated[
 Folder = Annotated[
     Path | None, typer.Option("--folder", help="Where models are written for the time of a run.", show_default=False)
 ]
+Eager = Annotated[bool, typer.Option("--no-cuda-graph", help="Launch the kernels of every step one by one on CUDA.")]
 Quick = Annotated[bool, typer.Option("--quick", help="-p 64 -n 16 -r 3, and small buffers.")]
 Format = Annotated[str, typer.Option("--format", help="table, md, csv or json.")]
 
@@ -51,6 +56,8 @@ def options(
     repetitions: int | None,
     against: str | None,
     *,
+    chunk_size: int | None = None,
+    cuda_graph: bool = True,
     quick: bool,
     flat: bool,
 ) -> BenchOptions:
@@ -70,6 +77,8 @@ def options(
         threads=(None,) if threads is None else tuple(common.parse_counts("-t", threads, common.MAX_THREADS)),
         repetitions=repetitions or default.repetitions,
         against=() if against is None else tuple(word.strip() for word in against.split(",")),
+        chunk_size=chunk_size or default.chunk_size,
+        cuda_graph=cuda_graph,
         flat=flat,
         quick=quick,
     )

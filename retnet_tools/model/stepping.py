@@ -17,34 +17,47 @@ from retnet_tools.weights import Array, WeightSource, canonical_shapes
 
 
 class RecurrentDecoder:
-    """A model in torch on the CPU that reads tokens in the recurrent form (Eq. 6).
+    """A model in torch that reads tokens in the recurrent form (Eq. 6).
 
     Args:
         weights: by canonical name.
         dtype: to compute in.
-        threads: of torch, from now on; None leaves its choice.
+        threads: of torch on the CPU, from now on; None leaves its choice.
+        device: where to compute, as torch names it.
     """
 
-    def __init__(self, config: RetNetConfig, weights: WeightSource, dtype: FloatName, threads: int | None) -> None:
+    def __init__(
+        self, config: RetNetConfig, weights: WeightSource, dtype: FloatName, threads: int | None, device: str = "cpu"
+    ) -> None:
         use_threads(threads)
-        self._model = load_model(config, weights, TORCH_DTYPES[dtype])
+        self._model, self._device = load_model(config, weights, TORCH_DTYPES[dtype]).to(device), device
         self._states: list[Tensor] = []
         self._position = 0
 
     def place(self, states: Sequence[Array], position: int) -> None:
         """Go on from states `[B, H, K, V]` of all layers, whose rows stand at a position."""
-        self._states, self._position = [torch.from_numpy(state) for state in states], position
+        self._states = [torch.from_numpy(state).to(self._device) for state in states]
+        self._position = position
 
     def feed(self, input_ids: Array) -> Array:
         """Feed tokens `[B, T]`; logits `[B, vocab]` float32 after the last of them."""
         with torch.inference_mode():
             output = self._model(
-                torch.from_numpy(input_ids), form=retention_recurrent, states=self._states, position=self._position
+                torch.from_numpy(input_ids).to(self._device),
+                form=retention_recurrent,
+                states=self._states,
+                position=self._position,
             )
         self._states = output.states
         self._position += input_ids.shape[1]
-        logits: Array = output.logits[:, -1].float().numpy()
+        logits: Array = output.logits[:, -1].float().cpu().numpy()
         return logits
+
+
+def has_device(device: str) -> bool:
+    """Whether torch can compute there: `cpu`, or `cuda:N`."""
+    kind, _, index = device.partition(":")
+    return kind == "cpu" or (torch.cuda.is_available() and int(index or 0) < torch.cuda.device_count())
 
 
 def reference_logits(

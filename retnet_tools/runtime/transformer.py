@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retnet_tools.errors import UsageError
+from retnet_tools.errors import ProviderError, UsageError
 from retnet_tools.graph.contract import INPUT_IDS, LOGITS, TensorSpec
 from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.graph.transformer import (
@@ -22,6 +24,9 @@ from retnet_tools.runtime.binding import Binding
 from retnet_tools.runtime.providers import Device, open_session
 from retnet_tools.runtime.state import device_value
 from retnet_tools.weights import Array
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 
 class KeyValues:
@@ -44,12 +49,17 @@ class KeyValues:
 
 
 class TransformerSession:
-    """A folder with `transformer.onnx` on one device.
+    """A folder with `transformer.onnx` on one device. On CUDA, single tokens are captured as a CUDA graph and replayed.
+
+    A capture runs the graph several times; writing the same keys and values to the same place again changes nothing.
 
     Args:
         folder: where the graph and weights.data are.
         config, dtype: of the graph.
-        profile: as `retnet_tools.runtime.providers.open_session`.
+        cuda_graph: whether steps on CUDA are captured and replayed; None does where it can.
+
+    Attributes:
+        eager_reason: why steps run kernel by kernel; None where they are replayed as CUDA graphs.
 
     Raises:
         ProviderError: the device cannot be had, or has no kernel for the graph.
@@ -63,11 +73,25 @@ class TransformerSession:
         device: Device,
         threads: int | None = None,
         *,
-        profile: Path | None = None,
+        cuda_graph: bool | None = None,
     ) -> None:
         self.config, self.dtype, self.device = config, ELEMENT_TYPES[dtype].numpy(), device
-        self._session = open_session(folder / TRANSFORMER_FILE, device, threads, profile=profile)
+        self.eager_reason = "it runs on the CPU" if device.kind == "cpu" else None
+        if self.eager_reason is None and cuda_graph is False:
+            self.eager_reason = "it was asked for"
+        self._session = self._open(folder / TRANSFORMER_FILE, threads)
         self._output = TensorSpec(LOGITS, "float32", ("batch", 1, config.vocab_size))
+        self._graph_ids = itertools.count(1)
+
+    def _open(self, path: Path, threads: int | None) -> onnxruntime.InferenceSession:
+        if self.eager_reason is None:
+            try:
+                return open_session(path, self.device, threads, cuda_graph=True)
+            except ProviderError as error:
+                if "graph capture" not in str(error):
+                    raise
+                self.eager_reason = error.found
+        return open_session(path, self.device, threads)
 
     def new_cache(
         self, batch: int, room: int, tokens: int = 0, fill: Callable[[tuple[int, ...]], Array] = np.zeros
@@ -102,20 +126,24 @@ class TransformerSession:
                 f"{tokens} tokens for each of {batch} rows that hold {cache.tokens}",
                 "one row, or empty ones: GroupQueryAttention reads no others",
             )
+        captured = tokens == 1 and self.eager_reason is None
         feeds = {
             INPUT_IDS: input_ids,
             SEQLENS: np.full(batch, total - 1, dtype=np.int32),
-            TOTAL_LENGTH: np.array(total, dtype=np.int32),
+            # An upper bound will do, and in a captured graph it is what it was; each row ends where SEQLENS says.
+            TOTAL_LENGTH: np.array(cache.room if captured and cache.room > 1 else total, dtype=np.int32),
         }
         if tokens not in cache.bindings:
-            names = [pair for i in range(self.config.num_layers) for pair in cache_names(i)]
-            past = {name: value for (name, _), value in zip(names, cache.buffers, strict=True)}
-            present = {name: value for (_, name), value in zip(names, cache.buffers, strict=True)}
-            cache.bindings[tokens] = Binding(self._session, feeds, past, present, self._output, self.device)
+            cache.bindings[tokens] = self._bind(feeds, cache, captured=captured)
         logits = cache.bindings[tokens].run(feeds, fetch=True)
         cache.tokens = total
         return np.asarray(logits)
 
-    def end_profile(self) -> Path:
-        """Write the profile that was asked for, and say where it is."""
-        return Path(self._session.end_profiling())
+    def _bind(self, feeds: Mapping[str, Array], cache: KeyValues, *, captured: bool) -> Binding:
+        names = [pair for i in range(self.config.num_layers) for pair in cache_names(i)]
+        past = {name: value for (name, _), value in zip(names, cache.buffers, strict=True)}
+        present = {name: value for (_, name), value in zip(names, cache.buffers, strict=True)}
+        graph_id = next(self._graph_ids) if captured else None
+        if graph_id is not None:
+            weakref.finalize(cache, self._session.release_captured_graph, graph_id).atexit = False
+        return Binding(self._session, feeds, past, present, self._output, self.device, graph_id)

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ import pytest
 
 from retnet_tools.fields import from_json
 from retnet_tools.machine import Machine
-from retnet_tools.reports.benchmark.results import BenchRow, Flatness, ModelSummary, OperatorTime
+from retnet_tools.reports.benchmark.results import BenchRow, Flatness, ModelSummary, StepProfile
+from retnet_tools.reports.benchmark.traffic import retnet_traffic
 from tests.exports import export
 from tests.helpers import ABLATIONS, BASE, random_source
 
@@ -26,6 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(BASE, random_source(BASE, 1), tmp_path_factory.mktemp("bench") / "out")
 
 
+@pytest.mark.slow
 def test_everything_at_once_on_the_shipped_checkpoint(tmp_path: Path, cli) -> None:
     """The whole command in seconds; the document's schema."""
     picture, scratch = tmp_path / "out.svg", tmp_path / "scratch"
@@ -37,9 +40,11 @@ def test_everything_at_once_on_the_shipped_checkpoint(tmp_path: Path, cli) -> No
     document = json.loads(result.out)
     assert set(document) == {
         *("schema_version", "retnet_tools", "libraries", "model", "machine", "device", "device_name", "rows"),
-        *("skipped", "flat", "profile"),
+        *("skipped", "flat", "profile", "options", "quick"),
     }
-    assert document["schema_version"] == 2
+    assert document["schema_version"] == 3
+    assert document["quick"] is document["options"]["quick"] is True
+    assert document["options"]["against"] == ["torch", "transformer", "transformer-gqa"]
     rows = [from_json(BenchRow, data) for data in document["rows"]]
     assert [(row.implementation, row.test) for row in rows] == [
         *(("retnet", "pp64"), ("transformer", "pp64"), ("transformer-gqa", "pp64")),
@@ -51,7 +56,8 @@ def test_everything_at_once_on_the_shipped_checkpoint(tmp_path: Path, cli) -> No
     assert model.weight_bytes == pytest.approx(model.weight_bytes_in_file, rel=0.02)
     assert model.state_bytes_per_sequence == FIXTURE_STATES
     from_json(Machine, document["machine"])
-    assert [from_json(OperatorTime, data).ms >= 0 for data in document["profile"]]
+    profile = from_json(StepProfile, document["profile"])
+    assert 0 < sum(operator.ms for operator in profile.operators) < profile.ms
     positions = document["flat"].pop("positions")
     assert [place["position"] for place in positions] == [1_000, 10_000, 100_000, 1_000_000]
     assert all(place["max_abs"] < 1e-4 for place in positions)
@@ -64,7 +70,11 @@ def test_everything_at_once_on_the_shipped_checkpoint(tmp_path: Path, cli) -> No
 def check(row: BenchRow) -> None:
     assert (row.threads, row.device, row.dtype, row.quantization) == (1, "cpu", "float32", None)
     assert row.parameters == pytest.approx(4.19e6, rel=0.02)
-    assert len(row.repetitions) == 3
+    assert len(row.repetitions) == len(row.bandwidths) == len(row.ms_medians) == 3
+    assert (row.cuda_graph, row.chunk_size) == (
+        None,
+        256 if (row.kind, row.implementation) == ("prefill", "retnet") else None,
+    )
     assert row.tokens_per_second == pytest.approx(np.mean(row.repetitions))
     assert row.tokens_per_second_std == pytest.approx(np.std(row.repetitions, ddof=1))
     assert 0 < row.ms_per_token_p50 <= row.ms_per_token_p99
@@ -98,9 +108,17 @@ def test_batches_depths_and_threads_are_combined(folder: Path, cli) -> None:
 
 
 def test_rates_agree_with_times(folder: Path, cli) -> None:
-    (row,) = json.loads(cli("bench", folder, "-p", 0, "-n", 64, "-b", 4, *QUICK, "--json").out)["rows"]
-    assert row["tokens_per_second"] <= 4 * 1e3 / row["ms_per_token_p50"] * 2
-    assert row["tokens_per_second"] >= 4 * 1e3 / row["ms_per_token_p99"] / 2
+    """One step and one prompt of four rows: all times are that of one run, and no longer than the command took."""
+    began = time.perf_counter()
+    result = cli("bench", folder, "-p", 9, "-n", 1, "-b", 4, "-r", 1, *QUICK, "--json")
+    elapsed = time.perf_counter() - began
+    prompt, step = json.loads(result.out)["rows"]
+    for row in (prompt, step):
+        assert row["tokens_per_second"] * row["ms_per_token_p50"] == pytest.approx(4 * 1e3)
+        assert row["repetitions"] == [row["tokens_per_second"]]
+        assert row["ms_medians"] == [row["ms_per_token_p50"]]
+        assert 1e-6 < 4 * row["tokens"] / row["tokens_per_second"] < elapsed
+    assert prompt["ms_to_first_token"] == pytest.approx(9 * prompt["ms_per_token_p50"])
 
 
 def test_a_checkpoint_is_exported_as_it_is_told(cli) -> None:
@@ -135,7 +153,7 @@ def test_a_published_size_needs_no_checkpoint(tmp_path: Path, cli) -> None:
 
 
 def test_tables_markdown_and_csv_have_a_line_for_each_row(folder: Path, cli) -> None:
-    options = (folder, "-b", "1,3", "-p", 0, "-n", 2, *QUICK)
+    options = (folder, "-b", "1,3", "-p", 0, "-n", 2, "-r", 1, *QUICK)
     lines = cli("bench", *options).out.splitlines()
     assert sum(line.startswith("tg2 ") for line in lines) == 2
     assert "fused operators" in lines[0]
@@ -175,6 +193,8 @@ def test_a_disk_that_is_too_small_is_named_before_anything_is_written(tmp_path: 
         ("-p", "-1"),
         ("-t", "100000"),
         ("-r", 0),
+        ("-p", "0", "-n", "0"),
+        ("--chunk-size", "0"),
         ("--device", "tpu"),
         ("--size", "1.4b"),
         ("--against", "transformers"),
@@ -206,3 +226,44 @@ def test_a_stack_without_a_vocabulary_is_refused(tmp_path: Path, cli) -> None:
     result = cli("bench", stack, *QUICK)
     assert (result.exit_code, result.out) == (2, "")
     assert "stack without embedding and head" in result.err
+
+
+def test_results_are_printed_before_a_plot_that_fails(tmp_path: Path, folder: Path, monkeypatch, cli) -> None:
+    from retnet_tools.errors import OutputError
+    from retnet_tools.reports.benchmark import plot
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise OutputError("cannot write it")
+
+    monkeypatch.setattr(plot, "save_figure", fail)
+    result = cli("bench", folder, "-p", 0, "-n", 1, "-r", 1, *QUICK, "--json", "--plot", tmp_path / "out.svg")
+    assert (result.exit_code, result.err) == (1, "error: cannot write it\n")
+    assert len(json.loads(result.out)["rows"]) == 1
+
+
+def test_the_chunk_size_is_that_of_the_rows(folder: Path, cli) -> None:
+    result = cli("bench", folder, "-p", 9, "-n", 1, "-r", 1, *QUICK, "--chunk-size", 4, "--json")
+    prompt, step = json.loads(result.out)["rows"]
+    assert (prompt["chunk_size"], step["chunk_size"]) == (4, None)
+    # Three chunks of 4, 4 and 1 tokens read the weights three times.
+    weights = retnet_traffic(BASE, "float32", None, "float32", 4).weight_bytes
+    assert 3 * weights / 9 < prompt["bytes_per_token"] < 3.5 * weights / 9
+
+
+def test_memory_of_a_sequence_is_measured_over_batches(folder: Path, cli) -> None:
+    result = cli("bench", folder, "-p", 0, "-n", 1, "-r", 1, "-b", "1,4000,8000", *QUICK, "--json")
+    rows = json.loads(result.out)["rows"]
+    if rows[0]["peak_resident_bytes"] is None:
+        pytest.skip("the kernel keeps no peak to reset")
+    states = rows[0]["state_bytes_per_sequence"]
+    assert states == 2 * 4 * 8 * 12 * 4
+    for row in rows:
+        assert states < row["memory_per_sequence"] < states + 4 * 61 + 40_000
+
+
+def test_a_mixed_model_is_not_compared_with_a_transformer(tmp_path: Path, cli) -> None:
+    assert cli("export", "-o", tmp_path / "out", "--quantize", "int4", "--exclude", "ffn").exit_code == 0
+    result = cli("bench", tmp_path / "out", *QUICK, "--against", "transformer")
+    assert (result.exit_code, result.out) == (2, "")
+    assert "--against transformer for int4 in 64s, mixed weights" in result.err
+    assert result.err.count("\n") == 1

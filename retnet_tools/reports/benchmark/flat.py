@@ -22,7 +22,7 @@ POSITIONS = (1_000, 10_000, 100_000, 1_000_000)
 
 
 def measure_flat(model: Model, options: BenchOptions, device: Device, progress: Progress) -> Flatness:
-    """Decode one sequence at each of `POSITIONS`, in another order in each repetition.
+    """Decode one sequence at each of `POSITIONS`, in another order and a new process in each repetition.
 
     Latency is the median step. States are random and the same at every position. Correctness: the logits of one token
     at each position, against the recurrent form in float64 from the same states and the float weights; with quantized
@@ -33,16 +33,17 @@ def measure_flat(model: Model, options: BenchOptions, device: Device, progress: 
     """
     tests = [Case("decode", max(options.tokens), position, 1) for position in POSITIONS]
     latencies = np.zeros((options.repetitions, len(tests)))
-    order = np.random.default_rng(0)
-    threads = options.threads[0]
-    with Worker("retnet", RetNetSpec(model.folder, device, threads, options.chunk_size)) as worker:
-        for repetition in range(options.repetitions):
+    order, threads = np.random.default_rng(0), options.threads[0]
+    positions = np.array(POSITIONS, dtype=np.int64)
+    ids = np.random.default_rng(1).integers(0, model.config.vocab_size, len(positions))
+    spec = RetNetSpec(model.folder, device, threads, options.chunk_size, cuda_graph=options.cuda_graph)
+    for repetition in range(options.repetitions):
+        progress("loading retnet", repetition, options.repetitions)
+        with Worker("retnet", spec) as worker:
             for i in order.permutation(len(tests)):
                 progress(f"position {tests[i].depth}", repetition, options.repetitions)
                 latencies[repetition, i] = 1e3 * np.median(worker.call("run", tests[i]).seconds)
-        positions = np.array(POSITIONS, dtype=np.int64)
-        ids = np.random.default_rng(1).integers(0, model.config.vocab_size, len(positions))
-        logits = worker.call("logits_at", positions, ids)
+            logits = worker.call("logits_at", positions, ids)
     progress("float64 reference", 0, 1)
     return _flatness(latencies, logits, _differences(model, positions, ids, logits))
 
@@ -67,8 +68,7 @@ def _differences(model: Model, positions: Array, ids: Array, logits: Array) -> l
         return [None] * len(positions)
     # A graph's state is c S, c = 1 but for float16.
     scale = np.array(state_scale(model.config, model.state_dtype)).reshape(-1, 1, 1)
-    placed = placed_states(model.config, len(positions), model.state_dtype, empty=False)
-    states = [state / scale for state in placed]
+    states = [state / scale for state in placed_states(model.config, len(positions), model.state_dtype)]
     exact = reference_logits(model.config, model.weights, ids, states, positions)
     return [float(difference) for difference in np.abs(logits - exact).max(axis=1)]
 
@@ -95,5 +95,6 @@ def _flatness(latencies: Array, logits: Array, differences: list[float | None]) 
         difference=slope * span,
         difference_low=(slope - half) * span,
         difference_high=(slope + half) * span,
+        largest_share=(abs(slope) + half) * span / float(latencies[:, 0].mean()),
         equal=slope - half <= 0 <= slope + half,
     )

@@ -47,8 +47,15 @@ class Precision:
 
     @property
     def quantization(self) -> str | None:
-        """The scheme in a word or two, such as `int8 in 128s`."""
-        return None if self.scheme is None else f"{self.scheme.type} in {self.scheme.block_size}s"
+        """The scheme in a word or two, such as `int8 in 128s`, or `int4 in 64s, mixed` where matrices differ."""
+        if self.scheme is None:
+            return None
+        return f"{self.scheme.type} in {self.scheme.block_size}s" + (", mixed" if self.mixed else "")
+
+    @property
+    def mixed(self) -> bool:
+        """Whether some matrices are of another type than the rest, or float."""
+        return self.scheme is not None and bool(self.scheme.exclude or self.scheme.tensor_types)
 
 
 @dataclass(frozen=True)
@@ -169,7 +176,10 @@ def write_transformer(config: TransformerConfig, precision: Precision, folder: P
 def write_probes(shape: ProductShape, precision: Precision, folder: Path) -> Path:
     """The graphs that measure the device, in a folder."""
     graphs = {PRODUCT_FILE: product_graph(shape), COPY_FILE: copy_graph()}
-    return _write(folder, graphs, shape.shapes, dataclasses.replace(precision, dtype=shape.input_dtype))
+    # The type of most matrices: rules are about names that the probe does not have.
+    scheme = precision.scheme and dataclasses.replace(precision.scheme, exclude=(), tensor_types=())
+    plain = dataclasses.replace(precision, dtype=shape.input_dtype, scheme=scheme)
+    return _write(folder, graphs, shape.shapes, plain)
 
 
 def _check_space(scratch: Path, needed: int) -> None:

@@ -58,6 +58,7 @@ class BenchOptions:
         repetitions: of every test. Tests and alternatives take turns.
         chunk_size: tokens of a prompt that RetNet reads at once.
         flat: decode at far positions too.
+        cuda_graph: whether steps on CUDA are captured where they can be.
         quick: small buffers in the measurements of the machine.
     """
 
@@ -69,12 +70,13 @@ class BenchOptions:
     repetitions: int = 5
     against: tuple[str, ...] = ()
     chunk_size: int = DEFAULT_CHUNK_SIZE
+    cuda_graph: bool = True
     flat: bool = False
     quick: bool = False
 
     def __post_init__(self) -> None:
         smallest = (("-p", self.prompts, 0), ("-n", self.tokens, 0), ("-d", self.depths, 0), ("-b", self.batches, 1))
-        for name, values, least in (*smallest, ("-r", (self.repetitions,), 1)):
+        for name, values, least in (*smallest, ("-r", (self.repetitions,), 1), ("--chunk-size", (self.chunk_size,), 1)):
             if not values or min(values) < least:
                 raise UsageError(f"{name} {min(values, default='nothing')}", f"at least {least}")
         for name in self.against:
@@ -84,6 +86,8 @@ class BenchOptions:
         if self.flat and (self.repetitions < LEAST_FLAT_REPETITIONS or not max(self.tokens)):
             found = f"-r {self.repetitions} and -n {max(self.tokens)} with --flat"
             raise UsageError(found, f"at least {LEAST_FLAT_REPETITIONS} repetitions, and a token")
+        if not any(self.tests(kind) for kind in KINDS):
+            raise UsageError("-p 0 and -n 0: nothing to measure", "a prompt to read, or tokens to generate")
         if self.room > MAX_POSITION:
             raise UsageError(f"{self.room} tokens in a sequence", f"at most {MAX_POSITION}")
 

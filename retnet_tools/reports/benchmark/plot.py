@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from retnet_tools.errors import RetNetToolsError
 from retnet_tools.reports.benchmark.results import BenchReport, BenchRow, Flatness
+from retnet_tools.reports.benchmark.rows import memory_in_use
 from retnet_tools.reports.plotting import COLOURS, check_plot, save_figure
 
 if TYPE_CHECKING:
@@ -44,14 +46,10 @@ class Quantity:
         return f"{self.label}, {unit}", size
 
 
-def _memory(row: BenchRow) -> float | None:
-    return row.peak_resident_bytes if row.device_bytes is None else row.device_bytes
-
-
 QUANTITIES = (
     Quantity("latency of a step, ms (median)", lambda row: row.ms_per_token_p50),
     Quantity("throughput, tokens/s", lambda row: row.tokens_per_second, lambda row: row.tokens_per_second_std),
-    Quantity("memory of the process, weights included", _memory, in_bytes=True),
+    Quantity("memory of the process, weights included", memory_in_use, in_bytes=True),
     Quantity("state or cache of a sequence", lambda row: row.state_bytes_per_sequence, in_bytes=True),
 )
 
@@ -69,43 +67,90 @@ def write_plot(report: BenchReport, path: Path, *, force: bool) -> None:
 def draw(report: BenchReport) -> Figure:
     """The figure: a row of panels for what decoding does with the context, one for the batch, one for positions.
 
-    Without several contexts or batches, bars compare the tests.
+    Without several contexts or batches, bars compare the tests. What the panels do not show is named in the title.
+
+    Raises:
+        RetNetToolsError: nothing was measured that could be drawn.
     """
     from matplotlib.figure import Figure
 
-    rows = list(_panel_rows(report))
+    if not report.rows and report.flat is None:
+        raise RetNetToolsError("--plot of a benchmark without rows", action="measure something that memory allows")
+    chosen = _chosen(report.rows)
+    rows = list(_panel_rows(report, chosen))
     figure = Figure(figsize=(_WIDTH * len(QUANTITIES), _HEIGHT * len(rows) + 0.8), layout="constrained")
     axes = np.reshape(figure.subplots(len(rows), len(QUANTITIES), squeeze=False), (len(rows), -1))
     for drawer, line in zip(rows, axes, strict=True):
         drawer(list(line))
-    figure.suptitle(_title(report), fontsize=11)
+    figure.suptitle(_title(report, chosen), fontsize=11)
     return figure
 
 
-def _title(report: BenchReport) -> str:
+def _chosen(rows: Sequence[BenchRow]) -> list[BenchRow]:
+    """What the panels compare: everything, or where contexts or batches vary one number of threads and of tokens."""
+    decoding = _decoding(rows)
+    if not _varies(decoding):
+        return list(rows)
+    return [row for row in decoding if row.tokens == decoding[0].tokens]
+
+
+def _decoding(rows: Sequence[BenchRow]) -> list[BenchRow]:
+    return [row for row in rows if row.kind == "decode" and row.threads == rows[0].threads]
+
+
+def _varies(rows: Sequence[BenchRow]) -> bool:
+    return len({row.depth for row in rows}) > 1 or len({row.batch for row in rows}) > 1
+
+
+def _title(report: BenchReport, chosen: Sequence[BenchRow]) -> str:
     model, machine = report.model, report.machine
     types = f"{model.dtype}, {model.quantization}" if model.quantization else model.dtype
     name = f"RetNet {model.name}: {model.parameters / 1e6:,.0f} million parameters, {types}"
-    return f"{name}\n{report.device_name or report.device}, {machine.processor}, {machine.cores} cores"
+    where = f"{report.device_name or report.device}, {machine.processor}, {machine.cores} cores"
+    return "\n".join(filter(None, (name, where, _drawn(report.rows, chosen))))
 
 
-def _panel_rows(report: BenchReport) -> Iterator[Callable[[list[Axes]], None]]:
-    decoding = [row for row in report.rows if row.kind == "decode" and row.threads == report.rows[0].threads]
-    depths, batches = sorted({row.depth for row in decoding}), sorted({row.batch for row in decoding})
-    lines = []
-    if len(depths) > 1:
+def _drawn(rows: Sequence[BenchRow], chosen: Sequence[BenchRow]) -> str:
+    """What is drawn, and what of the rows is not."""
+    if len({row.threads for row in chosen}) != 1:
+        return ""
+    kept = {(row.threads, _test(row)) for row in chosen}
+    left = dict.fromkeys((row.threads, _test(row)) for row in rows if (row.threads, _test(row)) not in kept)
+    drawn = f"drawn: {', '.join(dict.fromkeys(map(_test, chosen)))} on {_threads(chosen[0].threads)}"
+    if min(len({row.depth for row in chosen}), len({row.batch for row in chosen})) > 1:
+        drawn += ", contexts at one batch and batches at one context"
+    if not left:
+        return drawn
+    by_threads: dict[int | None, list[str]] = {}
+    for threads, test in left:
+        by_threads.setdefault(threads, []).append(test)
+    return f"{drawn}; left out: " + "; ".join(f"{', '.join(t)} on {_threads(n)}" for n, t in by_threads.items())
+
+
+def _test(row: BenchRow) -> str:
+    """The name of a test without its depth."""
+    return row.test.partition(" @ ")[0]
+
+
+def _threads(count: int | None) -> str:
+    return "all threads" if count is None else f"{count} thread{'' if count == 1 else 's'}"
+
+
+def _panel_rows(report: BenchReport, chosen: Sequence[BenchRow]) -> Iterator[Callable[[list[Axes]], None]]:
+    depths, batches = sorted({row.depth for row in chosen}), sorted({row.batch for row in chosen})
+    curves = _varies(_decoding(report.rows))
+    if curves and len(depths) > 1:
         label = f"tokens of context (batch {batches[0]})"
-        chosen = [row for row in decoding if row.batch == batches[0]]
-        lines.append(partial(_curves, rows=chosen, x=lambda row: row.depth, label=label))
-    if len(batches) > 1:
+        rows = [row for row in chosen if row.batch == batches[0]]
+        yield partial(_curves, rows=rows, x=lambda row: row.depth, label=label)
+    if curves and len(batches) > 1:
         # The longest context with the most rows: where memory did not suffice there are fewer.
-        depth = max(depths, key=lambda depth: (sum(row.depth == depth for row in decoding), depth))
+        depth = max(depths, key=lambda depth: (sum(row.depth == depth for row in chosen), depth))
         label = f"sequences at once ({depth:,} tokens of context)"
-        chosen = [row for row in decoding if row.depth == depth]
-        lines.append(partial(_curves, rows=chosen, x=lambda row: row.batch, label=label))
-    if report.rows and not lines:
-        lines.append(partial(_bars, rows=report.rows))
-    yield from lines
+        rows = [row for row in chosen if row.depth == depth]
+        yield partial(_curves, rows=rows, x=lambda row: row.batch, label=label)
+    if chosen and not curves:
+        yield partial(_bars, rows=chosen)
     if report.flat is not None:
         yield partial(_positions, flat=report.flat)
 
@@ -145,7 +190,11 @@ def _curve(
 
 
 def _bars(axes: list[Axes], rows: Sequence[BenchRow]) -> None:
-    labels = [f"{row.implementation}\n{row.test}, {row.threads or 'all'} threads" for row in rows]
+    several = len({row.batch for row in rows}) > 1
+    batches = [f", batch {row.batch}" if several else "" for row in rows]
+    labels = [
+        f"{r.implementation}\n{r.test}{batch}, {_threads(r.threads)}" for r, batch in zip(rows, batches, strict=True)
+    ]
     names = list(dict.fromkeys(row.implementation for row in rows))
     colours = [COLOURS[names.index(row.implementation)] for row in rows]
     for panel, quantity in zip(axes, QUANTITIES, strict=True):

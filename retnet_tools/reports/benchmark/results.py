@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
 import numpy as np
 
+import retnet_tools
 from retnet_tools.machine import Machine
-from retnet_tools.reports.benchmark.options import RETNET, Case, Kind
-from retnet_tools.reports.benchmark.traffic import Traffic
+from retnet_tools.reports.benchmark.options import BenchOptions, Kind
 
-SCHEMA_VERSION = 2
-_LIBRARIES = ("onnxruntime-gpu", "onnxruntime", "numpy", "torch")
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
 class BenchRow:
     """One test of one implementation on one number of threads.
 
+    A ratio to something measured beside it is taken in each repetition; the row has the median of these ratios.
+
     Attributes:
         implementation: `retnet`, or one of the alternatives.
         test: name of the test; its kind, tokens of each sequence, depth and batch follow.
         threads: None where the runtime chose.
+        device: that it really ran on.
         quantization: of the matrices; None for floats.
+        chunk_size: tokens of a prompt that are read at once; None where it is read whole, and when decoding.
+        cuda_graph: whether steps were replayed as CUDA graphs; None on the CPU, in torch and for prompts.
         tokens_per_second: of all sequences together, mean over repetitions.
         tokens_per_second_std: sample standard deviation over repetitions; None for one.
         ms_per_token_p50, ms_per_token_p99: a step, over all steps of all repetitions; for a prompt its time divided by
@@ -32,19 +37,26 @@ class BenchRow:
         ms_to_first_token: of a prompt, median; None when decoding.
         bytes_per_token: what a token must move (`retnet_tools.reports.benchmark.traffic`); a step moves `batch` times
             that.
-        read_bandwidth: bytes a second that the device reads, measured before and after each repetition, median.
+        read_bandwidth: bytes a second that the device reads (a GPU: copies, read and written), measured before and
+            after each repetition, median.
         floor_share: bytes_per_token / (seconds a token * read bandwidth) of each repetition, its median step against
             the bandwidth beside it, median over repetitions: 1 is as fast as memory allows. A model that fits into a
             cache can be faster.
         flops_per_token: of a prompt; None when decoding.
-        product_rate: floating-point operations a second of a measured matrix product, best; None when decoding.
-        product_share: flops_per_token * tokens_per_second / product_rate.
-        state_bytes_per_sequence: states, or the KV cache with its last token.
+        product_rate: floating-point operations a second of a measured matrix product, median over repetitions; None
+            when decoding.
+        product_share: flops_per_token * tokens a second / product_rate of each repetition, median.
+        state_bytes_per_sequence: states, or the KV cache with its last token; computed, one set of buffers.
+        state_buffers: how many sets of them the implementation holds at once.
+        memory_per_sequence: bytes that a sequence more in the batch took of the memory in use (GPU memory, else
+            resident), measured; None where one batch ran.
         peak_resident_bytes: of the process that ran this implementation alone, highest over repetitions.
-        device_bytes: of GPU memory that it had taken; None on the CPU.
+        device_bytes: of GPU memory that it held, weights and what it kept of smaller tests included; None on the CPU.
         retnet_speedup: how many times as many tokens a second RetNet gave, median over repetitions side by side; None
-            for RetNet.
-        repetitions: tokens a second of each.
+            for RetNet, and where they never ran side by side.
+        repetitions: tokens a second of each, each in a process of its own.
+        ms_medians: the median step of each, or ms a token of its prompt.
+        bandwidths, product_rates: measured beside each; no product_rates when decoding.
     """
 
     implementation: str
@@ -59,6 +71,8 @@ class BenchRow:
     quantization: str | None
     ops: str
     parameters: int
+    chunk_size: int | None
+    cuda_graph: bool | None
     tokens_per_second: float
     tokens_per_second_std: float | None
     ms_per_token_p50: float
@@ -71,21 +85,31 @@ class BenchRow:
     product_rate: float | None
     product_share: float | None
     state_bytes_per_sequence: int
+    state_buffers: int
+    memory_per_sequence: float | None
     peak_resident_bytes: int | None
     device_bytes: int | None
     retnet_speedup: float | None
     repetitions: tuple[float, ...]
+    ms_medians: tuple[float, ...]
+    bandwidths: tuple[float, ...]
+    product_rates: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class SkippedTest:
-    """A test that an implementation could not run, and why."""
+    """A test that an implementation could not run, and why.
+
+    Attributes:
+        repetitions: that it ran before; with one or more of them it has a row.
+    """
 
     implementation: str
     test: str
     batch: int
     threads: int | None
     reason: str
+    repetitions: int
 
 
 @dataclass(frozen=True)
@@ -95,7 +119,7 @@ class ModelSummary:
     Attributes:
         weight_bytes: that a step reads, by its configuration and types.
         weight_bytes_in_file: the same by the tensors of weights.data that the step graph reads whole.
-        last_cache_bytes: of the processor.
+        last_cache_bytes: of the cores that the process may use.
     """
 
     name: str
@@ -142,6 +166,7 @@ class Flatness:
         slope_low, slope_high: its 95% confidence interval (Student's t).
         difference: ms from the first position to the last, by the slope.
         difference_low, difference_high: its 95% confidence interval.
+        largest_share: the largest difference within that interval, as a part of a step at the first position.
         equal: whether that interval holds 0.
     """
 
@@ -153,17 +178,39 @@ class Flatness:
     difference: float
     difference_low: float
     difference_high: float
+    largest_share: float
     equal: bool
 
 
 @dataclass(frozen=True)
 class OperatorTime:
-    """An operator in a profile: ms and calls of one step, and its share of all operators' time."""
+    """An operator in a profile: ms and calls of one step, and its share of the step."""
 
     operator: str
     calls: float
     ms: float
     share: float
+
+
+@dataclass(frozen=True)
+class StepProfile:
+    """Where the time of a step goes, while ONNX Runtime notes it down, which takes time of its own.
+
+    Attributes:
+        test, batch, threads: the case that was profiled.
+        device: where; on `cuda` times are those of launching kernels, one by one.
+        ms: a whole step, mean.
+        outside_ms: of it that no operator accounts for.
+        operators: most time first.
+    """
+
+    test: str
+    batch: int
+    threads: int | None
+    device: str
+    ms: float
+    outside_ms: float
+    operators: tuple[OperatorTime, ...]
 
 
 @dataclass(frozen=True)
@@ -177,116 +224,33 @@ class BenchReport:
 
     model: ModelSummary
     machine: Machine
+    options: BenchOptions
     device: str
     device_name: str | None
     rows: tuple[BenchRow, ...]
     skipped: tuple[SkippedTest, ...]
     flat: Flatness | None = None
-    profile: tuple[OperatorTime, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Observed:
-    """What was seen of one implementation in one test.
-
-    Attributes:
-        seconds: of each repetition: of each step, or of the prompt.
-        bandwidths, product_rates: of the device beside each repetition.
-    """
-
-    seconds: list[tuple[float, ...]]
-    peaks: list[int | None]
-    device_bytes: list[int | None]
-    bandwidths: list[float]
-    product_rates: list[float]
-
-    def rates(self, test: Case) -> Any:
-        """Tokens a second of each repetition, `[R]`."""
-        return test.batch * test.tokens / np.array([sum(seconds) for seconds in self.seconds])
-
-    def floor_share(self, test: Case, bytes_per_token: float) -> float:
-        """Of the bandwidth beside each repetition, what its median step or its prompt took; median."""
-        steps = 1 if test.kind == "decode" else test.tokens
-        seconds = np.array([np.median(seconds) for seconds in self.seconds])
-        return float(np.median(bytes_per_token * test.batch * steps / seconds / np.array(self.bandwidths)))
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is the same in all rows of an implementation."""
-
-    implementation: str
-    device: str
-    dtype: str
-    quantization: str | None
-    ops: str
-    traffic: Traffic
-
-
-def make_row(subject: Subject, test: Case, threads: int | None, seen: Observed, retnet: Observed | None) -> BenchRow:
-    """The row of a test.
-
-    Args:
-        retnet: what was seen of RetNet beside it; None for RetNet itself.
-    """
-    rates, traffic, decode = seen.rates(test), subject.traffic, test.kind == "decode"
-    per_token = 1e3 * np.array(seen.seconds) / (1 if decode else test.tokens)
-    rate = float(rates.mean())
-    if decode:
-        # The context grows while it decodes: its middle counts.
-        moved = traffic.decode_bytes(test.batch, test.room - (test.tokens - 1) / 2 - 1)
-    else:
-        moved = traffic.prefill_bytes(test.batch, test.tokens, test.depth)
-    flops = None if decode else traffic.prefill_flops(test.tokens, test.depth)
-    products = max(seen.product_rates, default=None)
-    return BenchRow(
-        implementation=subject.implementation,
-        test=test.name,
-        kind=test.kind,
-        tokens=test.tokens,
-        depth=test.depth,
-        batch=test.batch,
-        threads=threads,
-        device=subject.device,
-        dtype=subject.dtype,
-        quantization=subject.quantization,
-        ops=subject.ops,
-        parameters=traffic.parameters,
-        tokens_per_second=rate,
-        tokens_per_second_std=float(rates.std(ddof=1)) if len(rates) > 1 else None,
-        ms_per_token_p50=float(np.percentile(per_token, 50)),
-        ms_per_token_p99=float(np.percentile(per_token, 99)),
-        ms_to_first_token=None if decode else float(1e3 * np.median(np.array(seen.seconds))),
-        bytes_per_token=moved,
-        read_bandwidth=float(np.median(seen.bandwidths)),
-        floor_share=seen.floor_share(test, moved),
-        flops_per_token=flops,
-        product_rate=products,
-        product_share=None if flops is None or products is None else flops * rate / products,
-        state_bytes_per_sequence=traffic.state_bytes(test.depth + test.tokens),
-        peak_resident_bytes=max((p for p in seen.peaks if p is not None), default=None),
-        device_bytes=max((d for d in seen.device_bytes if d is not None), default=None),
-        retnet_speedup=None if retnet is None else float(np.median(retnet.rates(test) / rates)),
-        repetitions=tuple(map(float, rates)),
-    )
+    profile: StepProfile | None = None
 
 
 def benchmark_document(report: BenchReport) -> dict[str, Any]:
     """The JSON document of `retnet-tools bench`."""
-    libraries = {}
-    for name in _LIBRARIES:
-        try:
-            libraries[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return {
         "schema_version": SCHEMA_VERSION,
-        "retnet_tools": metadata.version("retnet-tools"),
-        "libraries": libraries,
+        "retnet_tools": retnet_tools.__version__,
+        "libraries": libraries(),
+        "quick": report.options.quick,
         **asdict(report),
     }
 
 
-def is_retnet(row: BenchRow) -> bool:
-    """Whether a row is of RetNet and not of an alternative."""
-    return row.implementation == RETNET
+def libraries() -> dict[str, str]:
+    """Versions of what is in use, onnxruntime under the name of the package that was imported."""
+    import onnxruntime
+    from onnxruntime.capi import build_and_package_info
+
+    # Several packages bring a folder of this name, and what is installed need not be what comes first on the path.
+    found = {build_and_package_info.package_name: onnxruntime.__version__, "numpy": np.__version__}
+    with suppress(metadata.PackageNotFoundError):
+        found["torch"] = metadata.version("torch")
+    return found

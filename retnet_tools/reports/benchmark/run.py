@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from retnet_tools.errors import UsageError
+from retnet_tools.errors import RetNetToolsError, UsageError
 from retnet_tools.graph.probes import ProductShape
 from retnet_tools.machine import this_machine
 from retnet_tools.reports.benchmark.file_bytes import bytes_read_whole
@@ -15,6 +15,7 @@ from retnet_tools.reports.benchmark.models import PROBE_FOLDER, Model, Progress,
 from retnet_tools.reports.benchmark.options import KINDS, BenchOptions
 from retnet_tools.reports.benchmark.results import BenchReport, BenchRow, ModelSummary, SkippedTest
 from retnet_tools.reports.benchmark.rounds import Round, Setting
+from retnet_tools.reports.benchmark.rows import with_measured_memory
 from retnet_tools.reports.benchmark.traffic import Traffic
 from retnet_tools.runtime.providers import Device
 
@@ -31,6 +32,7 @@ def run_benchmark(
         scratch: a folder for the Transformer and the graphs that measure the device.
 
     Raises:
+        RetNetToolsError: no test could be measured.
         UsageError: no vocabulary, or an alternative that the device or the model does not allow.
         ProviderError: the device cannot be had, or has no kernel for a graph.
         OutputError: no room in the folder.
@@ -52,13 +54,25 @@ def run_benchmark(
     for threads in options.threads:
         for kind in KINDS:
             if tests := options.tests(kind):
-                running = [i for i in implementations if kind in i.buffers]
+                running = [i for i in implementations if i.runs(kind)]
                 round = Round(running, tests, threads, setting)
                 done = round.run(progress, done, total)
                 rows += round.rows()
                 skipped += round.skipped
+    if not rows and skipped:
+        raise RetNetToolsError(f"no test of {model.name} could be measured: {skipped[0].reason}")
     summary = _summary(model, implementations[0].subject.traffic)
-    return BenchReport(summary, this_machine(), device.kind, device_name(device), tuple(rows), tuple(skipped))
+    # RetNet may have gone to the CPU where that was allowed.
+    ran_on = rows[0].device if rows else device.kind
+    return BenchReport(
+        summary,
+        this_machine(),
+        options,
+        ran_on,
+        device_name(device) if ran_on == device.kind else None,
+        tuple(with_measured_memory(rows)),
+        tuple(skipped),
+    )
 
 
 def _summary(model: Model, traffic: Traffic) -> ModelSummary:

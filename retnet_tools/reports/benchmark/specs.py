@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 from retnet_tools.config import RetNetConfig
 from retnet_tools.dtypes import FloatName
+from retnet_tools.graph.probes import ProductShape
 from retnet_tools.graph.transformer import TransformerConfig
 from retnet_tools.runtime.providers import Device
 
@@ -18,6 +19,8 @@ class RetNetSpec:
 
     Attributes:
         chunk_size: tokens of a prompt that are read at once.
+        prompts: whether it will read prompts: prefill.onnx is opened at once then.
+        cuda_graph: whether steps on CUDA are captured where they can be.
         profile: where ONNX Runtime writes a profile of its steps: the start of its name.
     """
 
@@ -26,12 +29,18 @@ class RetNetSpec:
     device: Device
     threads: int | None
     chunk_size: int
+    prompts: bool = False
+    cuda_graph: bool = True
     profile: Path | None = None
 
 
 @dataclass(frozen=True)
 class TransformerSpec:
-    """A Transformer with a KV cache."""
+    """A Transformer with a KV cache.
+
+    Attributes:
+        cuda_graph: as `RetNetSpec`.
+    """
 
     engine: ClassVar[str] = "retnet_tools.reports.benchmark.engines:TransformerEngine"
     folder: Path
@@ -39,22 +48,36 @@ class TransformerSpec:
     dtype: str
     device: Device
     threads: int | None
-    profile: Path | None = None
+    cuda_graph: bool = True
 
 
 @dataclass(frozen=True)
 class TorchSpec:
-    """Our torch recurrent form, with random weights, on the CPU."""
+    """Our torch recurrent form, with random weights."""
 
     engine: ClassVar[str] = "retnet_tools.reports.benchmark.torch_engine:TorchEngine"
     config: RetNetConfig
     dtype: FloatName
     threads: int | None
+    device: Device = field(default_factory=lambda: Device("cpu"))
 
-    @property
-    def device(self) -> Device:
-        """The CPU."""
-        return Device("cpu")
+
+@dataclass(frozen=True)
+class ProbeSpec:
+    """What measures the device itself.
+
+    Attributes:
+        folder: of the graphs of `retnet_tools.graph.probes`.
+        shape: of the weight there.
+        quick: small buffers and few sizes.
+    """
+
+    device: Device
+    threads: int | None
+    folder: Path
+    shape: ProductShape
+    quick: bool
 
 
 EngineSpec = RetNetSpec | TransformerSpec | TorchSpec
+Spec = EngineSpec | ProbeSpec

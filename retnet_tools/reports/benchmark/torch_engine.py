@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from retnet_tools.model.stepping import RecurrentDecoder
 from retnet_tools.random_weights import RandomWeights
-from retnet_tools.reports.benchmark.engines import placed_states
+from retnet_tools.reports.benchmark.engines import empty_states, placed_states
 from retnet_tools.reports.benchmark.specs import TorchSpec
 from retnet_tools.weights import Array, canonical_shapes
 
 
 class TorchEngine:
-    """Steps in torch on the CPU; states are float32."""
+    """Steps in torch; states are float32."""
+
+    captured: bool | None = None
+    prompt_at_once: int | None = 1
 
     def __init__(self, spec: TorchSpec) -> None:
         weights = RandomWeights(canonical_shapes(spec.config))
-        self._config = spec.config
-        self._decoder = RecurrentDecoder(spec.config, weights, spec.dtype, spec.threads)
+        self._config, self.device = spec.config, spec.device
+        self._decoder = RecurrentDecoder(spec.config, weights, spec.dtype, spec.threads, str(spec.device))
         self.vocab_size = spec.config.vocab_size
 
     def place(self, batch: int, depth: int | Array, room: int) -> None:
         """Random states at a position, or zero states at position 0."""
-        self._decoder.place(placed_states(self._config, batch, "float32", empty=not depth), int(depth))
+        make = placed_states if depth else empty_states
+        self._decoder.place(list(make(self._config, batch, "float32")), int(depth))
 
     def feed(self, input_ids: Array) -> Array:
         """Token by token."""
@@ -31,7 +33,3 @@ class TorchEngine:
     def release(self) -> None:
         """Drop the states."""
         self._decoder.place([], 0)
-
-    def end_profile(self) -> Path:
-        """Torch writes none."""
-        raise NotImplementedError

@@ -32,7 +32,8 @@ class Traffic:
         fixed_state: bytes of the states of a sequence; 0 with a KV cache.
         cache_per_token: bytes of a token in the KV cache; 0 with states.
         linear_flops: of the linear layers that every token of a prompt goes through, 2 a weight.
-        mixing_flops: of retention for a token; 0 with attention.
+        state_flops: of reading and updating the states for a token; 0 with attention.
+        score_flops: of retention for a token and a token of its chunk; 0 with attention.
         attention_flops: of attention for a token and a token before it; 0 with retention.
         chunk_size: tokens of a prompt that are read at once; None reads it whole.
     """
@@ -43,7 +44,8 @@ class Traffic:
     fixed_state: int
     cache_per_token: int
     linear_flops: int
-    mixing_flops: int
+    state_flops: int
+    score_flops: int
     attention_flops: int
     chunk_size: int | None
 
@@ -64,7 +66,14 @@ class Traffic:
 
     def prefill_flops(self, tokens: int, depth: int) -> float:
         """Floating-point operations a token of reading a prompt after `depth` tokens."""
-        return self.linear_flops + self.mixing_flops + self.attention_flops * (depth + (tokens + 1) / 2)
+        attention = self.attention_flops * (depth + (tokens + 1) / 2)
+        return self.linear_flops + self.state_flops + self.score_flops * self._chunk(tokens) + attention
+
+    def _chunk(self, tokens: int) -> float:
+        """Tokens of the chunk that a token of a prompt is in, mean over the prompt."""
+        size = tokens if self.chunk_size is None else self.chunk_size
+        rest = tokens % size
+        return ((tokens - rest) * size + rest**2) / tokens
 
 
 def retnet_traffic(
@@ -84,7 +93,8 @@ def retnet_traffic(
         fixed_state=config.num_layers * heads * k * v * _itemsize(state_dtype),
         cache_per_token=0,
         linear_flops=_linear_flops(shapes, config.num_layers),
-        mixing_flops=config.num_layers * heads * (2 * chunk_size * (k + v) + 4 * k * v),
+        state_flops=config.num_layers * heads * 4 * k * v,
+        score_flops=config.num_layers * heads * 2 * (k + v),
         attention_flops=0,
         chunk_size=chunk_size,
     )
@@ -100,7 +110,8 @@ def transformer_traffic(config: TransformerConfig, dtype: str, scheme: Scheme | 
         fixed_state=0,
         cache_per_token=2 * config.num_layers * config.num_kv_heads * config.head_size * _itemsize(dtype),
         linear_flops=_linear_flops(shapes, config.num_layers),
-        mixing_flops=0,
+        state_flops=0,
+        score_flops=0,
         attention_flops=4 * config.num_layers * config.hidden_size,
         chunk_size=None,
     )

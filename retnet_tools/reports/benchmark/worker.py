@@ -2,8 +2,8 @@
 
     python -m retnet_tools.reports.benchmark.worker     reads a spec and requests from stdin, writes replies to stdout
 
-Everything is pickled: first an `EngineSpec`, then (method of `Measurements`, arguments). A reply is (True, result) or
-(False, error).
+Everything is pickled: first a `Spec`, then (method, arguments) of `Measurements`, or of `Probes` for a `ProbeSpec`. A
+reply is (True, result) or (False, error).
 """
 
 from __future__ import annotations
@@ -15,43 +15,48 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import retnet_tools
 from retnet_tools.errors import RetNetToolsError
+from retnet_tools.reports.benchmark.floor import Probes
 from retnet_tools.reports.benchmark.measurements import Measurements
-from retnet_tools.reports.benchmark.specs import EngineSpec
+from retnet_tools.reports.benchmark.specs import ProbeSpec, Spec
+from retnet_tools.runtime.providers import is_out_of_memory
 
 _MODULE = "retnet_tools.reports.benchmark.worker"
 
 
 class Worker:
-    """The caller's side of the process; leaving the context ends it.
+    """The caller's side of the process. It starts at once, opens the spec on entering the context, and ends on leaving.
 
     Args:
         name: of the implementation, for errors.
         spec: what to open.
-
-    Raises:
-        RetNetToolsError: what opening it raised, or the process ended.
     """
 
-    def __init__(self, name: str, spec: EngineSpec) -> None:
-        self.name = name
+    def __init__(self, name: str, spec: Spec) -> None:
+        self.name, self._spec = name, spec
         paths = [str(Path(retnet_tools.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
         self._process = subprocess.Popen(
             [sys.executable, "-m", _MODULE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )
+
+    def __enter__(self) -> Self:
+        """Open the spec.
+
+        Raises:
+            RetNetToolsError: what opening it raised, or the process ended.
+        """
         try:
-            self._exchange(spec)
+            self._exchange(self._spec)
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -60,7 +65,7 @@ class Worker:
         self.close()
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """The result of a method of `retnet_tools.reports.benchmark.measurements.Measurements`.
+        """The result of a method of what was opened.
 
         Raises:
             RetNetToolsError: what it raised, or the process ended.
@@ -74,7 +79,9 @@ class Worker:
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
-                stream.close()
+                # What the process did not read any more is flushed into nothing.
+                with suppress(OSError):
+                    stream.close()
 
     def _exchange(self, message: Any) -> Any:
         assert self._process.stdin is not None
@@ -98,6 +105,10 @@ class WorkerError(RetNetToolsError):
     """A measuring process is gone."""
 
 
+class MemoryShortageError(RetNetToolsError):
+    """A measuring process, or its GPU, has not enough memory for what it was asked for."""
+
+
 def _ending(code: int) -> str:
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
@@ -108,7 +119,7 @@ def main() -> None:
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     # Libraries that print must not write into the replies.
     os.dup2(2, 1)
-    opened: list[Measurements] = []
+    opened: list[Measurements | Probes] = []
 
     def answer(message: Any) -> Any:
         if not opened:
@@ -125,7 +136,9 @@ def main() -> None:
         replies.flush()
 
 
-def _open(spec: EngineSpec) -> Measurements:
+def _open(spec: Spec) -> Measurements | Probes:
+    if isinstance(spec, ProbeSpec):
+        return Probes(spec)
     module, name = spec.engine.split(":")
     return Measurements(getattr(importlib.import_module(module), name), spec)
 
@@ -134,11 +147,16 @@ def _attempt(answer: Callable[[Any], Any], message: Any) -> tuple[bool, Any]:
     try:
         return True, answer(message)
     except RetNetToolsError as error:
+        if error.__cause__ is not None and is_out_of_memory(str(error.__cause__)):
+            shortage = MemoryShortageError(error.found, error.expected, error.action)
+            shortage.exit_code = error.exit_code
+            return False, shortage
         return False, error
-    except MemoryError:
-        return False, RetNetToolsError("not enough memory", action="measure smaller batches or contexts")
     except Exception as error:
         text = " ".join(str(error).split())
+        if isinstance(error, MemoryError) or is_out_of_memory(text) or "bad_alloc" in text:
+            reason = f"not enough memory ({text})" if text else "not enough memory"
+            return False, MemoryShortageError(reason, action="measure smaller batches or contexts")
         return False, RetNetToolsError(f"unexpected {type(error).__name__} while measuring: {text}")
 
 

@@ -67,6 +67,8 @@ def test_logits_at_a_million_are_those_of_float64(tmp_path: Path) -> None:
     assert flat.slope_low <= flat.slope <= flat.slope_high
     assert flat.difference == pytest.approx(3 * flat.slope)
     assert flat.equal == (flat.slope_low <= 0 <= flat.slope_high)
+    widest = max(abs(flat.difference_low), abs(flat.difference_high))
+    assert flat.largest_share == pytest.approx(widest / flat.positions[0].ms_per_token)
 
 
 def test_other_weights_are_noticed(tmp_path: Path) -> None:

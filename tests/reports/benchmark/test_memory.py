@@ -8,21 +8,34 @@ import numpy as np
 import pytest
 
 from retnet_tools.reports.benchmark import memory
-from retnet_tools.reports.benchmark.memory import device_free, device_name, device_used, peak_resident, reset_peak
+from retnet_tools.reports.benchmark.engines import RetNetEngine
+from retnet_tools.reports.benchmark.measurements import Measurements
+from retnet_tools.reports.benchmark.memory import (
+    anonymous_resident,
+    device_free,
+    device_name,
+    device_used,
+    peak_resident,
+    reset_peak,
+)
+from retnet_tools.reports.benchmark.options import Case
+from retnet_tools.reports.benchmark.specs import RetNetSpec
 from retnet_tools.runtime.cuda import CudaDevice, CudaRuntime
 from retnet_tools.runtime.providers import Device
+from tests.exports import export
+from tests.helpers import BASE, random_source
 
 SIZE = 200 << 20
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel keeps no peak to reset")
 def test_a_peak_is_seen_and_forgotten_after_a_reset() -> None:
-    reset_peak()
+    assert reset_peak()
     before = peak_resident()
     block = np.ones(SIZE, dtype=np.uint8)
     with_block = peak_resident()
     del block
-    reset_peak()
+    assert reset_peak()
     after = peak_resident()
     assert before is not None
     assert with_block is not None
@@ -64,3 +77,23 @@ def test_a_gpu_is_named_by_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device_name(Device("cuda", 1)) == "GPU 8"
     assert device_name(Device("cuda", 2)) is None
     assert device_name(Device("cpu")) is None
+
+
+def test_without_a_reset_there_is_no_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would include what loading took."""
+    monkeypatch.setattr(memory, "_CLEAR_REFS", tmp_path / "missing" / "clear_refs")
+    assert reset_peak() is False
+    out = export(BASE, random_source(BASE, 1), tmp_path / "out")
+    measured = Measurements(RetNetEngine, RetNetSpec(out, Device("cpu"), 1, 128))
+    assert measured.run(Case("decode", 2, 0, 1)).peak_resident_bytes is None
+    assert measured.run(Case("prefill", 9, 0, 1)).peak_resident_bytes is None
+
+
+def test_anonymous_memory_is_that_of_no_file() -> None:
+    before = anonymous_resident()
+    if before is None:
+        pytest.skip("the kernel does not say")
+    block = np.ones(SIZE, dtype=np.uint8)
+    after = anonymous_resident()
+    assert after is not None
+    assert 0.9 * SIZE < after - before < 1.1 * block.nbytes

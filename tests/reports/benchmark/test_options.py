@@ -34,6 +34,8 @@ def test_zero_leaves_a_kind_out_and_repeated_values_count_once() -> None:
         ({"repetitions": 0}, "-r 0"),
         ({"against": ("tranformer",)}, "did you mean 'transformer'"),
         ({"depths": (MAX_POSITION,)}, f"at most {MAX_POSITION}"),
+        ({"prompts": (0,), "tokens": (0,)}, "nothing to measure"),
+        ({"chunk_size": 0}, "--chunk-size 0"),
         ({"flat": True, "repetitions": 2}, "at least 3 repetitions"),
         ({"flat": True, "tokens": (0,)}, "-n 0 with --flat"),
     ],

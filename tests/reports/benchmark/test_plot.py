@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from retnet_tools.errors import RetNetToolsError
 from retnet_tools.reports.benchmark.options import Case
 from retnet_tools.reports.benchmark.plot import draw, write_plot
 from tests.reports.benchmark.reports import GRID, report, row
@@ -61,3 +63,27 @@ def test_a_file_is_written_whole(name: str, tmp_path: Path) -> None:
     write_plot(report(GRID, flat=True), tmp_path / name, force=False)
     assert [file.name for file in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).stat().st_size > 10_000
+
+
+def test_what_is_not_drawn_is_named() -> None:
+    rows = [*GRID, row("retnet", Case("prefill", 64, 0, 1)), row("retnet", Case("decode", 16, 0, 1))]
+    rows += [replace(GRID[0], threads=4)]
+    title = draw(report(rows)).get_suptitle()
+    assert "drawn: tg8 on 2 threads, contexts at one batch and batches at one context" in title
+    assert "left out: pp64, tg16 on 2 threads; tg8 on 4 threads" in title
+    # The lines are those of one number of tokens.
+    assert curve(draw(report(rows)).axes[0], "retnet")[0] == [0, 512, 2048]
+
+
+def test_bars_show_all_tests_and_leave_nothing_out() -> None:
+    rows = [row("retnet", Case("prefill", 64, 0, batch)) for batch in (1, 4)]
+    rows += [replace(rows[0], threads=4)]
+    figure = draw(report(rows))
+    assert len(figure.axes[1].patches) == 3
+    assert len({label.get_text() for label in figure.axes[0].get_yticklabels()}) == 3
+    assert "left out" not in figure.get_suptitle()
+
+
+def test_nothing_to_draw_is_one_line() -> None:
+    with pytest.raises(RetNetToolsError, match="without rows"):
+        draw(report([]))

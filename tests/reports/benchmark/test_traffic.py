@@ -114,3 +114,13 @@ def test_products_of_a_prompt_are_those_of_the_graph() -> None:
     head = 2 * (2003 * 1024 + 3 * 1024 * 1728)
     assert sum(node.op_type == "MatMul" for node in graph.graph) == 4 * MEDIUM.num_layers
     np.testing.assert_allclose(traffic.prefill_flops(tokens, 0) * tokens, flops - head, rtol=1e-9)
+
+
+def test_a_token_meets_those_of_its_own_chunk() -> None:
+    """Counted chunk by chunk: a prompt shorter than a chunk has no more scores than it has tokens."""
+    heads, k, v, layers = BASE.num_heads, BASE.head_k_dim, BASE.head_v_dim, BASE.num_layers
+    traffic = retnet_traffic(BASE, "float32", None, "float32", 128)
+    for chunks in ([5], [128], [128, 128], [128, 128, 44]):
+        tokens = sum(chunks)
+        mixing = layers * heads * sum(c * (2 * c * (k + v) + 4 * k * v) for c in chunks)
+        assert traffic.prefill_flops(tokens, 0) * tokens == pytest.approx(traffic.linear_flops * tokens + mixing)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from retnet_tools.errors import InputError, RetNetToolsError
+from retnet_tools.graph.probes import ProductShape
+from retnet_tools.reports.benchmark.measurements import Measurements
+from retnet_tools.reports.benchmark.models import Precision, write_probes
 from retnet_tools.reports.benchmark.options import Case
-from retnet_tools.reports.benchmark.specs import RetNetSpec, TorchSpec
-from retnet_tools.reports.benchmark.worker import Worker, WorkerError
+from retnet_tools.reports.benchmark.specs import ProbeSpec, RetNetSpec, TorchSpec
+from retnet_tools.reports.benchmark.worker import MemoryShortageError, Worker, WorkerError, _attempt
+from retnet_tools.runtime import device_memory
+from retnet_tools.runtime.device_memory import enough_memory
 from retnet_tools.runtime.providers import Device
 from retnet_tools.runtime.session import DecoderSession
 from tests.exports import export
@@ -52,8 +59,8 @@ def test_logits_at_positions_are_those_of_the_session(folder: Path) -> None:
 
 
 def test_what_opening_raises_reaches_the_caller(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no folder") as error:
-        Worker("retnet", spec(tmp_path / "missing"))
+    with pytest.raises(InputError, match="no folder") as error, Worker("retnet", spec(tmp_path / "missing")):
+        pass
     assert error.value.exit_code == 5
 
 
@@ -81,3 +88,50 @@ def test_leaving_ends_the_process(folder: Path) -> None:
 def test_torch_is_measured_too() -> None:
     with Worker("torch", TorchSpec(BASE, "float32", 1)) as worker:
         assert len(worker.call("run", Case("decode", 3, 100, 2)).seconds) == 3
+
+
+class OutOfMemory:
+    """An engine whose device has no memory left."""
+
+    device, vocab_size, captured, prompt_at_once = Device("cpu"), 61, None, None
+
+    def __init__(self, spec: object) -> None: ...
+
+    def place(self, batch: int, depth: int, room: int) -> None:
+        if batch == 1:
+            raise MemoryError
+        if batch == 2:
+            raise RuntimeError("Failed to allocate memory for requested buffer of size 99")
+        if batch == 3:
+            with enough_memory(Device("cuda"), 10**9, "a chunk"):
+                raise RuntimeError("CUDA failure 2: out of memory")
+        raise RuntimeError("something else")
+
+    def release(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"), [(1, "not enough"), (2, "Failed to allocate"), (3, "a chunk needs about")]
+)
+def test_no_memory_is_an_error_of_its_own(batch: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_memory, "cuda_runtime", lambda index: SimpleNamespace(memory=lambda: (1, 2)))
+    process = Measurements(OutOfMemory, SimpleNamespace(device=Device("cpu")))
+    succeeded, error = _attempt(process.run, Case("decode", 1, 0, batch))
+    assert not succeeded
+    assert isinstance(error, MemoryShortageError)
+    assert message in str(error)
+    assert error.exit_code == (4 if batch == 3 else 1)
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.exit_code) == (str(error), error.exit_code)
+    _, other = _attempt(process.run, Case("decode", 1, 0, 9))
+    assert not isinstance(other, MemoryShortageError)
+
+
+def test_the_device_is_measured_in_a_process_of_its_own(folder: Path, tmp_path: Path) -> None:
+    """So that what its buffers take is not counted to an implementation."""
+    shape = ProductShape(64, 64, "float32")
+    probes = write_probes(shape, Precision("float32", None, "fused"), tmp_path / "probes")
+    with Worker("probes", ProbeSpec(Device("cpu"), 1, probes, shape, quick=True)) as worker:
+        assert worker.call("bandwidth") > 1e8
+        assert worker.call("product_rate") > 1e6
+    assert not hasattr(Measurements, "bandwidth")
