@@ -62,13 +62,13 @@ def loaded(device: str, names: Iterable[str]) -> list[Document]:
 
 def decoding(device: str) -> str | None:
     """One sequence, in every type."""
-    documents = loaded(device, TYPES)
+    documents = loaded(device, (*TYPES, "float16-eager"))
     if not documents:
         return None
     rows = [row for document in documents for row in document["rows"] if row["kind"] == "decode"]
     lines = [
         [
-            title(row),
+            title(row) + (", kernel by kernel" if row["cuda_graph"] is False else ""),
             weights(row),
             threads(row),
             spread(row),

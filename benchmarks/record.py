@@ -62,6 +62,7 @@ CPU = (
 CUDA = (
     Run("float32", "--size {size} -p 512,2048 -n 128 --profile"),
     Run("float16", "--size {size} --dtype fp16 -p 512,2048 -n 128 --profile"),
+    Run("float16-eager", "--size {size} --dtype fp16 -p 0 -n 128 --no-cuda-graph"),
     Run("int4", "--size {size} --dtype fp16 --quantize int4 --block-size 128 -p 512,2048 -n 128 --profile"),
     Run("flat", "--size {size} --dtype fp16 -p 0 -n 64 -r 10 --flat", picture=True),
     Run("transformer-prompt", "--size 6.7b --dtype fp16 -p 512,2048,8192 -n 0 -r 3 --against transformer"),

@@ -220,6 +220,13 @@ def test_readme_has_markers_of_sections_that_exist(scripts) -> None:
     assert tables.rewritten(text).count("<!-- bench:") == text.count("<!-- bench:")
 
 
+def test_steps_without_cuda_graphs_are_called_so(tables: ModuleType, tmp_path: Path) -> None:
+    found = document()
+    found["rows"][-2]["cuda_graph"] = False
+    (tmp_path / "cuda-float16-eager.json").write_text(json.dumps(found))
+    assert section(tables, "cuda-decode").count("| RetNet, kernel by kernel | float32 |") == 1
+
+
 def quality(perplexity: float, kl: float) -> dict[str, object]:
     return {
         "perplexity": {"value": perplexity, "error": 0.5},

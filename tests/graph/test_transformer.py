@@ -11,6 +11,7 @@ import pytest
 from retnet_tools.errors import UsageError
 from retnet_tools.graph.quantization import Scheme
 from retnet_tools.graph.transformer import (
+    TOTAL_LENGTH,
     TransformerConfig,
     matching_transformer,
     parameters,
@@ -20,6 +21,7 @@ from retnet_tools.paper import MODEL_SIZES, paper_config
 from retnet_tools.quantize.blockwise import dequantize_rows, quantize_rows
 from retnet_tools.random_weights import RandomWeights
 from retnet_tools.reports.benchmark.models import Precision, write_transformer
+from retnet_tools.runtime.binding import Binding
 from retnet_tools.runtime.providers import Device
 from retnet_tools.runtime.transformer import TransformerSession
 from retnet_tools.weights import canonical_shapes
@@ -150,3 +152,26 @@ def test_a_retnet_without_a_match_is_refused() -> None:
     small = paper_config(vocab_size=50, hidden_size=64, value_dim=16, ffn_dim=8, num_layers=1, num_heads=4)
     with pytest.raises(UsageError, match="no Transformer of width 64"):
         matching_transformer(small, max_positions=8)
+
+
+@pytest.mark.parametrize("name", ["heads", "shared heads"])
+def test_a_step_may_be_told_the_room_in_place_of_the_length(name: str, tmp_path: Path, monkeypatch) -> None:
+    """As a captured CUDA graph is, whose sizes stay: each row ends where seqlens_k says."""
+    config, tokens = CONFIGS[name], ids(2, 12)
+    expected = transformer_logits(config, RandomWeights(transformer_shapes(config)), tokens)
+    model = session(config, tmp_path / "out")
+    cache = model.new_cache(2, 24, fill=lambda shape: np.full(shape, 7.0))
+    model.run(tokens[:, :5], cache)
+    lengths = []
+    run = Binding.run
+
+    def noted(self: Binding, feeds, *, fetch: bool):
+        lengths.append(int(feeds[TOTAL_LENGTH]))
+        return run(self, feeds, fetch=fetch)
+
+    monkeypatch.setattr(Binding, "run", noted)
+    monkeypatch.setattr(model, "eager_reason", None)
+    for n in range(5, 12):
+        logits = model.run(tokens[:, n : n + 1], cache)
+        np.testing.assert_allclose(logits, expected[:, n], rtol=0, atol=GRAPH_FLOAT32)
+    assert lengths == [24] * 7
