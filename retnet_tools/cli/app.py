@@ -7,10 +7,9 @@ import os
 import signal
 import sys
 import warnings
-from typing import Annotated, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
-from typer.exceptions import TyperException
 
 from retnet_tools import __version__
 from retnet_tools.cli.bench import bench
@@ -24,6 +23,9 @@ from retnet_tools.cli.quantize import quantize
 from retnet_tools.cli.state import app as state_app
 from retnet_tools.cli.verify import verify
 from retnet_tools.errors import RetNetToolsError
+
+COMMAND_LINE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__base__ is Exception)
+"""What every error in a command line derives from: click's, or since typer 0.26 what typer has made of it."""
 
 app = typer.Typer(
     name="retnet-tools",
@@ -82,7 +84,7 @@ def main() -> None:
     debug = len(arguments) < len(sys.argv) - 1
     try:
         sys.exit(app(args=arguments or ["--help"], prog_name="retnet-tools", standalone_mode=False) or 0)
-    except TyperException as error:
+    except COMMAND_LINE_ERROR as error:
         _fail(f"{error.format_message().rstrip('.')}; see retnet-tools --help", error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(128 + signal.SIGINT)
