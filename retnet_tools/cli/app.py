@@ -24,9 +24,6 @@ from retnet_tools.cli.state import app as state_app
 from retnet_tools.cli.verify import verify
 from retnet_tools.errors import RetNetToolsError
 
-COMMAND_LINE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__base__ is Exception)
-"""What every error in a command line derives from: click's, or since typer 0.26 what typer has made of it."""
-
 app = typer.Typer(
     name="retnet-tools",
     help="Take a RetNet from a training checkpoint to fast, verified inference.",
@@ -84,7 +81,7 @@ def main() -> None:
     debug = len(arguments) < len(sys.argv) - 1
     try:
         sys.exit(app(args=arguments or ["--help"], prog_name="retnet-tools", standalone_mode=False) or 0)
-    except COMMAND_LINE_ERROR as error:
+    except command_line_error(typer.BadParameter) as error:
         _fail(f"{error.format_message().rstrip('.')}; see retnet-tools --help", error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(128 + signal.SIGINT)
@@ -104,6 +101,11 @@ def main() -> None:
         if debug:
             raise
         _fail(f"unexpected {type(error).__name__}: {' '.join(str(error).split())}; rerun with --debug to see where", 1)
+
+
+def command_line_error(bad_parameter: type[Exception]) -> Any:
+    """What every error in a command line derives from: click's, or since typer 0.26 what typer has made of it."""
+    return next(kind for kind in bad_parameter.__mro__ if kind.__base__ is Exception)
 
 
 def _show_warning(
