@@ -85,6 +85,7 @@ int cudaMalloc(void **p, size_t bytes) {
   if (used + bytes > memory()) { *p = NULL; return NO_MEMORY; }
   char *block = aligned_alloc(256, 256 + (bytes + 255) / 256 * 256);
   if (!block) return NO_MEMORY;
+  memset(block, 0, 256 + bytes); /* what no kernel has written is read as numbers */
   *(size_t *)block = bytes;
   used += bytes;
   if (used > most) most = used;
