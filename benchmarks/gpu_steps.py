@@ -42,6 +42,7 @@ TESTS = tuple(
         "replayed_steps_are_bit_equal_to_eager_ones_over_1000_steps[(256, 432)-float32-float32]",
         "states_take_turns_in_captured_graphs",
         "batch_sizes_mixed_in_one_captured_session_are_what_they_are_eagerly[float32]",
+        "weights_that_both_graphs_share_are_those_that_each_loads[float16]",
         "a_row_of_a_ragged_batch_is_what_it_is_alone[float16]",
         "states_go_from_device_to_file_to_device[float32]",
         "rows_are_chosen_on_the_device",

@@ -206,6 +206,23 @@ def test_a_batch_that_shrinks_from_8_to_1_gets_the_same_tokens_with_and_without_
     assert [row.tokens for row in rows[0]] == [row.tokens for row in rows[1]]
 
 
+@pytest.mark.parametrize("kind", ["float32", "float16", "int8", "int4"])
+def test_weights_that_both_graphs_share_are_those_that_each_loads(kind: str, tmp_path: Path) -> None:
+    config, dtype = conditioned(BASE), kind if kind in DTYPES else "float16"
+    out = export(config, random_source(config, 1), tmp_path / "float", dtype=dtype, device="cuda")
+    if kind not in DTYPES:
+        out = quantize(out, tmp_path / kind, kind, block_size=32, accuracy_level=0)
+    ids, found = random_tokens(config, 2, 60, 6), []
+    for prompts in (True, False):
+        session = DecoderSession(out, DEVICE, 1, prompts=prompts)
+        state = session.new_state(2)
+        logits = [session.prefill(ids[:, :50], state, chunk_size=16)]
+        logits += [session.step(ids[:, n], state) for n in range(50, 60)]
+        found.append([*logits, *state.numpy()])
+    for shared, own in zip(*found, strict=True):
+        np.testing.assert_array_equal(shared, own)
+
+
 @pytest.mark.parametrize("in_place", [True, False])
 def test_steps_in_place_are_those_in_two_sets_of_buffers(in_place: bool, tmp_path: Path) -> None:
     config = model(256, 512)

@@ -1,7 +1,7 @@
 """Device memory: what a graph, states and a chunk of a prompt need, held against what is free before it is asked for.
 
-Sizes in bytes. Weights are counted once for each graph that is open: step and prefill are sessions of their own. What
-they need besides is estimated, on the high side.
+Sizes in bytes. Weights are counted once for each graph that is open, step and prefill being sessions of their own,
+unless they share them (`retnet_tools.runtime.shared_weights`). What they need besides is estimated, on the high side.
 """
 
 from __future__ import annotations
@@ -29,7 +29,12 @@ LIBRARY_BYTES = 256 << 20
 def graph_bytes(path: Path) -> int:
     """Weights and tables of a graph."""
     tensors = (value.const_value for value in load_graph(path).initializers.values())
-    return sum(math.ceil(t.size * t.dtype.itemsize) for t in tensors if isinstance(t, ir.ExternalTensor))
+    return sum(tensor_bytes(tensor) for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
+
+
+def tensor_bytes(tensor: ir.ExternalTensor) -> int:
+    """Of one of them, packed."""
+    return math.ceil(tensor.size * tensor.dtype.itemsize)
 
 
 def state_bytes(manifest: Manifest, batch: int, *, buffers: int) -> int:

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 
 from retnet_tools.errors import InputError, ProviderError
 from retnet_tools.graph.contract import MANIFEST_FILE, STEP_FILE, TensorSpec
+from retnet_tools.graph.cuda_kernels import cpu_nodes
 from retnet_tools.graph.manifest import Manifest
-from retnet_tools.runtime.device_memory import LIBRARY_BYTES, check_memory, graph_bytes
+from retnet_tools.graph.reader import load_graph
+from retnet_tools.runtime.device_memory import LIBRARY_BYTES, check_memory, graph_bytes, tensor_bytes
 from retnet_tools.runtime.providers import Device, check_device, check_retention, cpu_instead, open_session
+from retnet_tools.runtime.shared_weights import SharedWeights, stored_tensors
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -38,6 +41,7 @@ class GraphOpener:
         self, folder: Path, manifest: Manifest, device: Device, threads: int | None, eager_reason: str | None
     ) -> None:
         self._folder, self._manifest, self._threads = folder, manifest, threads
+        self._shared: SharedWeights | None = None
         self.device = device
         self.eager_reason = "it runs on the CPU" if device.kind == "cpu" else eager_reason
 
@@ -47,15 +51,16 @@ class GraphOpener:
         """step.onnx: captured if that can be, else kernel by kernel, else on the CPU if that is allowed.
 
         Args:
-            beside: graphs that will be opened later, and need room as well.
+            beside: graphs that will be opened later: on CUDA they share their weights with this one, and there must be
+                room for all.
 
         Raises:
             ProviderError, InputError: as `open`.
         """
         try:
             check_retention(self._manifest, self.device)
-            if beside:
-                self._check_room((STEP_FILE, *beside))
+            if beside and self.device.kind == "cuda" and not self.device.cpu_fallback:
+                self._share((STEP_FILE, *beside))
             if self.eager_reason is None:
                 try:
                     return self.open(STEP_FILE, inputs, cuda_graph=True)
@@ -98,21 +103,34 @@ class GraphOpener:
             InputError: a graph that cannot be read, or another than the manifest says.
         """
         path = self._folder / name
-        self._check_room((name,))
+        if self.device.kind == "cuda":
+            check_device(self.device)
+            needed = 0 if self._shared is not None else graph_bytes(path)
+            check_memory(self.device, needed + LIBRARY_BYTES, f"{name} of {self._folder}")
         session = open_session(
-            path, self.device, self._threads, prepack=prepack, cuda_graph=cuda_graph, profile=profile
+            path,
+            self.device,
+            self._threads,
+            prepack=prepack,
+            cuda_graph=cuda_graph,
+            profile=profile,
+            weights=None if self._shared is None else self._shared.of(name),
         )
         found = [(value.name, tuple(value.shape)) for value in session.get_inputs()]
         if found != [(spec.name, spec.shape) for spec in inputs]:
             raise InputError(f"{path} does not fit {MANIFEST_FILE}", "the graph it describes", "export again")
         return session
 
-    def _check_room(self, names: Sequence[str]) -> None:
-        """Check that there is a device, and room for these graphs at once."""
-        if self.device.kind == "cuda":
-            check_device(self.device)
-            needed = sum(graph_bytes(self._folder / name) + LIBRARY_BYTES for name in names)
-            check_memory(self.device, needed, f"{' and '.join(names)} of {self._folder}")
+    def _share(self, names: Sequence[str]) -> None:
+        """Load the weights of these graphs once for all, where there is room for everything they need."""
+        check_device(self.device)
+        paths = [self._folder / name for name in names]
+        weights = sum(map(tensor_bytes, stored_tensors(paths).values()))
+        needed = weights + len(names) * LIBRARY_BYTES
+        check_memory(self.device, needed, f"{' and '.join(names)} of {self._folder}")
+        # A node without a kernel goes to the CPU, and would read weights there before it can be refused.
+        if not any(node.reason == "no kernel" for path in paths for node in cpu_nodes(load_graph(path))):
+            self._shared = SharedWeights(paths, self.device)
 
     def _capture_no_more(self, reason: str) -> None:
         self.eager_reason = reason

@@ -7,6 +7,7 @@ import io
 import re
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,7 @@ def open_session(
     prepack: bool = True,
     cuda_graph: bool = False,
     profile: Path | None = None,
+    weights: Mapping[str, onnxruntime.OrtValue] | None = None,
 ) -> onnxruntime.InferenceSession:
     """Open a graph on a device, and on no other.
 
@@ -83,6 +85,7 @@ def open_session(
         prepack: whether the CPU provider may keep rearranged copies of the weights; without, it maps their file.
         cuda_graph: whether CUDA captures the graph on the first run of each `gpu_graph_id`, and replays it then.
         profile: the start of the name of a profile that ONNX Runtime writes when the session's profiling ends.
+        weights: values to use for tensors of the external data, by name, in place of loading them.
 
     Raises:
         ProviderError: the provider cannot be had, has no kernel for the graph, or no memory; says what is missing.
@@ -101,6 +104,8 @@ def open_session(
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
+    for name, value in (weights or {}).items():
+        options.add_initializer(name, value)
     check_device(device)
     provider: Any = device.provider
     if device.kind == "cuda":

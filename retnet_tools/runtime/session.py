@@ -50,8 +50,8 @@ class DecoderSession:
         in_place: whether step.onnx writes states where it reads them, or into a second buffer; None writes in place on
             the CPU, whose kernels are known to read a state before they write it.
         cuda_graph: whether steps on CUDA are captured and replayed; None does where it can.
-        prompts: whether prompts of several tokens will come: then there must be room for prefill.onnx too, before any
-            weight is loaded.
+        prompts: whether prompts of several tokens will come: then on CUDA the two graphs share their weights, and there
+            must be room for both before anything is loaded. Else prefill.onnx loads its own when it is opened.
         profile: where ONNX Runtime writes a profile of step.onnx when `end_profile` is called: the start of its name.
 
     Attributes:
