@@ -105,6 +105,20 @@ def test_a_runtime_that_fails_says_what_failed() -> None:
     assert caught.value.exit_code == 4
 
 
+def test_an_error_is_taken_back_before_onnxruntime_finds_it() -> None:
+    """ONNX Runtime asks for the last error after each of its kernels."""
+    calls = []
+
+    class Full(Library):
+        def __getattr__(self, name: str):
+            calls.append(name)
+            return lambda *arguments: 2 if name == "cudaMalloc" else 0
+
+    with pytest.raises(ProviderError, match=r"cudaMalloc fails on cuda:0 \(what went wrong, 2\)"):
+        CudaRuntime(0, 13, Full(2)).allocate(100)
+    assert calls == ["cudaSetDevice", "cudaMalloc", "cudaGetLastError"]
+
+
 def test_a_library_that_is_not_there_is_a_provider_error() -> None:
     with pytest.raises(ProviderError, match=r"libcudart\.so\.7 cannot be loaded.*expected CUDA 7"):
         CudaRuntime(0, 7)
