@@ -375,6 +375,9 @@ for batch in (32, 8, 64, 64, 1, 32):
         else:
             session.step(np.zeros(batch, dtype=int), state)
         found.append(sets(batch))
+    if batch == 64:
+        # The next one is as large, and finds free buffers.
+        continue
     chosen = state.select(range(max(1, batch // 2)))
     state = None
     for _ in range(3):
