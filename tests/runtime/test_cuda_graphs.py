@@ -326,6 +326,7 @@ LIVE = """
 import ctypes, gc, json, sys
 from pathlib import Path
 import numpy as np
+from retnet_tools.graph.contract import state_shape
 from retnet_tools.runtime import DecoderSession, Device, RecurrentState
 from retnet_tools.runtime.cuda import CudaRuntime
 from retnet_tools.runtime.device_memory import state_bytes
@@ -341,8 +342,7 @@ session = DecoderSession(Path(sys.argv[1]), Device("cuda"))
 
 def placed(batch):
     '''A state that no one told the session of, as from a file.'''
-    shape = (batch, *session.new_state().current[0].shape[1:])
-    layers = range(session.manifest.config.num_layers)
+    shape, layers = (batch, *state_shape(session.manifest.config)), range(session.manifest.config.num_layers)
     return RecurrentState([np.zeros(shape, dtype="f4") for _ in layers], np.zeros(batch), session.device)
 
 def sets(batch):
