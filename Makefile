@@ -41,10 +41,13 @@ bench: .venv/.installed out/torchscale
 	$(BIN)/python benchmarks/torchscale_step.py --torchscale out/torchscale -o benchmarks/torchscale_step.json
 	$(BIN)/python benchmarks/readme_tables.py
 
+# What fails stops nothing behind it, and is the exit code in the end.
+bench-gpu: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 bench-gpu:
-	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) benchmarks/gpu.py
-	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) benchmarks/record.py --device cuda
-	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) benchmarks/readme_tables.py
+	@status=0; \
+	for part in gpu.py 'record.py --device cuda' readme_tables.py; do \
+		echo "benchmarks/$$part"; $(GPU_PYTHON) benchmarks/$$part || status=1; \
+	done; exit $$status
 
 clean:
 	rm -rf .venv out

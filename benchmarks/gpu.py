@@ -1,157 +1,218 @@
-"""Everything that needs a GPU, as one command: checks, tests, and the measurements that the README speaks of.
+"""Everything that needs a GPU, in steps ordered by what they are worth: first whether it works, then how fast.
 
-    make bench-gpu            or: python benchmarks/gpu.py
-    python benchmarks/gpu.py --only doctor,tests        some steps
-    python benchmarks/gpu.py --quick                    small models: whether everything runs
-    python benchmarks/gpu.py --table                    the README's table from what was measured
+    make bench-gpu                                    all of it
+    python benchmarks/gpu.py --list                   the steps, and about how long each takes
+    python benchmarks/gpu.py --minutes 9              what fits into 9 minutes; once more for what is left
+    python benchmarks/gpu.py --only doctor,float16    some steps
+    python benchmarks/gpu.py --from prefill-256       a step and those behind it
+    python benchmarks/gpu.py --quick                  small models: whether everything runs
+    python benchmarks/gpu.py --unpack gpu.json        records for README.md out of results from another machine
 
-Each step's result is written to `benchmarks/gpu/STEP.json` as soon as it ends, with its command, time and exit code and
-the machine; a step that has one is left out unless `--again`. A step that fails does not stop the others; the exit code
-says whether any did. smoke.py and probe.py come with the onnxruntime-gpu of the GPU host (`--ort`), and are left out
-where they are not.
+A step is a process of its own. What came of it is written to STATE/steps/ as soon as it ends, and all of that so far to
+one file, RESULTS/gpu.json; what succeeded is not run again by a later call. Models are written once to STATE/models/,
+by the first step that needs them. A step that fails or runs out of time stops none behind it; the exit code says
+whether any did. Results of `retnet-tools bench` are also written to benchmarks/bench/, whose records
+`benchmarks/readme_tables.py` reads.
+
+On a lent host whose commands end after 10 minutes, with an onnxruntime-gpu that is carried in .ort:
+
+    python3 .ort/unpack.py /tmp/ort && . .ort/env.sh /tmp/ort && python3 benchmarks/gpu.py --minutes 9 --results $OUT
+
+again and again while the machine stays; smoke.py and probe.py there are steps too. This file needs no package itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import os
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gpu_steps import MODELS, MODULES, ORT, PYTHON, ROOT, Step, steps
+
+RESULTS = ROOT / "benchmarks" / "gpu"
+RECORDS = ROOT / "benchmarks" / "bench"
+STATE = Path("/tmp/retnet-gpu")
+PACK = "gpu.json"
+OUTPUT_LIMIT = 6000
+LONGEST_MINUTES = 60
+_MACHINE = """
+import json
+from dataclasses import asdict
 from retnet_tools.machine import this_machine
 from retnet_tools.runtime.diagnosis import diagnose
-
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "gpu"
-ORT = next((path for path in (ROOT / "shared", ROOT.parent / "shared") if path.is_dir()), ROOT) / "ort-gpu"
-CLI = (sys.executable, "-m", "retnet_tools.cli.app")
-OUTPUT_LIMIT = 4000
+found = diagnose()
+used = {"packages": found.packages, "onnxruntime": found.onnxruntime, "driver_cuda": found.driver_cuda}
+print(json.dumps({**asdict(this_machine()), **used, "devices": [asdict(row.device) for row in found.devices]}))
+"""
 
 
-@dataclass(frozen=True)
-class Step:
-    """One command.
+class Runner:
+    """Runs steps and keeps what came of them.
 
-    Attributes:
-        arguments: `{out}` in them is a file for its JSON, which otherwise is what it prints.
-        quick: what is put in their place with `--quick`; None leaves the step as it is.
-        minutes: after which it is stopped.
+    Args:
+        state: where results and models stay between calls.
+        results: where they are packed to.
+        deadline: `time.monotonic` after which nothing may run; None for none.
     """
 
-    name: str
-    arguments: tuple[str, ...]
-    quick: tuple[str, ...] | None = None
-    minutes: int = 10
-    needs: Path | None = field(default=None)
+    def __init__(
+        self, state: Path, results: Path, machine: dict[str, Any], deadline: float | None, quick: bool
+    ) -> None:
+        self._state, self._results, self._machine = state, results, machine
+        self._deadline, self._quick = deadline, quick
+        for folder in (state / "steps", state / "models", results):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def left(self) -> float:
+        """Minutes until the deadline."""
+        return LONGEST_MINUTES if self._deadline is None else (self._deadline - time.monotonic()) / 60
+
+    def settled(self, step: Step) -> dict[str, Any] | None:
+        """What came of a step before; None where it has not run, or ran out of time and has more of it now.
+
+        A model that could not be written fails whatever needs it.
+        """
+        missing = step.model is not None and not self._model(step.model).is_dir()
+        file = self._file(f"model-{step.model}") if missing else self._file(step.name)
+        if not file.is_file():
+            return None
+        result: dict[str, Any] = json.loads(file.read_text())
+        more = result["timed_out"] and 60 * self.left > 1.5 * result["seconds"]
+        return None if more else result
+
+    def needed(self, step: Step) -> Iterator[Step]:
+        """The step, after the one that writes its model where nobody has."""
+        if step.model is not None and not self._model(step.model).is_dir():
+            command = (*PYTHON, "benchmarks/gpu.py", "--write", step.model, "--state", str(self._state))
+            yield Step(f"model-{step.model}", command, MODELS[step.model].minutes, (*command, "--quick"))
+        yield step
+
+    def run(self, step: Step) -> bool:
+        """Run a step and keep its result; whether it succeeded."""
+        print(f"{step.name}: ...", end=" ", flush=True)
+        out, scratch = self._state / f"{step.name}.out.json", self._state / "scratch"
+        # A step that was killed leaves what it wrote.
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        places = {"{out}": str(out), "{scratch}": str(scratch)}
+        if step.model is not None:
+            places["{model}"] = str(self._model(step.model))
+        words = step.quick if self._quick and step.quick is not None else step.command
+        limit, began = self.left, time.monotonic()
+        code, stdout, stderr = _finished([places.get(word, word) for word in words], 60 * limit)
+        result: dict[str, Any] = {
+            "step": step.name,
+            "command": [word if word != sys.executable else "python" for word in words],
+            "quick": self._quick,
+            "exit_code": code,
+            "timed_out": code is None,
+            "recorded": time.strftime("%Y-%m-%d", time.gmtime()),
+            "seconds": round(time.monotonic() - began, 1),
+            "result": _json(out.read_text()) if out.is_file() else _json(stdout),
+            "record": step.record,
+        }
+        if result["result"] is None:
+            result["stdout"] = stdout[-OUTPUT_LIMIT:]
+        if code != 0:
+            result["stderr"] = stderr[-OUTPUT_LIMIT:]
+        out.unlink(missing_ok=True)
+        _write(self._file(step.name), result)
+        self.pack()
+        print(f"exit code {code}, {result['seconds']} s", flush=True)
+        return code == 0
+
+    def pack(self) -> None:
+        """All results so far as one file."""
+        found = [json.loads(file.read_text()) for file in sorted((self._state / "steps").glob("*.json"))]
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        _write(self._results / PACK, {"machine": self._machine, "commit": commit or None, "steps": found})
+
+    def _file(self, name: str) -> Path:
+        return self._state / "steps" / f"{name}.json"
+
+    def _model(self, name: str) -> Path:
+        return self._state / "models" / name / "retnet"
 
 
-def bench(name: str, size: str, *options: str, minutes: int = 15) -> Step:
-    """`retnet-tools bench` of random weights."""
-    command = (*CLI, "bench", "--device", "cuda", "--json")
-    return Step(name, (*command, "--size", size, *options), (*command, "--quick", *_kept(options)), minutes)
+def write_model(name: str, state: Path, *, quick: bool) -> None:
+    """Export a model of `MODELS` to a folder that stays; with `quick` the shipped checkpoint in its types."""
+    from retnet_tools.cli.common import checkpoint_or_default
+    from retnet_tools.dtypes import parse_dtype
+    from retnet_tools.quantize.scheme import SchemeOptions
+    from retnet_tools.reports.benchmark.models import ModelOptions, make_model
+
+    model, scratch = MODELS[name], state / "models" / name
+    scratch.mkdir(parents=True, exist_ok=True)
+    path, size = (checkpoint_or_default(None), None) if quick else (None, model.size)
+    dtype = parse_dtype(model.dtype, ("float32", "float16"))
+    scheme = SchemeOptions(block_size=None if quick else model.block_size)
+    options = ModelOptions(path, size, dtype, model.quantize, None, scheme, "cuda")
+    print(make_model(options, scratch, lambda what, done, total: None).folder)
 
 
-def _kept(options: tuple[str, ...]) -> tuple[str, ...]:
-    """Types and alternatives, without lengths and batches."""
-    kept = ("--dtype", "--quantize", "--against")
-    return tuple(word for i, option in enumerate(options) if option in kept for word in options[i : i + 2])
+def unpack(pack: Path, records: Path) -> list[Path]:
+    """Write the benchmarks among results as records that `readme_tables.py` reads; what was quick or failed is left."""
+    document, written = json.loads(pack.read_text()), []
+    records.mkdir(parents=True, exist_ok=True)
+    for result in document["steps"]:
+        if result["record"] is None or result["quick"] or result["exit_code"] != 0 or result["result"] is None:
+            continue
+        origin = {
+            "command": result["record"],
+            "recorded": result["recorded"],
+            "commit": document["commit"],
+            "seconds": round(result["seconds"]),
+        }
+        written.append(records / f"cuda-{result['step']}.json")
+        _write(written[-1], {**origin, **result["result"]})
+    return written
 
 
-def steps(ort: Path) -> list[Step]:
-    """All steps, in order: first whether it works, then how fast."""
-    half = ("--dtype", "fp16")
-    one = (*half, "-b", "1", "-p", "0", "-n", "128")
-    return [
-        Step("doctor", (*CLI, "doctor", "--device", "cuda", "--json")),
-        Step("smoke", (sys.executable, str(ort / "smoke.py")), needs=ort / "smoke.py"),
-        Step("tests", (sys.executable, "-m", "pytest", "-m", "cuda", "-q", "-p", "no:cacheprovider"), minutes=30),
-        Step(
-            "retention",
-            (sys.executable, "benchmarks/retention.py", "-o", "{out}"),
-            (sys.executable, "benchmarks/retention.py", "--heads", "2x128x64", "--steps", "5", "-o", "{out}"),
-        ),
-        Step(
-            "probe",
-            (sys.executable, str(ort / "probe.py"), "--out", "{out}"),
-            (sys.executable, str(ort / "probe.py"), "--quick", "--out", "{out}"),
-            needs=ort / "probe.py",
-        ),
-        bench("decode-1.3b-fp16", "1.3b", *half, "-b", "1,8,32,128", "-p", "0", "-n", "128"),
-        bench("decode-1.3b-fp32", "1.3b", "-b", "1", "-p", "0", "-n", "128"),
-        bench("decode-1.3b-int8", "1.3b", *one, "--quantize", "int8"),
-        bench("decode-1.3b-int4", "1.3b", *one, "--quantize", "int4"),
-        bench("prefill-1.3b-fp16", "1.3b", *half, "-b", "1", "-p", "512,2048,8192", "-n", "0"),
-        bench("decode-6.7b-fp16", "6.7b", *half, "-b", "1,8,32", "-p", "0", "-n", "128", minutes=40),
-        bench("decode-6.7b-int8", "6.7b", *one, "--quantize", "int8", minutes=40),
-        bench("decode-6.7b-int4", "6.7b", *one, "--quantize", "int4", minutes=40),
-        bench("transformer-6.7b-8k", "6.7b", *half, "--against", "transformer", "-d", "8192", "-b", "1,32", minutes=60),
-    ]
-
-
-def run(step: Step, results: Path, *, quick: bool) -> dict[str, Any]:
-    """Run a step and say what came of it."""
-    out = results / f".{step.name}.json"
-    words = step.quick if quick and step.quick is not None else step.arguments
-    command = [word.replace("{out}", str(out)) for word in words]
-    began = time.perf_counter()
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60 * step.minutes)
-        code, stdout, stderr = done.returncode, done.stdout, done.stderr
-    except subprocess.TimeoutExpired as error:
-        code, stdout, stderr = None, _text(error.stdout), _text(error.stderr)
-    result: dict[str, Any] = {
-        "step": step.name,
-        "command": [word if word != sys.executable else "python" for word in words],
-        "quick": quick,
-        "exit_code": code,
-        "seconds": round(time.perf_counter() - began, 1),
-        "result": _json(out.read_text()) if out.is_file() else _json(stdout),
-    }
-    if result["result"] is None:
-        result["stdout"] = stdout[-OUTPUT_LIMIT:]
-    if code != 0:
-        result["stderr"] = stderr[-OUTPUT_LIMIT:]
-    out.unlink(missing_ok=True)
-    return result
+def missing_modules() -> list[str]:
+    """What this Python cannot import."""
+    return [name for name in MODULES if importlib.util.find_spec(name) is None]
 
 
 def machine() -> dict[str, Any]:
-    """The machine and its devices."""
-    found = diagnose()
-    return {
-        **asdict(this_machine()),
-        "packages": found.packages,
-        "driver_cuda": found.driver_cuda,
-        "devices": [asdict(row.device) for row in found.devices],
-    }
+    """The machine and its devices, seen by a process of its own, so that this one holds no memory of a GPU."""
+    code, stdout, stderr = _finished([*PYTHON, "-c", _MACHINE], 120)
+    found = _json(stdout)
+    if code != 0 or not isinstance(found, dict):
+        sys.exit(f"error: retnet-tools cannot be imported ({' '.join(stderr.split())[-300:]})")
+    return found
 
 
-def table(results: Path) -> str:
-    """What was measured in full, as Markdown."""
-    lines = [
-        "| model | test | batch | tokens/s | ms a token | of the memory floor |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for file in sorted(results.glob("*.json")):
-        document = json.loads(file.read_text())
-        rows = document["result"].get("rows", ()) if isinstance(document["result"], dict) else ()
-        if document["quick"] or document["exit_code"] != 0:
-            continue
-        for row in rows:
-            if "tokens_per_second" not in row:
-                continue
-            size = document["command"][document["command"].index("--size") + 1]
-            weights = row["quantization"] or row["dtype"]
-            name = f"{size}, {weights}" + ("" if row["implementation"] == "retnet" else f", {row['implementation']}")
-            share = "" if row["floor_share"] is None else f"{row['floor_share']:.0%}"
-            test = row["test"] + (f" @ {row['depth']}" if row["depth"] else "")
-            time_ = "" if row["ms_per_token_p50"] is None else f"{row['ms_per_token_p50']:.2f}"
-            lines.append(f"| {name} | {test} | {row['batch']} | {row['tokens_per_second']:.0f} | {time_} | {share} |")
-    return "\n".join(lines)
+def _finished(command: list[str], seconds: float) -> tuple[int | None, str, str]:
+    """Exit code (None where it ran out of time, and was ended with all that it started), stdout and stderr."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=max(seconds, 1))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        stdout, stderr = process.communicate()
+        return None, stdout, stderr
+    return process.returncode, stdout, stderr
 
 
 def _json(text: str) -> Any:
@@ -162,45 +223,85 @@ def _json(text: str) -> Any:
         return None
 
 
-def _text(output: str | bytes | None) -> str:
-    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+def _write(file: Path, document: Any) -> None:
+    """Whole or not at all."""
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    partial.replace(file)
+
+
+def chosen(known: list[Step], arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Step]:
+    """The steps of `--only` and `--from`, in order."""
+    names = [step.name for step in known]
+    wanted = names if arguments.only is None else arguments.only.split(",")
+    first = names[0] if arguments.first is None else arguments.first
+    if unknown := [name for name in (*wanted, first) if name not in names]:
+        parser.error(f"no step {', '.join(unknown)}; there are {', '.join(names)}")
+    return [step for step in known[names.index(first) :] if step.name in wanted]
+
+
+def run_all(wanted: list[Step], runner: Runner, *, again: bool, timed: bool) -> tuple[list[str], list[str]]:
+    """Try every step; names of those that failed, and of those for which there was no time."""
+    failed, postponed = [], []
+    for step in wanted:
+        if step.needs is not None and not step.needs.is_file():
+            print(f"{step.name}: left out, no {step.needs}", flush=True)
+            continue
+        if not again and (before := runner.settled(step)) is not None:
+            print(f"{step.name}: there already, exit code {before['exit_code']}", flush=True)
+            failed += [step.name] if before["exit_code"] != 0 else []
+            continue
+        parts = list(runner.needed(step))
+        minutes = sum(part.minutes for part in parts)
+        if timed and minutes > runner.left:
+            print(f"{step.name}: takes {minutes:.1f} minutes, and {runner.left:.1f} are left", flush=True)
+            postponed.append(step.name)
+            continue
+        if not all(runner.run(part) for part in parts):
+            failed.append(step.name)
+    return failed, postponed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="names of steps, separated by commas")
+    parser.add_argument("--from", dest="first", help="the step to begin with")
+    parser.add_argument("--minutes", type=float, help="after which nothing runs; steps that do not fit are left")
     parser.add_argument("--ort", type=Path, default=ORT, help="folder of smoke.py and probe.py")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what was measured")
+    parser.add_argument("--state", type=Path, default=STATE, help="where results and models stay between calls")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the file with all results")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--again", action="store_true", help="run steps that have a result, too")
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--list", action="store_true", help="print the steps and stop")
+    parser.add_argument("--unpack", type=Path, metavar="FILE", help="make records of the results in a file")
+    parser.add_argument("--write", choices=MODELS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.table:
-        print(table(arguments.results))
+    wanted = chosen(steps(arguments.ort), arguments, parser)
+    if arguments.list:
+        for step in wanted:
+            print(f"{step.name:<17} {step.minutes:>4.1f} min  {step.record or shlex.join(step.command)[:90]}")
         return
-    known = {step.name: step for step in steps(arguments.ort)}
-    names = list(known) if arguments.only is None else arguments.only.split(",")
-    if unknown := [name for name in names if name not in known]:
-        parser.error(f"no step {', '.join(unknown)}; there are {', '.join(known)}")
-    description, failed = machine(), []
+    if arguments.unpack is not None:
+        print(*unpack(arguments.unpack, RECORDS), sep="\n")
+        return
+    if missing := missing_modules():
+        sys.exit(f"error: {sys.executable} has no {', '.join(missing)}; install them, or carry them as wheels")
+    if arguments.write is not None:
+        write_model(arguments.write, arguments.state, quick=arguments.quick)
+        return
+    deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
+    description = machine()
     if not description["devices"]:
         sys.exit("error: no GPU; run `retnet-tools doctor --device cuda` for the reason")
-    results = arguments.results.resolve()
-    results.mkdir(parents=True, exist_ok=True)
-    for step in (known[name] for name in names):
-        file = results / f"{step.name}.json"
-        if step.needs is not None and not step.needs.is_file():
-            print(f"{step.name}: left out, no {step.needs}", flush=True)
-            continue
-        if file.is_file() and not arguments.again:
-            print(f"{step.name}: there already", flush=True)
-            continue
-        print(f"{step.name}: ...", end=" ", flush=True)
-        result = run(step, results, quick=arguments.quick)
-        file.write_text(json.dumps({"machine": description, **result}, indent=1) + "\n")
-        print(f"exit code {result['exit_code']}, {result['seconds']} s", flush=True)
-        if result["exit_code"] != 0:
-            failed.append(step.name)
+    state, results = (path.resolve() for path in (arguments.state, arguments.results))
+    if arguments.quick:
+        state = state / "quick"
+    runner = Runner(state, results, description, deadline, arguments.quick)
+    failed, postponed = run_all(wanted, runner, again=arguments.again, timed=deadline is not None)
+    if (results / PACK).is_file():
+        unpack(results / PACK, RECORDS)
+    if postponed:
+        print(f"for another call: {', '.join(postponed)}")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

@@ -4,8 +4,10 @@
 
 For each head size and batch: LinearAttention as it is, with split keys, and as matrix products; kernel by kernel and as
 a CUDA graph. `chosen` marks the form that `export --device cuda` takes (`retnet_tools.graph.cuda_retention`): where
-another one is faster, its table is wrong. Times are medians over `--rounds` of the mean of `--steps` calls, states in
-two sets of buffers. `gb_per_second` counts the states once read and once written, whatever a form does.
+another one is faster, its table is wrong. A graph holds `--layers` of it, each with states of its own, so that they are
+more than a cache holds and a call costs little beside them; times are of one layer: medians over `--rounds` of the mean
+of `--steps` calls, states in two sets of buffers. `gb_per_second` counts the states once read and once written,
+whatever a form does.
 """
 
 from __future__ import annotations
@@ -33,53 +35,95 @@ from retnet_tools.graph.standard_ops import StandardOps
 from retnet_tools.machine import this_machine
 from retnet_tools.paper import paper_decay
 from retnet_tools.runtime.binding import Binding
+from retnet_tools.runtime.buffers import zero_buffer
 from retnet_tools.runtime.providers import Device, check_device, open_session, parse_device
-from retnet_tools.runtime.state import device_value
 
 HEADS = [(8, 256, 512), (8, 256, 432), (16, 256, 512), (16, 256, 432), (8, 160, 320), (16, 128, 256), (8, 64, 128)]
 """H x K x V: the paper's, torchscale's 1.3b and 6.7b, syncdoth's 300m, and smaller ones."""
 PARTS = (2, 4, 8)
 
-
 Form = Callable[..., tuple[ir.Value, ir.Value]]
 
 
 @dataclass(frozen=True)
-class Layer:
-    """Retention of one layer as a graph of its own."""
+class Stack:
+    """Retention of several layers as a graph of its own: one q, k and v for all, and the sum of their outputs.
+
+    Attributes:
+        tokens: of each sequence in a call.
+    """
 
     form: Form
+    layers: int
     heads: int
     k: int
     v: int
+    tokens: int = 1
 
     @property
     def inputs(self) -> list[TensorSpec]:
         sizes = (("q", self.k), ("k", self.k), ("v", self.v))
         return [
-            TensorSpec("position_ids", "int64", ("batch", 1)),
-            *(TensorSpec(name, "float32", ("batch", 1, self.heads * size)) for name, size in sizes),
-            TensorSpec("past", "float32", ("batch", self.heads, self.k, self.v)),
+            TensorSpec("position_ids", "int64", ("batch", self.tokens)),
+            *(TensorSpec(name, "float32", ("batch", self.tokens, self.heads * size)) for name, size in sizes),
         ]
+
+    @property
+    def output(self) -> TensorSpec:
+        return TensorSpec("output", "float32", ("batch", self.tokens, self.heads * self.v))
+
+    def states(self, kind: str) -> list[TensorSpec]:
+        shape = ("batch", self.heads, self.k, self.v)
+        return [TensorSpec(f"{kind}.{i}", "float32", shape) for i in range(self.layers)]
 
     def write(self, path: Path) -> None:
         g, values = GraphBuilder(), [graph_value(spec) for spec in self.inputs]
-        position_ids, query, key, value, past = values
-        output, present = self.form(
-            g, query, key, value, past, StepDecay(np.array(paper_decay(self.heads)), position_ids)
-        )
-        shapes = {"output": ("batch", 1, self.heads * self.v), "present": self.inputs[-1].shape}
-        for result, (name, shape) in zip((output, present), shapes.items(), strict=True):
-            result.name, result.shape, result.type = name, ir.Shape(shape), tensor_type("float32")
+        position_ids, query, key, value = values
+        past = [graph_value(spec) for spec in self.states("past")]
+        decay = StepDecay(np.array(paper_decay(self.heads)), position_ids)
+        outputs, present = [], []
+        for i, state in enumerate(past):
+            g.scope = f"layers.{i}"
+            output, state = self.form(g, query, key, value, state, decay)
+            outputs.append(output)
+            present.append(state)
+        g.scope = ""
+        results = [g.op("Sum", *outputs), *present]
+        for result, spec in zip(results, (self.output, *self.states("present")), strict=True):
+            result.name, result.shape, result.type = spec.name, ir.Shape(spec.shape), tensor_type("float32")
         graph = ir.Graph(
-            values,
-            [output, present],
+            [*values, *past],
+            results,
             nodes=g.nodes,
             initializers=list(g.initializers.values()),
             opset_imports=dict(FusedOps.opsets),
             name="retention",
         )
         ir.save(ir.Model(graph, ir_version=11), path)
+
+    def bindings(self, batch: int, device: Device, *, captured: bool) -> list[Binding]:
+        """Of a call from either set of states to the other."""
+        rng = np.random.default_rng(0)
+        feeds = {
+            spec.name: np.broadcast_to(np.arange(self.tokens), (batch, self.tokens))
+            if spec.dtype == "int64"
+            else 0.1 * rng.standard_normal((batch, *map(int, spec.shape[1:])), dtype=np.float32)
+            for spec in self.inputs
+        }
+        shape = (batch, self.heads, self.k, self.v)
+        sets = [[zero_buffer(shape, "float32", device) for _ in range(self.layers)] for _ in range(2)]
+        with tempfile.TemporaryDirectory() as scratch:
+            self.write(Path(scratch) / "step.onnx")
+            session = open_session(Path(scratch) / "step.onnx", device, 1, cuda_graph=captured)
+        names = [[spec.name for spec in self.states(kind)] for kind in ("past", "present")]
+        found = []
+        for number, (read, written) in enumerate((sets, sets[::-1]), start=1):
+            past, present = (
+                dict(zip(own, part, strict=True)) for own, part in zip(names, (read, written), strict=True)
+            )
+            graph_id = number if captured else None
+            found.append(Binding(session, feeds, past, present, self.output, device, graph_id))
+        return found
 
 
 def split(parts: int) -> Form:
@@ -107,25 +151,9 @@ def chosen_form(k: int, v: int) -> str:
     return "operator" if form.key_splits == 1 else f"split/{form.key_splits}"
 
 
-def microseconds(layer: Layer, batch: int, device: Device, steps: int, rounds: int, *, captured: bool) -> float:
-    """One token for a batch."""
-    rng = np.random.default_rng(0)
-    feeds = {
-        spec.name: np.zeros((batch, 1), np.int64)
-        if spec.dtype == "int64"
-        else 0.1 * rng.standard_normal((batch, *map(int, spec.shape[1:])), dtype=np.float32)
-        for spec in layer.inputs
-    }
-    state = feeds.pop("past")
-    sets = [device_value(state.copy(), device) for _ in range(2)]
-    output = TensorSpec("output", "float32", ("batch", 1, layer.heads * layer.v))
-    with tempfile.TemporaryDirectory() as scratch:
-        layer.write(Path(scratch) / "step.onnx")
-        session = open_session(Path(scratch) / "step.onnx", device, 1, cuda_graph=captured)
-    bindings = [
-        Binding(session, feeds, {"past": a}, {"present": b}, output, device, number if captured else None)
-        for number, (a, b) in enumerate((sets, sets[::-1]), start=1)
-    ]
+def microseconds(stack: Stack, batch: int, device: Device, steps: int, rounds: int, *, captured: bool) -> float:
+    """One call for a batch, a layer."""
+    bindings = stack.bindings(batch, device, captured=captured)
     for n in range(6):
         bindings[n % 2].run({}, fetch=False)
     times = []
@@ -133,18 +161,18 @@ def microseconds(layer: Layer, batch: int, device: Device, steps: int, rounds: i
         began = time.perf_counter()
         for n in range(steps):
             bindings[n % 2].run({}, fetch=False)
-        times.append((time.perf_counter() - began) / steps)
+        times.append((time.perf_counter() - began) / steps / stack.layers)
     return 1e6 * statistics.median(times)
 
 
-def measured(layer: Layer, batch: int, device: Device, steps: int, rounds: int) -> dict[str, Any]:
+def measured(stack: Stack, batch: int, device: Device, steps: int, rounds: int) -> dict[str, Any]:
     """Times of a form, or why it does not run."""
     row: dict[str, Any] = {}
     try:
-        row["us"] = best = microseconds(layer, batch, device, steps, rounds, captured=False)
+        row["us"] = best = microseconds(stack, batch, device, steps, rounds, captured=False)
         if device.kind == "cuda":
-            row["us_captured"] = best = microseconds(layer, batch, device, steps, rounds, captured=True)
-        row["gb_per_second"] = 8 * batch * layer.heads * layer.k * layer.v / best / 1e3
+            row["us_captured"] = best = microseconds(stack, batch, device, steps, rounds, captured=True)
+        row["gb_per_second"] = 8 * batch * stack.heads * stack.k * stack.v / best / 1e3
     except Exception as error:
         row["failed"] = " ".join(str(error).split())[-200:]
     return row
@@ -155,7 +183,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--heads", default=",".join("x".join(map(str, heads)) for heads in HEADS))
     parser.add_argument("--batches", default="1,8,64")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
@@ -173,11 +202,12 @@ def main() -> None:
                     "form": name,
                     "chosen": name == chosen_form(k, v),
                 }
-                row |= measured(Layer(form, heads, k, v), batch, device, arguments.steps, arguments.rounds)
+                stack = Stack(form, arguments.layers, heads, k, v)
+                row |= measured(stack, batch, device, arguments.steps, arguments.rounds)
                 rows.append(row)
                 print(json.dumps(row), flush=True)
     if arguments.output:
-        document = {"device": str(device), "machine": asdict(this_machine()), "rows": rows}
+        document = {"device": str(device), "machine": asdict(this_machine()), "layers": arguments.layers, "rows": rows}
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(document, indent=1) + "\n")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import retnet_tools
+from retnet_tools.cli.app import command_line_error
 
 PACKAGE = Path(retnet_tools.__file__).parent
 ROWS = {
@@ -93,3 +94,19 @@ def test_import_stays_light(module: str, absent: tuple[str, ...]) -> None:
     code = f"import sys, {module}; print([m for m in {absent!r} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_typer_is_used_by_its_top_level_alone() -> None:
+    """Its modules, and which of its errors are click's, change from version to version."""
+    names = {name for file in MODULES for name in imports(file)}
+    assert "typer" in names
+    assert not [name for name in names if name.startswith(("typer.", "click"))]
+
+
+@pytest.mark.parametrize("library", ["typer", "click"])
+def test_the_root_of_command_line_errors_is_found_in_any_version(library: str) -> None:
+    kind = pytest.importorskip(library).BadParameter
+    root, error = command_line_error(kind), kind("wrong")
+    assert root.__base__ is Exception
+    assert isinstance(error, root)
+    assert (error.format_message(), error.exit_code) == ("Invalid value: wrong", 2)

@@ -162,6 +162,67 @@ def test_states_take_turns_in_captured_graphs(tmp_path: Path) -> None:
         del states, state
 
 
+@needs_cuda_graphs
+@pytest.mark.parametrize("state_dtype", ["float32", "float16"])
+def test_batch_sizes_mixed_in_one_captured_session_are_what_they_are_eagerly(state_dtype: str, tmp_path: Path) -> None:
+    """Kernels pick their form by the batch, cuBLAS among them; a replay must not meet what another size left behind."""
+    config = conditioned(ABLATIONS["projection_bias"])
+    out = export(config, random_source(config, 5), tmp_path / "out", state_dtype=state_dtype, device="cuda")
+    ids, prompt = random_tokens(config, 8, 40, 6), random_tokens(config, 3, 30, 7)
+    found = []
+    for graph in (None, False):
+        session = DecoderSession(out, DEVICE, cuda_graph=graph)
+        assert (session.eager_reason is None) == (graph is None)
+        one, eight = session.new_state(), session.new_state(8)
+        logits = [session.step(ids[:1, n], one) for n in range(10)]
+        logits += [session.step(ids[:, n], eight) for n in range(10)]
+        logits += [session.prefill(prompt, session.new_state(3), chunk_size=16)]
+        logits += [session.step(ids[:1, n], one) for n in range(10, 20)]
+        logits += [session.prefill(ids[:, 10:27], eight, chunk_size=8)]
+        for n in range(27, 40):
+            logits += [session.step(ids[:, n], eight), session.step(ids[:1, n - 7], one)]
+        found.append([*logits, *one.numpy(), *eight.numpy()])
+    for number, (captured, eager) in enumerate(zip(*found, strict=True)):
+        np.testing.assert_array_equal(captured, eager, err_msg=f"result {number}")
+
+
+@needs_cuda_graphs
+def test_a_batch_that_shrinks_from_8_to_1_gets_the_same_tokens_with_and_without_graphs(tmp_path: Path) -> None:
+    config = conditioned(ABLATIONS["projection_bias"])
+    out = export(config, random_source(config, 5), tmp_path / "out", device="cuda")
+    prompts = [[int(token)] * (row + 1) for row, token in enumerate(random_tokens(config, 1, 8, 6)[0])]
+    rows = [
+        generate(
+            DecoderSession(out, DEVICE, cuda_graph=graph),
+            prompts,
+            max_tokens=200,
+            sampling=Sampling(temperature=1.0, seed=4),
+            end_ids=range(3),
+        ).rows
+        for graph in (None, False)
+    ]
+    lengths = sorted(len(row.tokens) for row in rows[0])
+    assert lengths[3] < lengths[-1]
+    assert [row.tokens for row in rows[0]] == [row.tokens for row in rows[1]]
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "int8", "int4"])
+def test_weights_that_both_graphs_share_are_those_that_each_loads(kind: str, tmp_path: Path) -> None:
+    config, dtype = conditioned(BASE), kind if kind in DTYPES else "float16"
+    out = export(config, random_source(config, 1), tmp_path / "float", dtype=dtype, device="cuda")
+    if kind not in DTYPES:
+        out = quantize(out, tmp_path / kind, kind, block_size=32, accuracy_level=0)
+    ids, found = random_tokens(config, 2, 60, 6), []
+    for prompts in (True, False):
+        session = DecoderSession(out, DEVICE, 1, prompts=prompts)
+        state = session.new_state(2)
+        logits = [session.prefill(ids[:, :50], state, chunk_size=16)]
+        logits += [session.step(ids[:, n], state) for n in range(50, 60)]
+        found.append([*logits, *state.numpy()])
+    for shared, own in zip(*found, strict=True):
+        np.testing.assert_array_equal(shared, own)
+
+
 @pytest.mark.parametrize("in_place", [True, False])
 def test_steps_in_place_are_those_in_two_sets_of_buffers(in_place: bool, tmp_path: Path) -> None:
     config = model(256, 512)

@@ -7,10 +7,9 @@ import os
 import signal
 import sys
 import warnings
-from typing import Annotated, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
-from typer.exceptions import TyperException
 
 from retnet_tools import __version__
 from retnet_tools.cli.bench import bench
@@ -82,7 +81,7 @@ def main() -> None:
     debug = len(arguments) < len(sys.argv) - 1
     try:
         sys.exit(app(args=arguments or ["--help"], prog_name="retnet-tools", standalone_mode=False) or 0)
-    except TyperException as error:
+    except command_line_error(typer.BadParameter) as error:
         _fail(f"{error.format_message().rstrip('.')}; see retnet-tools --help", error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(128 + signal.SIGINT)
@@ -102,6 +101,11 @@ def main() -> None:
         if debug:
             raise
         _fail(f"unexpected {type(error).__name__}: {' '.join(str(error).split())}; rerun with --debug to see where", 1)
+
+
+def command_line_error(bad_parameter: type[Exception]) -> Any:
+    """What every error in a command line derives from: click's, or since typer 0.26 what typer has made of it."""
+    return next(kind for kind in bad_parameter.__mro__ if kind.__base__ is Exception)
 
 
 def _show_warning(

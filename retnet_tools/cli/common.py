@@ -25,6 +25,9 @@ DeviceName = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N."
 CpuFallback = Annotated[
     bool, typer.Option("--allow-cpu-fallback", help="Run on the CPU what cannot run on CUDA, and say so.")
 ]
+NoCudaGraph = Annotated[
+    bool, typer.Option("--no-cuda-graph", help="Run steps on CUDA kernel by kernel, not as captured graphs.")
+]
 Prompt = Annotated[
     str | None, typer.Option("-p", "--prompt", help="Prompt; - or none reads stdin.", show_default=False)
 ]
@@ -100,9 +103,19 @@ def checkpoint_or_default(path: Path | None) -> Path:
 
 
 def open_decoder(
-    folder: Path, device: str, threads: int | None, *, token_ids: bool, cpu_fallback: bool = False
+    folder: Path,
+    device: str,
+    threads: int | None,
+    *,
+    token_ids: bool,
+    cpu_fallback: bool = False,
+    no_cuda_graph: bool = False,
+    prompts: bool = True,
 ) -> tuple[DecoderSession, TextCodec | IdCodec]:
     """An exported folder on a device, and what turns text into its tokens.
+
+    Args:
+        prompts: whether prompts will come, so that there must be room for both graphs.
 
     Raises:
         UsageError, InputError, ProviderError: as `DecoderSession` and `open_codec`.
@@ -111,7 +124,8 @@ def open_decoder(
     from retnet_tools.runtime.session import DecoderSession
     from retnet_tools.runtime.text import open_codec
 
-    session = DecoderSession(folder, parse_device(device, cpu_fallback=cpu_fallback), threads)
+    target, graph = parse_device(device, cpu_fallback=cpu_fallback), False if no_cuda_graph else None
+    session = DecoderSession(folder, target, threads, cuda_graph=graph, prompts=prompts)
     return session, open_codec(folder, session.manifest.config.vocab_size, token_ids=token_ids)
 
 
@@ -171,6 +185,7 @@ def open_logits(
     source_format: str | None = None,
     *,
     cpu_fallback: bool = False,
+    no_cuda_graph: bool = False,
 ) -> LogitsSource:
     """A model that scores text: an exported folder on a device, or a checkpoint, which torch runs on the CPU.
 
@@ -184,7 +199,7 @@ def open_logits(
 
     target, number_type = parse_device(device, cpu_fallback=cpu_fallback), parse_dtype(dtype)
     if source_format is None and is_export(path):
-        return ExportLogits(path, target, threads)
+        return ExportLogits(path, target, threads, cuda_graph=False if no_cuda_graph else None)
     if target.kind != "cpu":
         raise UsageError(f"--device {device} for {path}, which is no export", "--device cpu", "export the checkpoint")
     from retnet_tools.formats import open_checkpoint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,6 +45,7 @@ def generate(
     chunk_size: common.ChunkSize = None,
     device: common.DeviceName = "cpu",
     cpu_fallback: common.CpuFallback = False,
+    no_cuda_graph: common.NoCudaGraph = False,
     threads: common.Threads = None,
     force: Annotated[bool, typer.Option("--force", help="Replace existing outputs.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a stream.")] = False,
@@ -72,17 +74,26 @@ def generate(
         raise UsageError("--prompts and -o belong together", "both or neither")
     if state_out is not None:
         check_file(state_out, force=force)
+    opened = partial(
+        common.open_decoder,
+        folder,
+        device,
+        threads,
+        token_ids=token_ids,
+        cpu_fallback=cpu_fallback,
+        no_cuda_graph=no_cuda_graph,
+    )
     if prompts is not None and output is not None:
         if prompt is not None or file is not None or state_in or state_out or samples > 1:
             raise UsageError("--prompts with -p, --file, --samples or a state", "one job at a time")
-        session, codec = common.open_decoder(folder, device, threads, token_ids=token_ids, cpu_fallback=cpu_fallback)
+        session, codec = opened(prompts=True)
         stopping = Stopping(max_tokens, () if ignore_end else codec.end_ids, stops)
         options = BulkOptions(stopping, Sampling(**chosen), batch, size)
         _answer(session, codec, prompts, output, options, force=force, as_json=as_json)
         return
     goes_on = state_in is not None and prompt is None and file is None
     text = None if goes_on else common.read_prompt(prompt, file)
-    session, codec = common.open_decoder(folder, device, threads, token_ids=token_ids, cpu_fallback=cpu_fallback)
+    session, codec = opened(prompts=not goes_on)
     if state_in is None:
         sequences = Sequences.start(session, 1, Sampling(**chosen))
     else:

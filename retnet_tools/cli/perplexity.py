@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -49,6 +50,7 @@ def perplexity(
     ] = None,
     device: Annotated[str, typer.Option("--device", help="Of exports: cpu, cuda or cuda:N.")] = "cpu",
     cpu_fallback: common.CpuFallback = False,
+    no_cuda_graph: common.NoCudaGraph = False,
     threads: common.Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -69,11 +71,12 @@ def perplexity(
         check_plot(plot, force=force)
     content = common.read_text(text).content
     path = common.checkpoint_or_default(model)
-    source = common.open_logits(path, device, threads, dtype, source_format, cpu_fallback=cpu_fallback)
+    opened = partial(common.open_logits, cpu_fallback=cpu_fallback, no_cuda_graph=no_cuda_graph)
+    source = opened(path, device, threads, dtype, source_format)
     baseline = None
     if against is not None:
         place = device if is_export(against) else "cpu"
-        baseline = common.open_logits(against, place, threads, cpu_fallback=cpu_fallback)
+        baseline = opened(against, place, threads)
     tokens = read_tokens(content, source, baseline, token_ids=token_ids, start_token=start_token, limit=max_tokens)
     with common.step_progress() as progress:
         report = measure_perplexity(

@@ -97,10 +97,18 @@ def step_kernel(head_k_dim: int, head_v_dim: int, shared_bytes: int = SHARED_BYT
     Args:
         shared_bytes: of shared memory that one block can have.
     """
+    kernel = tokens_kernel(head_k_dim, head_v_dim, shared_bytes)
+    return "warps" if kernel != "columns" and head_k_dim in _WARP_KEYS else kernel
+
+
+def tokens_kernel(head_k_dim: int, head_v_dim: int, shared_bytes: int = SHARED_BYTES) -> Kernel | None:
+    """The kernel that LinearAttention meets for many tokens without splitting; None where it refuses to run.
+
+    Args:
+        shared_bytes: of shared memory that one block can have.
+    """
     if head_k_dim in _COLUMN_KEYS and head_v_dim % _COLUMNS == 0:
         return "columns"
-    if head_k_dim in _WARP_KEYS:
-        return "warps"
     return "shared" if _fits(head_k_dim, head_v_dim, shared_bytes) else None
 
 

@@ -51,9 +51,12 @@ def render_diagnosis(document: dict[str, Any]) -> None:
         print_line(console, f"{name:<12} {text}")
     versions = [f"{name} {version}" for name, version in document["packages"].items() if version]
     print_line(console, f"{'packages':<12} {', '.join(versions)}")
-    print_line(console, f"{'onnxruntime':<12} {document['onnxruntime_path']}: {', '.join(document['providers'])}")
-    if document["clash"]:
-        print_line(console, f"{'clash':<12} {document['clash']}")
+    providers = ", ".join(document["providers"])
+    used = f"{document['onnxruntime']} in {document['onnxruntime_path']}: {providers}"
+    print_line(console, f"{'onnxruntime':<12} {used}")
+    for name in ("clash", "stray"):
+        if document[name]:
+            print_line(console, f"{name:<12} {document[name]}")
     print_line(console, f"{'telemetry':<12} {'off' if document['telemetry_disabled'] else 'as onnxruntime has it'}")
     _render_cuda(console, document)
     if document["folder"] is not None:

@@ -50,14 +50,22 @@ class ExportLogits:
         folder: what `retnet-tools export` wrote.
         device: where to run; None is the CPU.
         threads: of the CPU provider; None lets ONNX Runtime choose.
+        cuda_graph: as `DecoderSession`.
 
     Raises:
         UsageError: a stack without a vocabulary.
         InputError, ProviderError: as `DecoderSession`.
     """
 
-    def __init__(self, folder: Path, device: Device | None = None, threads: int | None = None) -> None:
-        self._session = DecoderSession(folder, device, threads)
+    def __init__(
+        self,
+        folder: Path,
+        device: Device | None = None,
+        threads: int | None = None,
+        *,
+        cuda_graph: bool | None = None,
+    ) -> None:
+        self._session = DecoderSession(folder, device, threads, cuda_graph=cuda_graph)
         manifest = self._session.manifest
         if not manifest.config.has_vocabulary:
             raise UsageError(f"{folder} is a stack without embedding and head", "a model with a vocabulary")

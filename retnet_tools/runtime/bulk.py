@@ -25,7 +25,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from retnet_tools.errors import InputError, OutputError, RetNetToolsError, UsageError
+from retnet_tools.errors import InputError, OutputError, ProviderError, RetNetToolsError, UsageError
 from retnet_tools.graph.contract import MAX_POSITION
 from retnet_tools.runtime.decode import Generation, Stopping, generate_from
 from retnet_tools.runtime.prompts import DEFAULT_CHUNK_SIZE
@@ -112,6 +112,7 @@ def generate_bulk(
         InputError: prompts that are missing or not UTF-8, an output of another kind.
         UsageError: an output of other prompts, another model or other options, or that another run writes to.
         OutputError: the output cannot be written.
+        ProviderError: the device fails or has no memory; answers of the batches before stay.
     """
     began, digest = time.perf_counter(), options.digest(session, codec)
     if not prompts.is_file():
@@ -205,11 +206,16 @@ def _answer(
             answers[row.index] = {"error": str(error)}
     try:
         return answers | (_run(session, codec, good, options) if good else {})
+    except ProviderError:
+        # The device fails, not a row: what is answered stays, and the run can be continued.
+        raise
     except RetNetToolsError:
         # One of them cannot be answered; alone it shows which.
         for pair in good:
             try:
                 answers |= _run(session, codec, [pair], options)
+            except ProviderError:
+                raise
             except RetNetToolsError as error:
                 answers[pair[0]] = {"error": str(error)}
         return answers

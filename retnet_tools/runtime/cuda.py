@@ -6,21 +6,21 @@ Error numbers are those of CUresult and cudaError_t, which agree where both are 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from retnet_tools.errors import ProviderError
-
-if TYPE_CHECKING:
-    import onnxruntime
+from retnet_tools.weights import Array
 
 _WINDOWS = sys.platform == "win32"
+_DRIVER_FOLDERS = (Path("/usr/local/nvidia/lib64"), Path("/usr/lib/wsl/lib"))
 _NO_DEVICE = 100
-_DEVICE_TO_DEVICE = 3
+_HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3
 # CUdevice_attribute
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR, _MULTIPROCESSORS, _SHARED_MEMORY = 75, 76, 16, 97
 
@@ -53,16 +53,40 @@ def library_names(cuda_major: int) -> tuple[str, ...]:
     return ("libcuda.so.1", *cuda, "libcurand.so.10", "libcudnn.so.9")
 
 
-def find_libraries(names: Iterable[str]) -> dict[str, str | None]:
-    """Where each library was loaded from, or None for one that cannot be loaded; its name where no path is known."""
+def find_libraries(names: Iterable[str], folders: Sequence[Path] = ()) -> dict[str, str | None]:
+    """Load each library, the default way or from the first of the folders that has it.
+
+    Returns:
+        Where each was loaded from; None for one that cannot be loaded, its name where no path is known.
+    """
     found: dict[str, str | None] = {}
     for name in names:
-        try:
-            ctypes.CDLL(name)
-            found[name] = _mapped(name) or name
-        except OSError:
-            found[name] = None
+        places = [name, *(str(folder / name) for folder in folders if (folder / name).is_file())]
+        loaded = next((place for place in places if _loads(place)), None)
+        found[name] = None if loaded is None else _mapped(name) or loaded
     return found
+
+
+def library_folders() -> list[Path]:
+    """Where libraries lie that the loader does not know of: the driver of a container, and what pip installed.
+
+    NVIDIA's packages share the namespace `nvidia`, wherever on the path each of them is: nvidia/cudnn/lib,
+    nvidia/cu13/lib and, on Windows, nvidia/cu13/bin/x86_64. onnxruntime looks for them beside itself only.
+    """
+    spec = importlib.util.find_spec("nvidia")
+    roots = [Path(root) for root in (spec and spec.submodule_search_locations) or ()]
+    patterns = ("*/bin", "*/bin/x86_64") if _WINDOWS else ("*/lib",)
+    found = (folder for root in roots for pattern in patterns for folder in sorted(root.glob(pattern)))
+    return [*_DRIVER_FOLDERS, *found]
+
+
+def _loads(place: str) -> bool:
+    try:
+        # A library that is loaded later finds it by its name, wherever it came from.
+        ctypes.CDLL(place)
+    except OSError:
+        return False
+    return True
 
 
 def _mapped(name: str) -> str | None:
@@ -126,7 +150,10 @@ class CudaDriver:
 
 
 class CudaRuntime:
-    """libcudart: memory of a device, and copies within it.
+    """libcudart: memory of a device, and copies to, from and within it. Addresses are plain numbers, sizes bytes.
+
+    Every copy is done when its method returns. They run on the default stream, which ONNX Runtime's own does not wait
+    for.
 
     Args:
         index: N of `cuda:N`.
@@ -145,36 +172,62 @@ class CudaRuntime:
     def memory(self) -> tuple[int, int]:
         """Bytes free and in all. Starts CUDA on the device, which takes some memory of its own first."""
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
-        self._call("cudaSetDevice", self._index)
         self._call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
         return free.value, total.value
 
-    def copy_rows(self, target: onnxruntime.OrtValue, source: onnxruntime.OrtValue, rows: Iterable[int]) -> None:
-        """target[i] = source[rows[i]] along the first axis, on the device; returns when it is done."""
-        size = source.tensor_size_in_bytes() // source.shape()[0]
-        self._call("cudaSetDevice", self._index)
+    def allocate(self, size: int) -> int:
+        """The address of new memory, its content undefined."""
+        address = ctypes.c_void_p()
+        self._call("cudaMalloc", ctypes.byref(address), ctypes.c_size_t(max(size, 1)))
+        return address.value or 0
+
+    def release(self, address: int) -> None:
+        """Give memory of `allocate` back. Nothing is raised: after an error of a kernel every call fails."""
+        self._library.cudaFree(ctypes.c_void_p(address))
+
+    def upload(self, address: int, array: Array) -> None:
+        """Copy a C-contiguous array to the device."""
+        self._copy(address, array.ctypes.data, array.nbytes, _HOST_TO_DEVICE)
+        # A small copy returns once the array has been read, before it has arrived.
+        self._call("cudaStreamSynchronize", None)
+
+    def download(self, array: Array, address: int) -> None:
+        """Fill a C-contiguous array from the device."""
+        self._copy(array.ctypes.data, address, array.nbytes, _DEVICE_TO_HOST)
+
+    def copy_rows(self, target: int, source: int, row_bytes: int, rows: Iterable[int]) -> None:
+        """target[i] = source[rows[i]] for rows of so many bytes."""
+        self._checked("cudaSetDevice", self._index)
         for place, row in enumerate(rows):
-            self._call(
+            self._checked(
                 "cudaMemcpyAsync",
-                ctypes.c_void_p(target.data_ptr() + place * size),
-                ctypes.c_void_p(source.data_ptr() + row * size),
-                ctypes.c_size_t(size),
+                ctypes.c_void_p(target + place * row_bytes),
+                ctypes.c_void_p(source + row * row_bytes),
+                ctypes.c_size_t(row_bytes),
                 ctypes.c_int(_DEVICE_TO_DEVICE),
                 None,
             )
-        # ONNX Runtime's stream does not wait for the default one.
         self._call("cudaDeviceSynchronize")
 
-    def clear(self, value: onnxruntime.OrtValue) -> None:
-        """Set every byte to 0; returns when it is done."""
-        self._call("cudaSetDevice", self._index)
-        size = ctypes.c_size_t(value.tensor_size_in_bytes())
-        self._call("cudaMemset", ctypes.c_void_p(value.data_ptr()), ctypes.c_int(0), size)
+    def clear(self, address: int, size: int) -> None:
+        """Set every byte to 0."""
+        self._call("cudaMemset", ctypes.c_void_p(address), ctypes.c_int(0), ctypes.c_size_t(size))
         self._call("cudaDeviceSynchronize")
+
+    def _copy(self, target: int, source: int, size: int, direction: int) -> None:
+        places = ctypes.c_void_p(target), ctypes.c_void_p(source)
+        self._call("cudaMemcpy", *places, ctypes.c_size_t(size), ctypes.c_int(direction))
 
     def _call(self, name: str, *arguments: Any) -> None:
+        """A call on this device, whichever one was in use before."""
+        self._checked("cudaSetDevice", self._index)
+        self._checked(name, *arguments)
+
+    def _checked(self, name: str, *arguments: Any) -> None:
         if code := getattr(self._library, name)(*arguments):
             text = self._library.cudaGetErrorString(ctypes.c_int(code))
+            # Else ONNX Runtime would find this error after a kernel of its own.
+            self._library.cudaGetLastError()
             raise ProviderError(f"{name} fails on cuda:{self._index.value} ({(text or b'error').decode()}, {code})")
 
 

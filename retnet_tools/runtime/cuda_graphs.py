@@ -8,7 +8,9 @@ With two sets of buffers that changes nothing: each run reads the same states. I
 states are never written where they are read here.
 
 A captured graph may stay until its session ends, in CUDA's memory too. So buffers outlive their state: a state moves
-into a free pair of its batch size, and gives it back when it goes. Pairs of one batch size are kept at a time.
+into a free pair of its batch size before it is first used, and gives it back when it goes. One free pair is kept, and
+only until a state of another batch size is used: then the states that are alive have two sets each, and no one else has
+any.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ import itertools
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from retnet_tools.runtime.binding import Binding
+from retnet_tools.runtime.buffers import Buffer
 from retnet_tools.runtime.state import RecurrentState
 from retnet_tools.weights import Array
 
@@ -28,10 +31,10 @@ if TYPE_CHECKING:
 
 EAGER_STEPS = 1
 """Steps of a state that run kernel by kernel first: the last token of a prompt is often the only one."""
-FREE_PAIRS = 2
+FREE_PAIRS = 1
 """Pairs of a batch size that are kept for later states."""
 
-Buffers = list["onnxruntime.OrtValue"]
+Buffers = list[Buffer]
 Bind = Callable[[Mapping[str, Array], Buffers, Buffers, int], Binding]
 
 
@@ -58,23 +61,38 @@ class StepGraphs:
         self._pairs: weakref.WeakKeyDictionary[RecurrentState, _Pair] = weakref.WeakKeyDictionary()
         self._steps: weakref.WeakKeyDictionary[RecurrentState, int] = weakref.WeakKeyDictionary()
         self._free: dict[int, list[_Pair]] = {}
+        self._finalizers: weakref.WeakKeyDictionary[RecurrentState, Any] = weakref.WeakKeyDictionary()
 
     def binding(self, state: RecurrentState, feeds: Mapping[str, Array]) -> Binding | None:
-        """The captured step of a state as it stands; None for its first steps, which are not worth a capture.
+        """The captured step of a state as it stands; None for first steps, which are not worth a capture.
 
         Moves the state into buffers of this object where it is not in them yet.
+
+        Raises:
+            ProviderError: no memory on the device.
         """
-        pair = self._pairs.get(state)
-        if pair is None:
+        self.settle(state)
+        if state not in self._pairs:
             self._steps[state] = self._steps.get(state, 0) + 1
             if self._steps[state] <= EAGER_STEPS:
                 return None
-            pair = self._adopt(state)
+            self._adopt(state)
+        pair = self._pairs[state]
         front = 0 if state.current is pair.sets[0] else 1
         if front not in pair.bindings:
             past, present = pair.sets[front], pair.sets[1 - front]
             pair.bindings[front] = self._bind(feeds, past, present, pair.ids[front])
         return pair.bindings[front]
+
+    def settle(self, state: RecurrentState) -> None:
+        """Move a state into free buffers of its batch size, where there are some; those of other sizes are given back.
+
+        To be called before anything needs the state's spare buffers.
+        """
+        if state not in self._pairs:
+            self.keep_only(state.batch)
+            if self._free.get(state.batch):
+                self._adopt(state)
 
     def keep_only(self, batch: int) -> None:
         """Give back the free buffers of other batch sizes, whose memory a new state may need."""
@@ -82,7 +100,21 @@ class StepGraphs:
             for pair in self._free.pop(other):
                 self._release(pair)
 
-    def _adopt(self, state: RecurrentState) -> _Pair:
+    def close(self) -> None:
+        """Let go of the session: of every graph, and of every step that a state was bound to.
+
+        States keep the buffers that they are in.
+        """
+        for finalizer in self._finalizers.values():
+            finalizer.detach()
+        for state in self._steps:
+            state.bindings.clear()
+        for pair in (*self._pairs.values(), *(pair for pairs in self._free.values() for pair in pairs)):
+            pair.bindings.clear()
+        self._pairs.clear()
+        self._free.clear()
+
+    def _adopt(self, state: RecurrentState) -> None:
         free = self._free.setdefault(state.batch, [])
         if free:
             pair = free.pop()
@@ -91,8 +123,8 @@ class StepGraphs:
             # Its own buffers become the pair.
             pair = _Pair((state.current, state.spare), (next(self._ids), next(self._ids)))
         self._pairs[state] = pair
-        weakref.finalize(state, self._give_back, pair, state.batch).atexit = False
-        return pair
+        self._finalizers[state] = weakref.finalize(state, self._give_back, pair, state.batch)
+        self._finalizers[state].atexit = False
 
     def _give_back(self, pair: _Pair, batch: int) -> None:
         free = self._free.setdefault(batch, [])

@@ -1,7 +1,7 @@
 """Device memory: what a graph, states and a chunk of a prompt need, held against what is free before it is asked for.
 
-Sizes in bytes. Weights are counted once for each graph that is open: step and prefill are sessions of their own. What
-they need besides is estimated, on the high side.
+Sizes in bytes. Weights are counted once for each graph that is open, step and prefill being sessions of their own,
+unless they share them (`retnet_tools.runtime.shared_weights`). What they need besides is estimated, on the high side.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx_ir as ir
 
 from retnet_tools.config import RetNetConfig
@@ -24,9 +22,6 @@ from retnet_tools.graph.reader import load_graph
 from retnet_tools.runtime.cuda import cuda_runtime
 from retnet_tools.runtime.providers import SMALLER, Device, is_out_of_memory
 
-if TYPE_CHECKING:
-    import onnxruntime
-
 LIBRARY_BYTES = 256 << 20
 """Room for kernels that are loaded when they are first needed, and for cuBLAS: 32 MiB a handle since 9.0."""
 
@@ -34,7 +29,12 @@ LIBRARY_BYTES = 256 << 20
 def graph_bytes(path: Path) -> int:
     """Weights and tables of a graph."""
     tensors = (value.const_value for value in load_graph(path).initializers.values())
-    return sum(math.ceil(t.size * t.dtype.itemsize) for t in tensors if isinstance(t, ir.ExternalTensor))
+    return sum(tensor_bytes(tensor) for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
+
+
+def tensor_bytes(tensor: ir.ExternalTensor) -> int:
+    """Of one of them, packed."""
+    return math.ceil(tensor.size * tensor.dtype.itemsize)
 
 
 def state_bytes(manifest: Manifest, batch: int, *, buffers: int) -> int:
@@ -78,15 +78,15 @@ def check_memory(device: Device, needed: int, what: str) -> None:
 
 
 @contextmanager
-def enough_memory(device: Device, needed: int, what: str) -> Iterator[None]:
-    """Turn a failed allocation of ONNX Runtime into an error that says what it was for.
+def enough_memory(device: Device, what: str, needed: int | None = None) -> Iterator[None]:
+    """Turn a failed allocation of CUDA, its libraries or ONNX Runtime into an error that says what it was for.
 
     Args:
-        needed: for it, as far as is known.
-        what: as the error says it.
+        what: it was for, as the error says it.
+        needed: bytes for it, as far as is known.
 
     Raises:
-        ProviderError: in place of the error of ONNX Runtime.
+        ProviderError: in place of the error that came.
     """
     try:
         yield
@@ -94,25 +94,10 @@ def enough_memory(device: Device, needed: int, what: str) -> Iterator[None]:
         if device.kind == "cpu" or not is_out_of_memory(str(error)):
             raise
         free, total = cuda_runtime(device.index).memory()
+        amount = "more memory" if needed is None else f"about {_gigabytes(needed)} more"
         raise ProviderError(
-            f"{what} needs about {_gigabytes(needed)} more on {device}, where {_gigabytes(free)} of "
-            f"{_gigabytes(total)} are free",
-            "",
-            SMALLER,
+            f"{what} needs {amount} on {device}, where {_gigabytes(free)} of {_gigabytes(total)} are free", "", SMALLER
         ) from error
-
-
-def device_room(shape: tuple[int, ...], dtype: Any, device: Device) -> onnxruntime.OrtValue:
-    """A value on a device, its content undefined.
-
-    Raises:
-        ProviderError: no memory.
-    """
-    import onnxruntime
-
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    with enough_memory(device, size, f"a buffer of {list(shape)} {np.dtype(dtype)}"):
-        return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, device.kind, device.index)
 
 
 def _gigabytes(count: int) -> str:

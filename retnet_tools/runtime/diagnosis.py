@@ -74,8 +74,10 @@ class Diagnosis:
 
     Attributes:
         packages: versions by name; None for one that is not installed.
-        onnxruntime_packages: those that share the folder `onnxruntime`.
+        onnxruntime: name and version of the one in use, as it says itself.
+        onnxruntime_packages: the installed ones that share its folder.
         clash: what is wrong with them; None where one wrote it.
+        stray: that none of them wrote it, where it lies and what is installed beside it; None where one did.
         libraries: where each library of the CUDA provider was found; None for one that is missing.
         driver_cuda: the newest CUDA that the driver runs; None without a driver.
         devices: the GPUs that are visible.
@@ -85,10 +87,12 @@ class Diagnosis:
     python: str
     system: str
     packages: dict[str, str | None]
+    onnxruntime: str
     onnxruntime_packages: tuple[str, ...]
     onnxruntime_path: str
     providers: tuple[str, ...]
     clash: str | None
+    stray: str | None
     built_for_cuda: str | None
     libraries: dict[str, str | None]
     driver_cuda: str | None
@@ -100,22 +104,26 @@ def diagnose() -> Diagnosis:
     """Look at this machine; loads CUDA's libraries where there are any."""
     import onnxruntime
 
-    packages = installation.onnxruntime_packages()
+    # First the libraries: the driver may lie where only this finds it.
+    libraries = cuda_libraries()
     driver_cuda, devices = _devices()
+    used = installation.onnxruntime_in_use()
     return Diagnosis(
         python=f"{platform.python_version()} ({sys.executable})",
         system=platform.platform(),
         packages={
             "retnet-tools": __version__,
-            onnxruntime.package_name or "onnxruntime": onnxruntime.__version__,
+            **used,
             **{name: _version(name) for name in PACKAGES},
         },
-        onnxruntime_packages=tuple(map(str, packages)),
-        onnxruntime_path=str(Path(onnxruntime.__file__).parent),
+        onnxruntime=" ".join(*used.items()),
+        onnxruntime_packages=tuple(map(str, installation.packages_in_use())),
+        onnxruntime_path=str(installation.onnxruntime_folder()),
         providers=tuple(onnxruntime.get_available_providers()),
-        clash=installation.package_clash(packages),
+        clash=installation.package_clash(installation.packages_in_use()),
+        stray=installation.stray_folder(),
         built_for_cuda=onnxruntime.cuda_version or None,
-        libraries=cuda_libraries(),
+        libraries=libraries,
         driver_cuda=driver_cuda,
         devices=devices,
         cuda_problem=device_problem(Device("cuda")),

@@ -7,6 +7,7 @@ import io
 import re
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from retnet_tools.errors import InputError, ProviderError, UsageError
 from retnet_tools.graph.contract import STEP_FILE
 from retnet_tools.graph.cuda_kernels import cpu_nodes
-from retnet_tools.graph.cuda_retention import step_kernel
+from retnet_tools.graph.cuda_retention import step_kernel, tokens_kernel
 from retnet_tools.graph.manifest import Manifest
 from retnet_tools.graph.reader import load_graph
 from retnet_tools.runtime import cuda, installation
@@ -71,6 +72,7 @@ def open_session(
     prepack: bool = True,
     cuda_graph: bool = False,
     profile: Path | None = None,
+    weights: Mapping[str, onnxruntime.OrtValue] | None = None,
 ) -> onnxruntime.InferenceSession:
     """Open a graph on a device, and on no other.
 
@@ -83,6 +85,7 @@ def open_session(
         prepack: whether the CPU provider may keep rearranged copies of the weights; without, it maps their file.
         cuda_graph: whether CUDA captures the graph on the first run of each `gpu_graph_id`, and replays it then.
         profile: the start of the name of a profile that ONNX Runtime writes when the session's profiling ends.
+        weights: values to use for tensors of the external data, by name, in place of loading them.
 
     Raises:
         ProviderError: the provider cannot be had, has no kernel for the graph, or no memory; says what is missing.
@@ -101,6 +104,8 @@ def open_session(
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
+    for name, value in (weights or {}).items():
+        options.add_initializer(name, value)
     check_device(device)
     provider: Any = device.provider
     if device.kind == "cuda":
@@ -138,7 +143,14 @@ def check_device(device: Device) -> None:
             "install what is missing (pip install 'onnxruntime-gpu[cuda,cudnn]' brings all but the driver), "
             "or use --device cpu",
         )
-    count = len(cuda.CudaDriver().devices())
+    driver = cuda.CudaDriver()
+    if int(driver.cuda_version.split(".")[0]) < cuda.cuda_major():
+        raise ProviderError(
+            f"the NVIDIA driver runs CUDA up to {driver.cuda_version}",
+            f"CUDA {cuda.cuda_major()}, which this onnxruntime is built for",
+            "update the driver, or use --device cpu",
+        )
+    count = len(driver.devices())
     if device.index >= count:
         names = "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
         raise ProviderError(
@@ -179,7 +191,7 @@ def check_provider_package() -> None:
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         return
-    packages = installation.onnxruntime_packages()
+    packages = installation.packages_in_use()
     clash = installation.package_clash(packages)
     raise ProviderError(
         f"this onnxruntime has no CUDA provider{f': {clash}' if clash else ''}",
@@ -198,12 +210,15 @@ def check_retention(manifest: Manifest, device: Device) -> None:
         return
     check_device(device)
     limit = cuda.CudaDriver().devices()[device.index].shared_memory_bytes
-    if step_kernel(manifest.config.head_k_dim, manifest.config.head_v_dim, limit) is None:
-        raise ProviderError(
-            f"heads of {manifest.config.head_k_dim} x {manifest.config.head_v_dim} in an export for the CPU",
-            "shapes that LinearAttention takes on CUDA",
-            "export with --device cuda",
-        )
+    heads = manifest.config.head_k_dim, manifest.config.head_v_dim
+    found = None
+    if step_kernel(*heads, limit) is None:
+        found = f"heads of {heads[0]} x {heads[1]} in an export for the CPU"
+    elif manifest.config.key_decay and tokens_kernel(*heads, limit) is None:
+        # Prompts by a gamma of each head are matrix products.
+        found = f"prompts of {heads[0]} x {heads[1]} heads with a gamma of each key dimension in an export for the CPU"
+    if found is not None:
+        raise ProviderError(found, "shapes that LinearAttention takes on CUDA", "export with --device cuda")
 
 
 def missing_libraries() -> list[str]:
@@ -212,13 +227,13 @@ def missing_libraries() -> list[str]:
 
 
 def cuda_libraries() -> dict[str, str | None]:
-    """Where each library of the CUDA provider was found; None for one that is missing."""
+    """Load the libraries of the CUDA provider: where each was found, None for one that is missing."""
     import onnxruntime
 
     # It prints what it cannot load to stdout, which is for results.
     with contextlib.redirect_stdout(io.StringIO()):
         onnxruntime.preload_dlls()
-    return cuda.find_libraries(cuda.library_names(cuda.cuda_major()))
+    return cuda.find_libraries(cuda.library_names(cuda.cuda_major()), cuda.library_folders())
 
 
 def placement_refusal(path: Path, placement: Placement) -> Counter[str]:
@@ -268,8 +283,17 @@ def _cannot_open(path: Path, device: Device, reason: str) -> Exception:
 SMALLER = "a smaller batch, --dtype fp16, --quantize int8 or int4, another device, or --device cpu"
 """What to do where the memory of a device does not suffice."""
 
+_OUT_OF_MEMORY = (
+    "out of memory",
+    r"[Ff]ailed to allocate memory",
+    "Available memory of [0-9]+ is smaller",
+    "cudaErrorMemoryAllocation",
+    r"CUDA failure 2\b",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    r"CUDNN_STATUS_\w*ALLOC\w*",
+)
+
 
 def is_out_of_memory(reason: str) -> bool:
-    """Whether an error of ONNX Runtime says that a device has no memory left."""
-    words = r"out of memory|[Ff]ailed to allocate memory|cudaErrorMemoryAllocation|CUDA failure 2\b"
-    return bool(re.search(words, reason))
+    """Whether an error of ONNX Runtime, CUDA or its libraries says that a device has no memory left."""
+    return bool(re.search("|".join(_OUT_OF_MEMORY), reason))

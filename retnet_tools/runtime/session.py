@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -26,8 +27,9 @@ from retnet_tools.graph.contract import (
 )
 from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.runtime.binding import Binding
+from retnet_tools.runtime.buffers import Buffer
 from retnet_tools.runtime.cuda_graphs import StepGraphs
-from retnet_tools.runtime.device_memory import chunk_bytes, enough_memory
+from retnet_tools.runtime.device_memory import chunk_bytes
 from retnet_tools.runtime.opening import GraphOpener
 from retnet_tools.runtime.prompts import DEFAULT_CHUNK_SIZE, Prompts
 from retnet_tools.runtime.providers import Device
@@ -48,11 +50,14 @@ class DecoderSession:
         in_place: whether step.onnx writes states where it reads them, or into a second buffer; None writes in place on
             the CPU, whose kernels are known to read a state before they write it.
         cuda_graph: whether steps on CUDA are captured and replayed; None does where it can.
+        prompts: whether prompts of several tokens will come: then on CUDA the two graphs share their weights, and there
+            must be room for both before anything is loaded. Else prefill.onnx loads its own when it is opened.
         profile: where ONNX Runtime writes a profile of step.onnx when `end_profile` is called: the start of its name.
 
     Attributes:
         device: where it runs; the CPU where `device.cpu_fallback` allowed it and there was no other way.
-        eager_reason: why steps run kernel by kernel; None where they are replayed as CUDA graphs.
+        eager_reason: why steps run kernel by kernel; None where they are replayed as CUDA graphs. A capture that fails
+            sets it, and `EagerStepsWarning` says so.
 
     Raises:
         InputError: not an exported folder, or an incomplete one.
@@ -68,6 +73,7 @@ class DecoderSession:
         *,
         in_place: bool | None = None,
         cuda_graph: bool | None = None,
+        prompts: bool = False,
         profile: Path | None = None,
     ) -> None:
         folder = Path(folder)
@@ -86,7 +92,8 @@ class DecoderSession:
         if in_place and cuda_graph:
             raise UsageError("CUDA graphs of steps in place", "one of them: a capture runs a step several times")
         border = (self.manifest.config, self.manifest.state_dtype)
-        self._input, *_ = step_inputs(*border)
+        self._inputs = step_inputs(*border)
+        self._input, *_ = self._inputs
         self._output, *_ = step_outputs(*border)
         reasons = {
             "states are written in place": in_place,
@@ -95,7 +102,7 @@ class DecoderSession:
         }
         eager_reason = next((reason for reason, holds in reasons.items() if holds), None)
         self._opener = GraphOpener(folder, self.manifest, device or Device("cpu"), threads, eager_reason)
-        self._step = self._opener.open_step(step_inputs(*border), profile)
+        self._step = self._opener.open_step(self._inputs, profile, beside=(PREFILL_FILE,) if prompts else ())
         self.device, self.eager_reason = self._opener.device, self._opener.eager_reason
         self.in_place = self.device.kind == "cpu" if in_place is None else in_place
         self._graphs = None if self.eager_reason else StepGraphs(self._step, self._bind_captured)
@@ -173,6 +180,8 @@ class DecoderSession:
         self._check_positions(state.position + prompts.lengths - 1)
         result = np.zeros((state.batch, int(self._output.shape[-1])), dtype=np.float32)
         bindings: dict[Any, Binding] = {}
+        if self._graphs is not None:
+            self._graphs.settle(state)
         for chunk in prompts.chunks(chunk_size):
             steps = np.arange(chunk.mask.shape[1])
             feeds = {self._input.name: chunk.tokens, POSITION_IDS: state.position[:, None] + steps}
@@ -183,9 +192,9 @@ class DecoderSession:
                 feeds[ATTENTION_MASK] = chunk.mask
                 key = (chunk.mask.shape, id(state.current))
                 if key not in bindings:
-                    bindings[key] = self._bind(self._prefill, feeds, state.current, state.spare)
-                with enough_memory(self.device, self._chunk_bytes(chunk.mask), f"a chunk of {chunk.mask.shape}"):
-                    logits = bindings[key].run(feeds, fetch=fetch)
+                    needed = chunk_bytes(self.manifest.config, self.manifest.dtype, *chunk.mask.shape)
+                    bindings[key] = self._bind(self._prefill, feeds, state.current, state.spare, needed=needed)
+                logits = bindings[key].run(feeds, fetch=fetch)
                 state.advance(chunk.counts, swap=True)
             if logits is not None:
                 result[chunk.ends] = logits[chunk.ends]
@@ -195,39 +204,61 @@ class DecoderSession:
 
     def _run_step(self, feeds: Mapping[str, Array], state: RecurrentState, *, fetch: bool) -> Array | None:
         binding = self._graphs.binding(state, feeds) if self._graphs is not None else None
-        if binding is None:
-            key = (self._step, id(state.current))
-            if key not in state.bindings:
-                present = state.current if self.in_place else state.spare
-                state.bindings[key] = self._bind(self._step, feeds, state.current, present)
-            binding = state.bindings[key]
-        logits: Array | None = binding.run(feeds, fetch=fetch)
+        failure = None
+        try:
+            logits = (binding or self._bind_step(state, feeds)).run(feeds, fetch=fetch)
+        except Exception as error:
+            if binding is None:
+                raise
+            failure = " ".join(str(error).split())
+        if failure is not None:
+            # It writes the other set of buffers, so the states are what they were before it.
+            binding = None
+            self._give_up_graphs(failure)
+            logits = self._bind_step(state, feeds).run(feeds, fetch=fetch)
         state.advance(1, swap=not self.in_place)
         return logits
+
+    def _give_up_graphs(self, failure: str) -> None:
+        """Open step.onnx again without CUDA graphs: a session in which a capture failed can do nothing else."""
+        assert self._graphs is not None
+        self._graphs.close()
+        # All that refers to the session, so that its memory is free for the next one.
+        self._graphs = None
+        del self._step
+        gc.collect()
+        self._step = self._opener.open_eager_step(self._inputs, f"a step could not be captured ({failure})")
+        self.device, self.eager_reason = self._opener.device, self._opener.eager_reason
+
+    def _bind_step(self, state: RecurrentState, feeds: Mapping[str, Array]) -> Binding:
+        key = (self._step, id(state.current))
+        if key not in state.bindings:
+            present = state.current if self.in_place else state.spare
+            state.bindings[key] = self._bind(self._step, feeds, state.current, present)
+        binding: Binding = state.bindings[key]
+        return binding
 
     def _bind(
         self,
         graph: onnxruntime.InferenceSession,
         feeds: Mapping[str, Array],
-        past: Sequence[onnxruntime.OrtValue],
-        present: Sequence[onnxruntime.OrtValue],
+        past: Sequence[Buffer],
+        present: Sequence[Buffer],
         graph_id: int | None = None,
+        needed: int | None = None,
     ) -> Binding:
         read = {past_name(i): value for i, value in enumerate(past)}
         written = {present_name(i): value for i, value in enumerate(present)}
-        return Binding(graph, feeds, read, written, self._output, self.device, graph_id)
+        return Binding(graph, feeds, read, written, self._output, self.device, graph_id, needed)
 
     def _bind_captured(
         self,
         feeds: Mapping[str, Array],
-        past: Sequence[onnxruntime.OrtValue],
-        present: Sequence[onnxruntime.OrtValue],
+        past: Sequence[Buffer],
+        present: Sequence[Buffer],
         graph_id: int,
     ) -> Binding:
         return self._bind(self._step, feeds, past, present, graph_id)
-
-    def _chunk_bytes(self, mask: Array) -> int:
-        return chunk_bytes(self.manifest.config, self.manifest.dtype, *mask.shape)
 
     @cached_property
     def _prefill(self) -> onnxruntime.InferenceSession:

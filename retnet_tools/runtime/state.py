@@ -10,8 +10,7 @@ import numpy as np
 from retnet_tools.errors import UsageError
 from retnet_tools.graph.contract import state_shape
 from retnet_tools.graph.manifest import Manifest
-from retnet_tools.runtime.cuda import cuda_runtime
-from retnet_tools.runtime.device_memory import device_room
+from retnet_tools.runtime.buffers import Buffer, DeviceBuffer, buffer_of, spare_buffer, zero_buffer
 from retnet_tools.weights import Array
 
 if TYPE_CHECKING:
@@ -35,15 +34,25 @@ class RecurrentState:
         current: one `[B, H, K, V]` a layer, S of Eq. 6.
         position: `[B]` int64, the position of the next token of each row.
         bindings: what graphs have bound to these buffers, kept here so that it goes when they go.
+
+    Raises:
+        ProviderError: no memory on the device.
     """
 
     def __init__(self, states: Sequence[Array], position: Array, device: Device) -> None:
-        self.device = device
-        self.current = [device_value(state, device) for state in states]
+        self._hold([buffer_of(state, device) for state in states], position, device)
+
+    def _hold(self, buffers: list[Buffer], position: Array, device: Device) -> None:
+        self.device, self.current = device, buffers
         self.position = np.array(position, dtype=np.int64)
         self.bindings: dict[Any, Any] = {}
-        self._layouts = [(state.shape, state.dtype) for state in states]
-        self._spare: list[onnxruntime.OrtValue] | None = None
+        self._spare: list[Buffer] | None = None
+
+    @classmethod
+    def _of(cls, buffers: list[Buffer], position: Array, device: Device) -> RecurrentState:
+        state = cls.__new__(cls)
+        state._hold(buffers, position, device)
+        return state
 
     @classmethod
     def zeros(cls, manifest: Manifest, batch: int, device: Device) -> RecurrentState:
@@ -56,21 +65,8 @@ class RecurrentState:
         if batch < 1:
             raise UsageError(f"a batch of {batch}", "at least one sequence")
         shape, layers = (batch, *state_shape(manifest.config)), range(manifest.config.num_layers)
-        position = np.zeros(batch, dtype=np.int64)
-        if device.kind == "cpu":
-            return cls([np.zeros(shape, dtype=manifest.state_dtype) for _ in layers], position, device)
-        state = cls._with_room([(shape, np.dtype(manifest.state_dtype)) for _ in layers], position, device)
-        for value in state.current:
-            cuda_runtime(device.index).clear(value)
-        return state
-
-    @classmethod
-    def _with_room(cls, layouts: list[Any], position: Array, device: Device) -> RecurrentState:
-        """A state in new buffers, their content undefined."""
-        state = cls([], position, device)
-        state._layouts = layouts
-        state.current = [device_room(shape, dtype, device) for shape, dtype in layouts]
-        return state
+        buffers = [zero_buffer(shape, manifest.state_dtype, device) for _ in layers]
+        return cls._of(buffers, np.zeros(batch, dtype=np.int64), device)
 
     @property
     def batch(self) -> int:
@@ -78,10 +74,14 @@ class RecurrentState:
         return len(self.position)
 
     @property
-    def spare(self) -> list[onnxruntime.OrtValue]:
-        """Buffers of the same shapes for a graph that may not write where it reads."""
+    def spare(self) -> list[Buffer]:
+        """Buffers of the same shapes for a graph that may not write where it reads.
+
+        Raises:
+            ProviderError: no memory on the device.
+        """
         if self._spare is None:
-            self._spare = [device_room(shape, dtype, self.device) for shape, dtype in self._layouts]
+            self._spare = [spare_buffer(buffer.shape, buffer.dtype, self.device) for buffer in self.current]
         return self._spare
 
     def release_spare(self) -> None:
@@ -91,23 +91,22 @@ class RecurrentState:
 
     def numpy(self) -> list[Array]:
         """A copy of the states, one `[B, H, K, V]` a layer."""
-        return [np.array(value.numpy()) for value in self.current]
+        return [buffer.read() for buffer in self.current]
 
     def select(self, rows: Sequence[int]) -> RecurrentState:
-        """A new state of these rows, in this order; a row may come several times."""
-        index = np.asarray(rows, dtype=np.int64)
-        if self.device.kind == "cpu":
-            return RecurrentState([value.numpy()[index] for value in self.current], self.position[index], self.device)
-        layouts = [((len(index), *shape[1:]), dtype) for shape, dtype in self._layouts]
-        chosen = self._with_room(layouts, self.position[index], self.device)
-        for target, source in zip(chosen.current, self.current, strict=True):
-            cuda_runtime(self.device.index).copy_rows(target, source, index.tolist())
-        return chosen
+        """A new state of these rows, in this order; a row may come several times.
 
-    def move_into(self, current: list[onnxruntime.OrtValue], spare: list[onnxruntime.OrtValue]) -> None:
-        """Keep the state in other buffers on the same device from now on, with their spare ones."""
+        Raises:
+            ProviderError: no memory on the device.
+        """
+        index = [int(row) for row in rows]
+        return self._of([buffer.rows(index) for buffer in self.current], self.position[index], self.device)
+
+    def move_into(self, current: list[Buffer], spare: list[Buffer]) -> None:
+        """Keep the state in other buffers on the same GPU from now on, with their spare ones."""
         for target, source in zip(current, self.current, strict=True):
-            cuda_runtime(self.device.index).copy_rows(target, source, range(self.batch))
+            assert isinstance(target, DeviceBuffer)
+            target.copy(source)
         self.current, self._spare = current, spare
         self.bindings.clear()
 
@@ -119,7 +118,10 @@ class RecurrentState:
 
 
 def device_value(array: Array, device: Device) -> onnxruntime.OrtValue:
-    """An array as a value on a device; on the CPU it is a view of the array."""
+    """An array as ONNX Runtime's own value on a device; on the CPU it is a view of the array.
+
+    On a GPU it comes from an arena that gives nothing back: for measurements, not for what comes and goes.
+    """
     import onnxruntime
 
     return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device.kind, device.index)

@@ -21,8 +21,8 @@ from retnet_tools.graph.transformer import (
     cache_names,
 )
 from retnet_tools.runtime.binding import Binding
+from retnet_tools.runtime.buffers import buffer_of
 from retnet_tools.runtime.providers import Device, open_session
-from retnet_tools.runtime.state import device_value
 from retnet_tools.weights import Array
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class KeyValues:
 
     def __init__(self, buffers: Iterable[Array], shape: tuple[int, ...], tokens: int, device: Device) -> None:
         self.batch, _, self.room, _ = shape
-        self.buffers = [device_value(buffer, device) for buffer in buffers]
+        self.buffers = [buffer_of(buffer, device) for buffer in buffers]
         self.tokens = tokens
         self.bindings: dict[Any, Binding] = {}
 

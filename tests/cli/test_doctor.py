@@ -116,7 +116,7 @@ def test_two_packages_that_lie_over_each_other_are_said(monkeypatch: pytest.Monk
     from retnet_tools.runtime import installation
 
     both = tuple(installation.Package(name, "1.31.1") for name in ("onnxruntime", "onnxruntime-gpu"))
-    monkeypatch.setattr(installation, "onnxruntime_packages", lambda: both)
+    monkeypatch.setattr(installation, "packages_in_use", lambda: both)
     assert "clash        onnxruntime 1.31.1 and onnxruntime-gpu 1.31.1 are both" in cli("doctor", "--no-self-test").out
 
 

@@ -3,7 +3,9 @@
  * fills are real; kernels do nothing.
  *
  * FAKE_CUDA_DEVICES: number of devices (1). FAKE_CUDA_MEMORY: bytes that cudaMalloc gives in all (1 GiB).
- * `launches`, `captures`, `replays`, `most` and `copied` can be read from libcudart.
+ * FAKE_CUDA_DRIVER: the CUDA that the driver runs (13000). FAKE_CUDA_CAPTURE, FAKE_CUDA_INSTANTIATE: the error with which
+ * a capture ends, and with which its graph is made (0).
+ * `launches`, `captures`, `replays`, `most`, `copied` and `fetched` can be read from libcudart.
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -21,6 +23,7 @@
 static size_t used;
 size_t most;   /* bytes in use at most */
 size_t copied; /* bytes copied within the device */
+size_t fetched; /* bytes copied from it */
 long launches, captures, replays;
 static int current, capturing;
 
@@ -29,6 +32,7 @@ static long setting(const char *name, long otherwise) {
   return text ? atol(text) : otherwise;
 }
 static int count(void) { return (int)setting("FAKE_CUDA_DEVICES", 1); }
+static int driver(void) { return (int)setting("FAKE_CUDA_DRIVER", 13000); }
 static size_t memory(void) { return (size_t)setting("FAKE_CUDA_MEMORY", 1L << 30); }
 
 #ifdef CUDART
@@ -71,7 +75,7 @@ int cudaGetDeviceProperties(char *p, int device) {
   *(size_t *)(p + 672) = 232448;
   return OK;
 }
-int cudaDriverGetVersion(int *v) { *v = 13000; return OK; }
+int cudaDriverGetVersion(int *v) { *v = driver(); return OK; }
 int cudaRuntimeGetVersion(int *v) { *v = 13000; return OK; }
 const char *cudaGetErrorName(int code) { return code == NO_MEMORY ? "cudaErrorMemoryAllocation" : "cudaError"; }
 const char *cudaGetErrorString(int code) { return code == NO_MEMORY ? "out of memory" : "fake error"; }
@@ -81,6 +85,7 @@ int cudaMalloc(void **p, size_t bytes) {
   if (used + bytes > memory()) { *p = NULL; return NO_MEMORY; }
   char *block = aligned_alloc(256, 256 + (bytes + 255) / 256 * 256);
   if (!block) return NO_MEMORY;
+  memset(block, 0, 256 + bytes); /* what no kernel has written is read as numbers */
   *(size_t *)block = bytes;
   used += bytes;
   if (used > most) most = used;
@@ -99,9 +104,14 @@ int cudaMallocHost(void **p, size_t bytes) { *p = malloc(bytes); return OK; }
 int cudaHostAlloc(void **p, size_t bytes, unsigned flags) { *p = malloc(bytes); return OK; }
 int cudaFreeHost(void *p) { free(p); return OK; }
 int cudaMemGetInfo(size_t *left, size_t *total) { *total = memory(); *left = *total - used; return OK; }
-int cudaMemcpy(void *to, const void *from, size_t bytes, int kind) { memmove(to, from, bytes); return OK; }
+int cudaMemcpy(void *to, const void *from, size_t bytes, int kind) {
+  if (kind == 2) fetched += bytes;
+  memmove(to, from, bytes);
+  return OK;
+}
 int cudaMemcpyAsync(void *to, const void *from, size_t bytes, int kind, void *stream) {
   if (kind == 3) copied += bytes;
+  if (kind == 2) fetched += bytes;
   if (!capturing || !stream) memmove(to, from, bytes);
   return OK;
 }
@@ -121,8 +131,15 @@ int cudaEventCreateWithFlags(void **e, unsigned flags) { return cudaStreamCreate
 int cudaEventElapsedTime(float *ms, void *a, void *b) { *ms = 1; return OK; }
 int cudaStreamIsCapturing(void *s, int *status) { *status = capturing; return OK; }
 int cudaStreamBeginCapture(void *s, int mode) { capturing = 1; captures++; return OK; }
-int cudaStreamEndCapture(void *s, void **graph) { capturing = 0; *graph = malloc(1); return OK; }
-int cudaGraphInstantiate(void **exec, void *graph, uint64_t flags) { *exec = malloc(1); return OK; }
+int cudaStreamEndCapture(void *s, void **graph) {
+  capturing = 0;
+  *graph = malloc(1);
+  return (int)setting("FAKE_CUDA_CAPTURE", OK);
+}
+int cudaGraphInstantiate(void **exec, void *graph, uint64_t flags) {
+  *exec = malloc(1);
+  return (int)setting("FAKE_CUDA_INSTANTIATE", OK);
+}
 int cudaGraphLaunch(void *exec, void *s) { replays++; return OK; }
 static int launched(void) { if (!capturing) launches++; return OK; }
 int cudaLaunchKernel() { return launched(); }
@@ -155,7 +172,7 @@ STUB(cudaStreamSynchronize) STUB(cudaStreamWaitEvent)
 
 #ifdef DRIVER
 int cuInit(unsigned flags) { return count() ? OK : NO_DEVICE; }
-int cuDriverGetVersion(int *v) { *v = 13000; return OK; }
+int cuDriverGetVersion(int *v) { *v = driver(); return OK; }
 int cuDeviceGetCount(int *n) { *n = count(); return OK; }
 int cuDeviceGet(int *device, int index) { *device = index; return index < count() ? OK : BAD_DEVICE; }
 int cuDeviceGetName(char *name, int length, int device) { snprintf(name, length, "Fake GPU %d", device); return OK; }

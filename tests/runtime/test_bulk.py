@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retnet_tools.errors import InputError, UsageError
+from retnet_tools.errors import InputError, ProviderError, UsageError
 from retnet_tools.formats import open_checkpoint
 from retnet_tools.runtime import bulk
 from retnet_tools.runtime.bulk import BulkOptions, BulkSummary, generate_bulk
@@ -136,6 +136,26 @@ def test_a_row_that_fails_while_it_runs_does_not_take_its_batch_along(
     assert summary.errors == 1
     assert [answer["index"] for answer in answers if "error" in answer] == [5]
     assert all(len(answer["tokens"]) == 9 for answer in answers if "error" not in answer)
+
+
+def test_a_device_that_fails_ends_the_run_and_the_next_one_goes_on(
+    session: DecoderSession, prompts: Path, tmp_path: Path, monkeypatch
+) -> None:
+    run(session, prompts, tmp_path / "whole.jsonl")
+    bad, real = tuple(read(prompts)[9]["tokens"]), bulk.generate_from
+
+    def fail(sequences, rows, *arguments, **options):
+        if any(tuple(row) == bad for row in rows):
+            raise ProviderError("a run of 4 x 1 tokens needs more memory")
+        return real(sequences, rows, *arguments, **options)
+
+    monkeypatch.setattr(bulk, "generate_from", fail)
+    with pytest.raises(ProviderError, match="needs more memory"):
+        run(session, prompts, tmp_path / "out.jsonl")
+    assert [answer["index"] for answer in read(tmp_path / "out.jsonl")] == list(range(8))
+    monkeypatch.setattr(bulk, "generate_from", real)
+    run(session, prompts, tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(

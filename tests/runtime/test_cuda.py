@@ -16,17 +16,26 @@ driver = CudaDriver()
 print(json.dumps([driver.cuda_version, [asdict(device) for device in driver.devices()]]))
 """
 MEMORY = """
-import json, numpy, onnxruntime
+import json, numpy
 from retnet_tools.runtime.cuda import cuda_runtime
 runtime = cuda_runtime(0)
 before = runtime.memory()
-source = onnxruntime.OrtValue.ortvalue_from_numpy(numpy.arange(24, dtype="f4").reshape(4, 2, 3), "cuda", 0)
-target = onnxruntime.OrtValue.ortvalue_from_shape_and_type([3, 2, 3], numpy.float32, "cuda", 0)
-runtime.copy_rows(target, source, [3, 0, 3])
-copied, kept = target.numpy().tolist(), source.numpy().tolist()
-runtime.clear(source)
-free, total = runtime.memory()
-print(json.dumps([before, [free, total], copied, kept, source.numpy().tolist()]))
+array = numpy.arange(24, dtype="f4").reshape(4, 2, 3)
+source, target = (runtime.allocate(size) for size in (96, 72))
+runtime.upload(source, array)
+runtime.copy_rows(target, source, 24, [3, 0, 3])
+
+def read(address, *shape):
+    found = numpy.empty(shape, dtype="f4")
+    runtime.download(found, address)
+    return found.tolist()
+
+copied, kept = read(target, 3, 2, 3), read(source, 4, 2, 3)
+runtime.clear(source, 96)
+cleared, during = read(source, 4, 2, 3), runtime.memory()
+runtime.release(source)
+runtime.release(target)
+print(json.dumps([before, during, runtime.memory(), copied, kept, cleared]))
 """
 
 
@@ -48,14 +57,15 @@ def test_devices_are_described() -> None:
 
 
 @needs_fake_gpu
-def test_rows_are_copied_and_cleared_on_the_device() -> None:
-    before, after, copied, kept, cleared = FakeGpu(memory_bytes=1 << 30).evaluate(MEMORY)
+def test_memory_is_filled_copied_by_rows_cleared_and_given_back() -> None:
+    before, during, after, copied, kept, cleared = FakeGpu(memory_bytes=1 << 30).evaluate(MEMORY)
     rows = [[[6.0 * i + 3 * j + k for k in range(3)] for j in range(2)] for i in range(4)]
     assert copied == [rows[3], rows[0], rows[3]]
     assert kept == rows
     assert cleared == [[[0.0] * 3] * 2] * 4
     assert before == [1 << 30, 1 << 30]
-    assert after[0] < before[0]
+    assert during == [(1 << 30) - 168, 1 << 30]
+    assert after == before
 
 
 class Library:
@@ -93,6 +103,20 @@ def test_a_runtime_that_fails_says_what_failed() -> None:
     with pytest.raises(ProviderError, match=r"cudaSetDevice fails on cuda:2 \(what went wrong, 35\)") as caught:
         CudaRuntime(2, 13, Library(35)).memory()
     assert caught.value.exit_code == 4
+
+
+def test_an_error_is_taken_back_before_onnxruntime_finds_it() -> None:
+    """ONNX Runtime asks for the last error after each of its kernels."""
+    calls = []
+
+    class Full(Library):
+        def __getattr__(self, name: str):
+            calls.append(name)
+            return lambda *arguments: 2 if name == "cudaMalloc" else 0
+
+    with pytest.raises(ProviderError, match=r"cudaMalloc fails on cuda:0 \(what went wrong, 2\)"):
+        CudaRuntime(0, 13, Full(2)).allocate(100)
+    assert calls == ["cudaSetDevice", "cudaMalloc", "cudaGetLastError"]
 
 
 def test_a_library_that_is_not_there_is_a_provider_error() -> None:

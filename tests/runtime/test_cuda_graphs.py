@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import numpy as np
 import pytest
 
 from retnet_tools.errors import UsageError
+from retnet_tools.graph.contract import STEP_FILE
+from retnet_tools.paper import paper_config
 from retnet_tools.runtime import DecoderSession, Device
 from retnet_tools.runtime.cuda_graphs import EAGER_STEPS, FREE_PAIRS, StepGraphs
+from retnet_tools.runtime.device_memory import LIBRARY_BYTES, graph_bytes
 from tests.exports import export
 from tests.fake_gpu import COUNTS, FakeGpu, needs_fake_gpu
 from tests.helpers import ABLATIONS, BASE, random_source
@@ -45,6 +49,7 @@ class State:
         State.made += 1
         self.batch, self.current, self.spare = batch, [f"current {State.made}"], [f"spare {State.made}"]
         self.moves: list[tuple[list[str], list[str]]] = []
+        self.bindings: dict[object, object] = {}
 
     def move_into(self, current: list[str], spare: list[str]) -> None:
         self.moves.append((current, spare))
@@ -119,14 +124,54 @@ def test_a_later_state_moves_into_the_buffers_of_one_that_is_gone(graphs: StepGr
     sets = (state.current, state.spare)
     del state
     gc.collect()
-    other, wider = State(), State(batch=2)
-    for late in (wider, other):
-        for _ in range(EAGER_STEPS):
-            step(graphs, late)
+    other = State()
+    # At once, and with the graphs that are there: no step runs kernel by kernel.
     assert step(graphs, other) == (*sets, 1)
     assert other.moves == [sets]
-    step(graphs, wider)
+    assert step(graphs, other) == (*sets[::-1], 2)
+
+
+def test_a_prompt_finds_the_buffers_of_a_state_that_is_gone(graphs: StepGraphs) -> None:
+    state = State()
+    for _ in range(EAGER_STEPS + 2):
+        step(graphs, state)
+    sets = (state.current, state.spare)
+    del state
+    gc.collect()
+    other = State()
+    graphs.settle(other)  # type: ignore[arg-type]
+    assert (other.moves, other.current) == ([sets], sets[0])
+    graphs.settle(other)  # type: ignore[arg-type]
+    assert len(other.moves) == 1
+
+
+def test_buffers_of_another_batch_size_are_given_back_with_the_first_step(graphs: StepGraphs) -> None:
+    state = State()
+    for _ in range(EAGER_STEPS + 2):
+        step(graphs, state)
+    del state
+    gc.collect()
+    wider = State(batch=2)
+    assert step(graphs, wider) is None
+    assert graphs._session.released == [1, 2]  # type: ignore[attr-defined]
     assert wider.moves == []
+
+
+def test_nothing_of_a_closed_session_is_kept(graphs: StepGraphs) -> None:
+    states = [State(), State(), State(batch=2)]
+    states[0].bindings["a step"] = "of the session"
+    for _ in range(EAGER_STEPS + 2):
+        for state in states:
+            step(graphs, state)
+    held = [(state.current, state.spare) for state in states]
+    del states[1], state
+    gc.collect()
+    graphs.close()
+    assert states[0].bindings == {}
+    assert [(state.current, state.spare) for state in states] == [held[0], held[2]]
+    states.clear()
+    gc.collect()
+    assert graphs._free == {}
 
 
 def test_buffers_beyond_what_is_kept_let_their_graphs_go(graphs: StepGraphs) -> None:
@@ -150,10 +195,7 @@ def test_buffers_of_another_batch_size_are_given_back_when_a_state_is_made(graph
         gc.collect()
         graphs.keep_only(2)
     assert graphs._session.released == [1, 2]  # type: ignore[attr-defined]
-    later = State(2)
-    for _ in range(EAGER_STEPS):
-        step(graphs, later)
-    assert step(graphs, later)[2] == 3
+    assert step(graphs, State(2))[2] == 3  # type: ignore[index]
 
 
 def test_there_are_no_graphs_on_the_cpu_and_a_session_says_so(tmp_path: Path) -> None:
@@ -267,7 +309,7 @@ def test_states_are_copied_on_the_device_and_swapped_with_their_logits(folder: P
         STEPS
         + """
 from retnet_tools.runtime.state import RecurrentState
-shape = (3, *session.new_state().current[0].shape()[1:])
+shape = (3, *session.new_state().current[0].shape[1:])
 arrays = [np.arange(np.prod(shape), dtype="f4").reshape(shape) + 1000 * i for i in range(2)]
 state = RecurrentState(arrays, np.array([5, 6, 7]), session.device)
 chosen = state.select([2, 0, 2, 1])
@@ -278,3 +320,166 @@ print(json.dumps([bool(ok), bool(zero), chosen.position.tolist(), chosen.batch])
 """
     )
     assert FakeGpu().evaluate(code, folder) == [True, True, [7, 5, 7, 6], 4]
+
+
+LIVE = """
+import ctypes, gc, json, sys
+from pathlib import Path
+import numpy as np
+from retnet_tools.graph.contract import state_shape
+from retnet_tools.runtime import DecoderSession, Device, RecurrentState
+from retnet_tools.runtime.cuda import CudaRuntime
+from retnet_tools.runtime.device_memory import state_bytes
+live = {}
+allocate, release = CudaRuntime.allocate, CudaRuntime.release
+def counted(self, size):
+    address = allocate(self, size)
+    live[address] = size
+    return address
+CudaRuntime.allocate = counted
+CudaRuntime.release = lambda self, address: (live.pop(address), release(self, address))
+session = DecoderSession(Path(sys.argv[1]), Device("cuda"))
+
+def placed(batch):
+    '''A state that no one told the session of, as from a file.'''
+    shape, layers = (batch, *state_shape(session.manifest.config)), range(session.manifest.config.num_layers)
+    return RecurrentState([np.zeros(shape, dtype="f4") for _ in layers], np.zeros(batch), session.device)
+
+def sets(batch):
+    '''Sets of state buffers of a batch that there are, with what little else there is.'''
+    gc.collect()
+    return sum(live.values()) / state_bytes(session.manifest, batch, buffers=1)
+"""
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """States of 0.5 MB a sequence, beside which tokens and logits are nothing."""
+    config = paper_config(vocab_size=61, hidden_size=256, value_dim=512, ffn_dim=32, num_layers=2, num_heads=2)
+    return export(config, random_source(config, 1), tmp_path_factory.mktemp("wide") / "out", device="cuda")
+
+
+@needs_fake_gpu
+def test_states_of_many_batch_sizes_never_have_more_than_two_sets(wide: Path) -> None:
+    code = (
+        LIVE
+        + """
+found = []
+for batch in (32, 8, 64, 64, 1, 32):
+    state = None
+    gc.collect()
+    state = placed(batch)
+    for feed in ("prompt", "step", "step", "step"):
+        if feed == "prompt":
+            session.prefill(np.zeros((batch, 4), dtype=int), state)
+        else:
+            session.step(np.zeros(batch, dtype=int), state)
+        found.append(sets(batch))
+    if batch == 64:
+        # The next one is as large, and finds free buffers.
+        continue
+    chosen = state.select(range(max(1, batch // 2)))
+    state = None
+    for _ in range(3):
+        session.step(np.zeros(chosen.batch, dtype=int), chosen)
+        found.append(sets(chosen.batch))
+    chosen = None
+print(json.dumps(found))
+"""
+    )
+    found = FakeGpu(memory_bytes=4 << 30).evaluate(code, wide)
+    assert max(found) < 2.1, found
+
+
+FAILURE = """
+import gc, json, sys
+from pathlib import Path
+import numpy as np
+from retnet_tools.runtime import DecoderSession, Device, RecurrentState
+from retnet_tools.runtime.cuda import cuda_runtime
+session = DecoderSession(Path(sys.argv[1]), Device("cuda"))
+shape = (2, *session.new_state().current[0].shape[1:])
+rng, layers = np.random.default_rng(0), range(session.manifest.config.num_layers)
+arrays = [[rng.standard_normal(shape, dtype="f4") for _ in layers] for _ in range(2)]
+states = [RecurrentState([a.copy() for a in own], np.array([5, 6]), session.device) for own in arrays]
+for state in states:
+    logits = session.step(np.zeros(2, dtype=int), state)
+# Kernels do nothing: a step leaves what is in the buffer that it would write. This is what the next one reads.
+for state, own in zip(states, arrays):
+    for buffer, array in zip(state.current, own):
+        buffer.write(array)
+read = lambda state: [buffer.read() for buffer in state.spare]
+for state in states:
+    logits = session.step(np.zeros(2, dtype=int), state)
+intact = [all((a == b).all() for a, b in zip(read(state), own)) for state, own in zip(states, arrays)]
+steps = [session.step(np.zeros(2, dtype=int), state).shape for state in states for _ in range(3)]
+gc.collect()
+print(json.dumps([intact, [s.position.tolist() for s in states], session.eager_reason, len(steps)]))
+"""
+
+
+@needs_fake_gpu
+@pytest.mark.parametrize(("setting", "code"), [("CAPTURE", 900), ("CAPTURE", 901), ("INSTANTIATE", 2)])
+def test_a_capture_that_fails_falls_back_to_kernel_by_kernel_with_the_states_as_they_were(
+    setting: str, code: int, folder: Path
+) -> None:
+    gpu = FakeGpu(environment={f"FAKE_CUDA_{setting}": str(code)})
+    result = gpu.run(FAILURE, folder)
+    intact, positions, reason, steps = json.loads(result.stdout)
+    assert intact == [True, True]
+    assert positions == [[10, 11], [10, 11]]
+    assert reason.startswith("a step could not be captured (")
+    assert steps == 6
+    assert result.stderr.count("no CUDA graphs, steps run kernel by kernel: a step could not be captured") == 1
+
+
+@needs_fake_gpu
+def test_the_session_that_failed_is_gone_before_the_next_one_is_opened(tmp_path: Path) -> None:
+    """There is room for the weights once, and not twice."""
+    config = paper_config(vocab_size=40_000, hidden_size=512, value_dim=512, ffn_dim=32, num_layers=1, num_heads=2)
+    out = export(config, random_source(config, 1), tmp_path / "out", device="cuda")
+    weights = graph_bytes(out / STEP_FILE)
+    memory = LIBRARY_BYTES + weights * 3 // 2
+    result = FakeGpu(memory_bytes=memory, environment={"FAKE_CUDA_CAPTURE": "901"}).run(FAILURE, out)
+    assert json.loads(result.stdout)[2].startswith("a step could not be captured (")
+
+
+@needs_fake_gpu
+def test_a_command_says_that_there_are_no_graphs_and_goes_on(folder: Path) -> None:
+    gpu = FakeGpu(environment={"FAKE_CUDA_INSTANTIATE": "2"})
+    command = ("generate", folder, "-p", "3 4", "-n", "5", "--token-ids", "--device", "cuda")
+    result = gpu.run("-m retnet_tools.cli.app", *command)
+    assert len(result.stdout.split()) == 5
+    assert result.stderr.count("warning: no CUDA graphs, steps run kernel by kernel: a step could not be") == 1
+    quiet = gpu.run("-m retnet_tools.cli.app", *command, "--no-cuda-graph")
+    assert (len(quiet.stdout.split()), "warning" in quiet.stderr) == (5, False)
+
+
+MIXED = (
+    STEPS
+    + """
+import gc
+from retnet_tools.runtime import generate
+found = []
+one, eight = session.new_state(), session.new_state(8)
+found.append(steps(one, 4)[-1])
+found.append(steps(eight, 4)[-1])
+session.prefill(np.zeros((8, 5), dtype=int), eight)
+session.prefill(np.zeros((3, 7), dtype=int), session.new_state(3))
+found.append(steps(one, 2)[-1])
+found.append(steps(eight, 2)[-1])
+rows = generate(session, [[1, 2]] * 8, max_tokens=9).rows
+print(json.dumps([found, [len(row.tokens) for row in rows]]))
+"""
+)
+
+
+@needs_fake_gpu
+def test_graphs_of_several_batch_sizes_are_kept_apart(tmp_path: Path) -> None:
+    config = ABLATIONS["projection_bias"]
+    out = export(config, random_source(config, 1), tmp_path / "out", device="cuda")
+    found, lengths = FakeGpu().evaluate(MIXED, out)
+    # Each size is captured in both directions, and a prompt in between captures nothing.
+    assert [captures for captures, _ in found] == [2, 4, 4, 4]
+    assert [replays for _, replays in found] == [3, 6, 8, 10]
+    assert lengths == [9] * 8

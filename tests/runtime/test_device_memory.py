@@ -85,20 +85,29 @@ def test_memory_is_refused_before_it_is_asked_for() -> None:
 
 @pytest.mark.usefixtures("nearly_full")
 @pytest.mark.parametrize(
-    "text", ["CUDA failure 2: out of memory", "Failed to allocate memory for requested buffer of size 1024"]
+    "text",
+    [
+        "CUDA failure 2: out of memory ; GPU=0",
+        "cudaErrorMemoryAllocation",
+        "Failed to allocate memory for requested buffer of size 1024",
+        "Available memory of 1024 is smaller than requested bytes of 2048",
+        "CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0",
+        "CUDNN failure 4: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDNN failure 4005: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    ],
 )
 def test_a_failed_allocation_says_what_it_was_for(text: str) -> None:
     with (
         pytest.raises(ProviderError, match=r"a chunk needs about 3\.00 GB more on cuda:0, where 2\.00 GB of 10\.00 GB"),
-        enough_memory(Device("cuda"), 3 * 10**9, "a chunk"),
+        enough_memory(Device("cuda"), "a chunk", 3 * 10**9),
     ):
         raise RuntimeError(text)
 
 
 def test_other_errors_pass_as_they_are() -> None:
-    with pytest.raises(RuntimeError, match="something else"), enough_memory(Device("cuda"), 1, "a chunk"):
+    with pytest.raises(RuntimeError, match="something else"), enough_memory(Device("cuda"), "a chunk", 1):
         raise RuntimeError("something else")
-    with pytest.raises(RuntimeError, match="out of memory"), enough_memory(Device("cpu"), 1, "a chunk"):
+    with pytest.raises(RuntimeError, match="out of memory"), enough_memory(Device("cpu"), "a chunk", 1):
         raise RuntimeError("out of memory")
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import onnxruntime
 import pytest
 
 from retnet_tools.errors import InputError, ProviderError, UsageError
+from retnet_tools.paper import paper_config
 from retnet_tools.runtime import cuda, installation, providers
 from retnet_tools.runtime.providers import CpuFallbackWarning, Device, check_device, open_session, parse_device
 from tests.exports import export
-from tests.fake_gpu import LIBRARIES, FakeGpu, needs_fake_gpu
+from tests.fake_gpu import LIBRARIES, ROOT, FakeGpu, libraries, needs_fake_gpu
 from tests.helpers import ABLATIONS, BASE, random_source
 
 OPEN = """
@@ -64,7 +66,7 @@ def test_a_cpu_only_package_is_named() -> None:
 @pytest.mark.usefixtures("unusable")
 def test_a_cpu_package_over_the_gpu_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     both = tuple(installation.Package(name, "1.31.1") for name in ("onnxruntime", "onnxruntime-gpu"))
-    monkeypatch.setattr(installation, "onnxruntime_packages", lambda: both)
+    monkeypatch.setattr(installation, "packages_in_use", lambda: both)
     with pytest.raises(ProviderError) as caught:
         check_device(Device("cuda"))
     text = str(caught.value)
@@ -197,8 +199,6 @@ def test_a_fallback_from_a_device_that_is_not_there(folder: Path) -> None:
 
 @needs_fake_gpu
 def test_heads_that_linear_attention_refuses_are_refused_before_they_run(tmp_path: Path) -> None:
-    from retnet_tools.paper import paper_config
-
     config = paper_config(vocab_size=61, hidden_size=320, value_dim=640, ffn_dim=40, num_layers=1, num_heads=1)
     source = random_source(config, 1)
     for_cpu = export(config, source, tmp_path / "cpu")
@@ -212,3 +212,62 @@ def test_what_onnxruntime_prints_while_it_looks_stays_off_stdout(capsys: pytest.
     with contextlib.redirect_stderr(io.StringIO()):
         providers.cuda_libraries()
     assert capsys.readouterr().out == ""
+
+
+@needs_fake_gpu
+@pytest.mark.parametrize(("version", "name"), [(12080, "12.8"), (11040, "11.4")])
+def test_a_driver_that_is_too_old_is_named(version: int, name: str, folder: Path) -> None:
+    found = FakeGpu(environment={"FAKE_CUDA_DRIVER": str(version)}).run(OPEN, folder, "cuda").stdout
+    assert found == (
+        f"4 the NVIDIA driver runs CUDA up to {name}; expected CUDA 13, which this onnxruntime is built for; "
+        "update the driver, or use --device cpu\n"
+    )
+    newer = FakeGpu(environment={"FAKE_CUDA_DRIVER": "14010"}).run(OPEN, folder, "cuda").stdout
+    assert newer == "opened on cuda:0 CUDAExecutionProvider\n"
+
+
+@needs_fake_gpu
+@pytest.mark.parametrize("layout", [("cu13",), ("cudnn", "cublas", "cuda_runtime", "curand")])
+def test_libraries_are_found_in_packages_that_are_not_beside_onnxruntime(
+    layout: tuple[str, ...], folder: Path, tmp_path: Path
+) -> None:
+    """As pip lays them out: all in nvidia/cu13/lib, or each in its package's own."""
+    # What this machine has of its own would be found first.
+    names = [name for name, path in cuda.find_libraries(LIBRARIES).items() if path is None and name != "libcuda.so.1"]
+    assert len(names) >= 4
+    for i, name in enumerate(names):
+        place = tmp_path / "nvidia" / layout[i % len(layout)] / "lib"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / name).symlink_to(libraries() / name)
+    found = FakeGpu(missing=tuple(names), environment={"PYTHONPATH": f"{ROOT}:{tmp_path}"}).run(OPEN, folder, "cuda")
+    assert found.stdout == "opened on cuda:0 CUDAExecutionProvider\n"
+
+
+@needs_fake_gpu
+def test_prompts_that_linear_attention_refuses_are_refused_before_they_run(tmp_path: Path) -> None:
+    """With a gamma of each key dimension a CPU export walks prompts in LinearAttention, which has no such kernel."""
+    outs = {}
+    for k, v in ((256, 512), (128, 256)):
+        plain = paper_config(vocab_size=61, hidden_size=k, value_dim=v, ffn_dim=40, num_layers=1, num_heads=1)
+        normalization = replace(plain.score_normalization, by_decay=False)
+        decay = tuple(-0.01 * i for i in range(k // 2))
+        config = replace(plain, key_decay=decay, score_normalization=normalization)
+        outs[k] = export(config, random_source(config, 1), tmp_path / f"{k}-cpu")
+        outs[-k] = export(config, random_source(config, 1), tmp_path / f"{k}-cuda", device="cuda")
+    assert FakeGpu().run(OPEN, outs[256], "cuda").stdout == (
+        "4 prompts of 256 x 512 heads with a gamma of each key dimension in an export for the CPU; expected shapes "
+        "that LinearAttention takes on CUDA; export with --device cuda\n"
+    )
+    for out in (outs[-256], outs[128], outs[-128]):
+        assert FakeGpu().run(OPEN, out, "cuda").stdout == "opened on cuda:0 CUDAExecutionProvider\n"
+
+
+@needs_fake_gpu
+def test_room_for_prompts_is_checked_before_anything_is_loaded(folder: Path) -> None:
+    gpu = FakeGpu(memory_bytes=400 << 20)
+    code = OPEN.replace("=len(sys.argv) > 3)", "=False), prompts=len(sys.argv) > 3")
+    assert gpu.run(code, folder, "cuda").stdout == "opened on cuda:0 CUDAExecutionProvider\n"
+    found = gpu.run(code, folder, "cuda", "prompts").stdout
+    assert found.startswith(
+        f"4 step.onnx and prefill.onnx of {folder} needs 0.54 GB on cuda:0, where 0.42 GB of 0.42 GB"
+    )

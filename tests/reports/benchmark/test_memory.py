@@ -57,6 +57,9 @@ def test_device_memory_is_what_the_cuda_runtime_says(monkeypatch: pytest.MonkeyP
             free._obj.value, total._obj.value = 30 << 30, 80 << 30
             return 0
 
+        def cudaGetLastError(self) -> int:
+            return 101
+
         class Text:
             def __call__(self, code) -> bytes:
                 return b"invalid device ordinal"

@@ -1,0 +1,170 @@
+"""Tensors that graphs read and write in place: arrays on the CPU, memory of CUDA's own on a GPU.
+
+ONNX Runtime's own values on a GPU come from an arena of the process that grows by powers of two and gives nothing back.
+So memory comes from cudaMalloc here, goes back with its buffer, and graphs are bound to its address.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from retnet_tools.runtime.cuda import cuda_runtime
+from retnet_tools.runtime.device_memory import enough_memory
+from retnet_tools.weights import Array
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+    from retnet_tools.runtime.providers import Device
+
+
+class Buffer(ABC):
+    """A tensor at an address that does not change. Whoever binds a graph to it keeps it alive.
+
+    Attributes:
+        shape: of the tensor.
+        dtype: numpy's.
+        address: of its first element.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    address: int
+    _on: tuple[str, int]
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all elements."""
+        return math.prod(self.shape) * int(self.dtype.itemsize)
+
+    def bind_input(self, binding: onnxruntime.IOBinding, name: str) -> None:
+        """Let a graph read it."""
+        binding.bind_input(name, *self._place)
+
+    def bind_output(self, binding: onnxruntime.IOBinding, name: str) -> None:
+        """Let a graph write it."""
+        binding.bind_output(name, *self._place)
+
+    @abstractmethod
+    def read(self) -> Array:
+        """A copy of the content, in an array of its own."""
+
+    @abstractmethod
+    def write(self, array: Array) -> None:
+        """Replace the content."""
+
+    @abstractmethod
+    def rows(self, index: Sequence[int]) -> Buffer:
+        """A new buffer of these rows, in this order; a row may come several times."""
+
+    @property
+    def _place(self) -> tuple[str, int, int, list[int], int]:
+        return (*self._on, ir.DataType.from_numpy(self.dtype).value, list(self.shape), self.address)
+
+
+class HostBuffer(Buffer):
+    """An array in the CPU's memory; it is the content, so it must be the caller's own."""
+
+    _on = ("cpu", 0)
+
+    def __init__(self, array: Array) -> None:
+        self._array = np.ascontiguousarray(array).reshape(np.shape(array))
+        self.shape, self.dtype, self.address = self._array.shape, self._array.dtype, self._array.ctypes.data
+
+    def read(self) -> Array:
+        """One copy."""
+        return self._array.copy()
+
+    def write(self, array: Array) -> None:
+        """In place."""
+        np.copyto(self._array, array)
+
+    def rows(self, index: Sequence[int]) -> HostBuffer:
+        """Copied along the first axis."""
+        return HostBuffer(self._array[np.asarray(index, dtype=np.int64)])
+
+
+class DeviceBuffer(Buffer):
+    """Memory of a GPU, its content undefined at first. It is given back when nothing refers to the buffer any more.
+
+    Raises:
+        ProviderError: no memory on the device.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: Any, device: Device) -> None:
+        self.shape, self.dtype, self._device = tuple(shape), np.dtype(dtype), device
+        self._on = (device.kind, device.index)
+        self._runtime = cuda_runtime(device.index)
+        with enough_memory(device, f"a buffer of {list(shape)} {self.dtype}", self.size_bytes):
+            self.address = self._runtime.allocate(self.size_bytes)
+        weakref.finalize(self, self._runtime.release, self.address).atexit = False
+
+    def read(self) -> Array:
+        """One copy, into an array that is the caller's."""
+        array = np.empty(self.shape, dtype=self.dtype)
+        self._runtime.download(array, self.address)
+        return array
+
+    def write(self, array: Array) -> None:
+        """From the CPU."""
+        array = np.ascontiguousarray(array, dtype=self.dtype)
+        assert array.size == math.prod(self.shape)
+        self._runtime.upload(self.address, array)
+
+    def clear(self) -> None:
+        """Set every element to 0."""
+        self._runtime.clear(self.address, self.size_bytes)
+
+    def copy(self, source: Buffer) -> None:
+        """Take the content of a buffer of the same shape on this GPU."""
+        self._runtime.copy_rows(self.address, source.address, self.size_bytes, (0,))
+
+    def rows(self, index: Sequence[int]) -> DeviceBuffer:
+        """Copied along the first axis, on the device."""
+        chosen = DeviceBuffer((len(index), *self.shape[1:]), self.dtype, self._device)
+        self._runtime.copy_rows(chosen.address, self.address, self.size_bytes // self.shape[0], index)
+        return chosen
+
+
+def buffer_of(array: Array, device: Device) -> Buffer:
+    """A buffer with the content of an array; on the CPU the array itself, so it must be the caller's own.
+
+    Raises:
+        ProviderError: no memory on the device.
+    """
+    if device.kind == "cpu":
+        return HostBuffer(array)
+    buffer = DeviceBuffer(np.shape(array), np.asarray(array).dtype, device)
+    buffer.write(array)
+    return buffer
+
+
+def zero_buffer(shape: Sequence[int], dtype: Any, device: Device) -> Buffer:
+    """A buffer of zeros.
+
+    Raises:
+        ProviderError: no memory on the device.
+    """
+    if device.kind == "cpu":
+        return HostBuffer(np.zeros(shape, dtype=dtype))
+    buffer = DeviceBuffer(shape, dtype, device)
+    buffer.clear()
+    return buffer
+
+
+def spare_buffer(shape: Sequence[int], dtype: Any, device: Device) -> Buffer:
+    """A buffer whose content does not matter.
+
+    Raises:
+        ProviderError: no memory on the device.
+    """
+    if device.kind == "cpu":
+        return HostBuffer(np.empty(shape, dtype=dtype))
+    return DeviceBuffer(shape, dtype, device)
