@@ -28,8 +28,7 @@ import onnxruntime as ort
 from large_checkpoint import machine
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from retnet_tools.reports.benchmark.floor import read_bandwidth
-from retnet_tools.runtime.providers import parse_device
+from retnet_tools.reports.benchmark.floor import Reader, read_sizes
 
 K = 2048
 SIZES = {"cache": (1024, 1), "memory": (4096, 24)}
@@ -129,7 +128,7 @@ def use_huge_pages() -> int:
 
 def measure(threads: int, rounds: int) -> dict[str, Any]:
     """All ways in turns, each opened anew in every round."""
-    device, limits = parse_device("cpu"), []
+    reader, limits = Reader(read_sizes(quick=False), threads), []
     seen: dict[tuple[str, str], list[tuple[float, float]]] = {}
     huge = 0
     for _ in range(rounds):
@@ -138,9 +137,9 @@ def measure(threads: int, rounds: int) -> dict[str, Any]:
                 session, size = open_way(way, rows, count, threads)
                 if name == HUGE_PAGES:
                     huge = max(huge, use_huge_pages())
-                before = read_bandwidth(device, threads, Path(), quick=False)
+                before = reader.bandwidth()
                 rate = size / seconds_of(session)
-                limit = (before + read_bandwidth(device, threads, Path(), quick=False)) / 2
+                limit = (before + reader.bandwidth()) / 2
                 limits.append(limit)
                 seen.setdefault((name, place), []).append((rate, rate / limit))
                 del session

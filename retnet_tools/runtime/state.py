@@ -14,8 +14,6 @@ from retnet_tools.runtime.buffers import Buffer, DeviceBuffer, buffer_of, spare_
 from retnet_tools.weights import Array
 
 if TYPE_CHECKING:
-    import onnxruntime
-
     from retnet_tools.runtime.providers import Device
 
 
@@ -115,13 +113,3 @@ class RecurrentState:
         if swap:
             self.current, self._spare = self.spare, self.current
         self.position = self.position + tokens
-
-
-def device_value(array: Array, device: Device) -> onnxruntime.OrtValue:
-    """An array as ONNX Runtime's own value on a device; on the CPU it is a view of the array.
-
-    On a GPU it comes from an arena that gives nothing back: for measurements, not for what comes and goes.
-    """
-    import onnxruntime
-
-    return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device.kind, device.index)

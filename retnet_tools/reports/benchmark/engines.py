@@ -24,14 +24,17 @@ class Engine(Protocol):
 
     Attributes:
         device: where it really runs.
-        captured: whether its steps are replayed as CUDA graphs; None on the CPU, and in torch.
         prompt_at_once: tokens of a prompt that it reads at once; None reads it whole.
     """
 
     vocab_size: int
     device: Device
-    captured: bool | None
     prompt_at_once: int | None
+
+    @property
+    def captured(self) -> bool | None:
+        """Whether steps were replayed as CUDA graphs so far; None on the CPU, and in torch."""
+        ...
 
     def place(self, batch: int, depth: int | Array, room: int) -> None:
         """Let `batch` sequences hold `depth` random tokens each, with room for `room` in all."""
@@ -62,8 +65,12 @@ class RetNetEngine:
         self._state: RecurrentState | None = None
         self.vocab_size = self._session.manifest.config.vocab_size
         self.device = self._session.device
-        self.captured = None if self.device.kind == "cpu" else self._session.eager_reason is None
         self.prompt_at_once: int | None = spec.chunk_size
+
+    @property
+    def captured(self) -> bool | None:
+        """As far as steps have run: a capture can fail when it begins."""
+        return None if self.device.kind == "cpu" else self._session.eager_reason is None
 
     def place(self, batch: int, depth: int | Array, room: int) -> None:
         """Random states at a position, or zero states at position 0."""
@@ -75,7 +82,7 @@ class RetNetEngine:
         if position.any():
             states = placed_states(manifest.config, batch, manifest.state_dtype)
             for value, state in zip(self._state.current, states, strict=True):
-                value.update_inplace(state)
+                value.write(state)
             self._state.position = np.array(position)
 
     def feed(self, input_ids: Array) -> Array:
@@ -110,8 +117,12 @@ class TransformerEngine:
         self._cache: KeyValues | None = None
         self.vocab_size = spec.config.vocab_size
         self.device = spec.device
-        self.captured = None if self.device.kind == "cpu" else self._session.eager_reason is None
         self.prompt_at_once: int | None = None
+
+    @property
+    def captured(self) -> bool | None:
+        """As far as steps have run: a capture can fail when it begins."""
+        return None if self.device.kind == "cpu" else self._session.eager_reason is None
 
     def place(self, batch: int, depth: int | Array, room: int) -> None:
         """A cache of random keys and values; all rows hold equally many tokens."""

@@ -30,8 +30,8 @@ import numpy as np
 from retnet_tools.graph.probes import COPY_FILE, PRODUCT_FILE, ProductShape
 from retnet_tools.machine import available_memory, this_machine
 from retnet_tools.reports.benchmark.specs import ProbeSpec
+from retnet_tools.runtime.buffers import Buffer, buffer_of, spare_buffer
 from retnet_tools.runtime.providers import Device, open_session
-from retnet_tools.runtime.state import device_value
 from retnet_tools.weights import Array
 
 if TYPE_CHECKING:
@@ -125,10 +125,8 @@ class Copier:
     def __init__(self, device: Device, folder: Path, size: int) -> None:
         self._size = size
         session = open_session(folder / COPY_FILE, device)
-        binding = session.io_binding()
-        binding.bind_ortvalue_input("x", device_value(np.ones(size // 4, dtype=np.float32), device))
-        binding.bind_ortvalue_output("y", device_value(np.ones(size // 4, dtype=np.float32), device))
-        self._runs = _Queue(session, binding, _QUEUED_RUNS)
+        x, y = (buffer_of(np.ones(size // 4, dtype=np.float32), device) for _ in range(2))
+        self._runs = _Queue(session, x, y, _QUEUED_RUNS)
 
     def bandwidth(self) -> float:
         """Bytes read and written a second, best of several tries."""
@@ -151,12 +149,9 @@ class Products:
         session = open_session(folder / PRODUCT_FILE, device, threads)
         self._runs: dict[int, _Queue] = {}
         for count in rows:
-            binding = session.io_binding()
-            x = np.ones((count, shape.columns), dtype=shape.input_dtype)
-            binding.bind_ortvalue_input("x", device_value(x, device))
-            y = np.zeros((count, shape.rows), dtype=shape.input_dtype)
-            binding.bind_ortvalue_output("y", device_value(y, device))
-            self._runs[count] = _Queue(session, binding, 1 if device.kind == "cpu" else _QUEUED_RUNS)
+            x = buffer_of(np.ones((count, shape.columns), dtype=shape.input_dtype), device)
+            y = spare_buffer((count, shape.rows), np.dtype(shape.input_dtype), device)
+            self._runs[count] = _Queue(session, x, y, 1 if device.kind == "cpu" else _QUEUED_RUNS)
 
     def rate(self) -> float:
         """Floating-point operations a second, best of all numbers of rows and several tries."""
@@ -165,12 +160,14 @@ class Products:
 
 
 class _Queue:
-    """Runs that follow each other on a device, with one wait at the end."""
+    """Runs of y = f(x) that follow each other on a device, with one wait at the end."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, binding: onnxruntime.IOBinding, count: int) -> None:
+    def __init__(self, session: onnxruntime.InferenceSession, x: Buffer, y: Buffer, count: int) -> None:
         import onnxruntime
 
-        self._session, self._binding = session, binding
+        self._session, self._binding, self._bound = session, session.io_binding(), (x, y)
+        x.bind_input(self._binding, "x")
+        y.bind_output(self._binding, "y")
         self._unawaited = onnxruntime.RunOptions()
         self._unawaited.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self._options = [self._unawaited] * (count - 1) + [onnxruntime.RunOptions()]

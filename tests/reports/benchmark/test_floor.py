@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -17,6 +18,7 @@ from retnet_tools.reports.benchmark import floor
 from retnet_tools.reports.benchmark.floor import Copier, Probes, Products, Reader, last_cache_bytes, read_sizes
 from retnet_tools.reports.benchmark.models import Precision, write_probes
 from retnet_tools.reports.benchmark.specs import ProbeSpec
+from retnet_tools.runtime.buffers import buffer_of
 from retnet_tools.runtime.providers import Device
 
 CPU = Device("cpu")
@@ -116,6 +118,9 @@ def test_runs_are_queued_and_waited_for_once() -> None:
     waits = []
 
     class Session:
+        def io_binding(self) -> SimpleNamespace:
+            return SimpleNamespace(bind_input=print, bind_output=print)
+
         def run_with_iobinding(self, binding: object, options: onnxruntime.RunOptions) -> None:
             waits.append(options.get_run_config_entry("disable_synchronize_execution_providers"))
 
@@ -123,7 +128,8 @@ def test_runs_are_queued_and_waited_for_once() -> None:
         def get_run_config_entry(self, name: str) -> str:
             return ""
 
-    queue = floor._Queue(Session(), None, 4)  # type: ignore[arg-type]
+    buffers = [buffer_of(np.zeros(1, dtype=np.float32), CPU) for _ in range(2)]
+    queue = floor._Queue(Session(), *buffers, 4)  # type: ignore[arg-type]
     queue._options[-1] = Waiting()
     assert queue.seconds() > 0
     assert waits == ["1", "1", "1", ""]

@@ -73,7 +73,7 @@ engine = RetNetEngine(RetNetSpec(Path(sys.argv[1]), Device("cuda"), 1, 128))
 found = []
 for batch in (64, 64, 2):
     engine.place(batch, 1000, 0)
-    deviations = [float(np.std(value.numpy())) for value in engine._state.current]
+    deviations = [float(np.std(value.read())) for value in engine._state.current]
     positions = engine._state.position.tolist()
     for _ in range(5):
         engine.feed(np.zeros((batch, 1), dtype=np.int64))

@@ -103,7 +103,7 @@ class OutOfMemory:
         if batch == 2:
             raise RuntimeError("Failed to allocate memory for requested buffer of size 99")
         if batch == 3:
-            with enough_memory(Device("cuda"), 10**9, "a chunk"):
+            with enough_memory(Device("cuda"), "a chunk", 10**9):
                 raise RuntimeError("CUDA failure 2: out of memory")
         raise RuntimeError("something else")
 
