@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -85,8 +85,9 @@ def appended_file(target: Path) -> Iterator[IO[bytes]]:
             mine = new
             yield file
     except BaseException:
-        if mine and not target.stat().st_size:
-            target.unlink()
+        with suppress(FileNotFoundError):
+            if mine and not target.stat().st_size:
+                target.unlink()
         raise
 
 

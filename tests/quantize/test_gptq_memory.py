@@ -45,3 +45,33 @@ def test_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
     # The fourth block is the first at which all that a block needs has been there.
     assert last - early < size / 10
     assert last - start < size
+
+
+FEEDBACK = """
+import resource
+import numpy as np
+from retnet_tools.quantize.gptq import ErrorFeedback, InputStatistics
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+def made(columns):
+    statistics, rng = InputStatistics(columns), np.random.default_rng(0)
+    x = rng.standard_normal((256, columns), dtype=np.float32)
+    statistics.add(x, x + rng.standard_normal(x.shape, dtype=np.float32))
+    return statistics
+ErrorFeedback(made(64), "warm-up")
+K = 2500
+statistics = made(K)
+start = resident() - 2 * 8 * K * K
+feedback = ErrorFeedback(statistics, "x")
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print((peak - start) / (8 * K * K), (resident() - start) / (8 * K * K))
+"""
+
+
+@pytest.mark.slow
+def test_what_rounds_an_input_takes_three_square_matrices_at_most_and_two_after() -> None:
+    run = subprocess.run([sys.executable, "-c", FEEDBACK], check=True, capture_output=True, text=True)
+    peak, after = map(float, run.stdout.split())
+    print(peak, after)
+    assert peak < 3.3
+    assert after < 2.2
