@@ -17,6 +17,11 @@ from retnet_tools.weights import canonical_shapes
 # 15 MB a layer; K of 1024 makes statistics of 8 MB, of which some are held.
 LAYERS = 8
 CONFIG = paper_config(vocab_size=256, hidden_size=512, value_dim=1024, ffn_dim=1024, num_layers=LAYERS, num_heads=4)
+# Each thread of the libraries has buffers of its own, and each of ours a part of the heap.
+ONE_THREAD = {
+    **os.environ,
+    **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "MALLOC_ARENA_MAX"), "1"),
+}
 RUN = """
 import resource, sys
 from pathlib import Path
@@ -40,7 +45,8 @@ def test_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
     files = write_canonical(tmp_path / "model", CONFIG, weights)
     size = sum(file.stat().st_size for file in files)
     command = [sys.executable, "-c", RUN, str(tmp_path / "model"), str(tmp_path / "work")]
-    start, early, last = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    run = subprocess.run(command, check=True, capture_output=True, text=True, env=ONE_THREAD)
+    start, early, last = map(int, run.stdout.split())
     print(start, early, last, size)
     assert size > 1e8
     # The fourth block is the first at which all that a block needs has been there.
@@ -71,9 +77,8 @@ print((peak - start) / (8 * K * K), (resident() - start) / (8 * K * K))
 
 @pytest.mark.slow
 def test_what_rounds_an_input_takes_three_square_matrices_at_most_and_two_after() -> None:
-    # Each thread of the libraries has buffers of its own.
-    one = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, "-c", FEEDBACK], check=True, capture_output=True, text=True, env=one)
+    command = [sys.executable, "-c", FEEDBACK]
+    run = subprocess.run(command, check=True, capture_output=True, text=True, env=ONE_THREAD)
     peak, after = map(float, run.stdout.split())
     print(peak, after)
     assert peak < 3.3
