@@ -22,8 +22,15 @@ ONE_THREAD = {
     **os.environ,
     **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "MALLOC_ARENA_MAX"), "1"),
 }
-RUN = """
-import resource, sys
+# Not ru_maxrss: a process starts with its parent's.
+PEAK = """
+def peak_resident():
+    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+"""
+RUN = (
+    PEAK
+    + """
+import sys
 from pathlib import Path
 from retnet_tools.formats import open_checkpoint
 from retnet_tools.quantize.gptq_run import Gptq
@@ -32,11 +39,12 @@ from tests.quantize.calibrated import make_task
 checkpoint = open_checkpoint(Path(sys.argv[1]))
 peaks = []
 def note(what, done, total):
-    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    peaks.append(peak_resident())
 sequences = random_tokens(checkpoint.config, 1, 256, 7)
 Gptq(make_task(checkpoint.config, checkpoint.weights, Path(sys.argv[2]), sequences=sequences, progress=note))
 print(peaks[0], peaks[5], peaks[-1])
 """
+)
 
 
 @pytest.mark.slow
@@ -54,8 +62,9 @@ def test_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
     assert last - start < size
 
 
-FEEDBACK = """
-import resource
+FEEDBACK = (
+    PEAK
+    + """
 import numpy as np
 from retnet_tools.quantize.gptq import ErrorFeedback, InputStatistics
 def resident():
@@ -70,9 +79,9 @@ K = 2500
 statistics = made(K)
 start = resident() - 2 * 8 * K * K
 feedback = ErrorFeedback(statistics, "x")
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print((peak - start) / (8 * K * K), (resident() - start) / (8 * K * K))
+print((peak_resident() - start) / (8 * K * K), (resident() - start) / (8 * K * K))
 """
+)
 
 
 @pytest.mark.slow
