@@ -138,3 +138,10 @@ def random_tokens(config: RetNetConfig, batch: int, length: int, seed: int) -> n
     if not config.has_vocabulary:
         return np.random.default_rng(seed).standard_normal((batch, length, config.hidden_size)).astype(np.float32)
     return np.random.default_rng(seed).integers(0, config.vocab_size, (batch, length), dtype=np.int64)
+
+
+# Source of a function for scripts that tests start. Not ru_maxrss: a process starts with its parent's.
+PEAK_RESIDENT = """
+def peak_resident():
+    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+"""

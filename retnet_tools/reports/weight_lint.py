@@ -119,6 +119,8 @@ def lint_weights(weights: WeightSource, progress: Callable[[int], None]) -> list
             scans[name] = scan(array)
             if name in (EMBEDDING, HEAD):
                 digests[name] = (info.dtype.name, _digest(array))
+            # Not still held while the next one is read.
+            del array
         progress(info.nbytes)
     findings = [*_counted(scans), *_constant(scans), *_untrained_norms(scans)]
     if len(digests) == 2 and digests[EMBEDDING] == digests[HEAD]:

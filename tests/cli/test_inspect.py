@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from retnet_tools.formats.canonical import write_canonical
 from tests.exports import export
 from tests.formats.cases import SETTINGS, small_tensors, write_torchscale
-from tests.helpers import BASE, random_source
+from tests.helpers import BASE, PEAK_RESIDENT, random_source
 
 
 @pytest.fixture
@@ -176,16 +176,18 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
     write_canonical(tmp_path / "ckpt", config, source)
     export(config, source, tmp_path / "out")
     script = (
-        "import resource, sys\n"
+        f"{PEAK_RESIDENT}"
+        "import sys\n"
         "from pathlib import Path\n"
         "from retnet_tools.reports.inspection import inspect_model, open_model\n"
         "opened = open_model(Path(sys.argv[1]))\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak_resident()\n"
         "inspect_model(opened, lambda count: None)\n"
-        "print(opened.weight_bytes, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))\n"
+        "print(opened.weight_bytes, peak_resident() - before)\n"
     )
     for name, largest in (("ckpt", 1), ("out", 2)):  # an export merges gate and up
         command = [sys.executable, "-c", script, str(tmp_path / name)]
         stored, grown = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
         assert stored > 9 * 2**24
-        assert grown < largest * 2**24 + 2**24
+        # Beside it what the allocator keeps of the one before, and a megabyte of the interpreter's own.
+        assert grown < largest * 2**24 + 2**24 + 2**20

@@ -11,19 +11,23 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers import PEAK_RESIDENT
+
 PARTS, ROWS, COLUMNS = 16, 1024, 8192
 TENSOR_BYTES = 4 * ROWS * COLUMNS
-READ = """
-import resource, sys
+READ = (
+    PEAK_RESIDENT
+    + """
+import sys
 from pathlib import Path
 from retnet_tools.formats.files import CheckpointFiles
 tensors = CheckpointFiles(Path(sys.argv[1])).tensors
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_resident()
 for name in tensors.names():
     assert tensors.read(name).max() == 0
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print((after - before) * 1024)
+print(peak_resident() - before)
 """
+)
 
 
 def sparse_safetensors(file: Path) -> None:

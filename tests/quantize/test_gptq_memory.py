@@ -13,6 +13,7 @@ from retnet_tools.formats.canonical import write_canonical
 from retnet_tools.paper import paper_config
 from retnet_tools.random_weights import RandomWeights
 from retnet_tools.weights import canonical_shapes
+from tests.helpers import PEAK_RESIDENT
 
 # 15 MB a layer; K of 1024 makes statistics of 8 MB, of which some are held.
 LAYERS = 8
@@ -22,13 +23,8 @@ ONE_THREAD = {
     **os.environ,
     **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "MALLOC_ARENA_MAX"), "1"),
 }
-# Not ru_maxrss: a process starts with its parent's.
-PEAK = """
-def peak_resident():
-    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-"""
 RUN = (
-    PEAK
+    PEAK_RESIDENT
     + """
 import sys
 from pathlib import Path
@@ -63,7 +59,7 @@ def test_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
 
 
 FEEDBACK = (
-    PEAK
+    PEAK_RESIDENT
     + """
 import numpy as np
 from retnet_tools.quantize.gptq import ErrorFeedback, InputStatistics

@@ -11,22 +11,25 @@ import numpy as np
 import pytest
 
 from tests.exports import export
-from tests.helpers import BASE, MemorySource, random_source
+from tests.helpers import BASE, PEAK_RESIDENT, MemorySource, random_source
 
 # Two matrices of 134 MB; what is held is blocks of 16 MB, packed codes on their way and the scales of one matrix.
 LARGE = replace(BASE, vocab_size=1 << 16, hidden_size=512, key_dim=512, rotary_frequencies=(1.0,) * 64)
-QUANTIZE = """
-import resource, sys
+QUANTIZE = (
+    PEAK_RESIDENT
+    + """
+import sys
 from pathlib import Path
 from retnet_tools.graph.exported import plan_of_export
 from retnet_tools.quantize.plan import plan_quantization, write_quantized
 from retnet_tools.quantize.scheme import make_scheme
 plan = plan_of_export(Path(sys.argv[1]))
 plan = plan_quantization(plan, make_scheme("int4", ops=plan.ops))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_resident()
 write_quantized(plan, Path(sys.argv[2]), force=False, progress=lambda count: None)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(peak_resident() - before)
 """
+)
 
 
 @pytest.mark.slow
