@@ -178,6 +178,14 @@ def measured(stack: Stack, batch: int, device: Device, steps: int, rounds: int) 
     return row
 
 
+def write_rows(output: Path | None, device: Device, rows: list[dict[str, Any]], **setting: int) -> None:
+    """Write what was measured, and on what, where a file was named."""
+    if output is not None:
+        document = {"device": str(device), "machine": asdict(this_machine()), **setting, "rows": rows}
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(document, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
@@ -206,10 +214,7 @@ def main() -> None:
                 row |= measured(stack, batch, device, arguments.steps, arguments.rounds)
                 rows.append(row)
                 print(json.dumps(row), flush=True)
-    if arguments.output:
-        document = {"device": str(device), "machine": asdict(this_machine()), "layers": arguments.layers, "rows": rows}
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+    write_rows(arguments.output, device, rows, layers=arguments.layers)
 
 
 if __name__ == "__main__":

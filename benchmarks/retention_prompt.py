@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from retention import HEADS, Stack, microseconds, split
+from retention import HEADS, Stack, microseconds, split, write_rows
 
 from retnet_tools.graph.cuda_retention import tokens_form
 from retnet_tools.graph.decay import StepDecay, chunk_decay
 from retnet_tools.graph.nodes import GraphBuilder
 from retnet_tools.graph.standard_ops import StandardOps
-from retnet_tools.machine import this_machine
 from retnet_tools.runtime.providers import Device, check_device, parse_device
 
 
@@ -80,10 +78,7 @@ def main() -> None:
     for text in arguments.heads.split(","):
         heads, k, v = map(int, text.split("x"))
         found += rows((heads, k, v), arguments, device)
-    if arguments.output:
-        document = {"device": str(device), "machine": asdict(this_machine()), "tokens": arguments.tokens, "rows": found}
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+    write_rows(arguments.output, device, found, tokens=arguments.tokens)
 
 
 if __name__ == "__main__":

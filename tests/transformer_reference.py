@@ -15,6 +15,19 @@ from tests.reference import ACTIVATIONS
 
 Floats = npt.NDArray[np.float64]
 
+CONFIG = TransformerConfig(
+    vocab_size=61,
+    hidden_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=4,
+    ffn_dim=72,
+    activation="gelu",
+    norm_eps=1e-6,
+    tie_word_embeddings=False,
+    max_positions=64,
+)
+
 
 def transformer_logits(config: TransformerConfig, source: WeightSource, input_ids: npt.NDArray[Any]) -> Floats:
     """Logits `[B, T, vocab]` of tokens `[B, T]`."""

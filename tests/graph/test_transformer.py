@@ -27,20 +27,8 @@ from retnet_tools.runtime.transformer import TransformerSession
 from retnet_tools.weights import canonical_shapes
 from tests.helpers import BASE, MemorySource
 from tests.tolerances import GRAPH_FLOAT16, GRAPH_FLOAT32
-from tests.transformer_reference import transformer_logits
+from tests.transformer_reference import CONFIG, transformer_logits
 
-CONFIG = TransformerConfig(
-    vocab_size=61,
-    hidden_size=64,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=4,
-    ffn_dim=72,
-    activation="gelu",
-    norm_eps=1e-6,
-    tie_word_embeddings=False,
-    max_positions=64,
-)
 CONFIGS = {
     "heads": CONFIG,
     "shared heads": replace(CONFIG, num_kv_heads=2),

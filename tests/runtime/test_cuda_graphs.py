@@ -6,6 +6,7 @@ import gc
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,13 +118,16 @@ def test_no_two_states_share_a_graph(graphs: StepGraphs) -> None:
     assert sorted(number for _, _, number in found) == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_later_state_moves_into_the_buffers_of_one_that_is_gone(graphs: StepGraphs) -> None:
+def left_behind(graphs: StepGraphs) -> tuple[Any, Any]:
+    """The two sets of buffers of a state that has had captured steps and is gone."""
     state = State()
     for _ in range(EAGER_STEPS + 2):
         step(graphs, state)
-    sets = (state.current, state.spare)
-    del state
-    gc.collect()
+    return state.current, state.spare
+
+
+def test_a_later_state_moves_into_the_buffers_of_one_that_is_gone(graphs: StepGraphs) -> None:
+    sets = left_behind(graphs)
     other = State()
     # At once, and with the graphs that are there: no step runs kernel by kernel.
     assert step(graphs, other) == (*sets, 1)
@@ -132,12 +136,7 @@ def test_a_later_state_moves_into_the_buffers_of_one_that_is_gone(graphs: StepGr
 
 
 def test_a_prompt_finds_the_buffers_of_a_state_that_is_gone(graphs: StepGraphs) -> None:
-    state = State()
-    for _ in range(EAGER_STEPS + 2):
-        step(graphs, state)
-    sets = (state.current, state.spare)
-    del state
-    gc.collect()
+    sets = left_behind(graphs)
     other = State()
     graphs.settle(other)  # type: ignore[arg-type]
     assert (other.moves, other.current) == ([sets], sets[0])

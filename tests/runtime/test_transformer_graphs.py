@@ -6,22 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from retnet_tools.graph.transformer import TransformerConfig
 from retnet_tools.reports.benchmark.models import Precision, write_transformer
 from tests.fake_gpu import COUNTS, FakeGpu, needs_fake_gpu
+from tests.transformer_reference import CONFIG
 
-CONFIG = TransformerConfig(
-    vocab_size=61,
-    hidden_size=64,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=4,
-    ffn_dim=72,
-    activation="gelu",
-    norm_eps=1e-6,
-    tie_word_embeddings=False,
-    max_positions=64,
-)
 OPEN = (
     COUNTS
     + f"""
