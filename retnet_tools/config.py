@@ -111,18 +111,23 @@ class RetNetConfig:
 
     Sizes `key_dim` and `value_dim` are totals over query heads. `decay` is log(gamma) per head; `rotary_frequencies`
     are radians per position for each pair of key dimensions (theta of Eq. 3), pairs being adjacent (interleaved). Both
-    are float64.
+    are float64. `rotary_frequencies` and `key_decay` hold K/2 numbers that all heads share, or H*K/2, those of one head
+    after another.
 
     Attributes:
         vocab_size: 0 for a stack without embedding and head, which maps embeddings to hidden states.
-        key_decay: what each pair of key dimensions adds to `decay`, the same in all heads (the z^(1/512) of xPos);
-            empty where gamma is one number a head.
+        key_decay: what each pair of key dimensions adds to `decay` (the z^(1/512) of xPos); empty where gamma is one
+            number a head.
         num_kv_groups: adjacent query heads that share one head of k and v.
         feature_map: activation of q and k before the rotation, or None.
         gate: activation of the gate of Eq. 8, or None for the ablation without a gate.
         norm_order: `pre` is alpha x + f(norm(x)); `post` is norm(alpha x + f(x)) (DeepNorm); `branch` is
             alpha x + norm(f(x)).
+        parallel_residual: both blocks read one residual stream: X' = alpha X + MSR(LN_1 X) + FFN(LN_2 X), in place of
+            one after the other (Eq. 9); pre-norm only.
+        shared_block_norm: the feed-forward network reads LN_1 X too, and there is no LN_2; with `parallel_residual`.
         residual_alpha: the alpha of DeepNorm; 1 otherwise.
+        output_norm: a further norm between the final one and the output projection, or None.
         embedding_scale: factor on the embedding's output.
         head_bias: whether the output projection has a bias.
 
@@ -148,8 +153,11 @@ class RetNetConfig:
     feature_map: Activation | None = None
     gate: Activation | None = "silu"
     norm_order: NormOrder = "pre"
+    parallel_residual: bool = False
+    shared_block_norm: bool = False
     residual_alpha: float = 1.0
     final_norm: bool = True
+    output_norm: BlockNorm | None = None
     projection_bias: bool = False
     embedding_scale: float = 1.0
     embedding_norm: bool = False
@@ -163,6 +171,10 @@ class RetNetConfig:
         check_positive("residual_alpha", self.residual_alpha)
         check_positive("embedding_scale", self.embedding_scale)
         around = (self.embedding_scale != 1, self.embedding_norm, self.tie_word_embeddings, self.head_bias)
+        if self.parallel_residual and self.norm_order != "pre":
+            raise ConfigError(f"parallel_residual with norm_order {self.norm_order!r}", "norm_order 'pre'")
+        if self.shared_block_norm and not self.parallel_residual:
+            raise ConfigError("shared_block_norm without parallel_residual", "both, or a norm for each block")
         if self.tie_word_embeddings and self.head_bias:
             raise ConfigError("head_bias with tie_word_embeddings", "one or the other")
         if not self.has_vocabulary and any(around):
@@ -189,14 +201,17 @@ class RetNetConfig:
             raise ConfigError(
                 f"decay of {len(self.decay)} numbers", f"one log(gamma) for each of {self.num_heads} heads"
             )
-        if len(self.key_decay) not in (0, pairs):
-            raise ConfigError(f"key_decay of {len(self.key_decay)} numbers", f"none, or head_k_dim / 2 = {pairs}")
+        lengths, words = (pairs, self.num_heads * pairs), f"head_k_dim / 2 = {pairs}, or as many for each head"
+        if len(self.key_decay) not in (0, *lengths):
+            raise ConfigError(f"key_decay of {len(self.key_decay)} numbers", f"none, or {words}")
         if any(g > 0 for g in (*self.decay, *self.key_decay)):
             raise ConfigError(f"decay {self.decay}, key_decay {self.key_decay}", "log(gamma) <= 0")
         if self.key_decay and self.score_normalization.by_decay:
             raise ConfigError("score_normalization.by_decay with key_decay", "one gamma a head to sum the powers of")
-        if (given := len(self.rotary_frequencies)) != pairs:
-            raise ConfigError(f"rotary_frequencies of {given} numbers", f"head_k_dim / 2 = {pairs}")
+        if (given := len(self.rotary_frequencies)) not in lengths:
+            raise ConfigError(f"rotary_frequencies of {given} numbers", words)
+        if self.num_kv_groups > 1 and pairs < max(given, len(self.key_decay)):
+            raise ConfigError("rotary_frequencies or key_decay of each head with shared key heads", words)
 
     @property
     def head_k_dim(self) -> int:
@@ -207,6 +222,11 @@ class RetNetConfig:
     def head_v_dim(self) -> int:
         """Size of v of one head (V)."""
         return self.value_dim // self.num_heads
+
+    @property
+    def has_head_rotation(self) -> bool:
+        """Whether each head has rotary frequencies of its own, `[H, K/2]` in a row."""
+        return len(self.rotary_frequencies) > self.head_k_dim // 2
 
     @property
     def num_kv_heads(self) -> int:

@@ -167,7 +167,8 @@ def canonical_shapes(config: RetNetConfig) -> dict[str, tuple[int, ...]]:
             if config.head_norm.bias:
                 shapes[f"{layer}.retention.head_norm.bias"] = (size,)
         linear(f"{layer}.retention.out_proj", d, v, config.projection_bias)
-        norm(f"{layer}.ffn_norm", d)
+        if not config.shared_block_norm:
+            norm(f"{layer}.ffn_norm", d)
         if config.feed_forward.kind == "glu":
             linear(f"{layer}.ffn.gate_proj", f, d, config.feed_forward.bias)
         linear(f"{layer}.ffn.up_proj", f, d, config.feed_forward.bias)
@@ -176,6 +177,8 @@ def canonical_shapes(config: RetNetConfig) -> dict[str, tuple[int, ...]]:
         linear(f"{layer}.ffn.down_proj", d, f, config.feed_forward.bias)
     if config.final_norm:
         norm("final_norm", d)
+    if config.output_norm is not None:
+        norm("output_norm", d, config.output_norm)
     if config.has_vocabulary and not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, d)
     if config.head_bias:
