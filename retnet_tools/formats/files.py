@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from retnet_tools.errors import InputError
-from retnet_tools.formats.pickles import TorchFile, open_torch
+from retnet_tools.formats.pickles import TorchFile, attributes, open_torch
 from retnet_tools.formats.storage import StoredTensors, load_json, open_safetensors, open_shards
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -46,7 +46,7 @@ class CheckpointFiles:
         InputError: the path does not exist, or is neither a folder nor a file of weights.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, config: Path | None = None, entry: str | None = None) -> None:
         if not path.exists():
             raise InputError(f"no such file or folder: {path}", "a checkpoint", "check the path")
         if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and not path.name.endswith(INDEX_SUFFIX):
@@ -55,7 +55,8 @@ class CheckpointFiles:
                 f"a folder or a file of {', '.join(WEIGHT_SUFFIXES)}",
                 "name one of these",
             )
-        self.path = path
+        self.path, self._config = path, config
+        self.notes: list[str] = []
         self.folder = path if path.is_dir() else path.parent
 
     @cached_property
@@ -86,6 +87,8 @@ class CheckpointFiles:
         Raises:
             InputError: one of the usual names is not JSON.
         """
+        if self._config is not None:
+            return {self._config: load_json(self._config)}
         usual = [self.folder / name for name in CONFIG_NAMES]
         others = [p for p in sorted(self.folder.glob("*.json")) if p not in usual and not p.name.endswith(INDEX_SUFFIX)]
         found = {}
@@ -128,11 +131,23 @@ class CheckpointFiles:
             return open_shards(file, open_weights)
         return open_safetensors(file)
 
-    def has_settings_or_tensor(self, is_settings: Callable[[Mapping[str, Any]], bool], name: str) -> bool:
-        """Whether there are weights with settings of a format as JSON beside them, or with a tensor of this name."""
-        if self.weights_file is None:
-            return False
-        return any(is_settings(document) for document in self.configs.values()) or name in self.tensors.locations
+    @cached_property
+    def embedded(self) -> dict[str, dict[str, Any]]:
+        """What a torch file holds beside its weights."""
+        found: dict[str, dict[str, Any]] = {}
+
+        def walk(name: str, value: Any, depth: int) -> None:
+            entries = attributes(value)
+            if entries is None or depth > 4:
+                return
+            if all(isinstance(key, str) for key in entries):
+                found[name] = entries
+            for key, item in entries.items():
+                walk(f"{name}.{key}" if name else str(key), item, depth + 1)
+
+        for key, value in self.metadata.items():
+            walk(key, value, 1)
+        return found
 
     @property
     def metadata(self) -> Mapping[str, Any]:
