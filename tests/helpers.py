@@ -135,6 +135,16 @@ ABLATIONS: dict[str, RetNetConfig] = {
     ),
 }
 
+OTHER_LAYERS = (
+    "head_rotation",
+    "parallel_residual",
+    "shared_block_norm",
+    "output_norm",
+    "retnet_xatl",
+    "syncdoth_first",
+)
+"""Models whose heads each rotate and decay on their own, or whose blocks and norms are joined otherwise."""
+
 
 @dataclass(frozen=True)
 class MemorySource:

@@ -20,7 +20,7 @@ from retnet_tools.graph.reader import load_graph
 from retnet_tools.paper import paper_config
 from tests.exports import cpu_runner, export, run_genai, run_prefill, run_steps, zero_states
 from tests.fake_gpu import FakeGpu, needs_fake_gpu
-from tests.helpers import ABLATIONS, BASE, random_source, random_tokens
+from tests.helpers import ABLATIONS, BASE, OTHER_LAYERS, random_source, random_tokens
 from tests.quantized import quantize
 from tests.reference import reference_logits
 from tests.tolerances import GRAPH_FLOAT16, GRAPH_FLOAT32
@@ -61,7 +61,7 @@ def test_step_and_prefill_are_those_for_the_cpu(name: str, ops: str, tmp_path: P
 
 
 @pytest.mark.parametrize("dtype", ["float16"])
-@pytest.mark.parametrize("name", ["base", "feature_map_elu", "feature_map_leaky_relu", "key_decay"])
+@pytest.mark.parametrize("name", ["base", "feature_map_elu", "feature_map_leaky_relu", "key_decay", *OTHER_LAYERS])
 def test_float16_is_as_close(name: str, dtype: str, tmp_path: Path) -> None:
     config, source = ABLATIONS[name], random_source(ABLATIONS[name], 3)
     ids = random_tokens(config, 2, 6, 4)
@@ -153,7 +153,7 @@ print(json.dumps(found))
 def test_every_graph_runs_to_its_end_on_the_provider_and_is_captured(ops: str, dtype: str, tmp_path: Path) -> None:
     """Kernels refuse some shapes and types only when they run; here they do nothing but that."""
     names = ("base", "key_decay", "feature_map_elu", "one_key_value_head", "torchscale_2023", "jamie_stirling", "stack")
-    configs = {name: ABLATIONS[name] for name in names} | {f"{k}-{v}": model(k, v) for k, v in HEADS}
+    configs = {name: ABLATIONS[name] for name in (*names, *OTHER_LAYERS)} | {f"{k}-{v}": model(k, v) for k, v in HEADS}
     folders = [
         export(config, random_source(config, 1), tmp_path / name, ops=ops, dtype=dtype, device="cuda")
         for name, config in configs.items()

@@ -18,7 +18,7 @@ from retnet_tools.paper import language_model_decay, paper_decay
 from retnet_tools.runtime.session import DecoderSession
 from retnet_tools.tokens import load_tokenizer
 from tests.exports import checkpoint, cpu_runner, export, run_prefill, run_steps, zero_states
-from tests.helpers import ABLATIONS, BASE, random_source, random_tokens
+from tests.helpers import ABLATIONS, BASE, OTHER_LAYERS, random_source, random_tokens
 from tests.tolerances import FLOAT16_STATE_KL, FLOAT16_STATES, GRAPH_FLOAT32
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "shakespeare"
@@ -57,7 +57,9 @@ def test_other_states_hold_the_plain_sum() -> None:
 
 
 @pytest.mark.parametrize("ops", OPS)
-@pytest.mark.parametrize("name", ["base", "key_decay", "shared_key_value_heads", "feature_map_relu2", "stack"])
+@pytest.mark.parametrize(
+    "name", ["base", "key_decay", "shared_key_value_heads", "feature_map_relu2", "stack", *OTHER_LAYERS]
+)
 def test_the_first_chunk_is_exact_and_leaves_the_scaled_sum(name: str, ops: str, tmp_path: Path) -> None:
     config, source = ABLATIONS[name], random_source(ABLATIONS[name], 1)
     ids = random_tokens(config, 2, 40, 2)

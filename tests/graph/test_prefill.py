@@ -20,7 +20,7 @@ from retnet_tools.model.retnet import RetNetOutput, load_model
 from retnet_tools.paper import language_model_decay, paper_decay
 from retnet_tools.weights import Array, WeightSource
 from tests.exports import cpu_runner, export, run_prefill, run_steps, zero_states
-from tests.helpers import ABLATIONS, BASE, random_source, random_tokens
+from tests.helpers import ABLATIONS, BASE, OTHER_LAYERS, random_source, random_tokens
 from tests.reference import reference_logits
 from tests.tolerances import GRAPH_FLOAT16, GRAPH_FLOAT32, GRAPH_POSITIONS
 
@@ -115,7 +115,7 @@ def test_the_reference_evaluator_runs_the_standard_graph(name: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("ops", OPS)
-@pytest.mark.parametrize("name", ["base", "no_decay", "key_decay", "stack"])
+@pytest.mark.parametrize("name", ["base", "no_decay", "key_decay", "stack", *OTHER_LAYERS])
 def test_chunks_equal_a_float64_recurrence_written_apart(name: str, ops: str, tmp_path: Path) -> None:
     config, source = ABLATIONS[name], random_source(ABLATIONS[name], seed=12)
     ids = random_tokens(config, 2, 50, seed=13)
@@ -166,7 +166,7 @@ def test_far_positions_are_exact(position: int, ops: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("ops", OPS)
-@pytest.mark.parametrize("name", ["base", "key_decay", "stack", "torchscale_2023", "no_decay"])
+@pytest.mark.parametrize("name", ["base", "key_decay", "stack", "torchscale_2023", "no_decay", *OTHER_LAYERS])
 def test_padding_never_leaks(name: str, ops: str, tmp_path: Path) -> None:
     config, source = ABLATIONS[name], random_source(ABLATIONS[name], seed=19)
     run = cpu_runner(export(config, source, tmp_path / "out", ops=ops) / contract.PREFILL_FILE)
@@ -189,7 +189,7 @@ def test_padding_never_leaks(name: str, ops: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ops", OPS)
-@pytest.mark.parametrize("name", ["base", "key_decay", "one_key_value_head"])
+@pytest.mark.parametrize("name", ["base", "key_decay", "one_key_value_head", *OTHER_LAYERS])
 def test_a_codeword_in_one_row_changes_no_other(name: str, ops: str, tmp_path: Path) -> None:
     config, source = ABLATIONS[name], random_source(ABLATIONS[name], seed=22)
     run = cpu_runner(export(config, source, tmp_path / "out", ops=ops) / contract.PREFILL_FILE)
@@ -203,7 +203,7 @@ def test_a_codeword_in_one_row_changes_no_other(name: str, ops: str, tmp_path: P
 
 
 @pytest.mark.parametrize("ops", OPS)
-@pytest.mark.parametrize("name", ["base", "torchscale_2023", "shared_head_norm", "key_decay"])
+@pytest.mark.parametrize("name", ["base", "torchscale_2023", "shared_head_norm", "key_decay", *OTHER_LAYERS])
 def test_float16_weights_keep_float32_states(name: str, ops: str, tmp_path: Path) -> None:
     config, source = ABLATIONS[name], random_source(ABLATIONS[name], seed=24, dtype=np.float16)
     out = export(config, source, tmp_path / "out", ops=ops, dtype="float16")
@@ -219,7 +219,7 @@ def test_float16_weights_keep_float32_states(name: str, ops: str, tmp_path: Path
 
 @pytest.mark.parametrize("ops", OPS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("name", ["base", "torchscale_2023", "tied", "key_decay", "stack"])
+@pytest.mark.parametrize("name", ["base", "torchscale_2023", "tied", "key_decay", "stack", *OTHER_LAYERS])
 def test_the_checker_accepts_every_graph(name: str, dtype: str, ops: str, tmp_path: Path) -> None:
     config = ABLATIONS[name]
     graph = export(config, random_source(config, 1), tmp_path / "out", ops=ops, dtype=dtype) / contract.PREFILL_FILE

@@ -18,7 +18,7 @@ from retnet_tools.graph.ops import OPERATOR_SETS
 from retnet_tools.model.retention import retention_recurrent
 from retnet_tools.model.retnet import load_model
 from tests.exports import cpu_runner, export, run_steps, zero_states
-from tests.helpers import ABLATIONS, BASE, MemorySource, random_source, random_tokens
+from tests.helpers import ABLATIONS, BASE, OTHER_LAYERS, MemorySource, random_source, random_tokens
 from tests.tolerances import GRAPH_FLOAT16, GRAPH_FLOAT32, GRAPH_POSITIONS
 
 OPS = list(OPERATOR_SETS)
@@ -77,7 +77,7 @@ def test_the_reference_evaluator_runs_the_standard_graph(name: str, tmp_path: Pa
 
 @pytest.mark.parametrize("ops", OPS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("name", ["base", "torchscale_2023", "tied"])
+@pytest.mark.parametrize("name", ["base", "torchscale_2023", "tied", *OTHER_LAYERS])
 def test_the_checker_accepts_every_graph(name: str, dtype: str, ops: str, tmp_path: Path) -> None:
     config = ABLATIONS[name]
     graph = export(config, random_source(config, 1), tmp_path / "out", ops=ops, dtype=dtype) / contract.STEP_FILE
@@ -121,7 +121,7 @@ def test_far_positions_are_exact(position: int, ops: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("ops", OPS)
-@pytest.mark.parametrize("name", ["base", "torchscale_2023", "shared_head_norm"])
+@pytest.mark.parametrize("name", ["base", "torchscale_2023", "shared_head_norm", *OTHER_LAYERS])
 def test_float16_weights_keep_float32_states(name: str, ops: str, tmp_path: Path) -> None:
     config = ABLATIONS[name]
     source = random_source(config, seed=13, dtype=np.float16)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models
 from retnet_tools.config import HeadNorm, RetNetConfig
 from retnet_tools.paper import paper_decay
 from retnet_tools.reports.lint import Finding, lint_config, lint_tokenizer, listing
-from tests.helpers import ABLATIONS, BASE
+from tests.helpers import ABLATIONS, BASE, OTHER_LAYERS
 
 HEADS = 32
 MANY_HEADS = replace(
@@ -25,7 +25,9 @@ def found(config: RetNetConfig, *stored_types: str) -> dict[str, Finding]:
     return {finding.check: finding for finding in lint_config(config, stored_types or ("float32",))}
 
 
-@pytest.mark.parametrize("name", ["base", "tied", "torchscale_2023", "no_score_normalization", "no_head_norm"])
+@pytest.mark.parametrize(
+    "name", ["base", "tied", "torchscale_2023", "no_score_normalization", "no_head_norm", *OTHER_LAYERS]
+)
 def test_a_usual_model_has_no_findings(name: str) -> None:
     assert found(ABLATIONS[name]) == {}
 

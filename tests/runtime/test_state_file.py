@@ -19,7 +19,7 @@ from retnet_tools.runtime.sequences import NO_TOKENS, Sequences, hash_tokens
 from retnet_tools.runtime.session import DecoderSession
 from retnet_tools.runtime.state_file import StateFile, capture, read_state, write_state
 from tests.exports import export
-from tests.helpers import ABLATIONS, BASE, random_source, random_tokens
+from tests.helpers import ABLATIONS, BASE, OTHER_LAYERS, random_source, random_tokens
 from tests.quantized import quantize
 
 SAMPLING = Sampling(1.2, top_p=0.95, repetition_penalty=1.3, seed=4)
@@ -102,7 +102,7 @@ def test_a_stack_without_vocabulary_goes_on_from_a_file(name: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("cut", [1, 7, 29])
-@pytest.mark.parametrize("name", ["base", "key_decay", "shared_key_value_heads", "torchscale_2023"])
+@pytest.mark.parametrize("name", ["base", "key_decay", "shared_key_value_heads", "torchscale_2023", *OTHER_LAYERS])
 def test_a_text_cut_anywhere_and_resumed_from_a_file_is_the_same(name: str, cut: int, tmp_path: Path) -> None:
     config = ABLATIONS[name]
     out = export(config, random_source(config, seed=62), tmp_path / "out")
