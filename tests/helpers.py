@@ -75,7 +75,7 @@ ABLATIONS: dict[str, RetNetConfig] = {
     "head_rotation": replace(
         BASE,
         rotary_frequencies=paper_rotary_frequencies(32),
-        key_decay=tuple(-0.2 / (i + 1) for i in range(15)) + (0.0,),
+        key_decay=(*(-0.2 / (i + 1) for i in range(15)), 0.0),
         score_normalization=ScoreNormalization(0.5, False, "none"),
     ),
     "head_rotation_alone": replace(BASE, rotary_frequencies=paper_rotary_frequencies(32)),
@@ -101,10 +101,11 @@ ABLATIONS: dict[str, RetNetConfig] = {
     ),
     "syncdoth_first": replace(
         BASE,
-        rotary_frequencies=paper_rotary_frequencies(32),
+        rotary_frequencies=tuple(10000.0 ** (-i / 16) for i in range(16)),
         key_decay=tuple(float(np.log((2 * i + 12.8) / 44.8) / 512) for i in range(16)),
-        score_normalization=ScoreNormalization(1.0, False, "none"),
-        head_norm=HeadNorm("layer", 1e-5, "channel", bias=True),
+        score_normalization=ScoreNormalization(8**-0.5, False, "none"),
+        head_norm=HeadNorm("layer", 1e-5),
+        tie_word_embeddings=True,
         block_norm=BlockNorm("layer", 1e-5, bias=True),
         feed_forward=FeedForward("plain", 40, "gelu", bias=True),
         final_norm=False,

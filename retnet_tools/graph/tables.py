@@ -37,7 +37,8 @@ def log_decay(config: RetNetConfig) -> Array:
     if not config.key_decay:
         return decay
     pairs = np.array(config.key_decay).reshape(-1, config.head_k_dim // 2)
-    return decay[:, None] + np.repeat(pairs, 2, axis=1)  # [1 or H, K/2] -> [1 or H, K]
+    by_key: Array = decay[:, None] + np.repeat(pairs, 2, axis=1)  # [1 or H, K/2] -> [H, K]
+    return by_key
 
 
 def decay_sum_tables(config: RetNetConfig) -> dict[str, Array]:

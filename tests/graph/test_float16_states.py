@@ -52,6 +52,14 @@ def test_the_slowest_key_dimension_decides(tmp_path: Path) -> None:
         assert 0.5 < scale / -np.expm1(decay - 0.001) <= 1
 
 
+def test_the_slowest_key_dimension_of_each_head_decides() -> None:
+    slowest = (-0.001, -0.02, -0.003, -0.3)
+    pairs = tuple(decay for own in slowest for decay in (-0.4, own, -0.7, -0.5))
+    config = replace(ABLATIONS["head_rotation"], key_decay=pairs)
+    for scale, decay, own in zip(state_scale(config, "float16"), config.decay, slowest, strict=True):
+        assert 0.5 < scale / -np.expm1(decay + own) <= 1
+
+
 def test_other_states_hold_the_plain_sum() -> None:
     assert state_scale(BASE, "float32") == (1.0,) * 4
 

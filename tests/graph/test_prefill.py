@@ -151,14 +151,16 @@ def test_long_memories_stay_exact_at_any_chunk_size(decay: tuple[float, ...], ch
     check_states(states, expected.states)
 
 
+@pytest.mark.parametrize("name", ["base", "head_rotation_alone"])
 @pytest.mark.parametrize("ops", OPS)
 @pytest.mark.parametrize("position", [10_000, 100_000, 1_000_003, 16_000_000, contract.MAX_POSITION - 30])
-def test_far_positions_are_exact(position: int, ops: str, tmp_path: Path) -> None:
-    source = random_source(BASE, seed=16)
-    run = cpu_runner(export(BASE, source, tmp_path / "out", ops=ops) / contract.PREFILL_FILE)
-    ids, states = random_tokens(BASE, 1, 31, seed=17), random_states(BASE, 1, seed=18)
+def test_far_positions_are_exact(position: int, name: str, ops: str, tmp_path: Path) -> None:
+    config = ABLATIONS[name]
+    source = random_source(config, seed=16)
+    run = cpu_runner(export(config, source, tmp_path / "out", ops=ops) / contract.PREFILL_FILE)
+    ids, states = random_tokens(config, 1, 31, seed=17), random_states(config, 1, seed=18)
     wide = [torch.from_numpy(state).double() for state in states]
-    expected = torch_run(BASE, source, ids, dtype=torch.float64, states=wide, position=position)
+    expected = torch_run(config, source, ids, dtype=torch.float64, states=wide, position=position)
     logits, after = run_prefill(run, ids, states, position=position)
     np.testing.assert_allclose(logits, expected.logits[:, -1].numpy(), rtol=0, atol=GRAPH_POSITIONS)
     for state, reference in zip(after, expected.states, strict=True):

@@ -65,6 +65,14 @@ def test_rotary_frequencies_that_do_not_decrease_are_a_warning(order: tuple[int,
     assert found(replace(BASE, rotary_frequencies=frequencies))["rotary-order"].severity == "warning"
 
 
+def test_each_head_may_start_anew_and_pairs_at_the_end_may_stand_still() -> None:
+    own = BASE.rotary_frequencies
+    assert found(replace(BASE, rotary_frequencies=own * 4)) == {}
+    assert found(replace(BASE, rotary_frequencies=(*own[:2], 0.0, 0.0))) == {}
+    for order in ((*own * 3, *own[::-1]), (0.0, *own[1:]), (own[0], 0.0, own[1], 0.0), (0.0,) * 4):
+        assert list(found(replace(BASE, rotary_frequencies=order))) == ["rotary-order"]
+
+
 def test_a_large_head_norm_epsilon_matters_only_under_a_score_clamp() -> None:
     large = ABLATIONS["large_head_norm_eps"]
     assert "run verify" in found(large)["score-clamp"].message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -190,6 +191,24 @@ def test_another_model_is_refused_by_name(
     other = DecoderSession(out, threads=1)
     with pytest.raises(InputError, match=message):
         read_state(tmp_path / "a.state").sequences(other)
+
+
+def test_an_export_without_younger_fields_opens_and_takes_the_states_that_it_made(
+    session: DecoderSession, tmp_path: Path
+) -> None:
+    """As an earlier version wrote both: a configuration without these fields, and its hash."""
+    sequences = grown(session)
+    out = export(BASE, random_source(BASE, seed=61), tmp_path / "out")
+    document = json.loads((out / contract.MANIFEST_FILE).read_text())
+    for name in ("parallel_residual", "shared_block_norm", "output_norm"):
+        del document["config"][name]
+    (out / contract.MANIFEST_FILE).write_text(json.dumps(document))
+    sources = [file["sha256"] for file in document["provenance"]["source_files"]]
+    model = hashlib.sha256(json.dumps([document["config"], sources], sort_keys=True).encode()).hexdigest()
+    state = capture(sequences)
+    write_state(tmp_path / "a.state", dataclasses.replace(state, fingerprint={**state.fingerprint, "model": model}))
+    resumed = read_state(tmp_path / "a.state").sequences(DecoderSession(out, threads=1))
+    assert tokens_of(resumed, 20) == tokens_of(grown(session), 20)
 
 
 def test_the_other_operators_of_the_same_model_take_it(session: DecoderSession, tmp_path: Path) -> None:
