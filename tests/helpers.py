@@ -85,7 +85,9 @@ ABLATIONS: dict[str, RetNetConfig] = {
         score_normalization=ScoreNormalization(0.5, False, "none"),
     ),
     "parallel_residual": replace(BASE, parallel_residual=True, residual_alpha=4**0.25),
-    "shared_block_norm": replace(BASE, parallel_residual=True, shared_block_norm=True, final_norm=False),
+    "shared_block_norm": replace(
+        BASE, parallel_residual=True, shared_block_norm=True, final_norm=False, output_norm=BlockNorm("rms", 1e-6)
+    ),
     "output_norm": replace(BASE, output_norm=BlockNorm("layer", 1e-5, bias=True)),
     "output_norm_alone": replace(
         BASE, norm_order="branch", final_norm=False, output_norm=BlockNorm("rms", 1e-3), tie_word_embeddings=True
