@@ -61,8 +61,6 @@ class PositionTerms:
 class MultiScaleRetention(nn.Module):
     """MSR(X) = (act(X W_G) * GroupNorm_h(Retention(X, gamma_h))) W_O (Eq. 8)."""
 
-    decay: Tensor
-
     def __init__(self, config: RetNetConfig) -> None:
         super().__init__()
         self.config = config
