@@ -21,6 +21,7 @@ from retnet_tools.formats.spec import Checkpoint, FormatSpec, Reading
 from retnet_tools.formats.syncdoth import SYNCDOTH
 from retnet_tools.formats.syncdoth_first import SYNCDOTH_FIRST
 from retnet_tools.formats.torchscale import TORCHSCALE
+from retnet_tools.formats.torchscale_wrapped import TORCHSCALE_HUGGING_FACE, TORCHSCALE_STUDENT
 from retnet_tools.formats.xatl import XATL, XATL_LIT
 from retnet_tools.formats.yet_another_retnet import YET_ANOTHER_RETNET
 
@@ -29,6 +30,8 @@ __all__ = ["FORMATS", "Checkpoint", "FormatSpec", "open_checkpoint", "writable_f
 FORMATS: tuple[FormatSpec, ...] = (
     CANONICAL,
     TORCHSCALE,
+    TORCHSCALE_HUGGING_FACE,
+    TORCHSCALE_STUDENT,
     SYNCDOTH,
     SYNCDOTH_FIRST,
     XATL,

@@ -70,11 +70,13 @@ class Settings:
         origin: whose configuration it is, for errors.
         values: by the format's present names.
         keys: what the format declares; a key that is read without being declared is a fault of the reader.
+        given: the older names under which values stand in the document, by present name.
     """
 
     origin: str
     values: Mapping[str, Any]
     keys: Keys | None = None
+    given: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def declared(cls, origin: str, document: Mapping[str, Any], keys: Keys, ignored: Collection[str] = ()) -> Settings:
@@ -87,9 +89,11 @@ class Settings:
             InputError: a key that is not known or holds what is not supported, or two names of one key that differ.
         """
         values = {name: value for name, value in document.items() if name not in ignored}
+        given: dict[str, str] = {}
         for old, new in keys.aliases.items():
             if old not in values:
                 continue
+            given.setdefault(new, old)
             value = values.pop(old)
             if values.get(new, value) != value:
                 raise InputError(
@@ -99,22 +103,21 @@ class Settings:
                     "correct it",
                 )
             values[new] = value
-        settings = cls(origin, values, keys)
+        settings = cls(origin, values, keys, given)
         for name, value in values.items():
             settings._explain(name, value)
         return settings
 
     def _explain(self, name: str, value: Any) -> None:
         assert self.keys is not None
-        shown = f"the {self.origin} configuration has {name} = {reprlib.repr(value)}"
         only = self.keys.only.get(name)
         if only is not None and value is not None and not any(_same(value, known) for known in only.values):
-            raise InputError(shown, only.expected, "this kind of model is not supported")
+            raise self.wrong(name, value, only.expected, "this kind of model is not supported")
         if only is None and name not in self.keys.read | self.keys.inert and not _is_neutral(value):
-            near = did_you_mean(name, self.keys.read)
-            raise InputError(
-                shown,
-                near or "keys that this format knows",
+            raise self.wrong(
+                name,
+                value,
+                did_you_mean(name, self.keys.read) or "only keys that this format knows",
                 f"where it does not change the model, add --ignore-key {name}",
             )
 
@@ -160,7 +163,8 @@ class Settings:
 
     def wrong(self, name: str, value: Any, expected: str, action: str = "correct it") -> InputError:
         """The error for a value that cannot be."""
-        return InputError(f"the {self.origin} configuration has {name} = {reprlib.repr(value)}", expected, action)
+        shown = self.given.get(name, name)
+        return InputError(f"the {self.origin} configuration has {shown} = {reprlib.repr(value)}", expected, action)
 
     def _value(self, name: str, default: Any) -> Any:
         self._check_declared(name)

@@ -16,7 +16,7 @@ from retnet_tools.config import BlockNorm, FeedForward, HeadNorm, RetNetConfig, 
 from retnet_tools.errors import InputError
 from retnet_tools.formats.inert import HUGGING_FACE
 from retnet_tools.formats.mapping import check_tie, is_tied
-from retnet_tools.formats.schedules import ONE, floats, language_model_gammas
+from retnet_tools.formats.schedules import floats, language_model_gammas
 from retnet_tools.formats.settings import Keys, Settings, words
 from retnet_tools.formats.spec import FormatSpec, Reading, Source, Transform
 from retnet_tools.formats.storage import StoredTensors
@@ -113,8 +113,8 @@ def resolve(settings: Settings, stored: StoredTensors) -> tuple[RetNetConfig, tu
             raise settings.wrong(name, size, f"a multiple of num_heads = {heads}")
     decay, notes = _decay(settings, stored, heads, layers)
     key_decay, scale_notes = xpos_key_decay(stored, SCALE.format(i=0), key_dim)
-    steps = np.arange(key_dim // 2).astype(np.float32) / np.float32(key_dim // 2)
-    frequencies = ONE / (10000.0 ** steps.astype(np.float64)).astype(np.float32)
+    # Made at each call, in the dtype that torch defaults to.
+    frequencies = 10000.0 ** -(np.arange(key_dim // 2) / (key_dim // 2))
     tied = settings.flag("tie_word_embeddings", is_tied(stored, HEAD, EMBEDDING))
     config = RetNetConfig(
         vocab_size=settings.count("vocab_size", 50257),

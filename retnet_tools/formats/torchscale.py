@@ -92,7 +92,7 @@ def read(source: Source) -> Reading:
     if EMBEDDING not in stored.locations:
         raise InputError(f"no tensor {EMBEDDING!r} or 'decoder.{EMBEDDING}'", "a torchscale RetNet decoder")
     release = find_release(stored)
-    schedules = read_schedules(stored, "", *_heads(settings))
+    schedules = read_schedules(stored, "", *sizes_of_heads(settings))
     clamp, assumed = _score_clamp(settings, release)
     config = resolve(
         settings,
@@ -110,7 +110,7 @@ def read(source: Source) -> Reading:
     return Reading(config, release.version, names, notes=schedules.notes, assumed_clamp=assumed)
 
 
-def _heads(settings: Settings) -> tuple[int, int]:
+def sizes_of_heads(settings: Settings) -> tuple[int, int]:
     """Heads, and the size of q and k of one."""
     embed, heads = settings.count("decoder_embed_dim"), settings.count("decoder_retention_heads")
     if embed % heads:
@@ -136,7 +136,7 @@ def resolve(
     Args:
         fairseq: whether fairseq's defaults hold.
     """
-    heads, head_k_dim = _heads(settings)
+    heads, head_k_dim = sizes_of_heads(settings)
     embed, layers = heads * head_k_dim, settings.count("decoder_layers")
     eps, deepnorm = settings.number("layernorm_eps", release.norm_eps), settings.flag("deepnorm", False)
     pre = _is_pre_norm(settings, stored, deepnorm)
