@@ -49,7 +49,7 @@ _FOREIGN = (
     (re.compile(rb"\x08[\x01-\x1f](\x12|\x1a|\x22|\x3a)"), "an ONNX graph"),
     (re.compile(rb"\x93NUMPY"), "a NumPy array"),
     (re.compile(rb"\x1f\x8b|\x28\xb5\x2f\xfd|BZh|\xfd7zXZ|7z\xbc\xaf"), "a compressed archive"),
-    (re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE), "a web page, not the file"),
+    (re.compile(rb"\s*<(!doctype|html)", re.IGNORECASE), "a web page, not the file"),
 )
 _ACTIONS = {
     "an ONNX graph": "name the checkpoint it was exported from",
@@ -100,7 +100,7 @@ def kind_of(path: Path) -> Kind:
         return kind
     if path.name.endswith(INDEX_SUFFIX) or (head.lstrip()[:1] == b"{" and _has_weight_map(path)):
         return Kind.INDEX
-    what, action = _foreign(path, head)
+    what, action = _foreign(path, head) or _unknown(path, head)
     raise InputError(f"{short_name(path)} is {what}", "safetensors or a file of torch.save", action)
 
 
@@ -159,10 +159,13 @@ def _has_weight_map(path: Path) -> bool:
     return isinstance(document, dict) and "weight_map" in document
 
 
-def _foreign(path: Path, head: bytes) -> tuple[str, str]:
-    """What a file is that is no container of tensors, and what to do."""
-    if not head:
-        return "empty", "fetch it again"
+def foreign_content(path: Path) -> tuple[str, str] | None:
+    """What a file is that is no container of tensors, and what to do; None where that is not known."""
+    with path.open("rb") as file:
+        return _foreign(path, file.read(HEAD_BYTES))
+
+
+def _foreign(path: Path, head: bytes) -> tuple[str, str] | None:
     if head.startswith(_LFS):
         return "a Git-LFS pointer, not the file", "run git lfs pull"
     if path.suffix == DCP_SUFFIX:
@@ -173,10 +176,14 @@ def _foreign(path: Path, head: bytes) -> tuple[str, str]:
         what = "a zip archive"
     if what is None and head[257:262] == b"ustar":
         what = "a tar archive"
-    if what is None and head.lstrip()[:1] in (b"{", b"["):
+    return None if what is None else (what, _ACTIONS.get(what, "convert it to safetensors first"))
+
+
+def _unknown(path: Path, head: bytes) -> tuple[str, str]:
+    if not head:
+        return "empty", "fetch it again"
+    if head.lstrip()[:1] in (b"{", b"["):
         return "JSON without weights", "name the folder or the file of weights"
-    if what is None and path.suffix in WEIGHT_SUFFIXES:
+    if path.suffix in WEIGHT_SUFFIXES:
         return "truncated or corrupt", "fetch it again"
-    if what is None:
-        return "no file of weights", "name a folder or a file of weights"
-    return what, _ACTIONS.get(what, "convert it to safetensors first")
+    return "no file of weights", "name a folder or a file of weights"

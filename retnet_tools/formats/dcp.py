@@ -144,28 +144,43 @@ def _places(metadata_file: Path, data: Any, names: Any) -> Places:
     """The regions of all chunks, by the tensor's name and the chunk's offsets."""
     folder = metadata_file.parent
     places: Places = {}
-    sizes: dict[str, int] = {}
+    files: dict[str, tuple[Path, int]] = {}
     for key, value in _mapping(metadata_file, data).items():
-        index, info = _fields(metadata_file, key), _fields(metadata_file, value)
+        index = _fields(metadata_file, key)
         if index.get("fqn") not in names:
             continue
+        info = _fields(metadata_file, value)
         name, start, length = info.get("relative_path"), info.get("offset", -1), info.get("length", -1)
         offsets = tuple(index.get("offset") or ())
-        if not isinstance(name, str) or Path(name).name != name or not _are_counts((start, length, *offsets)):
+        if not isinstance(name, str) or not _are_counts((start, length, *offsets)):
             raise _broken(metadata_file, f"a broken place of {index['fqn'][:60]!r}")
         if info.get("transform_descriptors"):
+            raise InputError(f"{short_name(folder)} has compressed .distcp files", "plain ones", "save it plain")
+        if name not in files:
+            files[name] = _part(metadata_file, name)
+        file, size = files[name]
+        if size < start + length:
             raise InputError(
-                f"{short_name(folder)} has compressed .distcp files", "plain ones", "save without transforms"
+                f"{short_name(file)} in {short_name(folder)} is truncated: {size} bytes",
+                f"{start + length}, as .metadata says",
+                "fetch it again",
             )
-        if name not in sizes:
-            sizes[name] = (folder / name).stat().st_size if (folder / name).is_file() else -1
-        if sizes[name] < start + length:
-            what = f"no {name[:60]}" if sizes[name] < 0 else f"{name[:60]} is truncated: {sizes[name]} bytes"
-            raise InputError(
-                f"{what} in {short_name(folder)}", f"{start + length} bytes, as .metadata says", "fetch it again"
-            )
-        places[index["fqn"], offsets] = Chunk(offsets, (), folder / name, start, length)
+        places[index["fqn"], offsets] = Chunk(offsets, (), file, start, length)
     return places
+
+
+def _part(metadata_file: Path, name: str) -> tuple[Path, int]:
+    """A `.distcp` file and its size."""
+    if Path(name).name != name or "\0" in name:
+        raise _broken(metadata_file, f"the file name {name[:60]!r}")
+    file = metadata_file.parent / name
+    if not file.is_file():
+        raise InputError(
+            f"no {short_name(file)} in {short_name(metadata_file.parent)}",
+            "every file that .metadata names",
+            "fetch the missing part",
+        )
+    return file, file.stat().st_size
 
 
 def _tensor(metadata_file: Path, name: str, described: Shell, places: Places) -> ChunkedTensor:

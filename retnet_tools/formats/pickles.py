@@ -1,6 +1,6 @@
 """Reads a pickle without running anything that it names: a machine for the opcodes of protocols 0 to 5.
 
-What globals, calls and objects become is told in `stand_ins`. The memo and the stack grow with the file alone, no
+What globals, calls and objects become is told in `pickle_calls`. The memo and the stack grow with the file alone, no
 operation copies what is there already, and nothing is hashed but names and numbers, so that a small hostile file costs
 little time and memory.
 """
@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from retnet_tools.errors import InputError
-from retnet_tools.formats.stand_ins import Global, Shell, UnsafeGlobalError, call, is_tensor, look_up, new_object
+from retnet_tools.formats.pickle_calls import call, look_up, new_object
+from retnet_tools.formats.pickle_values import MAX_INTEGER_BYTES, integer, pairs, quoted, text, unicode
+from retnet_tools.formats.stand_ins import Global, Shell, UnsafeGlobalError, is_tensor
 
+INT32, UINT8, UINT16, UINT32, UINT64 = map(struct.Struct, ("<i", "<B", "<H", "<I", "<Q"))
+FLOAT64 = struct.Struct(">d")
 MAX_LINE = 1 << 20
 MAX_MEMO_INDEX = 1 << 28
-MAX_INTEGER_BYTES = 1 << 10
-SIMPLE_KEYS = (str, int, float, bool, bytes, type(None), Shell, Global)
 
 
 def unpickle(file: IO[bytes], path: Path, find_storage: Callable[[Any], Any] | None = None) -> Any:
@@ -64,38 +66,36 @@ def attributes(value: Any) -> dict[str, Any] | None:
 
 class _Machine:
     def __init__(self, file: IO[bytes], find_storage: Callable[[Any], Any] | None) -> None:
-        self._file, self._find_storage = file, find_storage
-        self._stack: list[Any] = []
-        self._marks: list[list[Any]] = []
-        self._memo: dict[int, Any] = {}
+        self.read, self._readline, self._find_storage = file.read, file.readline, find_storage
+        self.stack: list[Any] = []
+        self.marks: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
         self._globals: dict[tuple[str, str], Global] = {}
         start = file.tell()
         self._left = file.seek(0, 2) - start
         file.seek(start)
 
     def run(self) -> Any:
-        read, handlers = self._file.read, OPERATIONS
+        read, operations = self.read, OPERATIONS
         while (opcode := read(1)) != b".":
             if not opcode:
                 raise EOFError("it ends before its last operation")
-            handlers[opcode](self)
-        return self._stack.pop()
-
-    # Arguments in the file.
+            operations[opcode](self)
+        return self.stack.pop()
 
     def take(self, count: int) -> bytes:
-        if count > self._left:
+        if not 0 <= count <= self._left:
             raise EOFError("data past its end")
-        data = self._file.read(count)
+        data = self.read(count)
         if len(data) != count:
             raise EOFError("data past its end")
         return data
 
-    def number(self, layout: str) -> Any:
-        return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
+    def number(self, layout: struct.Struct) -> Any:
+        return layout.unpack(self.read(layout.size))[0]
 
     def line(self) -> bytes:
-        text = self._file.readline(MAX_LINE)
+        text = self._readline(MAX_LINE)
         if text[-1:] != b"\n":
             raise EOFError("a line past its end")
         return text[:-1]
@@ -103,40 +103,34 @@ class _Machine:
     def name(self) -> str:
         return self.line().decode("utf-8")
 
-    # The stack.
-
     def push(self, value: Any) -> None:
-        self._stack.append(value)
-
-    def pop(self) -> Any:
-        return self._stack.pop()
+        self.stack.append(value)
 
     def mark(self) -> None:
-        self._marks.append(self._stack)
-        self._stack = []
+        self.marks.append(self.stack)
+        self.stack = []
 
     def pop_mark(self) -> list[Any]:
-        items, self._stack = self._stack, self._marks.pop()
+        items, self.stack = self.stack, self.marks.pop()
         return items
 
-    def pop_or_mark(self) -> None:
-        if self._stack:
-            self._stack.pop()
+    def pop(self) -> None:
+        if self.stack:
+            self.stack.pop()
         else:
             self.pop_mark()
 
-    def top(self) -> Any:
-        return self._stack[-1]
+    def last(self, count: int) -> list[Any]:
+        if len(self.stack) < count:
+            raise ValueError("an empty stack")
+        items = self.stack[-count:]
+        del self.stack[-count:]
+        return items
 
     def put(self, index: int) -> None:
         if not 0 <= index <= MAX_MEMO_INDEX:
             raise ValueError(f"memo index {index}")
-        self._memo[index] = self._stack[-1]
-
-    def get(self, index: int) -> None:
-        self._stack.append(self._memo[index])
-
-    # Objects.
+        self.memo[index] = self.stack[-1]
 
     def find(self, module: Any, name: Any) -> Global:
         if not isinstance(module, str) or not isinstance(name, str):
@@ -146,20 +140,25 @@ class _Machine:
             self._globals[key] = look_up(module, name)
         return self._globals[key]
 
+    def stack_global(self) -> None:
+        self.push(self.find(*self.last(2)))
+
     def persistent(self) -> None:
         if self._find_storage is None:
             raise ValueError("a storage where there is none")
-        self.push(self._find_storage(self.pop()))
+        self.stack[-1] = self._find_storage(self.stack[-1])
 
     def reduce(self) -> None:
-        arguments = self.pop()
-        self._stack[-1] = call(self._stack[-1], arguments)
+        arguments = self.stack.pop()
+        self.stack[-1] = call(self.stack[-1], arguments)
 
-    def new(self, named: bool) -> None:
-        if named:
-            self.pop()
-        arguments = self.pop()
-        self._stack[-1] = new_object(self._stack[-1], arguments)
+    def new(self) -> None:
+        arguments = self.stack.pop()
+        self.stack[-1] = new_object(self.stack[-1], arguments)
+
+    def new_with_names(self) -> None:
+        self.stack.pop()
+        self.new()
 
     def instance(self) -> None:
         kind = self.find(self.name(), self.name())
@@ -170,7 +169,7 @@ class _Machine:
         self.push(new_object(kind, tuple(arguments)))
 
     def build(self) -> None:
-        state, target = self.pop(), self.top()
+        state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, Shell):
             target.build(state)
         # A dict has no attributes here (torch's `_metadata`), and a tensor's say nothing about its values.
@@ -178,7 +177,7 @@ class _Machine:
             raise ValueError(f"a state for {type(target).__name__}")
 
     def append(self, items: list[Any]) -> None:
-        target = self.top()
+        target = self.stack[-1]
         if isinstance(target, Shell):
             target = target.elements
         if not isinstance(target, list):
@@ -186,71 +185,42 @@ class _Machine:
         target.extend(items)
 
     def set_items(self, items: list[Any]) -> None:
-        target = self.top()
+        target = self.stack[-1]
         if isinstance(target, Shell):
             target = target.items
         if not isinstance(target, dict) or len(items) % 2:
             raise ValueError(f"entries for {type(target).__name__}")
-        target.update(_pairs(items))
+        target.update(pairs(items))
 
-    def last(self, count: int) -> list[Any]:
-        if len(self._stack) < count:
-            raise ValueError("an empty stack")
-        items = self._stack[-count:]
-        del self._stack[-count:]
-        return items
-
-
-def _pairs(items: list[Any]) -> dict[Any, Any]:
-    return {_key(items[i]): items[i + 1] for i in range(0, len(items) - 1, 2)}
-
-
-def _key(value: Any) -> Any:
-    """A key that is cheap to hash: nested tuples take exponential time, so that they become keys of their own."""
-    if isinstance(value, tuple) and not isinstance(value, Global):
-        flat = all(isinstance(part, str | int | float | bool | None) for part in value)
-        return value if flat else Shell("key")
-    return value if isinstance(value, SIMPLE_KEYS) else Shell("key")
-
-
-def _integer(text: str) -> Any:
-    if text in ("00", "01"):
-        return text == "01"
-    if len(text) > MAX_INTEGER_BYTES:
-        raise ValueError("an integer of many digits")
-    return int(text.rstrip("L") or "0")
+    def refuse(self) -> None:
+        raise ValueError("an operation that torch.save does not write")
 
 
 def _long(machine: _Machine, count: int) -> Any:
-    data = machine.take(count) if count >= 0 else b""
-    return int.from_bytes(data, "little", signed=True) if len(data) <= MAX_INTEGER_BYTES else Shell("int")
+    data = machine.take(count)
+    return int.from_bytes(data, "little", signed=True) if count <= MAX_INTEGER_BYTES else Shell("int")
 
 
-def _text(data: bytes) -> str | bytes:
-    """A string of Python 2, which may be bytes."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        return data
+# The operations that pickles are made of almost wholly, without a call inside: they decide how long reading takes.
+def _memoize(machine: _Machine) -> None:
+    machine.memo[len(machine.memo)] = machine.stack[-1]
 
 
-def _quoted(line: bytes) -> str | bytes:
-    if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in b"\"'":
-        raise ValueError("a string without quotes")
-    return _text(line[1:-1].decode("unicode_escape").encode("latin1"))
+def _put_byte(machine: _Machine) -> None:
+    machine.memo[machine.read(1)[0]] = machine.stack[-1]
 
 
-def _unicode(data: bytes) -> str:
-    return data.decode("utf-8", "surrogatepass")
+def _get_byte(machine: _Machine) -> None:
+    machine.stack.append(machine.memo[machine.read(1)[0]])
 
 
-def _stack_global(machine: _Machine) -> None:
-    module, name = machine.last(2)
-    machine.push(machine.find(module, name))
+def _byte(machine: _Machine) -> None:
+    machine.stack.append(machine.read(1)[0])
 
 
-def _refuse(machine: _Machine) -> None:
-    raise ValueError("an operation that torch.save does not write")
+def _pair(machine: _Machine) -> None:
+    second = machine.stack.pop()
+    machine.stack[-1] = machine.stack[-1], second
 
 
 _Operation = Callable[[_Machine], Any]
@@ -258,43 +228,43 @@ OPERATIONS: dict[bytes, _Operation] = {
     b"\x80": lambda m: m.take(1),  # protocol
     b"\x95": lambda m: m.take(8),  # frame
     b"(": _Machine.mark,
-    b"0": _Machine.pop_or_mark,
+    b"0": _Machine.pop,
     b"1": _Machine.pop_mark,
-    b"2": lambda m: m.push(m.top()),
+    b"2": lambda m: m.push(m.stack[-1]),
     b"N": lambda m: m.push(None),
     b"\x88": lambda m: m.push(True),
     b"\x89": lambda m: m.push(False),
-    b"I": lambda m: m.push(_integer(m.name())),
-    b"L": lambda m: m.push(_integer(m.name())),
-    b"J": lambda m: m.push(m.number("<i")),
-    b"K": lambda m: m.push(m.number("<B")),
-    b"M": lambda m: m.push(m.number("<H")),
-    b"\x8a": lambda m: m.push(_long(m, m.number("<B"))),
-    b"\x8b": lambda m: m.push(_long(m, m.number("<i"))),
+    b"I": lambda m: m.push(integer(m.name())),
+    b"L": lambda m: m.push(integer(m.name())),
+    b"J": lambda m: m.push(m.number(INT32)),
+    b"K": _byte,
+    b"M": lambda m: m.push(m.number(UINT16)),
+    b"\x8a": lambda m: m.push(_long(m, m.number(UINT8))),
+    b"\x8b": lambda m: m.push(_long(m, m.number(INT32))),
     b"F": lambda m: m.push(float(m.line())),
-    b"G": lambda m: m.push(m.number(">d")),
-    b"S": lambda m: m.push(_quoted(m.line())),
-    b"T": lambda m: m.push(_text(m.take(m.number("<I")))),
-    b"U": lambda m: m.push(_text(m.take(m.number("<B")))),
-    b"B": lambda m: m.push(m.take(m.number("<I"))),
-    b"C": lambda m: m.push(m.take(m.number("<B"))),
-    b"\x8e": lambda m: m.push(m.take(m.number("<Q"))),
-    b"\x96": lambda m: m.push(m.take(m.number("<Q"))),
+    b"G": lambda m: m.push(m.number(FLOAT64)),
+    b"S": lambda m: m.push(quoted(m.line())),
+    b"T": lambda m: m.push(text(m.take(m.number(UINT32)))),
+    b"U": lambda m: m.push(text(m.take(m.number(UINT8)))),
+    b"B": lambda m: m.push(m.take(m.number(UINT32))),
+    b"C": lambda m: m.push(m.take(m.number(UINT8))),
+    b"\x8e": lambda m: m.push(m.take(m.number(UINT64))),
+    b"\x96": lambda m: m.push(m.take(m.number(UINT64))),
     b"V": lambda m: m.push(m.line().decode("raw_unicode_escape")),
-    b"X": lambda m: m.push(_unicode(m.take(m.number("<I")))),
-    b"\x8c": lambda m: m.push(_unicode(m.take(m.number("<B")))),
-    b"\x8d": lambda m: m.push(_unicode(m.take(m.number("<Q")))),
+    b"X": lambda m: m.push(unicode(m.take(m.number(UINT32)))),
+    b"\x8c": lambda m: m.push(unicode(m.take(m.number(UINT8)))),
+    b"\x8d": lambda m: m.push(unicode(m.take(m.number(UINT64)))),
     b")": lambda m: m.push(()),
     b"t": lambda m: m.push(tuple(m.pop_mark())),
     b"\x85": lambda m: m.push(tuple(m.last(1))),
-    b"\x86": lambda m: m.push(tuple(m.last(2))),
+    b"\x86": _pair,
     b"\x87": lambda m: m.push(tuple(m.last(3))),
     b"]": lambda m: m.push([]),
     b"l": lambda m: m.push(m.pop_mark()),
     b"a": lambda m: m.append(m.last(1)),
     b"e": lambda m: m.append(m.pop_mark()),
     b"}": lambda m: m.push({}),
-    b"d": lambda m: m.push(_pairs(m.pop_mark())),
+    b"d": lambda m: m.push(pairs(m.pop_mark())),
     b"s": lambda m: m.set_items(m.last(2)),
     b"u": lambda m: m.set_items(m.pop_mark()),
     # A set is a list here: nothing in it is hashed.
@@ -302,20 +272,20 @@ OPERATIONS: dict[bytes, _Operation] = {
     b"\x90": lambda m: m.append(m.pop_mark()),
     b"\x91": lambda m: m.push(m.pop_mark()),
     b"p": lambda m: m.put(int(m.line()[:20])),
-    b"q": lambda m: m.put(m.number("<B")),
-    b"r": lambda m: m.put(m.number("<I")),
-    b"\x94": lambda m: m.put(len(m._memo)),
-    b"g": lambda m: m.get(int(m.line()[:20])),
-    b"h": lambda m: m.get(m.number("<B")),
-    b"j": lambda m: m.get(m.number("<I")),
+    b"q": _put_byte,
+    b"r": lambda m: m.put(m.number(UINT32)),
+    b"\x94": _memoize,
+    b"g": lambda m: m.push(m.memo[int(m.line()[:20])]),
+    b"h": _get_byte,
+    b"j": lambda m: m.push(m.memo[m.number(UINT32)]),
     b"c": lambda m: m.push(m.find(m.name(), m.name())),
-    b"\x93": _stack_global,
+    b"\x93": _Machine.stack_global,
     b"i": _Machine.instance,
     b"o": _Machine.object,
     b"R": _Machine.reduce,
-    b"\x81": lambda m: m.new(named=False),
-    b"\x92": lambda m: m.new(named=True),
+    b"\x81": _Machine.new,
+    b"\x92": _Machine.new_with_names,
     b"b": _Machine.build,
     b"Q": _Machine.persistent,
-    **dict.fromkeys((b"P", b"\x82", b"\x83", b"\x84", b"\x97", b"\x98"), _refuse),
+    **dict.fromkeys((b"P", b"\x82", b"\x83", b"\x84", b"\x97", b"\x98"), _Machine.refuse),
 }

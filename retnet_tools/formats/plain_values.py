@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from retnet_tools.errors import InputError
 from retnet_tools.formats.stand_ins import Global, Shell, is_tensor
 
 MAX_NESTING = 32
 MAX_PATH = 4096
+MAX_MODULES = 100_000
 
 
 class _Nothing:
@@ -21,13 +23,37 @@ NOTHING = _Nothing()
 def entries(value: Any) -> dict[Any, Any] | None:
     """The entries of a mapping, or the attributes and items of an object; None for anything else.
 
-    OmegaConf's containers are what they contain.
+    OmegaConf's containers are what they contain. A pickled module of torch is its state dict beside its attributes.
     """
     if isinstance(value, Shell):
         found = value.entries()
         content = found.get("_content")
+        if isinstance(found.get("_modules"), dict):
+            attributes = {name: part for name, part in found.items() if not str(name).startswith("_")}
+            return {**attributes, **_state(found)}
         return content if isinstance(content, dict) else found
     return dict(value) if isinstance(value, Mapping) else None
+
+
+def _state(module: Mapping[Any, Any]) -> dict[str, Any]:
+    """Names and tensors of a pickled module and of those inside it, as its `state_dict` gives them."""
+    state: dict[str, Any] = {}
+    waiting = [("", module)]
+    for _ in range(MAX_MODULES):
+        if not waiting:
+            return state
+        prefix, module = waiting.pop()
+        if len(prefix) > MAX_PATH:
+            break
+        unsaved = module.get("_non_persistent_buffers_set")
+        for kind in ("_parameters", "_buffers"):
+            for name, tensor in (entries(module.get(kind)) or {}).items():
+                if is_tensor(tensor) and not (isinstance(unsaved, list) and name in unsaved):
+                    state[f"{prefix}{name}"] = tensor
+        parts = {name: part for name, part in module["_modules"].items() if isinstance(part, Shell)}
+        inside = [(f"{prefix}{name}.", part.entries()) for name, part in parts.items()]
+        waiting += [part for part in reversed(inside) if isinstance(part[1].get("_modules"), dict)]
+    raise InputError("a pickled model of endlessly many modules", "a checkpoint", "save model.state_dict()")
 
 
 class PlainValues:

@@ -20,6 +20,7 @@ Tensor = TensorView | StrangeTensor
 MAX_DEPTH = 4
 MAX_ENTRIES = 1_000_000
 MAX_SEQUENCE = 16
+MAX_NAME = 256
 # torch's AveragedModel stores how many models its average is of.
 AVERAGE_COUNT = "n_averaged"
 AVERAGE_WORDS = frozenset({"ema", "average", "averaged", "averages", "avg", "shadow", "swa", "polyak"})
@@ -120,14 +121,15 @@ def _walk(tree: Any) -> Iterator[tuple[tuple[str, ...], Any, dict[Any, Any]]]:
         yield path, value, children
         if len(path) < MAX_DEPTH:
             for name, child in children.items():
-                if isinstance(name, str) and not is_tensor(child) and not _NO_SETTINGS.fullmatch(name):
+                if isinstance(name, str) and len(name) <= MAX_NAME and not _NO_SETTINGS.fullmatch(name):
                     queue.append(((*path, name), child))
 
 
 def _candidates(tree: Any) -> dict[str, tuple[Any, dict[str, Tensor]]]:
     found: dict[str, tuple[Any, dict[str, Tensor]]] = {}
     for path, owner, children in _walk(tree):
-        tensors = {k: v for k, v in children.items() if isinstance(k, str) and is_tensor(v)}
+        named = not isinstance(owner, list | tuple)
+        tensors = {k: v for k, v in children.items() if isinstance(k, str) and is_tensor(v)} if named else {}
         if not tensors or not _OPTIMIZER_NAMES.isdisjoint(tensors) or is_beside_weights(".".join(path)):
             continue
         # Tensors among other things are a state dict where they are a model's, under dotted names.

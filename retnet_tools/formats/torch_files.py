@@ -11,13 +11,14 @@ import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from retnet_tools.errors import InputError
 from retnet_tools.formats.content import quantized_error, short_name
+from retnet_tools.formats.file_window import FileWindow
 from retnet_tools.formats.pickles import corrupt, unpickle
 from retnet_tools.formats.stand_ins import Global, Storage, StrangeTensor, TensorView
 from retnet_tools.formats.storage import TensorLocation
@@ -113,50 +114,13 @@ def read_torch(path: Path, start: int = 0, length: int | None = None) -> TorchFi
             entries, big-endian data, a TorchScript archive.
     """
     with path.open("rb") as file:
-        if length is None:
-            length = path.stat().st_size
-        region = file if start == 0 and length == path.stat().st_size else _Region(file, start, length)
+        size = path.stat().st_size
+        length = size if length is None else length
+        region = file if start == 0 and length == size else io.BufferedReader(FileWindow(file, start, length))
         is_zip = region.read(4) == b"PK\x03\x04"
         region.seek(0)
         read = _read_zip if is_zip else _read_legacy
         return TorchFile(path, *read(path, region, start, length))
-
-
-class _Region(io.RawIOBase):
-    """Part of a file, as a file."""
-
-    def __init__(self, file: IO[bytes], start: int, length: int) -> None:
-        self._file, self._start, self._length, self._at = file, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        at = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence] + offset
-        if at < 0:
-            raise ValueError("a place before the start")
-        self._at = at
-        return at
-
-    def tell(self) -> int:
-        return self._at
-
-    def read(self, size: int | None = -1) -> bytes:
-        left = max(0, self._length - self._at)
-        self._file.seek(self._start + self._at)
-        data = self._file.read(left if size is None or size < 0 else min(size, left))
-        self._at += len(data)
-        return data
-
-    def readline(self, size: int | None = -1) -> bytes:
-        left = max(0, self._length - self._at)
-        self._file.seek(self._start + self._at)
-        data = self._file.readline(left if size is None or size < 0 else min(size, left))
-        self._at += len(data)
-        return data
 
 
 def _read_zip(path: Path, file: Any, start: int, length: int) -> tuple[Any, Callable[[Storage], int]]:
