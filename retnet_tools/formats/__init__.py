@@ -92,7 +92,7 @@ def open_checkpoint(
         weights=MappedWeights(source.stored, reading, source.prefix),
         source_files=[*([source.config_file] if source.config_file else []), *files.weight_files],
         tokenizer_files=files.tokenizer_files,
-        notes=[*files.notes, *source.notes, *reading.notes, *clamp_note],
+        notes=[*files.notes, *reading.notes, *clamp_note],
         card_files=files.card_files,
         settings=source.settings,
         assumed_clamp=assumed,

@@ -21,7 +21,8 @@ from typing import IO, Any
 import numpy as np
 
 from retnet_tools.errors import InputError
-from retnet_tools.formats.storage import SAFETENSORS_DTYPES, contiguous_strides
+from retnet_tools.formats.safetensors_files import SAFETENSORS_DTYPES
+from retnet_tools.formats.storage import contiguous_strides
 from retnet_tools.weights import Array, FileRegion, TensorInfo
 
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}

@@ -7,19 +7,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from retnet_tools.errors import InputError
-from retnet_tools.formats.pickles import TorchFile, attributes, open_torch
-from retnet_tools.formats.storage import StoredTensors, load_json, open_safetensors, open_shards
+from retnet_tools.errors import InputError, UsageError
+from retnet_tools.formats.content import INDEX_SUFFIX, Kind, candidates, kind_of, short_name
+from retnet_tools.formats.dcp import open_dcp
+from retnet_tools.formats.safetensors_files import open_safetensors, open_shards
+from retnet_tools.formats.state_dicts import Choice, choose_state_dict
+from retnet_tools.formats.storage import StoredTensors, load_json
+from retnet_tools.formats.torch_files import read_torch
 
-WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-INDEX_SUFFIX = ".index.json"
-# Hugging Face's names, in its order: where one of them exists, it is the file that counts.
-STANDARD_WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 CONFIG_NAMES = ("config.json", "args.json", "retnet_config.json")
 TOKENIZER_PATTERNS = (
     "tokenizer.json",
@@ -42,6 +37,10 @@ MAX_CONFIG_BYTES = 1_000_000
 class CheckpointFiles:
     """A checkpoint that a user named, by its folder or by its file of weights. Files are opened when asked for.
 
+    Args:
+        config: the one file of configuration to read, in place of the JSON beside the weights.
+        entry: which state dict of a file with several, by its key.
+
     Raises:
         InputError: the path does not exist, or is neither a folder nor a file of weights.
     """
@@ -49,30 +48,24 @@ class CheckpointFiles:
     def __init__(self, path: Path, *, config: Path | None = None, entry: str | None = None) -> None:
         if not path.exists():
             raise InputError(f"no such file or folder: {path}", "a checkpoint", "check the path")
-        if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and not path.name.endswith(INDEX_SUFFIX):
-            raise InputError(
-                f"{path} is no file of weights",
-                f"a folder or a file of {', '.join(WEIGHT_SUFFIXES)}",
-                "name one of these",
-            )
-        self.path, self._config = path, config
-        self.notes: list[str] = []
+        if path.is_file():
+            kind_of(path)
+        self.path = path
         self.folder = path if path.is_dir() else path.parent
+        self._config, self._entry = config, entry
 
     @cached_property
     def weights_file(self) -> Path | None:
-        """The file of weights (or the index of its shards) that was named or is the only one; None without any.
+        """The file of weights that was named or is the only one; None without any.
+
+        Of shards their index, of a DCP checkpoint its `.metadata`.
 
         Raises:
             InputError: several candidates.
         """
         if self.path.is_file():
             return self.path
-        for name in STANDARD_WEIGHTS:
-            if (self.path / name).is_file():
-                return self.path / name
-        indices = sorted(p for p in self.path.glob(f"*{INDEX_SUFFIX}") if p.is_file())
-        found = indices or sorted(p for p in self.path.iterdir() if p.suffix in WEIGHT_SUFFIXES and p.is_file())
+        found = candidates(self.path)
         if len(found) > 1:
             names = ", ".join(p.name for p in found)
             raise InputError(
@@ -85,10 +78,10 @@ class CheckpointFiles:
         """The JSON objects in the folder that may be configurations, those of the usual names first.
 
         Raises:
-            InputError: one of the usual names is not JSON.
+            InputError: one of the usual names, or the file that was named, is not JSON; the latter is no object.
         """
         if self._config is not None:
-            return {self._config: load_json(self._config)}
+            return {self._config: _json_object(self._config)}
         usual = [self.folder / name for name in CONFIG_NAMES]
         others = [p for p in sorted(self.folder.glob("*.json")) if p not in usual and not p.name.endswith(INDEX_SUFFIX)]
         found = {}
@@ -106,59 +99,51 @@ class CheckpointFiles:
         return found
 
     @cached_property
-    def torch_file(self) -> TorchFile | None:
-        """The opened `.pt`, `.pth` or `.bin`, or None where the weights lie otherwise."""
-        file = self.weights_file
-        if file is None or file.suffix not in WEIGHT_SUFFIXES[1:]:
-            return None
-        return open_torch(file)
-
-    @cached_property
     def tensors(self) -> StoredTensors:
-        """All tensors of the checkpoint under their own names, unread.
+        """All tensors of the checkpoint's state dict under their own names, unread.
 
         Raises:
             InputError: no file of weights, or one that is corrupt or unsafe.
         """
-        file = self.weights_file
-        if file is None:
-            raise InputError(
-                f"no weights in {self.folder}", f"a file of {', '.join(WEIGHT_SUFFIXES)}", "name its folder"
-            )
-        if self.torch_file is not None:
-            return self.torch_file.tensors
-        if file.name.endswith(INDEX_SUFFIX):
-            return open_shards(file, open_weights)
-        return open_safetensors(file)
+        return self._opened[0]
+
+    @property
+    def embedded(self) -> dict[str, dict[str, Any]]:
+        """What a torch file holds beside its weights, plain values only.
+
+        Every mapping and object by its dotted path, such as "cfg.model"; "" is the top of the file.
+        """
+        choice = self._opened[1]
+        return {} if choice is None else choice.embedded
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know about which weights were taken."""
+        choice = self._opened[1]
+        return [] if choice is None else choice.notes
 
     @cached_property
-    def embedded(self) -> dict[str, dict[str, Any]]:
-        """What a torch file holds beside its weights."""
-        found: dict[str, dict[str, Any]] = {}
-
-        def walk(name: str, value: Any, depth: int) -> None:
-            entries = attributes(value)
-            if entries is None or depth > 4:
-                return
-            if all(isinstance(key, str) for key in entries):
-                found[name] = entries
-            for key, item in entries.items():
-                walk(f"{name}.{key}" if name else str(key), item, depth + 1)
-
-        for key, value in self.metadata.items():
-            walk(key, value, 1)
-        return found
+    def _opened(self) -> tuple[StoredTensors, Choice | None]:
+        file = self.weights_file
+        if file is None:
+            raise InputError(f"no weights in {self.folder}", "safetensors or a file of torch.save", "name its folder")
+        kind = kind_of(file)
+        if self._entry is not None and kind in (Kind.SAFETENSORS, Kind.INDEX):
+            raise UsageError(f"entry {self._entry!r} of {short_name(file)}", "no entry", "it holds one state dict")
+        if kind is Kind.INDEX:
+            return open_shards(file, lambda shard: _open_file(shard, None)[0]), None
+        return open_dcp(file, self._entry) if kind is Kind.DCP else _open_file(file, self._entry)
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """What a torch file holds beside its state dict."""
-        return {} if self.torch_file is None else self.torch_file.metadata
+        """What a torch file holds beside its state dict, at its top."""
+        return self.embedded.get("", {})
 
     @property
     def weight_files(self) -> list[Path]:
         """The files that hold the tensors, and the index of shards if there is one."""
         index = [self.weights_file] if self.weights_file is not None else []
-        return list(dict.fromkeys([*index, *(t.file for t in self.tensors.locations.values())]))
+        return list(dict.fromkeys([*index, *self.tensors.files()]))
 
     @cached_property
     def tokenizer_files(self) -> list[Path]:
@@ -171,6 +156,19 @@ class CheckpointFiles:
         return sorted({p for pattern in CARD_PATTERNS for p in self.folder.glob(pattern) if p.is_file()})
 
 
-def open_weights(path: Path) -> StoredTensors:
-    """The tensors of one file, safetensors or torch by its suffix."""
-    return open_safetensors(path) if path.suffix == ".safetensors" else open_torch(path).tensors
+def _open_file(file: Path, entry: str | None) -> tuple[StoredTensors, Choice | None]:
+    """The tensors of one file that is no index, and how they were chosen."""
+    if kind_of(file) is Kind.SAFETENSORS:
+        return open_safetensors(file), None
+    content = read_torch(file)
+    choice = choose_state_dict(content.tree, short_name(file), entry)
+    return StoredTensors({name: content.locate(name, tensor) for name, tensor in choice.tensors.items()}), choice
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError(f"no such file: {path}", "a configuration", "check the path")
+    document = load_json(path)
+    if not isinstance(document, dict):
+        raise InputError(f"{path} is no JSON object", "a configuration", "name another file")
+    return document

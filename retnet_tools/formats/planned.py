@@ -46,10 +46,8 @@ class PlannedFiles(CheckpointFiles):
         self.path = self.folder = _NOWHERE
         self.weights_file = _NOWHERE / weights_file
         self.configs = {_NOWHERE / name: dict(document) for name, document in documents.items()}
-        self.embedded = {}
-        self.notes = []
-        self.torch_file = None
         self.tensors = PlannedTensors(tensors)
+        self._opened = self.tensors, None
         self.tokenizer_files = []
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from retnet_tools.errors import InputError
 from retnet_tools.formats.files import CheckpointFiles
+from retnet_tools.formats.foreign import refuse_foreign
 from retnet_tools.formats.settings import Settings
 from retnet_tools.formats.spec import FormatSpec, Reading, Source
 from retnet_tools.formats.storage import StoredTensors
@@ -21,7 +22,6 @@ from retnet_tools.weights import Array, FileRegion
 
 INERT_TENSORS = frozenset({"n_averaged"})
 """Counters of torch's averaged models, beside the weights."""
-AVERAGES = re.compile(r"(^|[._])(ema|ema_model|average|averaged|avg|shadow|swa|polyak)([._]|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,6 @@ class OpenedSource:
         prefix: what the file puts before them.
         settings: the configuration that was read.
         config_file: its file; None where it lies in the file of weights, or there is none.
-        notes: what the user should know about the choice.
     """
 
     reading: Reading
@@ -41,7 +40,6 @@ class OpenedSource:
     prefix: str
     settings: Mapping[str, Any]
     config_file: Path | None
-    notes: tuple[str, ...]
 
 
 def find_format(files: CheckpointFiles, formats: Sequence[FormatSpec]) -> FormatSpec:
@@ -50,6 +48,7 @@ def find_format(files: CheckpointFiles, formats: Sequence[FormatSpec]) -> Format
     Raises:
         InputError: none, with the nearest and the first thing that differs from it; or several.
     """
+    refuse_foreign(files)
     documents, names = list(_documents(files)), files.tensors.locations
     found = [spec for spec in formats if _fits(spec, documents) and _prefixes(names, spec.marks)]
     if len(found) == 1:
@@ -71,12 +70,12 @@ def read_as(spec: FormatSpec, files: CheckpointFiles, ignore_keys: Collection[st
     Raises:
         InputError: no configuration where the format needs one, and whatever the format refuses.
     """
-    prefix, notes = _choose_prefix(files.tensors, spec)
+    prefix = _choose_prefix(files.tensors, spec)
     stored = Unwrapped(files.tensors, prefix)
     path, name, document = _choose_document(spec, files)
     settings = Settings.declared(spec.layout, document, spec.keys, ignore_keys)
     reading = spec.read(Source(stored, settings, name))
-    return OpenedSource(reading, stored, prefix, document, path, notes)
+    return OpenedSource(reading, stored, prefix, document, path)
 
 
 class Unwrapped(StoredTensors):
@@ -124,20 +123,15 @@ def _prefixes(names: Iterable[str], marks: Sequence[str]) -> list[str]:
     return sorted(found, key=lambda prefix: (len(prefix), prefix))
 
 
-def _choose_prefix(stored: StoredTensors, spec: FormatSpec) -> tuple[str, tuple[str, ...]]:
+def _choose_prefix(stored: StoredTensors, spec: FormatSpec) -> str:
     prefixes = _prefixes(stored.names(), spec.marks)
-    averages = [prefix for prefix in prefixes if AVERAGES.search(prefix)]
-    chosen = [prefix for prefix in prefixes if prefix not in averages] or prefixes
-    if not chosen:
-        return "", ()  # the format says what it misses
-    if len(chosen) > 1:
-        raise InputError(f"weights under {', '.join(map(repr, chosen))}", f"one {spec.layout}", "save one of them")
-    prefix = chosen[0]
-    others = tuple(other for other in averages if other != prefix)
+    if len(prefixes) > 1:
+        raise InputError(f"weights under {' and '.join(map(repr, prefixes))}", f"one {spec.layout}", "save one of them")
+    prefix = prefixes[0] if prefixes else ""  # without any the format says what it misses
     for name in stored.names():
-        if not name.startswith((prefix, *others)) and name not in INERT_TENSORS and not AVERAGES.search(name):
+        if not name.startswith(prefix) and name not in INERT_TENSORS:
             raise InputError(f"unknown tensor {name!r}", f"names that start with {prefix!r}", "remove it")
-    return prefix, tuple(f"an average of these weights, under {other!r}, is not read" for other in others)
+    return prefix
 
 
 def _choose_document(spec: FormatSpec, files: CheckpointFiles) -> tuple[Path | None, str, dict[str, Any]]:

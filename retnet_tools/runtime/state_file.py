@@ -24,7 +24,8 @@ import numpy as np
 
 from retnet_tools.errors import InputError, RetNetToolsError, UsageError
 from retnet_tools.formats.containers import planned, write_safetensors
-from retnet_tools.formats.storage import StoredTensors, open_safetensors
+from retnet_tools.formats.safetensors_files import open_safetensors
+from retnet_tools.formats.storage import StoredTensors
 from retnet_tools.graph.contract import MAX_POSITION, state_shape
 from retnet_tools.runtime.sampling import Sampler, Sampling
 from retnet_tools.runtime.sequences import Sequences

@@ -15,7 +15,7 @@ import torch
 
 from retnet_tools.formats import open_checkpoint
 from retnet_tools.formats.files import CheckpointFiles
-from retnet_tools.formats.pickles import LEGACY_MAGIC, LEGACY_PROTOCOL
+from retnet_tools.formats.torch_files import LEGACY_MAGIC, LEGACY_PROTOCOL
 from tests.formats.cases import refusal, small_tensors, write_torchscale
 
 

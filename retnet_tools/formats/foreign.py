@@ -1,0 +1,150 @@
+"""Checkpoints that no format here can read, refused by what they are.
+
+What a file's first bytes tell is refused when it is opened (see `content`); here is what takes the files of a folder,
+its configuration or the names of its tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from retnet_tools.errors import InputError
+from retnet_tools.formats.content import (
+    DCP_FILE,
+    STANDARD_WEIGHTS,
+    foreign_content,
+    kind_of,
+    quantized_error,
+    short_name,
+)
+from retnet_tools.formats.files import CheckpointFiles
+
+# Files that tell what a folder is, most telling first.
+FOLDERS = (
+    ("retnet.json", "an ONNX export of retnet-tools", "name the checkpoint it was exported from"),
+    ("genai_config.json", "a model of onnxruntime-genai", "name the checkpoint it was made from"),
+    ("adapter_config.json", "an adapter (PEFT), no model", "merge it into its base model (merge_and_unload) first"),
+    ("adapter_model.safetensors", "an adapter (PEFT), no model", "merge it into its base model first"),
+    ("adapter_model.bin", "an adapter (PEFT), no model", "merge it into its base model first"),
+    ("manifest.ocdbt", "a JAX checkpoint (Orbax)", "convert it to safetensors first"),
+    ("_CHECKPOINT_METADATA", "a JAX checkpoint (Orbax)", "convert it to safetensors first"),
+)
+CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
+CLASSIFIER_TENSORS = ("score.weight", "classifier.weight", "classifier.dense.weight", "classifier.out_proj.weight")
+ADAPTER_MARKS = (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_magnitude_vector", ".ia3_", ".hada_w1_a")
+# What the libraries of quantized weights add to the names, by the end of a name.
+QUANTIZED_ENDS = (
+    ((".absmax", ".quant_map", ".SCB", ".weight_format", ".quant_state.bitsandbytes__nf4"), "bitsandbytes"),
+    ((".quant_state.bitsandbytes__fp4",), "bitsandbytes"),
+    ((".weight_scale_inv", ".weight_scale", ".input_scale"), "fp8 or int8"),
+    ((".weight_packed", ".weight_shape"), "compressed-tensors"),
+    ((".W_q",), "HQQ"),
+    (("._packed_params", "._packed_params._packed_params"), "torch"),
+)
+RETNET_MARKS = ("retention", "retnet", "reten.", ".msr.", "xpos", "g_proj")
+OTHER_ARCHITECTURES = frozenset(
+    (
+        *(
+            "llama",
+            "mistral",
+            "mixtral",
+            "qwen2",
+            "qwen3",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "phi",
+            "phi3",
+            "gpt2",
+            "bert",
+        ),
+        *("gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "falcon", "t5", "roberta", "distilbert", "mamba"),
+        *("rwkv", "rwkv5", "rwkv6", "rwkv7", "gla", "hgrn", "hgrn2", "delta_net", "mamba2", "bart", "bert"),
+    )
+)
+
+
+def refuse_foreign(files: CheckpointFiles) -> None:
+    """Refuse what is known to be another thing than a RetNet in float weights.
+
+    Raises:
+        InputError: an export, an adapter, quantized weights, a classifier, another architecture, weights of another
+            framework, an empty folder; one line of at most 200 characters.
+    """
+    if files.path.is_dir():
+        for name, what, action in FOLDERS:
+            if (files.path / name).is_file():
+                raise InputError(f"{short_name(files.path)} is {what}", "a checkpoint", action)
+    if files.weights_file is None:
+        _refuse_folder(files.path)
+        return
+    kind_of(files.weights_file)
+    documents = list(files.configs.values())
+    for document in documents:
+        _refuse_document(files.weights_file.parent, document)
+    names = files.tensors.locations
+    _refuse_names(files.weights_file, names)
+    kinds = [document["model_type"] for document in documents if isinstance(document.get("model_type"), str)]
+    if kinds and not any("retnet" in kind.lower() for kind in kinds):
+        marked = any(mark in name for mark in RETNET_MARKS for name in names)
+        if kinds[0] in OTHER_ARCHITECTURES or not marked:
+            raise InputError(
+                f"{short_name(files.weights_file.parent)} is a {kinds[0][:40]} checkpoint, no RetNet",
+                "a RetNet",
+                "see docs/formats.md for the layouts that are read",
+            )
+
+
+def _refuse_folder(folder: Path) -> None:
+    """Refuse a folder without weights by the first of its files that is known for what it is."""
+    inside = sorted(folder.iterdir())
+    if not inside:
+        raise InputError(f"{short_name(folder)} is an empty folder", "a checkpoint", "check the path")
+    for path in inside:
+        if path.is_file() and (found := foreign_content(path)) is not None:
+            what, action = found
+            raise InputError(f"{short_name(folder)} holds {what} ({short_name(path)})", "torch or safetensors", action)
+    parts = [path for path in inside if any((path / name).is_file() for name in (DCP_FILE, *STANDARD_WEIGHTS))]
+    if parts:
+        raise InputError(
+            f"{short_name(folder)} holds checkpoints in folders", "one of them", f"name {short_name(parts[-1])} in it"
+        )
+
+
+def _refuse_document(folder: Path, document: dict[str, Any]) -> None:
+    quantization = document.get("quantization_config") or document.get("compression_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise InputError(
+            f"{short_name(folder)} holds {str(method or 'quantized')[:30]} weights (quantization_config)",
+            "floats",
+            "use the checkpoint before quantization",
+        )
+    architectures = document.get("architectures")
+    for name in architectures if isinstance(architectures, list) else ():
+        if isinstance(name, str) and name.endswith(CLASSIFIERS):
+            raise _classifier(folder, name[:60])
+
+
+def _refuse_names(file: Path, names: Iterable[str]) -> None:
+    ends = {name.rsplit(".", 1)[-1] for name in names}
+    if {"qweight", "qzeros", "scales"} <= ends:
+        raise quantized_error(file, "GPTQ" if "g_idx" in ends else "AWQ or GPTQ")
+    for name in names:
+        if any(mark in name for mark in ADAPTER_MARKS):
+            raise InputError(
+                f"{short_name(file)} holds an adapter ({name[:60]!r})", "a whole model", "merge it into its base model"
+            )
+        for marks, method in QUANTIZED_ENDS:
+            if name.endswith(marks):
+                raise quantized_error(file, method, name)
+        if name.count(".") <= 3 and f".{name}".endswith(tuple(f".{end}" for end in CLASSIFIER_TENSORS)):
+            raise _classifier(file, name[:60])
+
+
+def _classifier(path: Path, name: str) -> InputError:
+    return InputError(
+        f"{short_name(path)} has the head of a classifier ({name})", "a language model", "classifiers are not supported"
+    )
