@@ -25,7 +25,7 @@ from retnet_tools.weights import Array
 
 OTHER_SCHEDULE = 1e-5
 """Stored numbers that differ from the published schedules by more than this, relatively, are another schedule."""
-PUBLISHED_DECAYS = {
+PUBLISHED_DECAYS: dict[Callable[[int], Array], str] = {
     paper_log_decay: "gamma = 1 - 2^(-5-h)",
     language_model_log_decay: "gamma = 1 - exp(linspace(log 1/32, log 1/512))",
 }

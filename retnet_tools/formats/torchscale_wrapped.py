@@ -1,8 +1,9 @@
 """torchscale's RetNet inside models with configuration keys of their own, which are translated to torchscale's.
 
-A Hugging Face wrapper (`model_type: retnet` with `num_retention_heads`) has torchscale's tensors under `model.decoder.`.
-A distillation project (https://github.com/bigwolfeman/Retnet-Distillation) has them under `decoder.`, a LayerNorm behind
-the final norm, and its configuration among what it trained with. Both have one embedding under several names.
+A Hugging Face wrapper (`model_type: retnet` with `num_retention_heads`) has torchscale's tensors under
+`model.decoder.`. A distillation project (github.com/bigwolfeman/Retnet-Distillation) has them under `decoder.`, a
+LayerNorm behind the final norm, and its configuration among what it trained with. Both have one embedding under several
+names.
 """
 
 from __future__ import annotations

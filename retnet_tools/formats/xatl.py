@@ -14,7 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from retnet_tools.config import Activation, BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
+from retnet_tools.config import (
+    Activation,
+    BlockNorm,
+    FeedForward,
+    HeadNorm,
+    NormKind,
+    RetNetConfig,
+    ScoreNormalization,
+)
 from retnet_tools.errors import InputError
 from retnet_tools.formats.inert import HUGGING_FACE
 from retnet_tools.formats.mapping import check_tie
@@ -113,7 +121,7 @@ def resolve(settings: Settings, stored: StoredTensors) -> tuple[RetNetConfig, tu
         raise settings.wrong("decoder_retention_heads", heads, f"a divisor of decoder_embed_dim = {embed}")
     head_k_dim, layers = embed // heads, settings.count("decoder_layers", 12)
     eps, bias = settings.number("layernorm_eps", 1e-6), settings.flag("use_bias", False)
-    norm = "rms" if settings.flag("use_rms_norm", True) else "layer"
+    norm: NormKind = "rms" if settings.flag("use_rms_norm", True) else "layer"
     affine, deepnorm, stable = (
         settings.flag(name, False) for name in ("groupnorm_affine", "deepnorm", "retnet_stability_update")
     )
