@@ -12,7 +12,7 @@ from retnet_tools.errors import InputError
 from retnet_tools.formats.containers import Progress
 from retnet_tools.formats.conversion import plan_conversion
 from retnet_tools.formats.mapping import check_layer_count
-from retnet_tools.formats.settings import Keys
+from retnet_tools.formats.settings import Keys, Only
 from retnet_tools.formats.spec import FormatSpec, Reading, Source, Writing
 from retnet_tools.formats.storage import ArrayWeights
 from retnet_tools.formats.writer import CONFIG_FILE, DEFAULT_SHARD_SIZE, write_checkpoint
@@ -33,11 +33,11 @@ def read(source: Source) -> Reading:
     Raises:
         InputError: a version of the format that is not known.
     """
-    document = source.settings.values
-    version = document.get("format_version")
+    version = source.settings.raw("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise InputError(f"{CONFIG_FILE} has format_version {version!r}", str(FORMAT_VERSION), "upgrade retnet-tools")
-    config = RetNetConfig.from_dict(document.get("config", {}))
+    stored = source.settings.raw("config")
+    config = RetNetConfig.from_dict({} if stored is None else stored)
     check_layer_count(config, source.stored)
     names = {name: name for name in canonical_shapes(config)}
     return Reading(config, f"{FORMAT_NAME} {version}", names)
@@ -77,7 +77,7 @@ def write_canonical(
 CANONICAL = FormatSpec(
     name="canonical",
     layout="retnet-tools",
-    keys=Keys(read=frozenset({"format", "format_version", "config"})),
+    keys=Keys(read=frozenset({"format_version", "config"}), only={"format": Only((FORMAT_NAME,), f'"{FORMAT_NAME}"')}),
     is_settings=_is_settings,
     settings_words=f'"format": "{FORMAT_NAME}"',
     marks=(MARK,),

@@ -107,6 +107,7 @@ def read(source: Source) -> Reading:
         raise settings.wrong(
             "use_short_conv", True, "no short convolutions, whose tensors the file holds", "they are not supported"
         )
+    ignored = settings.flag("use_short_conv", False)
     config = resolve(settings)
     fused = settings.text("hidden_act", "swish") == "swish" and settings.flag("fuse_norm", True)
     names: dict[str, str | tuple[str, ...] | None] = {**name_table(fused=fused and config.gate is not None)}
@@ -114,9 +115,7 @@ def read(source: Source) -> Reading:
     if OLD_EMBEDDING in stored.locations:
         names[OLD_EMBEDDING] = names.pop(EMBEDDING)
         if not merged and settings.choice("hidden_act", ACTIVATIONS, "swish") != "silu":
-            raise settings.wrong(
-                "hidden_act", settings.values["hidden_act"], "swish in the release of 16 February 2024"
-            )
+            raise settings.wrong("hidden_act", settings.raw("hidden_act"), "swish in the release of 16 February 2024")
     if merged:
         names[FFN_GATE] = FFN_PARTS
         del names[FFN_UP]
@@ -125,7 +124,8 @@ def read(source: Source) -> Reading:
     if config.tie_word_embeddings:
         names[HEAD] = None
         check_tie(stored, HEAD, OLD_EMBEDDING if OLD_EMBEDDING in stored.locations else EMBEDDING)
-    return Reading(config, ORIGIN, names, transforms=changes)
+    notes = ("use_short_conv does nothing in this model, which has no convolutions",) * ignored
+    return Reading(config, ORIGIN, names, transforms=changes, notes=notes)
 
 
 def name_table(*, fused: bool) -> dict[str, str | None]:
@@ -189,7 +189,7 @@ def _expanded(settings: Settings, name: str, default: float, hidden: int, heads:
     if not math.isclose(exact, size) or not size or size % heads:
         raise settings.wrong(
             name,
-            settings.values.get(name),
+            settings.raw(name),
             f"a factor that makes hidden_size = {hidden} a multiple of num_heads = {heads}",
         )
     return size

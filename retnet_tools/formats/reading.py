@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,7 @@ def read_as(spec: FormatSpec, files: CheckpointFiles, ignore_keys: Collection[st
     path, name, document = _choose_document(spec, files)
     settings = Settings.declared(spec.layout, document, spec.keys, ignore_keys)
     reading = spec.read(Source(stored, settings, name))
+    reading = replace(reading, notes=(*reading.notes, *settings.without_effect()))
     return OpenedSource(reading, stored, prefix, document, path)
 
 
@@ -148,9 +149,11 @@ def _choose_document(spec: FormatSpec, files: CheckpointFiles) -> tuple[Path | N
             )
         return None, "", {}
     path, name, document = found[0]
-    for _, other_name, other in found[1:]:
-        for key in spec.keys.read | spec.keys.only.keys():
-            if document.get(key) != other.get(key) and None not in (document.get(key), other.get(key)):
+    for other_path, other_name, other in found[1:]:
+        # A trainer's own record may leave out what a file beside it says.
+        told = spec.keys.read if (path is None) == (other_path is None) else document.keys() & other.keys()
+        for key in sorted(told & spec.keys.read):
+            if document.get(key) != other.get(key):
                 raise InputError(
                     f"{name} and {other_name} of {files.path.name} differ in {key}", "one", "name it with --config"
                 )

@@ -77,6 +77,7 @@ class Settings:
     values: Mapping[str, Any]
     keys: Keys | None = None
     given: Mapping[str, str] = field(default_factory=dict)
+    _consulted: set[str] = field(default_factory=set, compare=False, repr=False)
 
     @classmethod
     def declared(cls, origin: str, document: Mapping[str, Any], keys: Keys, ignored: Collection[str] = ()) -> Settings:
@@ -156,10 +157,25 @@ class Settings:
             raise self.wrong(name, value, f"one of {', '.join(choices)}", "other kinds are not supported")
         return choices[value]
 
+    def raw(self, name: str) -> Any:
+        """The value as it is stored; None where it is absent."""
+        if self.keys is not None and name not in self.keys.read and name not in self.keys.only:
+            raise AssertionError(f"the reader of {self.origin} does not declare {name!r}")
+        self._consulted.add(name)
+        return self.values.get(name)
+
     def has(self, name: str) -> bool:
         """Whether there is a value, other than None."""
-        self._check_declared(name)
-        return self.values.get(name) is not None
+        return self.raw(name) is not None
+
+    def without_effect(self) -> list[str]:
+        """What the reader never asked for, in this model's configuration, of the keys that it reads: one note a key."""
+        read = frozenset() if self.keys is None else self.keys.read
+        return [
+            f"{self.given.get(name, name)} = {reprlib.repr(value)} in the configuration does nothing in this model"
+            for name, value in self.values.items()
+            if name in read and name not in self._consulted and not _is_neutral(value)
+        ]
 
     def wrong(self, name: str, value: Any, expected: str, action: str = "correct it") -> InputError:
         """The error for a value that cannot be."""
@@ -167,15 +183,10 @@ class Settings:
         return InputError(f"the {self.origin} configuration has {shown} = {reprlib.repr(value)}", expected, action)
 
     def _value(self, name: str, default: Any) -> Any:
-        self._check_declared(name)
-        value = self.values.get(name)
+        value = self.raw(name)
         if value is None and default is None:
             raise InputError(f"the {self.origin} configuration has no {name}", "every size of the model", "add it")
         return default if value is None else value
-
-    def _check_declared(self, name: str) -> None:
-        if self.keys is not None and name not in self.keys.read and name not in self.keys.only:
-            raise AssertionError(f"the reader of {self.origin} does not declare {name!r}")
 
 
 def _is_neutral(value: Any) -> bool:

@@ -117,7 +117,7 @@ def sizes_of_heads(settings: Settings) -> tuple[int, int]:
         raise settings.wrong("decoder_retention_heads", heads, f"a divisor of decoder_embed_dim = {embed}")
     for name in ("decoder_input_dim", "decoder_output_dim"):
         if settings.count(name, embed) != embed:
-            raise settings.wrong(name, settings.values[name], f"decoder_embed_dim = {embed}")
+            raise settings.wrong(name, settings.raw(name), f"decoder_embed_dim = {embed}")
     return heads, embed // heads
 
 
@@ -182,9 +182,10 @@ def _is_pre_norm(settings: Settings, stored: StoredTensors, deepnorm: bool) -> b
 
 
 def _has_ffn_norm(settings: Settings, release: Release, stored: StoredTensors) -> bool:
+    """Only a plain feed-forward network has one, where `subln` is on."""
     found = FFN_NORM in stored.locations
-    if release.feed_forward == "plain" and settings.has("subln") and settings.flag("subln", found) != found:
-        raise settings.wrong("subln", settings.values["subln"], f"{found}, as the tensors say", "correct it")
+    if settings.flag("subln", found) != found and release.feed_forward == "plain":
+        raise settings.wrong("subln", not found, f"{str(found).lower()}, as the tensors say")
     return found
 
 
@@ -204,7 +205,7 @@ def _vocab_size(settings: Settings, stored: StoredTensors) -> int:
     shape, embed = stored.locations[EMBEDDING].shape, settings.count("decoder_embed_dim")
     if len(shape) != 2 or shape[1] != embed:
         raise InputError(f"tensor {EMBEDDING!r} has shape {list(shape)}", f"decoder_embed_dim = {embed} columns")
-    stated = settings.values.get("vocab_size")
+    stated = settings.raw("vocab_size")
     if stated not in (None, -1) and stated != shape[0]:
         raise InputError(
             f"the embedding {EMBEDDING!r} has {shape[0]} rows", f"vocab_size = {stated!r}", "correct vocab_size"

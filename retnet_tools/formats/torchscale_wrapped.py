@@ -124,7 +124,7 @@ def _read(
     A tie that is not stated is told by the tensors, as transformers would have it.
     """
     stored = source.stored
-    tied = settings.values.get("share_decoder_input_output_embed")
+    tied = settings.raw("share_decoder_input_output_embed")
     if tied is None:
         head = next((name for name in heads if name in stored.locations), None)
         tied = head is None or any(name in stored.locations and stored.same_data(head, name) for name in embeddings)
