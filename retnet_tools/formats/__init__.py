@@ -5,8 +5,11 @@ A new format is one file with one `FormatSpec`, and its name in `FORMATS`.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
+from retnet_tools.config import RetNetConfig, ScoreClamp
 from retnet_tools.errors import ConfigError, InputError, UsageError, did_you_mean
 from retnet_tools.formats.canonical import CANONICAL
 from retnet_tools.formats.files import CheckpointFiles
@@ -14,7 +17,7 @@ from retnet_tools.formats.fla import FLA
 from retnet_tools.formats.jamie_stirling import JAMIE_STIRLING
 from retnet_tools.formats.spec import Checkpoint, FormatSpec, MappedWeights
 from retnet_tools.formats.syncdoth import SYNCDOTH
-from retnet_tools.formats.torchscale import TORCHSCALE
+from retnet_tools.formats.torchscale import CLAMP_NOTE, TORCHSCALE
 from retnet_tools.formats.yet_another_retnet import YET_ANOTHER_RETNET
 
 __all__ = ["FORMATS", "Checkpoint", "FormatSpec", "open_checkpoint", "writable_format"]
@@ -22,7 +25,15 @@ __all__ = ["FORMATS", "Checkpoint", "FormatSpec", "open_checkpoint", "writable_f
 FORMATS: tuple[FormatSpec, ...] = (CANONICAL, TORCHSCALE, SYNCDOTH, FLA, YET_ANOTHER_RETNET, JAMIE_STIRLING)
 
 
-def open_checkpoint(path: Path | str, format: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: Path | str,
+    format: str | None = None,
+    *,
+    config: Path | None = None,
+    entry: str | None = None,
+    clamp: ScoreClamp | None = None,
+    ignore_keys: Collection[str] = (),
+) -> Checkpoint:
     """Open a checkpoint by its folder or its file of weights.
 
     Nothing in it is run. All names and shapes are checked here; tensor data is read later, one tensor at a time, so
@@ -31,12 +42,16 @@ def open_checkpoint(path: Path | str, format: str | None = None) -> Checkpoint:
     Args:
         path: a folder, or one file of weights whose configuration lies inside it or beside it.
         format: the name of one of `FORMATS`; None finds it from the files.
+        config: the configuration, for weights that have none beside them.
+        entry: which entry of a torch file holds the weights.
+        clamp: of the scores in the parallel form, where the files do not tell it.
+        ignore_keys: configuration keys that do not matter for this model.
 
     Raises:
         InputError: missing, corrupt, unsafe, incomplete or of no known format.
-        UsageError: `format` names no format.
+        UsageError: `format` names no format; a clamp for a model that clamps no scores.
     """
-    files = CheckpointFiles(Path(path))
+    files = CheckpointFiles(Path(path), config=config, entry=entry)
     spec = _find(files) if format is None else _named(format)
     try:
         reading = spec.read(files)
@@ -47,16 +62,26 @@ def open_checkpoint(path: Path | str, format: str | None = None) -> Checkpoint:
             f"the configuration of {files.path} is out of range ({error})", "the numbers of a model", "correct it"
         ) from error
     weights = MappedWeights(files.tensors, reading)
+    untold = spec is SYNCDOTH and not any("score_clamp" in document for document in files.configs.values())
+    assumed = clamp is None and (untold or CLAMP_NOTE in reading.notes)
     return Checkpoint(
         path=files.path,
         format=reading.version,
-        config=reading.config,
+        config=reading.config if clamp is None else _with_clamp(reading.config, clamp),
         weights=weights,
         source_files=[*reading.config_files, *files.weight_files],
         tokenizer_files=files.tokenizer_files,
         notes=list(reading.notes),
         card_files=files.card_files,
+        assumed_clamp=assumed,
     )
+
+
+def _with_clamp(config: RetNetConfig, clamp: ScoreClamp) -> RetNetConfig:
+    scores = config.score_normalization
+    if scores.clamp == "none":
+        raise UsageError(f"the clamp {clamp} for a model that clamps no scores", action="leave --clamp out")
+    return replace(config, score_normalization=replace(scores, clamp=clamp))
 
 
 def writable_format(name: str) -> FormatSpec:

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from retnet_tools.errors import InputError
+from retnet_tools.errors import InputError, UsageError
 from retnet_tools.formats.pickles import TorchFile, open_torch
 from retnet_tools.formats.storage import StoredTensors, load_json, open_safetensors, open_shards
 
@@ -46,7 +46,9 @@ class CheckpointFiles:
         InputError: the path does not exist, or is neither a folder nor a file of weights.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, config: Path | None = None, entry: str | None = None) -> None:
+        if config is not None or entry is not None:
+            raise UsageError("--config or --entry", "a checkpoint that holds one model and its configuration")
         if not path.exists():
             raise InputError(f"no such file or folder: {path}", "a checkpoint", "check the path")
         if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and not path.name.endswith(INDEX_SUFFIX):

@@ -130,6 +130,8 @@ class Checkpoint:
         tokenizer_files: tokenizer and generation files beside them.
         notes: what the user should know about how it was read.
         card_files: model card and licences beside them.
+        assumed_clamp: whether nothing in the files tells which clamp of the scores the parallel form had, so that the
+            configuration holds a guess.
     """
 
     path: Path
@@ -140,6 +142,7 @@ class Checkpoint:
     tokenizer_files: list[Path]
     notes: list[str]
     card_files: list[Path] = field(default_factory=list)
+    assumed_clamp: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,15 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from retnet_tools.config import Activation, BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
+from retnet_tools.config import (
+    Activation,
+    BlockNorm,
+    FeedForward,
+    HeadNorm,
+    RetNetConfig,
+    ScoreClamp,
+    ScoreNormalization,
+)
 from retnet_tools.errors import InputError
 from retnet_tools.formats import syncdoth_writing
 from retnet_tools.formats.files import CheckpointFiles
@@ -23,6 +31,7 @@ ORIGIN = "syncdoth"
 PREFIX = "model."
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "swish": "silu", "relu": "relu"}
+SCORE_CLAMPS: dict[str, ScoreClamp] = {"abs_of_sum": "abs_of_sum", "sum_of_abs": "sum_of_abs"}
 NAMES: NameTable = {
     EMBEDDING: "embedding.weight",
     HEAD: "lm_head.weight",
@@ -97,6 +106,7 @@ def resolve(settings: Settings, schedules: Schedules) -> RetNetConfig:
     heads, eps = settings.count("decoder_retention_heads", 3), settings.number("layernorm_eps", 1e-6)
     deepnorm = settings.flag("deepnorm", False)
     subln = settings.flag("subln", True) and not deepnorm
+    clamp = settings.choice("score_clamp", SCORE_CLAMPS, "sum_of_abs")
     pre = subln or (settings.flag("decoder_normalize_before", True) and not deepnorm)
     return RetNetConfig(
         vocab_size=settings.count("vocab_size", 50257),
@@ -107,7 +117,7 @@ def resolve(settings: Settings, schedules: Schedules) -> RetNetConfig:
         value_dim=settings.count("decoder_value_embed_dim", 1280),
         decay=schedules.decay,
         rotary_frequencies=schedules.rotary_frequencies,
-        score_normalization=ScoreNormalization((embed // heads) ** -0.5, by_decay=True, clamp="sum_of_abs"),
+        score_normalization=ScoreNormalization((embed // heads) ** -0.5, by_decay=True, clamp=clamp),
         head_norm=HeadNorm("rms", eps),
         block_norm=BlockNorm("rms", eps),
         feed_forward=_feed_forward(settings, subln, eps),
