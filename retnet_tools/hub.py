@@ -1,12 +1,14 @@
 """Checkpoints by their name on the Hugging Face hub, fetched by `huggingface_hub` where that is installed.
 
-The library honours HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and HF_HUB_CACHE, and shows its progress on stderr.
+The library honours HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and HF_HUB_CACHE, and shows its progress on stderr, where that
+is a terminal.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,11 +95,14 @@ def _is_hub_name(name: str) -> bool:
 
 def _fetch(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     def snapshot(revision: str | None, *patterns: str, ignored: tuple[str, ...] = ()) -> Path:
         ignore = [*NOT_WEIGHTS, *ignored]
         return Path(snapshot_download(name, revision=revision, allow_patterns=[*patterns], ignore_patterns=ignore))
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
         folder = snapshot(revision, SAFETENSORS, *BESIDE_WEIGHTS, ignored=("*.bin.index.json",))
         if not any(folder.glob(SAFETENSORS)):
@@ -129,19 +134,19 @@ def _explained(name: str, revision: str | None, error: Exception) -> InputError:
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return InputError(f"{where} has no revision {wanted!r}", action="name a branch, tag or commit of it")
-    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
-        if constants.HF_HUB_OFFLINE:
-            return InputError(
-                f"no file or folder {name}, and {name} ({wanted}) is not whole in the hub's cache with HF_HUB_OFFLINE "
-                "set",
-                action="unset it, or name a folder",
-            )
-        return InputError(
-            f"no file or folder {name}, and {constants.ENDPOINT} cannot be reached",
-            action="check the network, HF_ENDPOINT and the name, or download the files by hand and name their folder",
-        )
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = getattr(getattr(error.__cause__ or error, "response", None), "status_code", None)
     if status == 401:
         return InputError(f"{constants.ENDPOINT} refuses the token (401)", action="set HF_TOKEN to a valid one")
+    if status is not None:
+        return InputError(f"{where} cannot be had: the hub answers {status}", action="try later, or download by hand")
+    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        missing = f"no file or folder {name}, and"
+        if constants.HF_HUB_OFFLINE:
+            found = f"{missing} no whole copy of {name} ({wanted}) in the hub's cache, with HF_HUB_OFFLINE set"
+            return InputError(found, action="unset it, or name a folder")
+        return InputError(
+            f"{missing} {constants.ENDPOINT} cannot be reached",
+            action="check the network, HF_ENDPOINT and the name, or download the files by hand and name their folder",
+        )
     reason = next(iter(str(error).splitlines()), "") or type(error).__name__
     return InputError(f"fetching {where} ended with: {reason}", action="try again, or download its files by hand")
