@@ -57,6 +57,7 @@ def verify(
     """
     from retnet_tools.dtypes import parse_dtype
     from retnet_tools.model.agreement import compare_forms, require_agreement, select_forms, use_threads
+    from retnet_tools.model.clamps import compare_clamps
     from retnet_tools.reports.agreement import AgreementContext, agreement_document, render_agreement
     from retnet_tools.tokens import choose_tokens
 
@@ -67,7 +68,8 @@ def verify(
     chosen = choose_tokens(opened.config, opened.tokenizer_files, text, length=tokens, seed=seed)
     use_threads(threads)
     with common.step_progress() as progress:
-        report = compare_forms(
+        compare = compare_clamps if opened.assumed_clamp else compare_forms
+        report = compare(
             opened.config, opened.weights, chosen.ids, forms, dtype=number_type, tolerance=tolerance, progress=progress
         )
     context = AgreementContext(str(opened.path), chosen.source, opened.notes)
