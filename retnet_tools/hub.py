@@ -32,7 +32,7 @@ NOT_WEIGHTS = (
     *("*/*", "trainer_state.json", "training_args.bin", "optimizer*", "*_optimizer.*", "*optim_states*"),
     *("scheduler*", "scaler*", "rng_state*", "random_states*"),
 )
-_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
+_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _CACHED = re.compile(r"models--(.+)")
 
 
@@ -53,7 +53,7 @@ def local_checkpoint(name: str, revision: str | None = None) -> Path:
     """The path of a checkpoint; one that is named as on the hub is fetched into the hub's cache first.
 
     What exists is a path, and so is what looks like one: whatever starts with `.`, `/` or `~`, ends with `/` or with
-    the suffix of a file, or is no legal name. All else is a name on the hub, `org/name`. Fetched are weights,
+    the suffix of a file, or is not of the form `org/name`. All else is a name on the hub. Fetched are weights,
     configuration, tokenizer, card and licences in the top folder: safetensors where there are any, else torch files.
 
     Args:
