@@ -95,7 +95,7 @@ def kind_of(path: Path) -> Kind:
         return Kind.DCP
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
-    kind = _kind(path, head)
+    kind = _kind(path, head) if path.suffix != DCP_SUFFIX else None
     if kind is not None:
         return kind
     if path.name.endswith(INDEX_SUFFIX) or (head.lstrip()[:1] == b"{" and _has_weight_map(path)):

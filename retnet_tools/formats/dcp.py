@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from retnet_tools.errors import InputError
+from retnet_tools.formats.boxes import fill_exactly
 from retnet_tools.formats.content import quantized_error, short_name
 from retnet_tools.formats.pickles import unpickle
 from retnet_tools.formats.stand_ins import Global, Shell, Storage, TensorView, is_tensor
@@ -207,45 +208,13 @@ def _tensor(metadata_file: Path, name: str, described: Shell, places: Places) ->
                 "fetch it again",
             )
         found.append(place._replace(sizes=sizes))
-    if len(found) > MAX_CHUNKS or not _fill_exactly([(c.offsets, c.sizes) for c in found], shape):
+    if len(found) > MAX_CHUNKS or not fill_exactly([(c.offsets, c.sizes) for c in found], shape):
         raise InputError(
             f"{short_name(metadata_file.parent)} has chunks of {name[:60]!r} that overlap or leave gaps",
             f"chunks that fill {list(shape)}",
             "save it again",
         )
     return ChunkedTensor(shape, DTYPES[dtype], tuple(found))
-
-
-Box = tuple[tuple[int, ...], tuple[int, ...]]
-
-
-def _fill_exactly(boxes: Sequence[Box], shape: tuple[int, ...]) -> bool:
-    """Whether boxes, none of them empty, fill a shape, each element once."""
-    if any(len(offsets) != len(shape) or len(sizes) != len(shape) for offsets, sizes in boxes):
-        return False
-    if 0 in shape:
-        return not boxes
-    if sum(math.prod(sizes) for _, sizes in boxes) != math.prod(shape):
-        return False
-    if len(boxes) == 1:
-        return boxes[0] == ((0,) * len(shape), shape)
-    if not shape:
-        return False
-    # Between two neighbouring edges along the first axis the boxes are the same ones: they must fill the other axes.
-    starting = sorted(boxes, key=lambda box: box[0][0])
-    edges = sorted({e for offsets, sizes in boxes for e in (offsets[0], offsets[0] + sizes[0])})
-    if edges[0] != 0 or edges[-1] != shape[0]:
-        return False
-    active: list[Box] = []
-    done = 0
-    for start in edges[:-1]:
-        active = [box for box in active if box[0][0] + box[1][0] > start]
-        while done < len(starting) and starting[done][0][0] == start:
-            active.append(starting[done])
-            done += 1
-        if not _fill_exactly([(offsets[1:], sizes[1:]) for offsets, sizes in active], shape[1:]):
-            return False
-    return True
 
 
 def _locate(name: str, tensor: ChunkedTensor, chunk: Chunk) -> TensorLocation:
@@ -300,4 +269,5 @@ def _are_counts(values: Sequence[Any]) -> bool:
 
 
 def _broken(metadata_file: Path, what: str) -> InputError:
-    return InputError(f"{metadata_file} has {what}", "a .metadata of torch.distributed.checkpoint", "fetch it again")
+    folder = short_name(metadata_file.parent)
+    return InputError(f"{folder} has {what}", "a .metadata of torch.distributed.checkpoint", "fetch it again")

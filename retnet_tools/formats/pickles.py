@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from retnet_tools.errors import InputError
+from retnet_tools.formats.content import short_name
 from retnet_tools.formats.pickle_calls import call, look_up, new_object
 from retnet_tools.formats.pickle_values import MAX_INTEGER_BYTES, integer, pairs, quoted, text, unicode
 from retnet_tools.formats.stand_ins import Global, Shell, UnsafeGlobalError, is_tensor
@@ -39,7 +40,7 @@ def unpickle(file: IO[bytes], path: Path, find_storage: Callable[[Any], Any] | N
         return machine.run()
     except UnsafeGlobalError as error:
         raise InputError(
-            f"refused pickle global {str(error)[:80]!r} in {path.name}",
+            f"refused pickle global {str(error)[:80]!r} in {short_name(path)}",
             "tensors and plain data only",
             "load it where you trust it and save model.state_dict()",
         ) from error
@@ -53,7 +54,7 @@ def corrupt(path: Path, why: str) -> InputError:
     """The error for a file that torch.save did not write so."""
     size = path.stat().st_size
     return InputError(
-        f"{path} ({size} bytes) is truncated, corrupt or no torch file ({why})",
+        f"{short_name(path)} ({size} bytes) is truncated, corrupt or no torch file ({why})",
         "a file of torch.save",
         "fetch it again",
     )
