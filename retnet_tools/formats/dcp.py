@@ -70,8 +70,11 @@ class ChunkedTensors(StoredTensors):
         tensor = self._tensors[name]
         result = np.empty(tensor.shape, tensor.dtype)
         for chunk in tensor.chunks:
-            box = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
-            result[box] = _locate(name, tensor, chunk).read()
+            place = _locate(name, tensor, chunk)
+            if tensor.shape:
+                _fill(result, 0, chunk, place)
+            else:
+                result[()] = place.read()
         return result
 
     def blocks(self, name: str) -> Iterator[Array]:
@@ -80,14 +83,12 @@ class ChunkedTensors(StoredTensors):
         if not tensor.shape or not tensor.chunks:
             yield self.read(name)
             return
-        places = {chunk: _locate(name, tensor, chunk) for chunk in tensor.chunks}
-        row_bytes = max(1, math.prod(tensor.shape[1:]) * tensor.dtype.itemsize)
-        count = max(1, BLOCK_BYTES // row_bytes)
+        places = [(chunk, _locate(name, tensor, chunk)) for chunk in tensor.chunks]
+        count = _rows_of_a_block(tensor.shape, tensor.dtype)
         for start in range(0, tensor.shape[0], count):
-            end = min(start + count, tensor.shape[0])
-            block = np.empty((end - start, *tensor.shape[1:]), tensor.dtype)
-            for chunk, place in places.items():
-                _fill(block, start, end, chunk, place)
+            block = np.empty((min(count, tensor.shape[0] - start), *tensor.shape[1:]), tensor.dtype)
+            for chunk, place in places:
+                _fill(block, start, chunk, place)
             yield block
 
     def region(self, name: str) -> FileRegion | None:
@@ -148,13 +149,14 @@ def _places(metadata_file: Path, data: Any, names: Any) -> Places:
     files: dict[str, tuple[Path, int]] = {}
     for key, value in _mapping(metadata_file, data).items():
         index = _fields(metadata_file, key)
-        if index.get("fqn") not in names:
+        tensor = index.get("fqn")
+        if not isinstance(tensor, str) or tensor not in names:
             continue
         info = _fields(metadata_file, value)
         name, start, length = info.get("relative_path"), info.get("offset", -1), info.get("length", -1)
-        offsets = tuple(index.get("offset") or ())
-        if not isinstance(name, str) or not _are_counts((start, length, *offsets)):
-            raise _broken(metadata_file, f"a broken place of {index['fqn'][:60]!r}")
+        offsets = index.get("offset") or ()
+        if not isinstance(name, str) or not isinstance(offsets, tuple) or not _are_counts((start, length, *offsets)):
+            raise _broken(metadata_file, f"a broken place of {tensor[:60]!r}")
         if info.get("transform_descriptors"):
             raise InputError(f"{short_name(folder)} has compressed .distcp files", "plain ones", "save it plain")
         if name not in files:
@@ -166,7 +168,7 @@ def _places(metadata_file: Path, data: Any, names: Any) -> Places:
                 f"{start + length}, as .metadata says",
                 "fetch it again",
             )
-        places[index["fqn"], offsets] = Chunk(offsets, (), file, start, length)
+        places[tensor, offsets] = Chunk(offsets, (), file, start, length)
     return places
 
 
@@ -232,15 +234,28 @@ def _locate(name: str, tensor: ChunkedTensor, chunk: Chunk) -> TensorLocation:
     return location
 
 
-def _fill(block: Array, start: int, end: int, chunk: Chunk, place: TensorLocation) -> None:
-    """Copy the rows from `start` to `end` that a chunk has."""
-    first, last = max(start, chunk.offsets[0]), min(end, chunk.offsets[0] + chunk.sizes[0])
-    if first >= last:
-        return
-    skipped = (first - chunk.offsets[0]) * place.strides[0] * place.dtype.itemsize
-    rows = place._replace(offset=place.offset + skipped, shape=(last - first, *place.shape[1:]))
-    box = tuple(slice(o, o + n) for o, n in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True))
-    block[(slice(first - start, last - start), *box)] = rows.read()
+def _fill(rows: Array, start: int, chunk: Chunk, place: TensorLocation) -> None:
+    """Copy into `rows`, which are a tensor's from `start`, those that a chunk has; memory: 16 MB where they do not
+    lie together in both.
+    """
+    first, last = max(start, chunk.offsets[0]), min(start + len(rows), chunk.offsets[0] + chunk.sizes[0])
+    columns = tuple(slice(o, o + n) for o, n in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True))
+    row_bytes = place.strides[0] * place.dtype.itemsize
+    together = chunk.sizes[1:] == rows.shape[1:] and place.strides == contiguous_strides(place.shape)
+    count = max(1, last - first) if together else _rows_of_a_block(place.shape, place.dtype)
+    for row in range(first, last, count):
+        end = min(row + count, last)
+        offset = place.offset + (row - chunk.offsets[0]) * row_bytes
+        piece = place._replace(offset=offset, shape=(end - row, *place.shape[1:]))
+        target = rows[row - start : end - start]
+        if together:
+            piece.read_into(target)
+        else:
+            target[(slice(None), *columns)] = piece.read()
+
+
+def _rows_of_a_block(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
+    return max(1, BLOCK_BYTES // max(1, math.prod(shape[1:]) * dtype.itemsize))
 
 
 def _dtype_name(properties: Any) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 import shutil
@@ -16,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
@@ -212,6 +215,22 @@ def test_truncated_and_hostile_files(tmp_path: Path) -> None:
     part.write_bytes(data)
     with pytest.raises(InputError, match="name its folder"):
         CheckpointFiles(part)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_changed_bytes_are_refused_or_read_but_never_crash(tmp_path: Path, data: st.DataObject) -> None:
+    folder = tmp_path / "dcp"
+    if not folder.exists():
+        save(folder, {"model": {"a": torch.ones(4, 3), "b": torch.ones(2)}})
+        shutil.copytree(folder, tmp_path / "whole")
+    for name in (".metadata", next(folder.glob("*.distcp")).name):
+        content = bytearray((tmp_path / "whole" / name).read_bytes())
+        for place in data.draw(st.lists(st.integers(0, len(content) - 1), max_size=3)):
+            content[place] = data.draw(st.integers(0, 255))
+        (folder / name).write_bytes(content)
+    with contextlib.suppress(InputError):
+        read_all(folder)
 
 
 def test_boxes_that_fill_a_shape() -> None:
