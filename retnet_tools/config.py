@@ -228,6 +228,11 @@ class RetNetConfig:
         """Whether each head has rotary frequencies of its own, `[H, K/2]` in a row."""
         return len(self.rotary_frequencies) > self.head_k_dim // 2
 
+    def of_head(self, schedule: tuple[float, ...], head: int) -> tuple[float, ...]:
+        """The K/2 numbers of `rotary_frequencies` or of `key_decay`, where there are any, that hold for a head."""
+        pairs = self.head_k_dim // 2
+        return schedule[head * pairs : (head + 1) * pairs] if len(schedule) > pairs else schedule
+
     @property
     def num_kv_heads(self) -> int:
         """Heads of k and v before they are repeated for their query heads."""
@@ -247,6 +252,10 @@ class RetNetConfig:
         data = dataclasses.asdict(self)
         return data | {name: list(data[name]) for name in _SCHEDULES}
 
+    def identity(self) -> dict[str, Any]:
+        """`to_dict` for hashes: a field that is younger than the hashes in use counts only where the model uses it."""
+        return {name: value for name, value in self.to_dict().items() if name not in _YOUNGER or value}
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RetNetConfig:
         """Inverse of `to_dict`.
@@ -259,3 +268,5 @@ class RetNetConfig:
 
 
 _SCHEDULES = ("decay", "key_decay", "rotary_frequencies")
+_YOUNGER = ("parallel_residual", "shared_block_norm", "output_norm")
+"""Fields that came after hashes of models were first kept; each is False or None where it is not used."""

@@ -72,6 +72,46 @@ ABLATIONS: dict[str, RetNetConfig] = {
     "key_decay": replace(
         BASE, key_decay=(-0.2, -0.02, -0.003, 0.0), score_normalization=ScoreNormalization(0.5, False, "none")
     ),
+    "head_rotation": replace(
+        BASE,
+        rotary_frequencies=paper_rotary_frequencies(32),
+        key_decay=(*(-0.2 / (i + 1) for i in range(15)), 0.0),
+        score_normalization=ScoreNormalization(0.5, False, "none"),
+    ),
+    "head_rotation_alone": replace(BASE, rotary_frequencies=paper_rotary_frequencies(32)),
+    "head_key_decay_alone": replace(
+        BASE,
+        key_decay=tuple(-0.01 * i for i in range(16)),
+        score_normalization=ScoreNormalization(0.5, False, "none"),
+    ),
+    "parallel_residual": replace(BASE, parallel_residual=True, residual_alpha=4**0.25),
+    "shared_block_norm": replace(
+        BASE, parallel_residual=True, shared_block_norm=True, final_norm=False, output_norm=BlockNorm("rms", 1e-6)
+    ),
+    "output_norm": replace(BASE, output_norm=BlockNorm("layer", 1e-5, bias=True)),
+    "output_norm_alone": replace(
+        BASE, norm_order="branch", final_norm=False, output_norm=BlockNorm("rms", 1e-3), tie_word_embeddings=True
+    ),
+    "retnet_xatl": replace(
+        BASE,
+        rotary_frequencies=(1.0, 0.01, 0.0, 0.0),
+        score_normalization=ScoreNormalization(8**-0.5, False, "none"),
+        block_norm=BlockNorm("layer", 1e-5, bias=True),
+        feed_forward=FeedForward("plain", 40, "gelu_tanh", bias=True),
+        parallel_residual=True,
+        projection_bias=True,
+    ),
+    "syncdoth_first": replace(
+        BASE,
+        rotary_frequencies=tuple(10000.0 ** (-i / 16) for i in range(16)),
+        key_decay=tuple(float(np.log((2 * i + 12.8) / 44.8) / 512) for i in range(16)),
+        score_normalization=ScoreNormalization(8**-0.5, False, "none"),
+        head_norm=HeadNorm("layer", 1e-5),
+        tie_word_embeddings=True,
+        block_norm=BlockNorm("layer", 1e-5, bias=True),
+        feed_forward=FeedForward("plain", 40, "gelu", bias=True),
+        final_norm=False,
+    ),
     "stack": replace(BASE, vocab_size=0),
     "jamie_stirling": replace(
         BASE,
@@ -97,6 +137,16 @@ ABLATIONS: dict[str, RetNetConfig] = {
         tie_word_embeddings=True,
     ),
 }
+
+OTHER_LAYERS = (
+    "head_rotation",
+    "parallel_residual",
+    "shared_block_norm",
+    "output_norm",
+    "retnet_xatl",
+    "syncdoth_first",
+)
+"""Models whose heads each rotate and decay on their own, or whose blocks and norms are joined otherwise."""
 
 
 @dataclass(frozen=True)

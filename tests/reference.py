@@ -48,6 +48,8 @@ def _row(config: RetNetConfig, w: Mapping[str, Floats], tokens: npt.NDArray[Any]
             x = _layer(config, w, i, x, states[i], position)
         if config.final_norm:
             x = _norm(config, w, "final_norm", x)
+        if config.output_norm is not None:
+            x = _norm(config, w, "output_norm", x, config.output_norm)
         if config.tie_word_embeddings:
             x = w["embedding.weight"] @ x
         elif config.has_vocabulary:
@@ -58,6 +60,11 @@ def _row(config: RetNetConfig, w: Mapping[str, Floats], tokens: npt.NDArray[Any]
 
 def _layer(c: RetNetConfig, w: Mapping[str, Floats], i: int, x: Floats, state: Floats, position: int) -> Floats:
     name = f"layers.{i}"
+    if c.parallel_residual:
+        one = _norm(c, w, f"{name}.retention_norm", x)
+        two = one if c.shared_block_norm else _norm(c, w, f"{name}.ffn_norm", x)
+        blocks = _retention(c, w, name, one, state, position), _feed_forward(c, w, f"{name}.ffn", two)
+        return c.residual_alpha * x + sum(blocks)
     if c.norm_order == "pre":
         x = c.residual_alpha * x + _retention(c, w, name, _norm(c, w, f"{name}.retention_norm", x), state, position)
         return c.residual_alpha * x + _feed_forward(c, w, f"{name}.ffn", _norm(c, w, f"{name}.ffn_norm", x))
@@ -70,18 +77,19 @@ def _layer(c: RetNetConfig, w: Mapping[str, Floats], i: int, x: Floats, state: F
 
 def _retention(c: RetNetConfig, w: Mapping[str, Floats], layer: str, x: Floats, state: Floats, position: int) -> Floats:
     name = f"{layer}.retention"
-    turn = np.exp(1j * position * np.array(c.rotary_frequencies))
+    turn = np.exp(1j * position * _of_heads(c, c.rotary_frequencies))
     q, k, v = (_linear(w, f"{name}.{p}_proj", x) for p in "qkv")
     if c.feature_map is not None:
         q, k = (ACTIVATIONS[c.feature_map](y) for y in (q, k))
     q, k, v = (y.reshape(-1, size) for y, size in ((q, c.head_k_dim), (k, c.head_k_dim), (v, c.head_v_dim)))
+    k = np.repeat(k, c.num_kv_groups, axis=0)
+    v = np.repeat(v, c.num_kv_groups, axis=0)
     q, k = _turned(q, turn), _turned(k, turn) * c.score_normalization.key_scale
+    key_gamma = np.repeat(np.exp(_of_heads(c, c.key_decay or (0.0,) * (c.head_k_dim // 2))), 2, axis=1)
     heads = []
     for h in range(c.num_heads):
         gamma = math.exp(c.decay[h])
-        shared = h // c.num_kv_groups
-        key_gamma = np.repeat(np.exp(c.key_decay), 2)[:, None] if c.key_decay else 1.0
-        state[h] = gamma * key_gamma * state[h] + np.outer(k[shared], v[shared])
+        state[h] = gamma * key_gamma[h, :, None] * state[h] + np.outer(k[h], v[h])
         o = q[h] @ state[h]
         if c.score_normalization.by_decay:
             o = o / math.sqrt(math.fsum(gamma**j for j in range(position + 1)))
@@ -124,6 +132,12 @@ def _norm(c: RetNetConfig, w: Mapping[str, Floats], name: str, x: Floats, kind: 
 def _linear(w: Mapping[str, Floats], name: str, x: Floats) -> Floats:
     y = w[f"{name}.weight"] @ x
     return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
+
+
+def _of_heads(c: RetNetConfig, schedule: tuple[float, ...]) -> Floats:
+    """`[H, K/2]` of what one head after another has, or all heads share."""
+    numbers = np.array(schedule).reshape(-1, c.key_dim // c.num_heads // 2)
+    return np.broadcast_to(numbers, (c.num_heads, numbers.shape[1]))
 
 
 def _turned(x: Floats, turn: npt.NDArray[np.complex128]) -> Floats:

@@ -61,6 +61,16 @@ def test_floats_round_trip_bit_for_bit(decay: list[float], frequencies: list[flo
         {"norm_order": "middle"},
         {"residual_alpha": 0.0},
         {"embedding_scale": math.inf},
+        {"rotary_frequencies": (1.0,) * 8},
+        {"rotary_frequencies": (1.0,) * 16, "num_kv_groups": 2},
+        {"key_decay": (-0.1,) * 8},
+        {"key_decay": (-0.1,) * 15 + (0.1,)},
+        {"key_decay": (-0.1,) * 16},
+        {"parallel_residual": True, "norm_order": "post"},
+        {"parallel_residual": True, "norm_order": "branch"},
+        {"parallel_residual": 1},
+        {"shared_block_norm": True},
+        {"output_norm": "rms"},
     ],
     ids=str,
 )
@@ -169,6 +179,34 @@ def test_a_field_of_the_wrong_type_is_refused_by_name(change: dict[str, Any], fi
 def test_types_are_checked_at_construction_too(change: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(change))):
         replace(BASE, **change)
+
+
+def test_a_key_decay_of_each_head_with_shared_key_heads_is_refused() -> None:
+    config = replace(BASE, num_kv_groups=2, score_normalization=ScoreNormalization(0.5, False, "none"))
+    with pytest.raises(ConfigError, match="key_decay of each head with shared key heads; expected head_k_dim / 2 = 4"):
+        replace(config, key_decay=(-0.1,) * 16)
+    assert replace(config, key_decay=(-0.1,) * 4).num_kv_heads == 2
+
+
+def test_each_head_has_its_own_part_of_a_schedule_or_all_of_it() -> None:
+    own = ABLATIONS["head_rotation"]
+    assert own.has_head_rotation
+    assert [theta for head in range(4) for theta in own.of_head(own.rotary_frequencies, head)] == list(
+        own.rotary_frequencies
+    )
+    assert len(own.of_head(own.key_decay, 2)) == 4
+    assert not BASE.has_head_rotation
+    assert BASE.of_head(BASE.rotary_frequencies, 3) == BASE.rotary_frequencies
+    assert BASE.of_head(BASE.key_decay, 3) == ()
+    assert not ABLATIONS["one_head"].has_head_rotation
+
+
+def test_fields_that_hashes_of_models_do_not_know_count_only_where_they_are_used() -> None:
+    fields = {"parallel_residual": True, "shared_block_norm": True, "output_norm": BlockNorm("rms", 0.0)}
+    assert set(BASE.to_dict()) - set(BASE.identity()) == set(fields)
+    identities = [BASE.identity(), replace(BASE, **fields).identity()]
+    identities += [replace(BASE, parallel_residual=True).identity(), ABLATIONS["output_norm"].identity()]
+    assert len({json.dumps(identity) for identity in identities}) == 4
 
 
 def test_whole_numbers_in_a_schedule_become_floats() -> None:

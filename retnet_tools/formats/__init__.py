@@ -5,24 +5,56 @@ A new format is one file with one `FormatSpec`, and its name in `FORMATS`.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 
+from retnet_tools.config import RetNetConfig, ScoreClamp
 from retnet_tools.errors import ConfigError, InputError, UsageError, did_you_mean
 from retnet_tools.formats.canonical import CANONICAL
 from retnet_tools.formats.files import CheckpointFiles
 from retnet_tools.formats.fla import FLA
 from retnet_tools.formats.jamie_stirling import JAMIE_STIRLING
-from retnet_tools.formats.spec import Checkpoint, FormatSpec, MappedWeights
+from retnet_tools.formats.mapping import MappedWeights
+from retnet_tools.formats.reading import find_format, read_as
+from retnet_tools.formats.spec import Checkpoint, FormatSpec, Reading
 from retnet_tools.formats.syncdoth import SYNCDOTH
+from retnet_tools.formats.syncdoth_first import SYNCDOTH_FIRST
 from retnet_tools.formats.torchscale import TORCHSCALE
+from retnet_tools.formats.torchscale_wrapped import TORCHSCALE_HUGGING_FACE, TORCHSCALE_STUDENT
+from retnet_tools.formats.xatl import XATL, XATL_LIT
 from retnet_tools.formats.yet_another_retnet import YET_ANOTHER_RETNET
 
 __all__ = ["FORMATS", "Checkpoint", "FormatSpec", "open_checkpoint", "writable_format"]
 
-FORMATS: tuple[FormatSpec, ...] = (CANONICAL, TORCHSCALE, SYNCDOTH, FLA, YET_ANOTHER_RETNET, JAMIE_STIRLING)
+FORMATS: tuple[FormatSpec, ...] = (
+    CANONICAL,
+    TORCHSCALE,
+    TORCHSCALE_HUGGING_FACE,
+    TORCHSCALE_STUDENT,
+    SYNCDOTH,
+    SYNCDOTH_FIRST,
+    XATL,
+    XATL_LIT,
+    FLA,
+    YET_ANOTHER_RETNET,
+    JAMIE_STIRLING,
+)
+CLAMP_NOTE = (
+    "these files do not tell which clamp of the scores the model was trained with: {clamp} is assumed; verify tries "
+    "both, and --clamp names it"
+)
 
 
-def open_checkpoint(path: Path | str, format: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: Path | str,
+    format: str | None = None,
+    *,
+    config: Path | None = None,
+    entry: str | None = None,
+    clamp: ScoreClamp | None = None,
+    ignore_keys: Collection[str] = (),
+) -> Checkpoint:
     """Open a checkpoint by its folder or its file of weights.
 
     Nothing in it is run. All names and shapes are checked here; tensor data is read later, one tensor at a time, so
@@ -31,32 +63,47 @@ def open_checkpoint(path: Path | str, format: str | None = None) -> Checkpoint:
     Args:
         path: a folder, or one file of weights whose configuration lies inside it or beside it.
         format: the name of one of `FORMATS`; None finds it from the files.
+        config: the file of the configuration, where it is none of these.
+        entry: which entry of a torch file holds the weights, where there are several.
+        clamp: the clamp of the scores that the model was trained with, where the files do not tell.
+        ignore_keys: configuration keys that do not change the model, though the format does not know them.
 
     Raises:
         InputError: missing, corrupt, unsafe, incomplete or of no known format.
-        UsageError: `format` names no format.
+        UsageError: `format` names no format, or `clamp` is not what the files tell.
     """
-    files = CheckpointFiles(Path(path))
-    spec = _find(files) if format is None else _named(format)
+    files = CheckpointFiles(Path(path), config=config, entry=entry)
+    spec = find_format(files, FORMATS) if format is None else _named(format)
     try:
-        reading = spec.read(files)
+        source = read_as(spec, files, ignore_keys)
     except ConfigError as error:
         raise InputError(f"{files.path}: {error.found}", error.expected, error.action) from error
     except (OverflowError, RecursionError) as error:
         raise InputError(
             f"the configuration of {files.path} is out of range ({error})", "the numbers of a model", "correct it"
         ) from error
-    weights = MappedWeights(files.tensors, reading)
+    reading = source.reading
+    assumed = reading.assumed_clamp and clamp is None
+    clamp_note = (CLAMP_NOTE.format(clamp=reading.config.score_normalization.clamp),) if assumed else ()
     return Checkpoint(
         path=files.path,
         format=reading.version,
-        config=reading.config,
-        weights=weights,
-        source_files=[*reading.config_files, *files.weight_files],
+        config=reading.config if clamp is None else _with_clamp(reading, clamp),
+        weights=MappedWeights(source.stored, reading, source.prefix),
+        source_files=[*([source.config_file] if source.config_file else []), *files.weight_files],
         tokenizer_files=files.tokenizer_files,
-        notes=list(reading.notes),
+        notes=[*files.notes, *reading.notes, *clamp_note],
         card_files=files.card_files,
+        settings=source.settings,
+        assumed_clamp=assumed,
     )
+
+
+def _with_clamp(reading: Reading, clamp: ScoreClamp) -> RetNetConfig:
+    scores = reading.config.score_normalization
+    if not reading.assumed_clamp and clamp != scores.clamp:
+        raise UsageError(f"--clamp {clamp}", f"{scores.clamp}, which {reading.version} uses", "leave --clamp out")
+    return dataclasses.replace(reading.config, score_normalization=dataclasses.replace(scores, clamp=clamp))
 
 
 def writable_format(name: str) -> FormatSpec:
@@ -76,14 +123,3 @@ def _named(name: str) -> FormatSpec:
     if name in names:
         return FORMATS[names.index(name)]
     raise UsageError(f"unknown format {name!r}", f"one of {', '.join(names)}", did_you_mean(name, names))
-
-
-def _find(files: CheckpointFiles) -> FormatSpec:
-    found = [spec for spec in FORMATS if spec.detect(files)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        names = [spec.name for spec in found]
-        raise InputError(f"{files.path} could be {' or '.join(names)}", "one format", f"choose with --from {names[0]}")
-    wanted = " | ".join(f"{spec.name}: {spec.looked_for}" for spec in FORMATS)
-    raise InputError(f"no checkpoint of a known format in {files.path}", wanted, "name its folder or use --from")

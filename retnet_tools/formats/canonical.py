@@ -11,37 +11,36 @@ from retnet_tools.dtypes import FloatName
 from retnet_tools.errors import InputError
 from retnet_tools.formats.containers import Progress
 from retnet_tools.formats.conversion import plan_conversion
-from retnet_tools.formats.files import CheckpointFiles
-from retnet_tools.formats.spec import FormatSpec, Reading, Writing, check_layer_count
+from retnet_tools.formats.mapping import check_layer_count
+from retnet_tools.formats.settings import Keys, Only
+from retnet_tools.formats.spec import FormatSpec, Reading, Source, Writing
 from retnet_tools.formats.storage import ArrayWeights
 from retnet_tools.formats.writer import CONFIG_FILE, DEFAULT_SHARD_SIZE, write_checkpoint
 from retnet_tools.weights import Array, WeightSource, canonical_shapes
 
 FORMAT_NAME = "retnet-tools"
 FORMAT_VERSION = 1
+MARK = "layers.0.retention_norm.weight"
 
 
-def detect(files: CheckpointFiles) -> bool:
-    """A `config.json` that says `"format": "retnet-tools"`."""
-    return _document(files).get("format") == FORMAT_NAME
+def _is_settings(document: Mapping[str, Any]) -> bool:
+    return document.get("format") == FORMAT_NAME
 
 
-def read(files: CheckpointFiles) -> Reading:
+def read(source: Source) -> Reading:
     """The configuration as it is written there.
 
     Raises:
-        InputError: another format, a version of it that is not known.
+        InputError: a version of the format that is not known.
     """
-    document, path = _document(files), files.folder / CONFIG_FILE
-    if document.get("format") != FORMAT_NAME:
-        raise InputError(f"no {CONFIG_FILE} of retnet-tools in {files.folder}", f'"format": "{FORMAT_NAME}"')
-    version = document.get("format_version")
+    version = source.settings.raw("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
-        raise InputError(f"{path} has format_version {version!r}", str(FORMAT_VERSION), "upgrade retnet-tools")
-    config = RetNetConfig.from_dict(document.get("config", {}))
-    check_layer_count(config, files.tensors)
+        raise InputError(f"{CONFIG_FILE} has format_version {version!r}", str(FORMAT_VERSION), "upgrade retnet-tools")
+    stored = source.settings.raw("config")
+    config = RetNetConfig.from_dict({} if stored is None else stored)
+    check_layer_count(config, source.stored)
     names = {name: name for name in canonical_shapes(config)}
-    return Reading(config, f"{FORMAT_NAME} {version}", names, config_files=(path,))
+    return Reading(config, f"{FORMAT_NAME} {version}", names)
 
 
 def write(config: RetNetConfig) -> Writing:
@@ -75,14 +74,14 @@ def write_canonical(
     return write_checkpoint(path, plan.layout, force=force, progress=progress)
 
 
-def _document(files: CheckpointFiles) -> dict[str, Any]:
-    return files.configs.get(files.folder / CONFIG_FILE, {})
-
-
 CANONICAL = FormatSpec(
     name="canonical",
-    looked_for=f'a {CONFIG_FILE} with "format": "{FORMAT_NAME}"',
-    detect=detect,
+    layout="retnet-tools",
+    keys=Keys(read=frozenset({"format_version", "config"}), only={"format": Only((FORMAT_NAME,), f'"{FORMAT_NAME}"')}),
+    is_settings=_is_settings,
+    settings_words=f'"format": "{FORMAT_NAME}"',
+    marks=(MARK,),
+    names=(MARK,),
     read=read,
     write=write,
 )

@@ -14,8 +14,10 @@ from retnet_tools.config import RetNetConfig
 from retnet_tools.dtypes import NUMPY_DTYPES, FloatName, convert, parse_dtype
 from retnet_tools.errors import ConfigError, InputError, UsageError
 from retnet_tools.formats.containers import PlannedTensor
+from retnet_tools.formats.mapping import MappedWeights, expand_names
 from retnet_tools.formats.planned import PlannedFiles
-from retnet_tools.formats.spec import AS_STORED, Checkpoint, FormatSpec, MappedWeights, Transform, Writing, expand_names
+from retnet_tools.formats.reading import read_as
+from retnet_tools.formats.spec import AS_STORED, Checkpoint, FormatSpec, Transform, Writing
 from retnet_tools.formats.writer import DEFAULT_SHARD_SIZE, INDEX_FILE, CheckpointLayout, shard
 from retnet_tools.provenance import provenance_section
 from retnet_tools.weights import (
@@ -125,7 +127,7 @@ def _stored_tensors(
     shapes = canonical_shapes(config)
     tensors: list[PlannedTensor] = []
     names: dict[str, str | None] = {}
-    for name, canonical, template in expand_names(config, writing.names, writing.prefix):
+    for name, canonical, template in expand_names(config, writing.names):
         if canonical not in shapes:
             continue
         transform = writing.transforms.get(template, AS_STORED)
@@ -165,18 +167,18 @@ def _check_reads_back(
     """
     files = PlannedFiles(writing.weights_file, writing.documents, {tensor.name: tensor for tensor in tensors})
     try:
-        reading = target.read(files)
+        source = read_as(target, files)
     except (InputError, ConfigError) as error:
         raise UsageError(
             f"{target.name} cannot express this model: {error.found}", error.expected, "convert to another format"
         ) from error
-    for field, wanted, got in _differences(config.to_dict(), reading.config.to_dict()):
+    for field, wanted, got in _differences(config.to_dict(), source.reading.config.to_dict()):
         raise UsageError(
             f"{target.name} cannot express {field} = {_short(wanted)}",
             f"{_short(got)}, which is what it would be read as",
             "convert to another format",
         )
-    MappedWeights(files.tensors, reading)
+    MappedWeights(source.stored, source.reading, source.prefix)
 
 
 def _differences(a: object, b: object, path: str = "") -> list[tuple[str, object, object]]:

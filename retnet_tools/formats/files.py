@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -133,12 +133,6 @@ class CheckpointFiles:
         if kind is Kind.INDEX:
             return open_shards(file, lambda shard: _open_file(shard, None)[0]), None
         return open_dcp(file, self._entry) if kind is Kind.DCP else _open_file(file, self._entry)
-
-    def has_settings_or_tensor(self, is_settings: Callable[[Mapping[str, Any]], bool], name: str) -> bool:
-        """Whether there are weights with settings of a format as JSON beside them, or with a tensor of this name."""
-        if self.weights_file is None:
-            return False
-        return any(is_settings(document) for document in self.configs.values()) or name in self.tensors.locations
 
     @property
     def metadata(self) -> Mapping[str, Any]:

@@ -3,7 +3,8 @@
 Its rotation works on halves of a head, which `halves_to_pairs` turns into pairs at load. It scales q by 1/sqrt(K)
 where we scale k, so its state is ours times sqrt(K). It stores no frequencies and no decay, and computes both in
 float32. The feed-forward network is silu whatever `hidden_act` says: that is the activation of the output gate. Its
-first releases store the gate and up projections as one matrix, the gate's rows first, under the name of the former.
+releases before February 2025 store the gate and up projections as one matrix, the gate's rows first, under the name of
+the former. Those of 2024 had other keys (`rms_norm_eps`, `num_attention_heads`) and, until April, `model.embed_tokens`.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from retnet_tools.config import Activation, BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
-from retnet_tools.errors import InputError
 from retnet_tools.formats import fla_writing
-from retnet_tools.formats.files import CheckpointFiles
+from retnet_tools.formats.inert import HUGGING_FACE
+from retnet_tools.formats.mapping import check_tie
 from retnet_tools.formats.schedules import floats, paper_log_decay, rope_frequencies
-from retnet_tools.formats.settings import Settings
-from retnet_tools.formats.spec import FormatSpec, NameTable, Reading, Transform, Writing, check_tie
+from retnet_tools.formats.settings import Keys, Only, Settings, words
+from retnet_tools.formats.spec import FormatSpec, NameTable, Reading, Source, Transform, Writing
 from retnet_tools.formats.storage import StoredTensors
-from retnet_tools.formats.transforms import halves_to_pairs, row_part
+from retnet_tools.formats.transforms import halves_to_pairs, row_range
 
 ORIGIN = "flash-linear-attention"
 EMBEDDING, HEAD = "model.embeddings.weight", "lm_head.weight"
@@ -60,41 +61,71 @@ NAMES: NameTable = {
 HEAD_NORM = "layers.{i}.retention.head_norm.weight"
 
 
-def _is_settings(document: Mapping[str, Any]) -> bool:
-    return document.get("model_type") == "retnet" and "hidden_size" in document and "decoder_embed_dim" not in document
+OLD_EMBEDDING = "model.embed_tokens.weight"
+KEYS = Keys(
+    read=words(
+        """
+        elementwise_affine expand_k expand_v feature_map fuse_norm hidden_act hidden_ratio hidden_size
+        intermediate_size norm_eps num_heads num_hidden_layers num_kv_heads tie_word_embeddings use_output_gate
+        use_short_conv vocab_size
+        """
+    ),
+    only={
+        "attn": Only((), "retention in every layer"),
+        "attnres_block_size": Only((), "plain residual connections"),
+        "model_type": Only(("retnet",), "retnet"),
+    },
+    inert=HUGGING_FACE
+    | words(
+        """
+        attn_mode conv_size fuse_cross_entropy fuse_linear_cross_entropy fuse_swiglu rescale_prenorm_residual
+        prenorm_residual_strategy use_gk use_gv use_l2warp
+        """
+    ),
+    aliases={
+        "rms_norm_eps": "norm_eps",
+        "num_attention_heads": "num_heads",
+        "num_key_value_heads": "num_kv_heads",
+    },
+)
 
 
-def detect(files: CheckpointFiles) -> bool:
-    """A configuration of model_type retnet that calls its size `hidden_size`."""
-    return any(_is_settings(document) for document in files.configs.values())
+def is_settings(document: Mapping[str, Any]) -> bool:
+    """A configuration of model_type retnet that calls its size `hidden_size`, and its heads as no relative does."""
+    heads = bool({"num_heads", "num_attention_heads"} & document.keys())
+    return document.get("model_type") == "retnet" and "hidden_size" in document and heads and "qk_dim" not in document
 
 
-def read(files: CheckpointFiles) -> Reading:
+def read(source: Source) -> Reading:
     """Resolve the configuration of flash-linear-attention.
 
     Raises:
-        InputError: no configuration, or a kind of model that is not supported.
+        InputError: a kind of model that is not supported.
     """
-    found = [(path, Settings(ORIGIN, document)) for path, document in files.configs.items() if _is_settings(document)]
-    if not found:
-        raise InputError(
-            f"no {ORIGIN} configuration in {files.folder}", 'a config.json with "model_type": "retnet" and hidden_size'
+    settings, stored = source.settings, source.stored
+    if any("_conv1d." in name for name in stored.names()):
+        raise settings.wrong(
+            "use_short_conv", True, "no short convolutions, whose tensors the file holds", "they are not supported"
         )
-    path, settings = found[0]
-    stored = files.tensors
-    refuse_unsupported(settings, stored)
+    ignored = settings.flag("use_short_conv", False)
     config = resolve(settings)
     fused = settings.text("hidden_act", "swish") == "swish" and settings.flag("fuse_norm", True)
     names: dict[str, str | tuple[str, ...] | None] = {**name_table(fused=fused and config.gate is not None)}
-    changes = transforms(config)
-    if _is_ffn_merged(stored, config):
+    changes, merged = transforms(config), _is_ffn_merged(stored, config)
+    if OLD_EMBEDDING in stored.locations:
+        names[OLD_EMBEDDING] = names.pop(EMBEDDING)
+        if not merged and settings.choice("hidden_act", ACTIVATIONS, "swish") != "silu":
+            raise settings.wrong("hidden_act", settings.raw("hidden_act"), "swish in the release of 16 February 2024")
+    if merged:
         names[FFN_GATE] = FFN_PARTS
         del names[FFN_UP]
-        changes |= {name: row_part(i, len(FFN_PARTS)) for i, name in enumerate(FFN_PARTS)}
+        dim = config.feed_forward.dim
+        changes |= {name: row_range(i * dim, dim, 2 * dim) for i, name in enumerate(FFN_PARTS)}
     if config.tie_word_embeddings:
         names[HEAD] = None
-        check_tie(stored, HEAD, EMBEDDING)
-    return Reading(config, ORIGIN, names, transforms=changes, config_files=(path,))
+        check_tie(stored, HEAD, OLD_EMBEDDING if OLD_EMBEDDING in stored.locations else EMBEDDING)
+    notes = ("use_short_conv does nothing in this model, which has no convolutions",) * ignored
+    return Reading(config, ORIGIN, names, transforms=changes, notes=notes)
 
 
 def name_table(*, fused: bool) -> dict[str, str | None]:
@@ -120,27 +151,6 @@ def write(config: RetNetConfig) -> Writing:
     return fla_writing.write(config, name_table(fused=config.gate == "silu"), transforms(config), ACTIVATIONS)
 
 
-def refuse_unsupported(settings: Settings, stored: StoredTensors) -> None:
-    """Refuse the kinds of model that this package does not know, by the name of the setting.
-
-    `use_short_conv` alone is none: the model ignores it.
-    """
-    convolutions = any("_conv1d." in name for name in stored.names())
-    refused = {
-        "attn": (bool(settings.values.get("attn")), "retention in every layer"),
-        "attnres_block_size": (settings.has("attnres_block_size"), "plain residual connections"),
-        "use_short_conv": (convolutions, "no short convolutions"),
-        "hidden_act": (settings.text("hidden_act", "swish") == "powlu", "a plain activation"),
-    }
-    for name, (found, expected) in refused.items():
-        if found:
-            raise InputError(
-                f"the {ORIGIN} configuration has {name} = {settings.values.get(name)!r}",
-                expected,
-                "this kind of model is not supported",
-            )
-
-
 def resolve(settings: Settings) -> RetNetConfig:
     """The configuration, with flash-linear-attention's defaults filled in."""
     hidden, heads = settings.count("hidden_size", 2048), settings.count("num_heads", 8)
@@ -148,9 +158,7 @@ def resolve(settings: Settings) -> RetNetConfig:
     value_dim = _expanded(settings, "expand_v", 2.0, hidden, heads)
     kv_heads = settings.count("num_kv_heads", heads)
     if heads % kv_heads:
-        raise InputError(
-            f"the {ORIGIN} configuration has num_kv_heads = {kv_heads}", f"a divisor of num_heads = {heads}"
-        )
+        raise settings.wrong("num_kv_heads", kv_heads, f"a divisor of num_heads = {heads}")
     head_k_dim, eps = key_dim // heads, settings.number("norm_eps", 1e-6)
     # A null is false here, not the default.
     affine = "elementwise_affine" not in settings.values or settings.flag("elementwise_affine", False)
@@ -179,8 +187,9 @@ def _expanded(settings: Settings, name: str, default: float, hidden: int, heads:
     exact = hidden * settings.number(name, default)
     size = round(exact)
     if not math.isclose(exact, size) or not size or size % heads:
-        raise InputError(
-            f"the {ORIGIN} configuration has {name} = {settings.values.get(name)!r}",
+        raise settings.wrong(
+            name,
+            settings.raw(name),
             f"a factor that makes hidden_size = {hidden} a multiple of num_heads = {heads}",
         )
     return size
@@ -195,8 +204,12 @@ def _ffn_dim(settings: Settings, hidden: int) -> int:
 
 FLA = FormatSpec(
     name="fla",
-    looked_for='a config.json with "model_type": "retnet" and hidden_size',
-    detect=detect,
+    layout=ORIGIN,
+    keys=KEYS,
+    is_settings=is_settings,
+    settings_words='"model_type": "retnet", hidden_size and num_heads',
+    marks=("model.layers.0.attn.q_proj.weight", "model.norm.weight"),
+    names=(*name_table(fused=True), *name_table(fused=False), OLD_EMBEDDING),
     read=read,
     write=write,
 )

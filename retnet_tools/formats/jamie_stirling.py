@@ -11,26 +11,23 @@ taken as they are in float64.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from retnet_tools.config import BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
 from retnet_tools.errors import InputError
-from retnet_tools.formats.files import CheckpointFiles
 from retnet_tools.formats.schedules import floats, language_model_gammas
-from retnet_tools.formats.settings import Settings
-from retnet_tools.formats.spec import FormatSpec, NameTable, Reading
+from retnet_tools.formats.settings import Keys, Settings, words
+from retnet_tools.formats.spec import FormatSpec, NameTable, Reading, Source
 from retnet_tools.formats.storage import StoredTensors
 from retnet_tools.formats.transforms import TRANSPOSED, joined_heads
-from retnet_tools.weights import Array
+from retnet_tools.formats.xpos import xpos_key_decay
 
 ORIGIN = "Jamie-Stirling"
 MARK = "retentions.0.retentions.0.W_Q"
 GATE, FFN = "retentions.0.W_G", "ffns.0.0.weight"
 SCALE = "retentions.0.retentions.0.xpos.scale"
-XPOS_BASE = 512
 EPS = 1e-5
 NAMES: NameTable = {
     "layer_norms_1.{i}.weight": "layers.{i}.retention_norm.weight",
@@ -51,30 +48,24 @@ NAMES: NameTable = {
     "retentions.{i}.retentions.{h}.xpos.scale": None,
 }
 
-ROUNDED = "the scales of xPos are rounded in the file: computed as its code does instead"
+KEYS = Keys(read=words("double_v_dim ffn_size heads hidden_dim layers"))
 
 
-def _is_settings(document: Mapping[str, Any]) -> bool:
+def is_settings(document: Mapping[str, Any]) -> bool:
+    """The arguments of its `RetNet`."""
     return {"layers", "hidden_dim", "ffn_size", "heads"} <= document.keys()
 
 
-def detect(files: CheckpointFiles) -> bool:
-    """Its arguments as JSON beside the weights, or its names of tensors."""
-    return files.has_settings_or_tensor(_is_settings, MARK)
-
-
-def read(files: CheckpointFiles) -> Reading:
+def read(source: Source) -> Reading:
     """Resolve sizes from the arguments and, where there are none, from the tensors.
 
     Raises:
         InputError: no such tensors, or a complex-valued model.
     """
-    stored = files.tensors
+    settings, stored = source.settings, source.stored
     refuse_unsupported(stored)
-    found = [(path, Settings(ORIGIN, document)) for path, document in files.configs.items() if _is_settings(document)]
-    config_files: tuple[Path, ...] = (found[0][0],) if found else ()
-    key_decay, notes = _key_decay(stored)
-    config = resolve(found[0][1] if found else Settings(ORIGIN, {}), stored, key_decay)
+    key_decay, notes = xpos_key_decay(stored, SCALE, stored.locations[MARK].shape[1])
+    config = resolve(settings, stored, key_decay)
     heads = joined_heads(config.num_heads)
     transforms = {
         "layers.{i}.retention.q_proj.weight": heads,
@@ -83,7 +74,7 @@ def read(files: CheckpointFiles) -> Reading:
         "layers.{i}.retention.gate_proj.weight": TRANSPOSED,
         "layers.{i}.retention.out_proj.weight": TRANSPOSED,
     }
-    return Reading(config, ORIGIN, NAMES, transforms=transforms, config_files=config_files, notes=notes)
+    return Reading(config, ORIGIN, NAMES, transforms=transforms, notes=notes)
 
 
 def refuse_unsupported(stored: StoredTensors) -> None:
@@ -106,10 +97,7 @@ def resolve(settings: Settings, stored: StoredTensors, key_decay: tuple[float, .
     heads = settings.count("heads", _count(stored, "retentions.0.retentions.{}.W_Q"))
     head_k_dim = stored.locations[MARK].shape[1]
     if head_k_dim * heads != hidden:
-        raise InputError(
-            f"the {ORIGIN} configuration has heads = {heads}",
-            f"hidden_dim = {hidden} over the {head_k_dim} columns of {MARK!r}",
-        )
+        raise settings.wrong("heads", heads, f"hidden_dim = {hidden} over the {head_k_dim} columns of {MARK!r}")
     ffn_dim = settings.count("ffn_size", stored.locations[FFN].shape[0])
     value_dim = hidden * (1 + settings.flag("double_v_dim", stored.locations[GATE].shape[1] == 2 * hidden))
     return RetNetConfig(
@@ -137,27 +125,14 @@ def _count(stored: StoredTensors, template: str) -> int:
     return count
 
 
-def _key_decay(stored: StoredTensors) -> tuple[tuple[float, ...], tuple[str, ...]]:
-    """log(z) / 512 with z_i = (2i + 0.4 K) / 1.4 K, as stored where it is not rounded to a half type; and notes."""
-    size = np.float32(stored.locations[MARK].shape[1])
-    z = (np.arange(0, size, 2, dtype=np.float32) + np.float32(0.4) * size) / (np.float32(1.4) * size)
-    location = stored.locations.get(SCALE)
-    if location is None:
-        return _log(z), ()
-    if location.dtype.name not in ("float32", "float64"):
-        return _log(z), (ROUNDED,)
-    if location.shape != z.shape:
-        raise InputError(f"tensor {SCALE!r} has shape {list(location.shape)}", f"{list(z.shape)}")
-    return _log(stored.read(SCALE)), ()
-
-
-def _log(z: Array) -> tuple[float, ...]:
-    return floats(np.log(z.astype(np.float64)) / XPOS_BASE)
-
-
 JAMIE_STIRLING = FormatSpec(
     name="jamie-stirling",
-    looked_for=f"weights with the tensor {MARK} or a JSON beside that holds layers, hidden_dim, ffn_size and heads",
-    detect=detect,
+    layout="Jamie-Stirling/RetNet",
+    keys=KEYS,
+    is_settings=is_settings,
+    settings_words="layers, hidden_dim, ffn_size and heads",
+    marks=("retentions.0.W_G", "layer_norms_1.0.weight"),
+    names=tuple(NAMES),
     read=read,
+    needs_settings=False,
 )

@@ -44,6 +44,19 @@ def language_model_log_decay(num_heads: int) -> Array:
     return np.log(language_model_gammas(num_heads).astype(np.float64)).astype(np.float32)
 
 
+def xatl_log2_decay(num_heads: int) -> Array:
+    """log2(1 - 2^(-5-h)), float32 `[H]`, as RetNet-XATL keeps it."""
+    gammas = (1 - 2.0 ** (-5.0 - np.arange(num_heads))).astype(np.float32)
+    return np.log2(gammas.astype(np.float64)).astype(np.float32)
+
+
+def xatl_language_model_log2_decay(num_heads: int) -> Array:
+    """log2(1 - exp(linspace(-5, -9, H))), float32 `[H]`: the other schedule of RetNet-XATL, which takes the exponential
+    of logarithms to base 2."""
+    gammas = ONE - np.exp(_linspace(-5.0, -9.0, num_heads).astype(np.float64)).astype(np.float32)
+    return np.log2(gammas.astype(np.float64)).astype(np.float32)
+
+
 def floats(values: Array) -> tuple[float, ...]:
     """The numbers as float64, for a configuration."""
     return tuple(float(value) for value in values)

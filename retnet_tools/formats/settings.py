@@ -1,14 +1,18 @@
-"""Reads the configuration that a format stores, value by value."""
+"""Reads the configuration that a format stores, value by value, and leaves no key of it unexplained.
+
+A format declares the keys that it reads, those that may hold one value only, those that cannot touch the mathematics,
+and older names. Any other key must be neutral (None, False, 0 or empty): what it would have meant nobody here knows.
+"""
 
 from __future__ import annotations
 
 import reprlib
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from retnet_tools.errors import InputError
+from retnet_tools.errors import InputError, did_you_mean
 
 Choice = TypeVar("Choice")
 
@@ -16,64 +20,179 @@ MAX_COUNT = 1 << 24
 MAX_NUMBER = sys.float_info.max
 
 
+def words(text: str) -> frozenset[str]:
+    """The words of a text."""
+    return frozenset(text.split())
+
+
+@dataclass(frozen=True)
+class Only:
+    """A key that must hold one of these values, or be absent.
+
+    Attributes:
+        values: what the format's reader knows.
+        expected: what they mean, for the error.
+    """
+
+    values: tuple[Any, ...]
+    expected: str
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The configuration keys of a format.
+
+    Attributes:
+        read: keys whose values `Settings` gives.
+        only: keys that select a kind of model of which one is supported.
+        inert: keys that cannot touch the mathematics of a trained model.
+        aliases: from older names to those of `read`.
+    """
+
+    read: frozenset[str]
+    only: Mapping[str, Only] = field(default_factory=dict)
+    inert: frozenset[str] = frozenset()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def known(self) -> frozenset[str]:
+        """All keys that mean something to the format."""
+        return self.read | self.inert | frozenset(self.only) | frozenset(self.aliases)
+
+
 @dataclass(frozen=True)
 class Settings:
     """A format's own configuration as stored, read by name and type. A value of None counts as absent.
 
     Every reader raises `InputError` for a value of another type, and for one that is absent and has no default.
+
+    Attributes:
+        origin: whose configuration it is, for errors.
+        values: by the format's present names.
+        keys: what the format declares; a key that is read without being declared is a fault of the reader.
+        given: the older names under which values stand in the document, by present name.
     """
 
     origin: str
     values: Mapping[str, Any]
+    keys: Keys | None = None
+    given: Mapping[str, str] = field(default_factory=dict)
+    _consulted: set[str] = field(default_factory=set, compare=False, repr=False)
+
+    @classmethod
+    def declared(cls, origin: str, document: Mapping[str, Any], keys: Keys, ignored: Collection[str] = ()) -> Settings:
+        """The settings of a stored document, every key of which is known, neutral or to be ignored.
+
+        Args:
+            ignored: keys that the user answers for.
+
+        Raises:
+            InputError: a key that is not known or holds what is not supported, or two names of one key that differ.
+        """
+        values = {name: value for name, value in document.items() if name not in ignored}
+        given: dict[str, str] = {}
+        for old, new in keys.aliases.items():
+            if old not in values:
+                continue
+            given.setdefault(new, old)
+            value = values.pop(old)
+            if values.get(new, value) != value:
+                raise InputError(
+                    f"the {origin} configuration has {old} = {reprlib.repr(value)} and {new} = "
+                    f"{reprlib.repr(values[new])}",
+                    "one value, since they are two names of one setting",
+                    "correct it",
+                )
+            values[new] = value
+        settings = cls(origin, values, keys, given)
+        for name, value in values.items():
+            settings._explain(name, value)
+        return settings
+
+    def _explain(self, name: str, value: Any) -> None:
+        assert self.keys is not None
+        only = self.keys.only.get(name)
+        if only is not None and value is not None and not any(_same(value, known) for known in only.values):
+            raise self.wrong(name, value, only.expected, "this kind of model is not supported")
+        if only is None and name not in self.keys.read | self.keys.inert and not _is_neutral(value):
+            raise self.wrong(
+                name,
+                value,
+                did_you_mean(name, self.keys.read) or "only keys that this format knows",
+                f"where it does not change the model, add --ignore-key {name}",
+            )
 
     def count(self, name: str, default: int | None = None) -> int:
         """A positive integer, below a bound that keeps schedules of its length small."""
         value = self._value(name, default)
         if type(value) is not int or not 1 <= value <= MAX_COUNT:
-            raise InputError(
-                f"the {self.origin} configuration has {name} = {reprlib.repr(value)}",
-                f"a positive integer, at most {MAX_COUNT}",
-                "correct it",
-            )
+            raise self.wrong(name, value, f"a positive integer, at most {MAX_COUNT}")
         return value
 
     def number(self, name: str, default: float) -> float:
         """A number that is not negative."""
         value = self._value(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_NUMBER:
-            raise InputError(
-                f"the {self.origin} configuration has {name} = {reprlib.repr(value)}", "a number >= 0", "correct it"
-            )
+            raise self.wrong(name, value, "a number >= 0")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
         """A truth value; 0 and 1 are read as one."""
         value = self._value(name, default)
-        if value not in (True, False):
-            raise InputError(f"the {self.origin} configuration has {name} = {value!r}", "true or false", "correct it")
+        if not isinstance(value, bool | int) or value not in (0, 1):
+            raise self.wrong(name, value, "true or false")
         return bool(value)
 
     def text(self, name: str, default: str) -> str:
         """A string."""
-        return str(self._value(name, default))
+        value = self._value(name, default)
+        if not isinstance(value, str):
+            raise self.wrong(name, value, "text")
+        return value
 
     def choice(self, name: str, choices: Mapping[str, Choice], default: str) -> Choice:
         """What one of these words stands for."""
         value = self._value(name, default)
         if not isinstance(value, str) or value not in choices:
-            raise InputError(
-                f"the {self.origin} configuration has {name} = {value!r}",
-                f"one of {', '.join(choices)}",
-                "other kinds are not supported",
-            )
+            raise self.wrong(name, value, f"one of {', '.join(choices)}", "other kinds are not supported")
         return choices[value]
+
+    def raw(self, name: str) -> Any:
+        """The value as it is stored; None where it is absent."""
+        if self.keys is not None and name not in self.keys.read and name not in self.keys.only:
+            raise AssertionError(f"the reader of {self.origin} does not declare {name!r}")
+        self._consulted.add(name)
+        return self.values.get(name)
 
     def has(self, name: str) -> bool:
         """Whether there is a value, other than None."""
-        return self.values.get(name) is not None
+        return self.raw(name) is not None
+
+    def without_effect(self) -> list[str]:
+        """What the reader never asked for, in this model's configuration, of the keys that it reads: one note a key."""
+        read = frozenset() if self.keys is None else self.keys.read
+        return [
+            f"{self.given.get(name, name)} = {reprlib.repr(value)} in the configuration does nothing in this model"
+            for name, value in self.values.items()
+            if name in read and name not in self._consulted and not _is_neutral(value)
+        ]
+
+    def wrong(self, name: str, value: Any, expected: str, action: str = "correct it") -> InputError:
+        """The error for a value that cannot be."""
+        shown = self.given.get(name, name)
+        return InputError(f"the {self.origin} configuration has {shown} = {reprlib.repr(value)}", expected, action)
 
     def _value(self, name: str, default: Any) -> Any:
-        value = self.values.get(name)
+        value = self.raw(name)
         if value is None and default is None:
             raise InputError(f"the {self.origin} configuration has no {name}", "every size of the model", "add it")
         return default if value is None else value
+
+
+def _is_neutral(value: Any) -> bool:
+    return value is None or (isinstance(value, bool | int | float | str | list | tuple | dict) and not value)
+
+
+def _same(value: Any, known: Any) -> bool:
+    """Equal and of one type, but that 0 and False are one."""
+    return type(value) in (type(known), bool, int) and bool(value == known)

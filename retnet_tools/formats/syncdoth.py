@@ -1,7 +1,9 @@
 """syncdoth/RetNet: a Hugging Face folder with torchscale's tensor names under `model.`.
 
 Differs from torchscale in its configuration alone: a second decay schedule, and a feed-forward network that may be
-plain, with biases and a norm of its own. It clamps scores as torchscale does since late 2023.
+plain, with biases and a norm of its own. Its revision of 2 October 2023 (`value_factor`) is torchscale's older model,
+with one epsilon for all norms. Until January 2024 its parallel form clamped |sum| of the scores, since then the sum of
+||; but for that first revision nothing in the files tells.
 """
 
 from __future__ import annotations
@@ -10,16 +12,28 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from retnet_tools.config import Activation, BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
-from retnet_tools.errors import InputError
+from retnet_tools.config import (
+    Activation,
+    BlockNorm,
+    FeedForward,
+    HeadNorm,
+    RetNetConfig,
+    ScoreClamp,
+    ScoreNormalization,
+)
 from retnet_tools.formats import syncdoth_writing
-from retnet_tools.formats.files import CheckpointFiles
+from retnet_tools.formats.inert import HUGGING_FACE
+from retnet_tools.formats.mapping import check_tie, is_tied
 from retnet_tools.formats.schedules import language_model_log_decay, paper_log_decay
-from retnet_tools.formats.settings import Settings
-from retnet_tools.formats.spec import FormatSpec, NameTable, Reading, check_tie
+from retnet_tools.formats.settings import Keys, Settings, words
+from retnet_tools.formats.spec import FormatSpec, NameTable, Reading, Source
+from retnet_tools.formats.storage import StoredTensors
+from retnet_tools.formats.torchscale import OWN_KEYS as TORCHSCALE_KEYS
 from retnet_tools.formats.torchscale_buffers import Schedules, read_schedules
+from retnet_tools.formats.torchscale_releases import HEAD as TORCHSCALE_HEAD
+from retnet_tools.formats.torchscale_releases import OLD_NAMES
+from retnet_tools.formats.xatl import XATL_KEYS
 
-ORIGIN = "syncdoth"
 PREFIX = "model."
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "swish": "silu", "relu": "relu"}
@@ -52,78 +66,127 @@ PLAIN_NAMES: NameTable = {
 }
 
 
-def _is_settings(document: Mapping[str, Any]) -> bool:
-    return document.get("model_type") == "retnet" and "decoder_embed_dim" in document
+REVISION_NAMES: NameTable = {
+    HEAD if name == TORCHSCALE_HEAD else PREFIX + name: canonical for name, canonical in OLD_NAMES.items()
+}
+CLAMPS: dict[str, ScoreClamp] = {"abs_of_sum": "abs_of_sum", "sum_of_abs": "sum_of_abs"}
+KEYS = Keys(
+    read=words(
+        """
+        activation_fn decoder_embed_dim decoder_ffn_embed_dim decoder_layers decoder_normalize_before
+        decoder_retention_heads decoder_value_embed_dim deepnorm layernorm_embedding layernorm_eps no_scale_embedding
+        score_clamp subln tie_word_embeddings use_ffn_rms_norm use_glu use_lm_decay value_factor vocab_size
+        """
+    ),
+    inert=HUGGING_FACE
+    | words("activation_dropout drop_path_rate dropout forward_impl recurrent_chunk_size z_loss_coeff"),
+)
 
 
-def detect(files: CheckpointFiles) -> bool:
-    """A configuration of model_type retnet that calls its size `decoder_embed_dim`."""
-    return any(_is_settings(document) for document in files.configs.values())
+def is_settings(document: Mapping[str, Any]) -> bool:
+    """Its sizes by name, and none of the keys of its relatives."""
+    relatives = (TORCHSCALE_KEYS | XATL_KEYS) & document.keys()
+    return document.get("model_type") == "retnet" and "decoder_embed_dim" in document and not relatives
 
 
-def read(files: CheckpointFiles) -> Reading:
+def read(source: Source) -> Reading:
     """Resolve the configuration of syncdoth/RetNet.
 
     Raises:
-        InputError: no configuration, sizes that do not divide, a tied head that differs from the embedding.
+        InputError: sizes that do not divide, settings that contradict each other or the buffers, a tied head that
+            differs from the embedding.
     """
-    found = [(path, Settings(ORIGIN, document)) for path, document in files.configs.items() if _is_settings(document)]
-    if not found:
-        raise InputError(
-            f"no {ORIGIN} configuration in {files.folder}",
-            'a config.json with "model_type": "retnet" and decoder_embed_dim',
-        )
-    path, settings = found[0]
-    stored = files.tensors
+    settings, stored = source.settings, source.stored
     embed, heads = settings.count("decoder_embed_dim", 768), settings.count("decoder_retention_heads", 3)
     if embed % heads:
-        raise InputError(
-            f"the {ORIGIN} configuration has decoder_retention_heads = {heads}",
-            f"a divisor of decoder_embed_dim = {embed}",
-        )
+        raise settings.wrong("decoder_retention_heads", heads, f"a divisor of decoder_embed_dim = {embed}")
     log_decay = language_model_log_decay if settings.flag("use_lm_decay", False) else paper_log_decay
     schedules = read_schedules(stored, PREFIX, heads, embed // heads, log_decay)
-    config = resolve(settings, schedules)
-    names = {**NAMES, **(GLU_NAMES if config.feed_forward.kind == "glu" else PLAIN_NAMES)}
+    revision = settings.has("value_factor")
+    config = resolve(settings, schedules, tied=_is_tied(settings, stored))
+    names = dict(REVISION_NAMES) if revision else {**NAMES, **_ffn_names(config)}
     if config.tie_word_embeddings:
         names[HEAD] = None
         check_tie(stored, HEAD, EMBEDDING)
-    return Reading(config, "syncdoth/RetNet", names, config_files=(path,), notes=schedules.notes)
+    notes = list(schedules.notes)
+    if settings.flag("use_glu", True) and settings.flag("use_ffn_rms_norm", False) and not revision:
+        notes.append("use_ffn_rms_norm does nothing with use_glu")
+    version = "syncdoth/RetNet (2 October 2023)" if revision else "syncdoth/RetNet"
+    assumed = not revision and not settings.has("score_clamp")
+    return Reading(config, version, names, notes=tuple(notes), assumed_clamp=assumed)
 
 
-def resolve(settings: Settings, schedules: Schedules) -> RetNetConfig:
+def _ffn_names(config: RetNetConfig) -> NameTable:
+    return GLU_NAMES if config.feed_forward.kind == "glu" else PLAIN_NAMES
+
+
+def resolve(settings: Settings, schedules: Schedules, *, tied: bool = False) -> RetNetConfig:
     """The configuration, with syncdoth's defaults filled in and its flags settled as its code settles them."""
+    revision = settings.has("value_factor")
     embed, layers = settings.count("decoder_embed_dim", 768), settings.count("decoder_layers", 12)
-    heads, eps = settings.count("decoder_retention_heads", 3), settings.number("layernorm_eps", 1e-6)
-    deepnorm = settings.flag("deepnorm", False)
-    subln = settings.flag("subln", True) and not deepnorm
-    pre = subln or (settings.flag("decoder_normalize_before", True) and not deepnorm)
+    heads = settings.count("decoder_retention_heads", 3)
+    eps = settings.number("layernorm_eps", 1e-5 if revision else 1e-6)
+    deepnorm, subln, pre = _norms(settings)
+    clamp = settings.choice("score_clamp", CLAMPS, "abs_of_sum" if revision else "sum_of_abs")
     return RetNetConfig(
         vocab_size=settings.count("vocab_size", 50257),
         hidden_size=embed,
         num_layers=layers,
         num_heads=heads,
         key_dim=embed,
-        value_dim=settings.count("decoder_value_embed_dim", 1280),
+        value_dim=_value_dim(settings, embed),
         decay=schedules.decay,
         rotary_frequencies=schedules.rotary_frequencies,
-        score_normalization=ScoreNormalization((embed // heads) ** -0.5, by_decay=True, clamp="sum_of_abs"),
-        head_norm=HeadNorm("rms", eps),
-        block_norm=BlockNorm("rms", eps),
+        score_normalization=ScoreNormalization((embed // heads) ** -0.5, by_decay=True, clamp=clamp),
+        head_norm=HeadNorm("layer" if revision else "rms", eps),
+        block_norm=BlockNorm("layer" if revision else "rms", eps, bias=revision),
         feed_forward=_feed_forward(settings, subln, eps),
         norm_order="pre" if pre else "post",
         residual_alpha=(2.0 * layers) ** 0.25 if deepnorm else 1.0,
         final_norm=pre,
+        projection_bias=revision,
         embedding_scale=1.0 if settings.flag("no_scale_embedding", True) else math.sqrt(embed),
         embedding_norm=settings.flag("layernorm_embedding", False),
-        tie_word_embeddings=settings.flag("tie_word_embeddings", False),
+        tie_word_embeddings=tied,
     )
 
 
+def _is_tied(settings: Settings, stored: StoredTensors) -> bool:
+    """`tie_word_embeddings`, false by default since 3 October 2023. Before, transformers' default held, and the tensors
+    tell."""
+    default = settings.has("value_factor") and is_tied(stored, HEAD, EMBEDDING)
+    return settings.flag("tie_word_embeddings", default)
+
+
+def _norms(settings: Settings) -> tuple[bool, bool, bool]:
+    """deepnorm, sub-norm, pre-norm. Its code turns two of them off by a third when a model is made, so that a stored
+    configuration never holds what it would turn off."""
+    deepnorm, subln = settings.flag("deepnorm", False), settings.flag("subln", not settings.flag("deepnorm", False))
+    before = settings.flag("decoder_normalize_before", not deepnorm)
+    for name, on in (("subln", subln), ("decoder_normalize_before", before)):
+        if deepnorm and on:
+            raise settings.wrong(name, True, "false, since deepnorm turns it off")
+    if subln and not before:
+        raise settings.wrong("decoder_normalize_before", False, "true, since subln turns it on")
+    return deepnorm, subln, before
+
+
+def _value_dim(settings: Settings, embed: int) -> int:
+    if not settings.has("value_factor"):
+        return settings.count("decoder_value_embed_dim", 1280)
+    size = embed * settings.count("value_factor")
+    if (stated := settings.count("decoder_value_embed_dim", size)) != size:
+        raise settings.wrong("decoder_value_embed_dim", stated, f"value_factor times {embed} = {size}")
+    return size
+
+
 def _feed_forward(settings: Settings, subln: bool, eps: float) -> FeedForward:
-    dim = settings.count("decoder_ffn_embed_dim", 1280)
+    revision = settings.has("value_factor")
+    dim = settings.count("decoder_ffn_embed_dim", 1536 if revision else 1280)
     activation = settings.choice("activation_fn", ACTIVATIONS, "gelu")
-    if settings.flag("use_glu", True):
+    if settings.flag("use_glu", not revision):
+        if revision:
+            raise settings.wrong("use_glu", True, "no gate in a configuration with value_factor")
         return FeedForward("glu", dim, activation)
     rms = settings.flag("use_ffn_rms_norm", False)
     norm = BlockNorm("rms" if rms else "layer", eps, bias=not rms)
@@ -132,8 +195,12 @@ def _feed_forward(settings: Settings, subln: bool, eps: float) -> FeedForward:
 
 SYNCDOTH = FormatSpec(
     name="syncdoth",
-    looked_for='a config.json with "model_type": "retnet" and decoder_embed_dim',
-    detect=detect,
+    layout="syncdoth/RetNet",
+    keys=KEYS,
+    is_settings=is_settings,
+    settings_words='"model_type": "retnet" and decoder_embed_dim',
+    marks=("model.layers.0.retention.q_proj.weight", EMBEDDING),
+    names=tuple(dict.fromkeys((*NAMES, *GLU_NAMES, *PLAIN_NAMES, *REVISION_NAMES))),
     read=read,
     write=lambda config: syncdoth_writing.write(config, NAMES, GLU_NAMES, PLAIN_NAMES),
 )

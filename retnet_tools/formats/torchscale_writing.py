@@ -20,8 +20,9 @@ ACTIVATION_WORDS: dict[str, str] = {"gelu": "gelu", "silu": "swish", "relu": "re
 
 def write(config: RetNetConfig) -> Writing:
     """The files of a model; what torchscale cannot express is found when they are read back."""
-    current, old = RELEASES
-    release = current if config.block_norm.kind == current.norm else old
+    biases, gated = config.projection_bias, config.feed_forward.kind == "glu"
+    layer = config.block_norm.kind == "layer"
+    release = next((r for r in RELEASES if (r.gated, r.norm_bias, r.biases) == (gated, layer, biases)), RELEASES[0])
     names = {stored: canonical for stored, canonical in release.names.items() if canonical is not None}
     if config.tie_word_embeddings:
         del names[HEAD]
@@ -48,7 +49,7 @@ def _buffer(values: tuple[float, ...]) -> Array:
 
 def _settings(config: RetNetConfig) -> dict[str, Any]:
     deepnorm = config.residual_alpha != 1.0
-    paper_clamp = config.score_normalization.clamp == "abs_of_sum" and config.block_norm.kind == "rms"
+    paper_clamp = config.score_normalization.clamp == "abs_of_sum" and config.feed_forward.kind == "glu"
     return {
         "decoder_embed_dim": config.hidden_size,
         "decoder_value_embed_dim": config.value_dim,

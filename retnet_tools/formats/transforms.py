@@ -35,11 +35,19 @@ def joined_heads(num_heads: int) -> Transform:
     )
 
 
-def row_part(index: int, count: int) -> Transform:
-    """One of several matrices that are stored as one, below each other: rows `[index * N, (index + 1) * N)`."""
+def row_range(start: int, size: int, total: int) -> Transform:
+    """One of several matrices that are stored as one, below each other: `size` rows of `total`, from `start` on."""
+    return Transform(lambda shape: (total, *shape[1:]), lambda parts: parts[0][start : start + size].copy())
+
+
+def head_part(index: int, count: int, num_heads: int) -> Transform:
+    """One of several matrices whose rows are stored head by head: N rows of the first, of the second, ..., for each
+    head, `[H * count * N, ...]`."""
 
     def apply(parts: Sequence[Array]) -> Array:
-        return np.split(parts[0], count)[index].copy()
+        rows = parts[0]
+        by_head = rows.reshape(num_heads, count, -1, *rows.shape[1:])  # [H*count*N, ...] -> [H, count, N, ...]
+        return by_head[:, index].reshape(-1, *rows.shape[1:])
 
     return Transform(lambda shape: (count * shape[0], *shape[1:]), apply)
 

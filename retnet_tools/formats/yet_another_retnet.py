@@ -1,7 +1,9 @@
-"""fkodom/yet-another-retnet: a bare state dict, with the keyword arguments of its `RetNet` as JSON beside it.
+"""fkodom/yet-another-retnet: a state dict, bare or as its training script saves it, with the keyword arguments of its
+`RetNet` as JSON beside it.
 
-The number of heads, the order of the norms, the activation and the epsilon are in those arguments alone. Decay is not
-stored: its code computes it in the dtype of the activations. Rotary angles are stored.
+Sizes follow from the tensors. The order of the norms, the activation and the epsilon do not: they are in those
+arguments alone, where one that is left out has its default. Decay is not stored: its code computes it in the dtype of
+the activations. Rotary angles are stored.
 """
 
 from __future__ import annotations
@@ -13,11 +15,10 @@ import numpy as np
 
 from retnet_tools.config import Activation, BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
 from retnet_tools.errors import InputError
-from retnet_tools.formats.files import CheckpointFiles
 from retnet_tools.formats.schedules import floats, linspace_frequencies
-from retnet_tools.formats.settings import Settings
-from retnet_tools.formats.spec import FormatSpec, NameTable, Reading
-from retnet_tools.formats.storage import StoredTensors
+from retnet_tools.formats.settings import Keys, Settings, words
+from retnet_tools.formats.spec import FormatSpec, NameTable, Reading, Source
+from retnet_tools.formats.storage import StoredTensors, TensorLocation
 from retnet_tools.paper import language_model_decay
 
 ORIGIN = "yet-another-retnet"
@@ -50,45 +51,70 @@ NAMES: NameTable = {
 ROUNDED = "rotary angles are rounded in the file: computed from the published schedule instead"
 
 
-def _is_settings(document: Mapping[str, Any]) -> bool:
-    return {"num_tokens", "d_model", "nhead"} <= document.keys()
+KEYS = Keys(
+    read=words("activation d_model dim_feedforward layer_norm_eps nhead norm_first num_layers num_tokens"),
+    inert=frozenset({"device", "dropout", "dtype"}),
+)
+UNTOLD = ("activation", "norm_first", "layer_norm_eps")
 
 
-def detect(files: CheckpointFiles) -> bool:
-    """Its arguments as JSON beside the weights, or its names of tensors."""
-    return files.has_settings_or_tensor(_is_settings, MARK)
+def is_settings(document: Mapping[str, Any]) -> bool:
+    """The arguments of its `RetNet`: all sizes, or what the tensors do not tell."""
+    return {"num_tokens", "d_model", "nhead"} <= document.keys() or set(UNTOLD) <= document.keys()
 
 
-def read(files: CheckpointFiles) -> Reading:
+def read(source: Source) -> Reading:
     """Resolve the arguments of `RetNet`.
 
     Raises:
         InputError: no arguments beside the weights, or ones that describe no model.
     """
-    found = [(path, Settings(ORIGIN, document)) for path, document in files.configs.items() if _is_settings(document)]
-    if not found:
+    settings, stored = source.settings, source.stored
+    location = stored.locations.get(MARK)
+    if location is None:
+        raise InputError(f"no tensor {MARK!r}", "rotary angles: a model without relative positions is not supported")
+    if not settings.values:
         raise InputError(
-            f"no {ORIGIN} configuration beside {files.path}",
-            "an args.json with num_tokens, d_model, nhead and the other arguments of its RetNet",
-            "write the keyword arguments of RetNet as args.json beside it",
+            f"nothing with these {ORIGIN} weights tells {', '.join(UNTOLD)}",
+            'a JSON such as {"activation": "swish", "norm_first": true, "layer_norm_eps": 1e-6}',
+            "write it as args.json beside them, or name it with --config",
         )
-    path, settings = found[0]
-    heads, embed = settings.count("nhead", 8), settings.count("d_model", 512)
+    sizes = _sizes(source)
+    embed, heads = settings.count("d_model", sizes["d_model"]), settings.count("nhead", sizes["nhead"])
     if embed % heads:
-        raise InputError(f"the {ORIGIN} configuration has nhead = {heads}", f"a divisor of d_model = {embed}")
-    frequencies, notes = _frequencies(files.tensors, embed // heads)
-    config = resolve(settings, frequencies)
-    return Reading(config, ORIGIN, NAMES, config_files=(path,), notes=notes)
+        raise settings.wrong("nhead", heads, f"a divisor of d_model = {embed}")
+    frequencies, notes = _frequencies(stored, location, embed // heads)
+    return Reading(resolve(settings, sizes, frequencies), ORIGIN, NAMES, notes=notes)
 
 
-def resolve(settings: Settings, frequencies: tuple[float, ...]) -> RetNetConfig:
-    """The configuration, with the defaults of `RetNet` filled in."""
-    embed, heads = settings.count("d_model", 512), settings.count("nhead", 8)
+def _sizes(source: Source) -> dict[str, int]:
+    """The sizes that the tensors tell; 1 where they are not there, which is found out tensor by tensor."""
+    locations = source.stored.locations
+    shapes = {name: location.shape for name, location in locations.items()}
+    (tokens, embed), (ffn, _) = (
+        shapes.get(name, ()) if len(shapes.get(name, ())) == 2 else (1, 1)
+        for name in ("embedding.weight", "decoder.layers.0.linear1.weight")
+    )
+    angles = shapes[MARK][0] if shapes[MARK] else 1
+    layers = sum(ANGLES.format(i=i) in locations for i in range(len(locations)))
+    return {
+        "num_tokens": tokens,
+        "d_model": embed,
+        "nhead": max(1, embed // angles),
+        "num_layers": layers,
+        "dim_feedforward": ffn,
+    }
+
+
+def resolve(settings: Settings, sizes: Mapping[str, int], frequencies: tuple[float, ...]) -> RetNetConfig:
+    """The configuration, with the sizes of the tensors and the defaults of `RetNet` filled in."""
+    size = {name: settings.count(name, found) for name, found in sizes.items()}
+    embed, heads = size["d_model"], size["nhead"]
     activation = settings.choice("activation", ACTIVATIONS, "swish")
     return RetNetConfig(
-        vocab_size=settings.count("num_tokens"),
+        vocab_size=size["num_tokens"],
         hidden_size=embed,
-        num_layers=settings.count("num_layers", 6),
+        num_layers=size["num_layers"],
         num_heads=heads,
         key_dim=embed,
         value_dim=embed,
@@ -97,7 +123,7 @@ def resolve(settings: Settings, frequencies: tuple[float, ...]) -> RetNetConfig:
         score_normalization=ScoreNormalization((embed // heads) ** -0.5, by_decay=False, clamp="none"),
         head_norm=HeadNorm("layer", HEAD_NORM_EPS),
         block_norm=BlockNorm("layer", settings.number("layer_norm_eps", 1e-6), bias=True),
-        feed_forward=FeedForward("plain", settings.count("dim_feedforward", 2048), activation, bias=True),
+        feed_forward=FeedForward("plain", size["dim_feedforward"], activation, bias=True),
         gate=activation,
         norm_order="pre" if settings.flag("norm_first", True) else "branch",
         final_norm=False,
@@ -106,11 +132,10 @@ def resolve(settings: Settings, frequencies: tuple[float, ...]) -> RetNetConfig:
     )
 
 
-def _frequencies(stored: StoredTensors, head_k_dim: int) -> tuple[tuple[float, ...], tuple[str, ...]]:
+def _frequencies(
+    stored: StoredTensors, location: TensorLocation, head_k_dim: int
+) -> tuple[tuple[float, ...], tuple[str, ...]]:
     """The stored angles, each twice for its pair, or the published ones where a half type rounds them."""
-    location = stored.locations.get(MARK)
-    if location is None:
-        raise InputError(f"no tensor {MARK!r}", "rotary angles: a model without relative positions is not supported")
     if location.shape != (head_k_dim,):
         raise InputError(f"tensor {MARK!r} has shape {list(location.shape)}", f"[{head_k_dim}], d_model / nhead")
     if location.dtype.name not in ("float32", "float64"):
@@ -123,7 +148,12 @@ def _frequencies(stored: StoredTensors, head_k_dim: int) -> tuple[tuple[float, .
 
 YET_ANOTHER_RETNET = FormatSpec(
     name=ORIGIN,
-    looked_for="weights with a JSON beside that holds num_tokens, d_model and nhead",
-    detect=detect,
+    layout=ORIGIN,
+    keys=KEYS,
+    is_settings=is_settings,
+    settings_words="num_tokens, d_model and nhead",
+    marks=("decoder.layers.0.retention.q_proj.weight", "decoder.layers.0.linear1.weight"),
+    names=tuple(NAMES),
     read=read,
+    needs_settings=False,
 )

@@ -114,30 +114,57 @@ class DecoderBuilder(WeightedBuilder, ABC):
         # Pre-norm: Y = MSR(LN(X)) + X. Each sum is made together with the norm that follows it.
         normed = self.ops.norm(self.g, x, self._norm("layers.0.retention_norm")) if pre else x
         for i in range(config.num_layers):
-            self.g.scope = f"layers.{i}/retention"
-            y, state = self._retention(f"layers.{i}.retention", normed, terms, past[i])
+            name, last = f"layers.{i}", i + 1 == config.num_layers
+            self.g.scope = f"{name}/retention"
+            y, state = self._retention(f"{name}.retention", normed, terms, past[i])
             present.append(state)
-            if i + 1 == config.num_layers:
+            if last:
                 # Only states need the other tokens from here on.
                 x, y = self.last_rows(x), self.last_rows(y)
-            x, normed = self._add_norm(x, y, own=f"layers.{i}.retention_norm", following=f"layers.{i}.ffn_norm")
-            self.g.scope = f"layers.{i}/ffn"
-            y = self._feed_forward(f"layers.{i}.ffn", normed)
-            following = "final_norm" if i + 1 == config.num_layers else f"layers.{i + 1}.retention_norm"
-            x, normed = self._add_norm(x, y, own=f"layers.{i}.ffn_norm", following=following)
+            if config.parallel_residual:
+                entry = self._parallel_input(f"{name}.ffn_norm", x, normed, last)
+                x = self.g.op("Add", self._scaled(x), y)
+            else:
+                norms = {"own": f"{name}.retention_norm", "following": f"{name}.ffn_norm"}
+                x, entry = self._add_norm(self._scaled(x), y, **norms)
+                x = self._scaled(x)
+            self.g.scope = f"{name}/ffn"
+            y = self._feed_forward(f"{name}.ffn", entry)
+            following = "final_norm" if last else f"layers.{i + 1}.retention_norm"
+            x, normed = self._add_norm(x, y, own=f"{name}.ffn_norm", following=following)
         if config.final_norm and not pre:
             normed = self.ops.norm(self.g, normed, self._norm("final_norm"))
+        if config.output_norm is not None:
+            normed = self.ops.norm(self.g, normed, self._norm("output_norm", config.output_norm))
         return normed, present
+
+    def _parallel_input(self, norm: str, x: ir.Value, normed: ir.Value, last: bool) -> ir.Value:
+        """What the feed-forward network reads where it reads the layer's input x: LN_2 X, or LN_1 X.
+
+        Args:
+            norm: its own, where it has one.
+            x: of the last layer only the last rows.
+            normed: LN_1 X, all rows.
+            last: whether this is the last layer.
+        """
+        if not self.config.shared_block_norm:
+            return self.ops.norm(self.g, x, self._norm(norm))
+        return self.last_rows(normed) if last else normed
+
+    def _scaled(self, x: ir.Value) -> ir.Value:
+        """alpha x."""
+        return self.g.scale(x, self.config.residual_alpha, self.dtype)
 
     def _add_norm(self, x: ir.Value, y: ir.Value, *, own: str, following: str) -> tuple[ir.Value, ir.Value]:
         """The residual stream after a block gave y, and what the next block reads.
 
         Args:
-            x, y: `[rows, D]`.
+            x: the stream before it times alpha, `[rows, D]`.
+            y: `[rows, D]`.
             own: the norm of the block that gave y.
             following: the norm of the next block, or `final_norm`.
         """
-        order, x = self.config.norm_order, self.g.scale(x, self.config.residual_alpha, self.dtype)
+        order = self.config.norm_order
         if order == "branch":
             y = self.ops.norm(self.g, y, self._norm(own))
         if order == "branch" or (following == "final_norm" and order == "pre" and not self.config.final_norm):
@@ -181,7 +208,14 @@ class DecoderBuilder(WeightedBuilder, ABC):
         return g.op("Mul", q, g.constant("state_scale_inverse", (1 / scale).astype(np.float32))), k, v
 
     def _rotate(self, x: ir.Value, cos: ir.Value, sin: ir.Value, heads: int) -> ir.Value:
-        return self.g.op("RotaryEmbedding", x, cos, sin, interleaved=1, num_heads=heads)
+        """q or k `[B, T, H*K]` by phases as `PositionTerms` has them."""
+        g, config = self.g, self.config
+        if not config.has_head_rotation:
+            return g.op("RotaryEmbedding", x, cos, sin, interleaved=1, num_heads=heads)
+        # Heads lie one after another in a token, as tokens do: as tokens they may each have phases of their own, and a
+        # head is as large as ever (CUDA's kernel takes 1024 at most).
+        x = g.op("RotaryEmbedding", g.reshape(x, 0, -1, config.head_k_dim), cos, sin, interleaved=1, num_heads=1)
+        return g.reshape(x, 0, -1, config.key_dim)  # [B, T*H, K] -> [B, T, H*K]
 
     def _repeat(self, x: ir.Value, size: int) -> ir.Value:
         """Each head of k or v once for every query head that shares it."""

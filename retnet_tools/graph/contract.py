@@ -108,8 +108,9 @@ def state_scale(config: RetNetConfig, state_dtype: str) -> tuple[float, ...]:
     """
     if state_dtype != "float16":
         return (1.0,) * config.num_heads
-    slowest = max(config.key_decay, default=0.0)
-    return tuple(_power_of_two(max(-math.expm1(decay + slowest), 1 / (MAX_POSITION + 1))) for decay in config.decay)
+    slowest = (max(config.of_head(config.key_decay, head), default=0.0) for head in range(config.num_heads))
+    sums = (decay + pair for decay, pair in zip(config.decay, slowest, strict=True))
+    return tuple(_power_of_two(max(-math.expm1(log_gamma), 1 / (MAX_POSITION + 1))) for log_gamma in sums)
 
 
 def _power_of_two(x: float) -> float:

@@ -49,7 +49,7 @@ class Manifest:
     def fingerprint(self) -> dict[str, str]:
         """What a saved state depends on, by name: the model, and the types that its numbers were made with."""
         sources = [file["sha256"] for file in self.provenance["source_files"]]
-        model = json.dumps([self.config.to_dict(), sources], sort_keys=True)
+        model = json.dumps([self.config.identity(), sources], sort_keys=True)
         return {
             "model": hashlib.sha256(model.encode()).hexdigest(),
             "dtype": self.dtype,

@@ -17,7 +17,10 @@ from retnet_tools.weights import Array
 
 @dataclass(frozen=True)
 class PositionTerms:
-    """Phases of q, phases of k times its scale, each `[B, T, K/2]`, and 1/sqrt(sum gamma^i) `[B, T, H, 1]`, float32."""
+    """Phases of q, phases of k times its scale, and 1/sqrt(sum gamma^i) `[B, T, H, 1]`, float32.
+
+    Phases are `[B, T, K/2]`; `[B, T*H, K/2]`, a head one more token, where each head has frequencies of its own.
+    """
 
     cos: ir.Value
     sin: ir.Value
@@ -55,6 +58,10 @@ def position_terms(
     key_cos, key_sin = (g.scale(x, config.score_normalization.key_scale, "float32") for x in (cos, sin))
     if key_mask is not None:
         key_cos, key_sin = (g.op("Mul", x, key_mask) for x in (key_cos, key_sin))
+    if config.has_head_rotation:
+        pairs = config.head_k_dim // 2
+        # [B, T, H*K/2] -> [B, T*H, K/2]
+        cos, sin, key_cos, key_sin = (g.reshape(x, 0, -1, pairs) for x in (cos, sin, key_cos, key_sin))
     if not config.score_normalization.by_decay:
         return PositionTerms(cos, sin, key_cos, key_sin, None)
     sums = decay_sum_tables(config)

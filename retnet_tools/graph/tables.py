@@ -18,7 +18,10 @@ from retnet_tools.weights import Array
 
 
 def phase_tables(config: RetNetConfig) -> dict[str, Array]:
-    """cos and sin of b theta (`low`) and 4096 a theta (`high`), each `[4096, K/2]` float32."""
+    """cos and sin of b theta (`low`) and 4096 a theta (`high`), each `[4096, K/2]` float32.
+
+    `[4096, H*K/2]` where each head has frequencies of its own.
+    """
     theta = np.array(config.rotary_frequencies)
     steps = np.arange(POSITION_RADIX, dtype=np.float64)[:, None]
     tables = {}
@@ -31,7 +34,11 @@ def phase_tables(config: RetNetConfig) -> dict[str, Array]:
 def log_decay(config: RetNetConfig) -> Array:
     """log(gamma) in float64: `[H]`, or `[H, K]` where every pair of key dimensions adds its own."""
     decay = np.array(config.decay)
-    return decay[:, None] + np.repeat(config.key_decay, 2) if config.key_decay else decay
+    if not config.key_decay:
+        return decay
+    pairs = np.array(config.key_decay).reshape(-1, config.head_k_dim // 2)
+    by_key: Array = decay[:, None] + np.repeat(pairs, 2, axis=1)  # [1 or H, K/2] -> [H, K]
+    return by_key
 
 
 def decay_sum_tables(config: RetNetConfig) -> dict[str, Array]:

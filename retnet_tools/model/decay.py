@@ -17,8 +17,8 @@ def log_decay(config: RetNetConfig, device: torch.device) -> Tensor:
     decay = torch.tensor(config.decay, dtype=torch.float64, device=device)
     if not config.key_decay:
         return decay
-    pairs = torch.tensor(config.key_decay, dtype=torch.float64, device=device)
-    return decay[:, None] + pairs.repeat_interleave(2)
+    pairs = torch.tensor(config.key_decay, dtype=torch.float64, device=device).view(-1, config.head_k_dim // 2)
+    return decay[:, None] + pairs.repeat_interleave(2, dim=1)  # [1 or H, K/2] -> [H, K]
 
 
 def gamma_powers(decay: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,7 +4,10 @@ feed-forward block of each layer (2L of them), then the head.
 Everything runs in float32 on the CPU, in the chunkwise form (Eq. 7), on whole sequences from zero states and position
 0. Memory: the weights of one block and the activations of one call.
 
-Shapes: B sequences, T tokens, D hidden size, N and K outputs and inputs of a matrix.
+Between the two blocks of a layer with a parallel residual the stream is two hidden states side by side, the layer's
+input, which both blocks read, and what is added up so far: `stream_width` says how wide it is.
+
+Shapes: B sequences, T tokens, D hidden size, W width of the stream (D, or 2 D), N and K outputs and inputs of a matrix.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet_tools.config import RetNetConfig
+from retnet_tools.config import BlockNorm, RetNetConfig
 from retnet_tools.model.norms import Norm
 from retnet_tools.model.retention import retention_chunkwise
 from retnet_tools.model.retnet import Layer, terms_at, to_torch
@@ -32,7 +35,7 @@ _EXITS: dict[Part, str] = {"retention": "out_proj", "ffn": "down_proj"}
 
 
 class Block:
-    """A block with its norm and its residual connection, x `[B, T, D]` to `[B, T, D]`.
+    """A block with its norm and its residual connection, x `[B, T, W]` to `[B, T, W]`.
 
     Attributes:
         name: such as `layers.0.retention`.
@@ -49,7 +52,8 @@ class Block:
         layer = f"layers.{index // 2}."
         self.name = f"{layer}{part}"
         shapes = canonical_shapes(config)
-        names = [name for name in shapes if name.startswith((f"{self.name}.", f"{self.name}_norm."))]
+        norm = "retention" if config.shared_block_norm else part
+        names = [name for name in shapes if name.startswith((f"{self.name}.", f"{layer}{norm}_norm."))]
         entries = (f"{self.name}.{linear}.weight" for linear in _ENTRIES[part])
         self.matrices = (
             tuple(name for name in entries if name in shapes),
@@ -65,7 +69,7 @@ class Block:
 
     @property
     def _norm(self) -> Norm:
-        return self._layer.retention_norm if self._is_retention else self._layer.ffn_norm
+        return self._layer.retention_norm if self._is_retention else self._layer.norm_of_ffn
 
     def matrix(self, name: str) -> Array:
         """A weight `[N, K]` by its canonical name."""
@@ -77,25 +81,32 @@ class Block:
 
     def inputs(self, step: int, x: Array) -> Array:
         """What the matrices of a step read, `[B T, K]`."""
-        entry = self._layer.block_input(self._norm, torch.from_numpy(x))
+        # The layer's input comes first in a stream that holds more.
+        entry = self._layer.block_input(self._norm, torch.from_numpy(x[..., : self._config.hidden_size]))
         y = entry if step == 0 else self._inner(entry)
         return y.flatten(0, 1).numpy()  # [B, T, K] -> [B T, K]
 
     def __call__(self, x: Array) -> Array:
-        """The residual stream after the block, `[B, T, D]`."""
+        """The residual stream after the block, `[B, T, W]`."""
         return self.after(x, self.inputs(1, x))
 
     def after(self, x: Array, inputs: Array) -> Array:
-        """The residual stream after the block, `[B, T, D]`, where what its second step reads is known.
+        """The residual stream after the block, `[B, T, W]`, where what its second step reads is known.
 
         Args:
-            x: the stream before it, `[B, T, D]`.
+            x: the stream before it, `[B, T, W]`.
             inputs: `inputs(1, x)`, `[B T, K]`.
         """
         stream = torch.from_numpy(x)
         last = self._layer.retention.out_proj if self._is_retention else self._layer.ffn.down_proj
         y = last(torch.from_numpy(inputs)).unflatten(0, x.shape[:2])  # [B T, D] -> [B, T, D]
-        return self._layer.add(self._norm, stream, y).numpy()
+        if not self._config.parallel_residual:
+            after: Array = self._layer.add(self._norm, stream, y).numpy()
+        elif self._is_retention:
+            after = torch.cat((stream, self._layer.add(self._norm, stream, y)), dim=-1).numpy()
+        else:
+            after = (stream[..., self._config.hidden_size :] + y).numpy()
+        return after
 
     def _inner(self, entry: Tensor) -> Tensor:
         """What the matrix of the second step reads."""
@@ -109,21 +120,24 @@ class Block:
 
 
 class Head:
-    """The final norm and the output projection: hidden states x `[B, T, D]` to logits.
+    """The final norms and the output projection: hidden states x `[B, T, D]` to logits.
 
     Args:
         matrix: the weight of the projection, `[vocab, D]` float32.
     """
 
     def __init__(self, config: RetNetConfig, weights: WeightSource, matrix: Array) -> None:
-        self._norm = _load_norm(config, weights, "final_norm") if config.final_norm else None
+        self._norms = [_load_norm(config, weights, "final_norm")] if config.final_norm else []
+        if config.output_norm is not None:
+            self._norms.append(_load_norm(config, weights, "output_norm", config.output_norm))
         self._matrix = torch.from_numpy(matrix)
         self._bias = _float32(weights.read("lm_head.bias")) if config.head_bias else None
 
     def inputs(self, x: Array) -> Array:
         """What the projection reads, `[B T, D]`."""
-        stream = torch.from_numpy(x)
-        y = stream if self._norm is None else self._norm(stream)
+        y = torch.from_numpy(x)
+        for norm in self._norms:
+            y = norm(y)
         inputs: Array = y.flatten(0, 1).numpy()  # [B, T, D] -> [B T, D]
         return inputs
 
@@ -135,6 +149,11 @@ class Head:
 def block_count(config: RetNetConfig) -> int:
     """Blocks of a model: two a layer."""
     return 2 * config.num_layers
+
+
+def stream_width(config: RetNetConfig, index: int) -> int:
+    """W of the stream before a block, index 0 to 2L."""
+    return config.hidden_size * (2 if config.parallel_residual and index % 2 else 1)
 
 
 def head_matrix(config: RetNetConfig) -> str:
@@ -155,8 +174,8 @@ def embed(config: RetNetConfig, weights: WeightSource, matrix: Array, ids: Array
     return x.numpy()
 
 
-def _load_norm(config: RetNetConfig, weights: WeightSource, name: str) -> Any:
-    norm = Norm(config.hidden_size, config.block_norm)
+def _load_norm(config: RetNetConfig, weights: WeightSource, name: str, kind: BlockNorm | None = None) -> Any:
+    norm = Norm(config.hidden_size, kind or config.block_norm)
     state = {part: _float32(weights.read(f"{name}.{part}")) for part, _ in norm.named_parameters()}
     norm.load_state_dict(state, assign=True)
     return norm.requires_grad_(False)

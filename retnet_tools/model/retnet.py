@@ -51,7 +51,7 @@ class RetNetOutput:
 
 @dataclass(frozen=True)
 class PositionTerms:
-    """What a position contributes, the same for all layers: phases `[B, 1, T, K/2]` and 1/sqrt(sum gamma^i)."""
+    """What a position contributes, the same for all layers: phases `[B, 1 or H, T, K/2]`, and 1/sqrt(sum gamma^i)."""
 
     cos: Tensor
     sin: Tensor
@@ -60,8 +60,6 @@ class PositionTerms:
 
 class MultiScaleRetention(nn.Module):
     """MSR(X) = (act(X W_G) * GroupNorm_h(Retention(X, gamma_h))) W_O (Eq. 8)."""
-
-    decay: Tensor
 
     def __init__(self, config: RetNetConfig) -> None:
         super().__init__()
@@ -129,16 +127,18 @@ class FeedForwardNetwork(nn.Module):
 class Layer(nn.Module):
     """Y = MSR(LN(X)) + X, X' = FFN(LN(Y)) + Y (Eq. 9).
 
-    With `post`, X' = LN(alpha X + f(X)) for each block f (DeepNorm); with `branch`, X' = alpha X + LN(f(X)).
+    With `post`, X' = LN(alpha X + f(X)) for each block f (DeepNorm); with `branch`, X' = alpha X + LN(f(X)). With a
+    parallel residual, X' = alpha X + MSR(LN_1 X) + FFN(LN_2 X), where LN_2 may be LN_1.
     """
 
     def __init__(self, config: RetNetConfig) -> None:
         super().__init__()
         self.order = config.norm_order
         self.alpha = config.residual_alpha
+        self.parallel = config.parallel_residual
         self.retention_norm = Norm(config.hidden_size, config.block_norm)
         self.retention = MultiScaleRetention(config)
-        self.ffn_norm = Norm(config.hidden_size, config.block_norm)
+        self.ffn_norm = None if config.shared_block_norm else Norm(config.hidden_size, config.block_norm)
         self.ffn = FeedForwardNetwork(config)
 
     def forward(
@@ -146,8 +146,15 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Output `[B, T, D]` and state `[B, H, K, V]` for x `[B, T, D]`."""
         y, state = self.retention(self.block_input(self.retention_norm, x), terms, state, form)
-        x = self.add(self.retention_norm, x, y)
-        return self.add(self.ffn_norm, x, self.ffn(self.block_input(self.ffn_norm, x))), state
+        total, norm = self.add(self.retention_norm, x, y), self.norm_of_ffn
+        if self.parallel:
+            return total + self.ffn(norm(x)), state
+        return self.add(norm, total, self.ffn(self.block_input(norm, total))), state
+
+    @property
+    def norm_of_ffn(self) -> Norm:
+        """The norm of the feed-forward block, which may be that of retention."""
+        return self.retention_norm if self.ffn_norm is None else self.ffn_norm
 
     def block_input(self, norm: Norm, x: Tensor) -> Tensor:
         """What the block of this norm reads of the residual stream x."""
@@ -166,7 +173,7 @@ class Layer(nn.Module):
 
 
 class RetNet(nn.Module):
-    """A RetNet language model: embedding, layers, final norm, output projection; or a stack without first and last.
+    """A RetNet language model: embedding, layers, final norms, output projection; or a stack without first and last.
 
     Runs in any torch float type. Retention itself, phases, decay and head norms run in float32 under half types and
     in float64 under float64; states have that type too.
@@ -180,6 +187,7 @@ class RetNet(nn.Module):
         self.embedding_norm = Norm(size, norm) if config.embedding_norm else None
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.final_norm = Norm(size, norm) if config.final_norm else None
+        self.output_norm = Norm(size, config.output_norm) if config.output_norm is not None else None
         untied = config.has_vocabulary and not config.tie_word_embeddings
         self.lm_head = nn.Linear(size, config.vocab_size, config.head_bias) if untied else None
 
@@ -213,8 +221,8 @@ class RetNet(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """Logits of the last layer's output `[B, T, D]`; without an output head, its norm."""
-        if self.final_norm is not None:
-            x = self.final_norm(x)
+        for norm in (self.final_norm, self.output_norm):
+            x = x if norm is None else norm(x)
         if self.embedding is None:
             return x
         logits: Tensor = F.linear(x, self.embedding.weight) if self.lm_head is None else self.lm_head(x)
@@ -237,7 +245,8 @@ class RetNet(nn.Module):
 def terms_at(config: RetNetConfig, positions: Tensor, dtype: torch.dtype) -> PositionTerms:
     """What positions `[B or 1, T]` contribute to activations of a dtype."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    cos, sin = rotary_phases(positions, config.rotary_frequencies, wide)
+    heads = config.num_heads if config.has_head_rotation else 1
+    cos, sin = rotary_phases(positions, config.rotary_frequencies, wide, heads)
     if not config.score_normalization.by_decay:
         return PositionTerms(cos, sin, None)
     decay = torch.tensor(config.decay, dtype=torch.float64, device=positions.device)

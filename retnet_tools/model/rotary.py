@@ -8,20 +8,23 @@ import torch
 from torch import Tensor
 
 
-def rotary_phases(positions: Tensor, frequencies: Sequence[float], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_phases(
+    positions: Tensor, frequencies: Sequence[float], dtype: torch.dtype, heads: int = 1
+) -> tuple[Tensor, Tensor]:
     """cos(n theta_i) and sin(n theta_i), computed in float64.
 
     Args:
         positions: `[B, T]` int64.
-        frequencies: theta, K/2 radians per position.
+        frequencies: theta, K/2 radians per position, of one head after another.
         dtype: of the result; float32 or float64, never a half type.
+        heads: that have frequencies of their own; 1 where all share them.
 
     Returns:
-        cos and sin, each `[B, 1, T, K/2]`.
+        cos and sin, each `[B, heads, T, K/2]`.
 
     Source: Eq. 3 of arXiv 2307.08621.
     """
-    theta = torch.tensor(frequencies, dtype=torch.float64, device=positions.device)
+    theta = torch.tensor(frequencies, dtype=torch.float64, device=positions.device).view(heads, 1, -1)
     phase = positions.to(torch.float64)[:, None, :, None] * theta
     return torch.cos(phase).to(dtype), torch.sin(phase).to(dtype)
 
@@ -31,7 +34,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: `[B, H, T, K]`.
-        cos, sin: `[B, 1, T, K/2]`.
+        cos, sin: `[B, 1 or H, T, K/2]`.
 
     Returns:
         `[B, H, T, K]`.

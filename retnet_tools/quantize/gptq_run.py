@@ -12,7 +12,8 @@ nearest or rounded after the blocks, 0.015 and 0.014. Choosing scales for errors
 
 Memory: one block in float32 twice, 3 K^2 numbers of 8 bytes for its input (see `ErrorFeedback`), activations of 2048
 tokens; while tokens are embedded, and for the head, the vocabulary's matrix. On disk: both streams twice, 16 bytes a
-token and hidden dimension (2.1 GB for 65,536 tokens of a model of 2048), and a byte for each weight that is done.
+token and hidden dimension (2.1 GB for 65,536 tokens of a model of 2048), 24 where both blocks of a layer read one
+stream, and a byte for each weight that is done.
 
 A run that is stopped goes on at the block it was at: see `retnet_tools.quantize.unfinished`.
 """
@@ -27,7 +28,7 @@ import numpy as np
 
 from retnet_tools.errors import InputError, OutputError
 from retnet_tools.graph.quantization import BlockFormat
-from retnet_tools.model.layerwise import EMBEDDING, Block, Head, block_count, embed, head_matrix
+from retnet_tools.model.layerwise import EMBEDDING, Block, Head, block_count, embed, head_matrix, stream_width
 from retnet_tools.quantize.blockwise import QuantizedRows, dequantize_rows, join_rows, quantize_rows
 from retnet_tools.quantize.float_weights import FloatWeights
 from retnet_tools.quantize.gptq import DAMPING, ErrorFeedback, InputStatistics
@@ -77,7 +78,7 @@ class _Run:
         self._config, self._task, self._formats = task.config, task, task.formats
         self._weights, self._ids = FloatWeights(task.weights, task.dtype), task.text.sequences
         self._parts = batches(self._ids)
-        self._shape, self._shapes = (*self._ids.shape, task.config.hidden_size), canonical_shapes(task.config)
+        self._shapes = canonical_shapes(task.config)
         self._head, self._last = head_matrix(task.config), block_count(task.config)
         task.progress("reading weights", 0, self._last + 2)
         decisions = {"dtype": task.dtype.name, "version": VERSION, "damping": DAMPING}
@@ -209,14 +210,15 @@ class _Run:
 
     def _write(self, name: str, parts: Iterable[Array]) -> None:
         with self._work.writing(name) as path:
-            write_states(path, self._shape, parts)
+            write_states(path, len(self._ids), parts)
 
     def _progress(self, what: str, done: int) -> None:
         self._task.progress(what, done, self._last + 2)
 
     def _check_space(self) -> None:
         there = sum(self._work.size(name) for n in range(self._last + 1) for name in _streams(n))
-        states = 16 * int(np.prod(self._shape)) - there
+        numbers = 2 * self._ids.size * sum(stream_width(self._config, n) for n in range(2))
+        states = 4 * numbers - there
         codes = sum(_code_bytes(self._shapes[name], format) for name, format in self._missing().items())
         needed, free = states + codes, shutil.disk_usage(self._work.folder).free
         if free < needed:

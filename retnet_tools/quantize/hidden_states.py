@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +35,14 @@ def batches(sequences: Array) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(sequences), size)]
 
 
-def write_states(path: Path, shape: tuple[int, int, int], parts: Iterable[Array]) -> None:
-    """Store hidden states `[S, T, D]` float32, which come in parts `[s, T, D]`, as a file of numpy's format."""
+def write_states(path: Path, count: int, parts: Iterable[Array]) -> None:
+    """Store hidden states `[S, T, D]` float32 of S sequences, which come in parts `[s, T, D]`, in numpy's format."""
+    parts = iter(parts)
+    first = next(parts)
+    shape = (count, *first.shape[1:])
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-        for part in parts:
+        for part in chain((first,), parts):
             file.write(np.ascontiguousarray(part, dtype="<f4").data)
 
 

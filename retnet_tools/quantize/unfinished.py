@@ -46,7 +46,7 @@ def hash_work(
     Args:
         weights: as the work reads them, so that what it would refuse is refused here.
     """
-    digest = hashlib.sha256(json.dumps([__version__, config.to_dict(), others], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([__version__, config.identity(), others], sort_keys=True).encode())
     digest.update(json.dumps({name: _plain(format) for name, format in formats.items()}).encode())
     digest.update(f"{sequences.shape}".encode() + np.ascontiguousarray(sequences).tobytes())
     for name in sorted(weights.names()):

@@ -47,8 +47,9 @@ def decay_rows(config: RetNetConfig) -> Iterator[tuple[str, float]]:
     """(label, log gamma) of each head, the same in all layers; of its slowest and fastest pair where pairs differ."""
     for head, log_gamma in enumerate(config.decay):
         if config.key_decay:
-            yield f"{head}, slowest pair", log_gamma + max(config.key_decay)
-            yield f"{head}, fastest pair", log_gamma + min(config.key_decay)
+            pairs = config.of_head(config.key_decay, head)
+            yield f"{head}, slowest pair", log_gamma + max(pairs)
+            yield f"{head}, fastest pair", log_gamma + min(pairs)
         else:
             yield str(head), log_gamma
 

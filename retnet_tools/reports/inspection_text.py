@@ -80,8 +80,10 @@ def _render_config(console: Console, result: Inspection) -> None:
     for name, value in result.opened.config.to_dict().items():
         if name not in _SCHEDULES:
             table.add_row(name, Text(_flat(value)))
-    frequencies = result.opened.config.rotary_frequencies
-    table.add_row("rotary_frequencies", f"{len(frequencies)}, {frequencies[0]:.6g} to {frequencies[-1]:.6g}")
+    config = result.opened.config
+    frequencies, pairs = config.rotary_frequencies, config.head_k_dim // 2
+    counted_pairs = f"{pairs} in each of {config.num_heads} heads" if config.has_head_rotation else str(pairs)
+    table.add_row("rotary_frequencies", f"{counted_pairs}, {frequencies[0]:.6g} to {frequencies[-1]:.6g}")
     _print_table(console, table)
 
 

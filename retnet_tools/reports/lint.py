@@ -60,7 +60,8 @@ def lint_config(config: RetNetConfig, stored_types: Iterable[str]) -> Iterator[F
         stored_types: the dtypes of its tensors, by name.
     """
     yield from _gamma(config, sorted(set(stored_types)))
-    if not all(a > b for a, b in pairwise(config.rotary_frequencies)):
+    rotations = {config.of_head(config.rotary_frequencies, head) for head in range(config.num_heads)}
+    if not all(map(_decreases, rotations)):
         yield Finding("rotary-order", "warning", "rotary frequencies do not decrease from pair to pair")
     clamp, norm = config.score_normalization.clamp, config.head_norm
     if clamp == "none":
@@ -105,6 +106,12 @@ def listing(names: Sequence[str]) -> str:
 def counted(count: int, noun: str) -> str:
     """`1 warning`, `2 warnings`."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _decreases(frequencies: tuple[float, ...]) -> bool:
+    """Whether frequencies decrease from pair to pair, up to pairs at the end that do not turn (partial rotation)."""
+    turning = max((i for i, theta in enumerate(frequencies, 1) if theta != 0), default=len(frequencies))
+    return all(a > b for a, b in pairwise(frequencies[:turning]))
 
 
 def _gamma(config: RetNetConfig, stored_types: Sequence[str]) -> Iterator[Finding]:

@@ -136,7 +136,8 @@ def test_a_checkpoint_tells_its_format_and_its_files(case: str) -> None:
     names = {file.name for file in checkpoint.source_files}
     assert names <= {"config.json", "args.json", "model.safetensors", "pytorch_model.bin", "model.pt"}
     assert len(names) == 2
-    assert checkpoint.notes == []
+    assert checkpoint.assumed_clamp == case.startswith("sd")
+    assert all("which clamp" in note for note in checkpoint.notes)
 
 
 @pytest.mark.parametrize("ops", ["fused", "standard"])

@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 import retnet_tools.formats as formats
 from retnet_tools.errors import InputError
 from retnet_tools.formats import open_checkpoint
-from retnet_tools.formats.files import CheckpointFiles
-from retnet_tools.formats.spec import FormatSpec, Reading, Transform
+from retnet_tools.formats.settings import Keys
+from retnet_tools.formats.spec import FormatSpec, Reading, Source, Transform
 from retnet_tools.weights import Array, canonical_shapes
 from tests.helpers import BASE, random_source
 
@@ -33,7 +33,7 @@ def halves_to_pairs(parts: Sequence[Array]) -> Array:
     return halves.swapaxes(1, 2).reshape(parts[0].shape)
 
 
-def read(_: CheckpointFiles) -> Reading:
+def read(_: Source) -> Reading:
     names: dict[str, str | None] = {name: name for name in canonical_shapes(CONFIG)}
     for i in range(CONFIG.num_layers):
         del names[QUERY.format(i=i)]
@@ -47,7 +47,15 @@ def read(_: CheckpointFiles) -> Reading:
 
 
 MADE_UP = FormatSpec(
-    "made-up", "a file made-up.safetensors", lambda f: (f.folder / "made-up.safetensors").exists(), read
+    name="made-up",
+    layout="a layout made up here",
+    keys=Keys(read=frozenset()),
+    is_settings=lambda document: False,
+    settings_words="nothing",
+    marks=("layers.0.heads.0.W_Q",),
+    names=("layers.{i}.heads.{h}.W_Q", "layers.{i}.k"),
+    read=read,
+    needs_settings=False,
 )
 
 

@@ -152,11 +152,13 @@ def test_a_file_that_does_not_tell_its_clamp_is_noted(tmp_path: Path) -> None:
     unsaid = {k: v for k, v in SETTINGS.items() if k != "torchscale_version"}
     checkpoint = open_checkpoint(write_torchscale(tmp_path / "unsaid", settings=unsaid))
     assert checkpoint.config.score_normalization.clamp == "sum_of_abs"
-    assert any("0.3.0" in note for note in checkpoint.notes)
+    assert checkpoint.assumed_clamp
+    assert any("--clamp" in note for note in checkpoint.notes)
     said = {**SETTINGS, "torchscale_version": "0.3.0"}
     checkpoint = open_checkpoint(write_torchscale(tmp_path / "said", settings=said))
     assert checkpoint.config.score_normalization.clamp == "abs_of_sum"
-    assert not any("0.3.0" in note for note in checkpoint.notes)
+    assert not checkpoint.assumed_clamp
+    assert checkpoint.notes == []
 
 
 @pytest.mark.parametrize("name", ["model.pt", "weights.pth", "model.safetensors", "pytorch_model.bin"])
@@ -253,5 +255,5 @@ def test_unsupported_settings_are_refused_by_name(tmp_path: Path, change: dict[s
 def test_several_different_configurations_are_refused(tmp_path: Path) -> None:
     file = write_torchscale(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**SETTINGS, "layernorm_eps": 1e-3}))
-    with pytest.raises(InputError, match=r"config\.json, args\.json"):
+    with pytest.raises(InputError, match=r"config\.json and args\.json of model\.pt differ in layernorm_eps"):
         open_checkpoint(file)

@@ -19,7 +19,7 @@ from retnet_tools.quantize.plan import plan_quantization
 from retnet_tools.quantize.scheme import SchemeOptions, make_scheme
 from tests.exports import checkpoint, export
 from tests.fake_gpu import FakeGpu, needs_fake_gpu
-from tests.helpers import ABLATIONS, BASE, random_source
+from tests.helpers import ABLATIONS, BASE, OTHER_LAYERS, random_source
 from tests.quantized import quantize
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -80,7 +80,7 @@ def test_every_node_of_an_export_for_cuda_has_a_kernel_and_steps_leave_none_on_t
 @pytest.mark.parametrize("bits", ["int8", "int4"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ops", OPERATOR_SETS)
-@pytest.mark.parametrize("name", ["base", "tied", "projection_bias", "plain_ffn"])
+@pytest.mark.parametrize("name", ["base", "tied", "projection_bias", "plain_ffn", *OTHER_LAYERS])
 def test_quantized_weights_have_kernels_too(name: str, ops: str, dtype: str, bits: str, symmetric: bool) -> None:
     plan = plan_export(checkpoint(ABLATIONS[name], random_source(BASE, 1)), dtype=dtype, ops=ops, device="cuda")
     plan = plan_quantization(plan, make_scheme(bits, SchemeOptions(block_size=32, symmetric=symmetric), ops=ops))
@@ -153,7 +153,8 @@ def test_an_unknown_operator_and_unknown_types_have_no_kernel() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_prediction_is_what_the_provider_does(device: str, tmp_path: Path) -> None:
     graphs = []
-    for name in ("base", "torchscale_2023", "key_decay", "feature_map_elu", "shared_key_value_heads", "stack"):
+    names = ("base", "torchscale_2023", "key_decay", "feature_map_elu", "shared_key_value_heads", "stack")
+    for name in (*names, *OTHER_LAYERS):
         for ops in OPERATOR_SETS:
             config = ABLATIONS[name]
             out = export(config, random_source(config, 1), tmp_path / f"{name}-{ops}", ops=ops, device=device)

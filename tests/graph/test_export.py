@@ -22,7 +22,7 @@ from retnet_tools.graph import export as export_module
 from retnet_tools.graph.export import default_output, plan_export, write_export
 from retnet_tools.graph.manifest import read_manifest
 from tests.exports import checkpoint, export
-from tests.helpers import ABLATIONS, BASE, MemorySource, random_source
+from tests.helpers import ABLATIONS, BASE, OTHER_LAYERS, MemorySource, random_source
 
 
 def test_the_manifest_reads_back(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_the_manifest_reads_back(tmp_path: Path) -> None:
     assert manifest.provenance["notes"] == ["a note"]
 
 
-@pytest.mark.parametrize("name", ["base", "tied", "torchscale_2023"])
+@pytest.mark.parametrize("name", ["base", "tied", "torchscale_2023", *OTHER_LAYERS])
 def test_weights_data_holds_every_tensor_once_and_bit_exact(name: str, tmp_path: Path) -> None:
     config, source = ABLATIONS[name], random_source(ABLATIONS[name], 2)
     out = export(config, source, tmp_path / "out")

@@ -18,7 +18,7 @@ from retnet_tools.paper import language_model_decay, paper_decay
 from retnet_tools.runtime.session import DecoderSession
 from retnet_tools.tokens import load_tokenizer
 from tests.exports import checkpoint, cpu_runner, export, run_prefill, run_steps, zero_states
-from tests.helpers import ABLATIONS, BASE, random_source, random_tokens
+from tests.helpers import ABLATIONS, BASE, OTHER_LAYERS, random_source, random_tokens
 from tests.tolerances import FLOAT16_STATE_KL, FLOAT16_STATES, GRAPH_FLOAT32
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "shakespeare"
@@ -52,12 +52,22 @@ def test_the_slowest_key_dimension_decides(tmp_path: Path) -> None:
         assert 0.5 < scale / -np.expm1(decay - 0.001) <= 1
 
 
+def test_the_slowest_key_dimension_of_each_head_decides() -> None:
+    slowest = (-0.001, -0.02, -0.003, -0.3)
+    pairs = tuple(decay for own in slowest for decay in (-0.4, own, -0.7, -0.5))
+    config = replace(ABLATIONS["head_rotation"], key_decay=pairs)
+    for scale, decay, own in zip(state_scale(config, "float16"), config.decay, slowest, strict=True):
+        assert 0.5 < scale / -np.expm1(decay + own) <= 1
+
+
 def test_other_states_hold_the_plain_sum() -> None:
     assert state_scale(BASE, "float32") == (1.0,) * 4
 
 
 @pytest.mark.parametrize("ops", OPS)
-@pytest.mark.parametrize("name", ["base", "key_decay", "shared_key_value_heads", "feature_map_relu2", "stack"])
+@pytest.mark.parametrize(
+    "name", ["base", "key_decay", "shared_key_value_heads", "feature_map_relu2", "stack", *OTHER_LAYERS]
+)
 def test_the_first_chunk_is_exact_and_leaves_the_scaled_sum(name: str, ops: str, tmp_path: Path) -> None:
     config, source = ABLATIONS[name], random_source(ABLATIONS[name], 1)
     ids = random_tokens(config, 2, 40, 2)

@@ -20,7 +20,7 @@ from retnet_tools.graph.ops import OPERATOR_SETS
 from retnet_tools.model.retention import retention_chunkwise, retention_parallel, retention_recurrent
 from tests.exports import cpu_runner, export, run_genai, zero_states
 from tests.graph.test_prefill import all_nodes, check_rows, check_states, random_states, torch_run, without_clamp
-from tests.helpers import ABLATIONS, BASE, random_source, random_tokens
+from tests.helpers import ABLATIONS, BASE, OTHER_LAYERS, random_source, random_tokens
 from tests.reference import reference_logits
 from tests.tolerances import GRAPH_FLOAT16, GRAPH_FLOAT32, GRAPH_POSITIONS
 
@@ -64,7 +64,7 @@ def test_ragged_rows_continue_their_states_like_each_row_alone(name: str, ops: s
 
 
 @pytest.mark.parametrize("ops", OPS)
-@pytest.mark.parametrize("name", ["base", "key_decay", "torchscale_2023", "no_decay"])
+@pytest.mark.parametrize("name", ["base", "key_decay", "torchscale_2023", "no_decay", *OTHER_LAYERS])
 def test_a_prompt_then_steps_equals_a_float64_recurrence_written_apart(name: str, ops: str, tmp_path: Path) -> None:
     config, source = ABLATIONS[name], random_source(ABLATIONS[name], seed=12)
     ids = random_tokens(config, 2, CHUNK_SIZE + 20, seed=13)
@@ -77,7 +77,9 @@ def test_a_prompt_then_steps_equals_a_float64_recurrence_written_apart(name: str
         np.testing.assert_allclose(logits, expected[:, start - 1], rtol=0, atol=GRAPH_FLOAT32)
 
 
-@pytest.mark.parametrize("name", ["base", "key_decay", "torchscale_2023", "shared_key_value_heads", "head_bias"])
+@pytest.mark.parametrize(
+    "name", ["base", "key_decay", "torchscale_2023", "shared_key_value_heads", "head_bias", *OTHER_LAYERS]
+)
 def test_the_reference_evaluator_runs_the_standard_graph(name: str, tmp_path: Path) -> None:
     config, source = ABLATIONS[name], random_source(ABLATIONS[name], seed=9)
     evaluator = ReferenceEvaluator(str(genai_graph(config, source, tmp_path / "out", ops="standard")))
@@ -122,7 +124,7 @@ def test_what_stands_at_padding_changes_nothing(ops: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("ops", OPS)
-@pytest.mark.parametrize("name", ["base", "key_decay"])
+@pytest.mark.parametrize("name", ["base", "key_decay", *OTHER_LAYERS])
 @pytest.mark.parametrize("length", [20, CHUNK_SIZE + 20])
 def test_a_codeword_in_one_row_changes_no_other(length: int, name: str, ops: str, tmp_path: Path) -> None:
     config, source = ABLATIONS[name], random_source(ABLATIONS[name], seed=22)
@@ -154,7 +156,7 @@ def test_an_id_beyond_the_padding_token_is_an_error_of_the_runtime(tmp_path: Pat
 
 
 @pytest.mark.parametrize("ops", OPS)
-@pytest.mark.parametrize("name", ["base", "torchscale_2023", "key_decay"])
+@pytest.mark.parametrize("name", ["base", "torchscale_2023", "key_decay", *OTHER_LAYERS])
 def test_float16_weights_keep_float32_states(name: str, ops: str, tmp_path: Path) -> None:
     config, source = ABLATIONS[name], random_source(ABLATIONS[name], seed=27, dtype=np.float16)
     run = cpu_runner(genai_graph(config, source, tmp_path / "out", ops=ops, dtype="float16"))
@@ -168,7 +170,7 @@ def test_float16_weights_keep_float32_states(name: str, ops: str, tmp_path: Path
 
 @pytest.mark.parametrize("ops", OPS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("name", ["base", "torchscale_2023", "tied", "key_decay"])
+@pytest.mark.parametrize("name", ["base", "torchscale_2023", "tied", "key_decay", *OTHER_LAYERS])
 def test_the_checker_accepts_every_graph(name: str, dtype: str, ops: str, tmp_path: Path) -> None:
     config = ABLATIONS[name]
     graph = genai_graph(config, random_source(config, 1), tmp_path / "out", ops=ops, dtype=dtype)
@@ -189,7 +191,7 @@ def test_inputs_and_outputs_keep_the_contract(ops: str, tmp_path: Path) -> None:
             assert onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type) == spec.dtype
 
 
-@pytest.mark.parametrize("name", ["base", "tied", "key_decay"])
+@pytest.mark.parametrize("name", ["base", "tied", "key_decay", *OTHER_LAYERS])
 def test_weights_data_is_that_of_the_other_target(name: str, tmp_path: Path) -> None:
     config, source = ABLATIONS[name], random_source(ABLATIONS[name], 2)
     folders = [export(config, source, tmp_path / target, target=target) for target in ("onnx", "genai")]

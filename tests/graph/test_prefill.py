@@ -20,7 +20,7 @@ from retnet_tools.model.retnet import RetNetOutput, load_model
 from retnet_tools.paper import language_model_decay, paper_decay
 from retnet_tools.weights import Array, WeightSource
 from tests.exports import cpu_runner, export, run_prefill, run_steps, zero_states
-from tests.helpers import ABLATIONS, BASE, random_source, random_tokens
+from tests.helpers import ABLATIONS, BASE, OTHER_LAYERS, random_source, random_tokens
 from tests.reference import reference_logits
 from tests.tolerances import GRAPH_FLOAT16, GRAPH_FLOAT32, GRAPH_POSITIONS
 
@@ -115,7 +115,7 @@ def test_the_reference_evaluator_runs_the_standard_graph(name: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("ops", OPS)
-@pytest.mark.parametrize("name", ["base", "no_decay", "key_decay", "stack"])
+@pytest.mark.parametrize("name", ["base", "no_decay", "key_decay", "stack", *OTHER_LAYERS])
 def test_chunks_equal_a_float64_recurrence_written_apart(name: str, ops: str, tmp_path: Path) -> None:
     config, source = ABLATIONS[name], random_source(ABLATIONS[name], seed=12)
     ids = random_tokens(config, 2, 50, seed=13)
@@ -151,14 +151,16 @@ def test_long_memories_stay_exact_at_any_chunk_size(decay: tuple[float, ...], ch
     check_states(states, expected.states)
 
 
+@pytest.mark.parametrize("name", ["base", "head_rotation_alone"])
 @pytest.mark.parametrize("ops", OPS)
 @pytest.mark.parametrize("position", [10_000, 100_000, 1_000_003, 16_000_000, contract.MAX_POSITION - 30])
-def test_far_positions_are_exact(position: int, ops: str, tmp_path: Path) -> None:
-    source = random_source(BASE, seed=16)
-    run = cpu_runner(export(BASE, source, tmp_path / "out", ops=ops) / contract.PREFILL_FILE)
-    ids, states = random_tokens(BASE, 1, 31, seed=17), random_states(BASE, 1, seed=18)
+def test_far_positions_are_exact(position: int, name: str, ops: str, tmp_path: Path) -> None:
+    config = ABLATIONS[name]
+    source = random_source(config, seed=16)
+    run = cpu_runner(export(config, source, tmp_path / "out", ops=ops) / contract.PREFILL_FILE)
+    ids, states = random_tokens(config, 1, 31, seed=17), random_states(config, 1, seed=18)
     wide = [torch.from_numpy(state).double() for state in states]
-    expected = torch_run(BASE, source, ids, dtype=torch.float64, states=wide, position=position)
+    expected = torch_run(config, source, ids, dtype=torch.float64, states=wide, position=position)
     logits, after = run_prefill(run, ids, states, position=position)
     np.testing.assert_allclose(logits, expected.logits[:, -1].numpy(), rtol=0, atol=GRAPH_POSITIONS)
     for state, reference in zip(after, expected.states, strict=True):
@@ -166,7 +168,7 @@ def test_far_positions_are_exact(position: int, ops: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("ops", OPS)
-@pytest.mark.parametrize("name", ["base", "key_decay", "stack", "torchscale_2023", "no_decay"])
+@pytest.mark.parametrize("name", ["base", "key_decay", "stack", "torchscale_2023", "no_decay", *OTHER_LAYERS])
 def test_padding_never_leaks(name: str, ops: str, tmp_path: Path) -> None:
     config, source = ABLATIONS[name], random_source(ABLATIONS[name], seed=19)
     run = cpu_runner(export(config, source, tmp_path / "out", ops=ops) / contract.PREFILL_FILE)
@@ -189,7 +191,7 @@ def test_padding_never_leaks(name: str, ops: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ops", OPS)
-@pytest.mark.parametrize("name", ["base", "key_decay", "one_key_value_head"])
+@pytest.mark.parametrize("name", ["base", "key_decay", "one_key_value_head", *OTHER_LAYERS])
 def test_a_codeword_in_one_row_changes_no_other(name: str, ops: str, tmp_path: Path) -> None:
     config, source = ABLATIONS[name], random_source(ABLATIONS[name], seed=22)
     run = cpu_runner(export(config, source, tmp_path / "out", ops=ops) / contract.PREFILL_FILE)
@@ -203,7 +205,7 @@ def test_a_codeword_in_one_row_changes_no_other(name: str, ops: str, tmp_path: P
 
 
 @pytest.mark.parametrize("ops", OPS)
-@pytest.mark.parametrize("name", ["base", "torchscale_2023", "shared_head_norm", "key_decay"])
+@pytest.mark.parametrize("name", ["base", "torchscale_2023", "shared_head_norm", "key_decay", *OTHER_LAYERS])
 def test_float16_weights_keep_float32_states(name: str, ops: str, tmp_path: Path) -> None:
     config, source = ABLATIONS[name], random_source(ABLATIONS[name], seed=24, dtype=np.float16)
     out = export(config, source, tmp_path / "out", ops=ops, dtype="float16")
@@ -219,7 +221,7 @@ def test_float16_weights_keep_float32_states(name: str, ops: str, tmp_path: Path
 
 @pytest.mark.parametrize("ops", OPS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("name", ["base", "torchscale_2023", "tied", "key_decay", "stack"])
+@pytest.mark.parametrize("name", ["base", "torchscale_2023", "tied", "key_decay", "stack", *OTHER_LAYERS])
 def test_the_checker_accepts_every_graph(name: str, dtype: str, ops: str, tmp_path: Path) -> None:
     config = ABLATIONS[name]
     graph = export(config, random_source(config, 1), tmp_path / "out", ops=ops, dtype=dtype) / contract.PREFILL_FILE

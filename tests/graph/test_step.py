@@ -18,7 +18,7 @@ from retnet_tools.graph.ops import OPERATOR_SETS
 from retnet_tools.model.retention import retention_recurrent
 from retnet_tools.model.retnet import load_model
 from tests.exports import cpu_runner, export, run_steps, zero_states
-from tests.helpers import ABLATIONS, BASE, MemorySource, random_source, random_tokens
+from tests.helpers import ABLATIONS, BASE, OTHER_LAYERS, MemorySource, random_source, random_tokens
 from tests.tolerances import GRAPH_FLOAT16, GRAPH_FLOAT32, GRAPH_POSITIONS
 
 OPS = list(OPERATOR_SETS)
@@ -77,7 +77,7 @@ def test_the_reference_evaluator_runs_the_standard_graph(name: str, tmp_path: Pa
 
 @pytest.mark.parametrize("ops", OPS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("name", ["base", "torchscale_2023", "tied"])
+@pytest.mark.parametrize("name", ["base", "torchscale_2023", "tied", *OTHER_LAYERS])
 def test_the_checker_accepts_every_graph(name: str, dtype: str, ops: str, tmp_path: Path) -> None:
     config = ABLATIONS[name]
     graph = export(config, random_source(config, 1), tmp_path / "out", ops=ops, dtype=dtype) / contract.STEP_FILE
@@ -102,16 +102,18 @@ def test_rows_may_stand_at_different_positions(ops: str, tmp_path: Path) -> None
             np.testing.assert_allclose(together[n][row], alone[row][n][0], rtol=0, atol=GRAPH_FLOAT32)
 
 
+@pytest.mark.parametrize("name", ["base", "head_rotation_alone"])
 @pytest.mark.parametrize("ops", OPS)
 @pytest.mark.parametrize("position", [10_000, 100_000, 1_000_003, 16_000_000, contract.MAX_POSITION - 8])
-def test_far_positions_are_exact(position: int, ops: str, tmp_path: Path) -> None:
-    source = random_source(BASE, seed=10)
-    run = cpu_runner(export(BASE, source, tmp_path / "out", ops=ops) / contract.STEP_FILE)
-    ids = random_tokens(BASE, 1, 8, seed=11)
+def test_far_positions_are_exact(position: int, name: str, ops: str, tmp_path: Path) -> None:
+    config = ABLATIONS[name]
+    source = random_source(config, seed=10)
+    run = cpu_runner(export(config, source, tmp_path / "out", ops=ops) / contract.STEP_FILE)
+    ids = random_tokens(config, 1, 8, seed=11)
     rng = np.random.default_rng(12)
-    states = [rng.standard_normal(state.shape) for state in zero_states(BASE, 1)]
+    states = [rng.standard_normal(state.shape) for state in zero_states(config, 1)]
     expected = torch_logits(
-        BASE, source, ids, torch.float64, states=[torch.from_numpy(state) for state in states], position=position
+        config, source, ids, torch.float64, states=[torch.from_numpy(state) for state in states], position=position
     )
     narrow = [state.astype(np.float32) for state in states]
     for n, (logits, after) in enumerate(run_steps(run, ids, narrow, position=position)):
@@ -121,7 +123,7 @@ def test_far_positions_are_exact(position: int, ops: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("ops", OPS)
-@pytest.mark.parametrize("name", ["base", "torchscale_2023", "shared_head_norm"])
+@pytest.mark.parametrize("name", ["base", "torchscale_2023", "shared_head_norm", *OTHER_LAYERS])
 def test_float16_weights_keep_float32_states(name: str, ops: str, tmp_path: Path) -> None:
     config = ABLATIONS[name]
     source = random_source(config, seed=13, dtype=np.float16)

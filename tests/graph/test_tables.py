@@ -11,20 +11,22 @@ import pytest
 
 from retnet_tools.graph.contract import MAX_POSITION
 from retnet_tools.graph.tables import decay_sum_tables, phase_tables
-from tests.helpers import BASE
+from tests.helpers import ABLATIONS, BASE
 
 POSITIONS = [0, 1, 4095, 4096, 10_000, 999_999, MAX_POSITION]
 
 
+@pytest.mark.parametrize("name", ["base", "head_rotation"])
 @pytest.mark.parametrize("position", POSITIONS)
-def test_phases_are_exact_at_any_position(position: int) -> None:
-    tables = phase_tables(BASE)
+def test_phases_are_exact_at_any_position(position: int, name: str) -> None:
+    config = ABLATIONS[name]
+    tables = phase_tables(config)
     a, b = divmod(position, 4096)
     low = tables["positions.cos_low"][b] + 1j * tables["positions.sin_low"][b]
     high = tables["positions.cos_high"][a] + 1j * tables["positions.sin_high"][a]
     phase = [
         math.fmod(float(Fraction(theta) * position % Fraction(2 * math.pi)), 2 * math.pi)
-        for theta in BASE.rotary_frequencies
+        for theta in config.rotary_frequencies
     ]
     # 2 pi itself is a float64, so reducing by it costs position * 2^-53 at most.
     np.testing.assert_allclose(low * high, np.exp(1j * np.array(phase)), rtol=0, atol=3e-7 + position * 1e-15)

@@ -26,6 +26,15 @@ def test_rotation_is_multiplication_by_complex_phases():
     np.testing.assert_allclose(turned(x, positions).numpy(), expected, atol=FLOAT64, rtol=0)
 
 
+def test_each_head_may_have_frequencies_of_its_own():
+    x, positions = random(2, 3, 5, 8), torch.tensor([[0, 1, 2, 3, 4], [10, 11, 12, 13, 14]])
+    own = paper_rotary_frequencies(24)
+    y = rotate(x, *rotary_phases(positions, own, torch.float64, heads=3))
+    for head in range(3):
+        phases = rotary_phases(positions, own[4 * head : 4 * head + 4], torch.float64)
+        torch.testing.assert_close(y[:, head], rotate(x, *phases)[:, head], atol=FLOAT64, rtol=0)
+
+
 def test_position_zero_changes_nothing():
     x = random(1, 2, 1, 8)
     assert torch.equal(turned(x, torch.tensor([[0]])), x)

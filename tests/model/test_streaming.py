@@ -12,11 +12,11 @@ from retnet_tools.errors import InputError, UsageError
 from retnet_tools.model.retnet import load_model
 from retnet_tools.model.streaming import CheckpointLogits
 from tests.exports import checkpoint
-from tests.helpers import ABLATIONS, FLA, random_source, random_tokens
+from tests.helpers import ABLATIONS, FLA, OTHER_LAYERS, random_source, random_tokens
 from tests.reference import reference_logits
 from tests.tolerances import LOGITS_FLOAT32, LOGITS_FLOAT64
 
-NAMES = ["base", "tied", "key_decay", "shared_key_value_heads", "post_norm", "no_decay"]
+NAMES = ["base", "tied", "key_decay", "shared_key_value_heads", "post_norm", "no_decay", *OTHER_LAYERS]
 
 
 @pytest.mark.parametrize("name", NAMES)

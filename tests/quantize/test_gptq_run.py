@@ -237,6 +237,29 @@ def test_too_little_space_is_refused_before_it_is_used(tmp_path: Path, monkeypat
         Gptq(make_task(BASE, random_source(BASE, 3), tmp_path))
 
 
+def test_a_parallel_residual_needs_room_for_a_wider_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ABLATIONS["parallel_residual"]
+    most = 0
+
+    def count(what: str, done: int, total: int) -> None:
+        nonlocal most
+        most = max(most, sum(path.stat().st_size for path in tmp_path.rglob("hidden-*")))
+
+    # Both streams before a block lie there, the wider ones at most: 2 of 2 hidden states in float32.
+    Gptq(make_task(config, random_source(config, 3), tmp_path, progress=count))
+    assert 2 * 2 * 4 * 120 * 32 <= most < 2 * 2 * 4 * 120 * 32 + 512
+    codes = 2 * 2 * 12_000
+    for free, enough in ((16 * 120 * 32 + codes, False), (24 * 120 * 32 + codes, True)):
+        usage = type("usage", (), {"free": free})
+        monkeypatch.setattr(gptq_run.shutil, "disk_usage", lambda path, usage=usage: usage)
+        task = make_task(config, random_source(config, 3), tmp_path / str(free))
+        if enough:
+            Gptq(task)
+        else:
+            with pytest.raises(OutputError, match="free for hidden states of 120 tokens"):
+                Gptq(task)
+
+
 def test_space_for_codes_counts_and_what_is_there_needs_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

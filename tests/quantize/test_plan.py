@@ -31,7 +31,7 @@ from retnet_tools.quantize.scheme import SchemeOptions, make_scheme
 from retnet_tools.quantize.unfinished import Workplace
 from retnet_tools.runtime.session import DecoderSession
 from tests.exports import checkpoint, export
-from tests.helpers import ABLATIONS, BASE, MemorySource, random_source, random_tokens
+from tests.helpers import ABLATIONS, BASE, OTHER_LAYERS, MemorySource, random_source, random_tokens
 from tests.quantized import decoded_source, quantize
 from tests.tolerances import GRAPH_FLOAT32
 
@@ -52,7 +52,7 @@ def places(folder: Path, name: str = contract.STEP_FILE) -> dict[str, tuple[int,
 
 @pytest.mark.parametrize("target", ["onnx", "genai"])
 @pytest.mark.parametrize("ops", ["fused", "standard"])
-@pytest.mark.parametrize("name", ["base", "tied", "torchscale_2023"])
+@pytest.mark.parametrize("name", ["base", "tied", "torchscale_2023", *OTHER_LAYERS])
 def test_an_export_is_planned_and_written_again_bit_for_bit(name: str, ops: str, target: str, tmp_path: Path) -> None:
     config = ABLATIONS[name]
     folder = export(config, random_source(config, 1), tmp_path / "float", ops=ops, target=target)

@@ -14,13 +14,14 @@ from onnx.reference import ReferenceEvaluator
 from retnet_tools.graph import contract
 from retnet_tools.graph.ops import OPERATOR_SETS
 from tests.exports import cpu_runner, export, run_genai, run_prefill, run_steps, zero_states
-from tests.helpers import ABLATIONS, BASE, random_source, random_tokens
+from tests.helpers import ABLATIONS, BASE, OTHER_LAYERS, random_source, random_tokens
 from tests.quantized import decoded_source, quantize
 from tests.reference import reference_logits
 from tests.tolerances import GRAPH_FLOAT16, GRAPH_FLOAT32
 
 OPS = list(OPERATOR_SETS)
 CONFIGS = ["base", "tied", "torchscale_2023", "stack", "head_bias", "no_gate", "plain_ffn", "other_head_sizes"]
+CONFIGS += OTHER_LAYERS
 SCHEMES = [
     pytest.param(kind, size, symmetric, id=f"{kind}-{size}-{'symmetric' if symmetric else 'asymmetric'}")
     for kind in ("int8", "int4")
@@ -75,7 +76,7 @@ def test_every_kind_of_model_computes_with_the_weights_it_stores(
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-@pytest.mark.parametrize("name", ["base", "tied", "other_head_sizes"])
+@pytest.mark.parametrize("name", ["base", "tied", "other_head_sizes", *OTHER_LAYERS])
 def test_the_reference_evaluator_runs_standard_graphs(name: str, kind, symmetric: bool, tmp_path: Path) -> None:
     config = ABLATIONS[name]
     folder = export(config, random_source(config, 5), tmp_path / "float", ops="standard")
@@ -86,7 +87,7 @@ def test_the_reference_evaluator_runs_standard_graphs(name: str, kind, symmetric
         np.testing.assert_allclose(logits, expected[:, n], rtol=0, atol=GRAPH_FLOAT32)
 
 
-@pytest.mark.parametrize("name", ["base", "tied", "key_decay"])
+@pytest.mark.parametrize("name", ["base", "tied", "key_decay", *OTHER_LAYERS])
 @pytest.mark.parametrize("ops", OPS)
 def test_a_genai_graph_is_quantized_too(name: str, ops: str, tmp_path: Path) -> None:
     config = ABLATIONS[name]
@@ -134,7 +135,7 @@ def test_a_rule_for_a_whole_merged_matrix_leaves_it_merged(tmp_path: Path) -> No
     assert operators(out)["Concat"] == 1
 
 
-@pytest.mark.parametrize("name", ["base", "tied", "torchscale_2023"])
+@pytest.mark.parametrize("name", ["base", "tied", "torchscale_2023", *OTHER_LAYERS])
 def test_fused_graphs_have_one_node_for_each_product(name: str, tmp_path: Path) -> None:
     folder = export(ABLATIONS[name], random_source(ABLATIONS[name], 10), tmp_path / "float")
     before, after = operators(folder), operators(quantize(folder, tmp_path / "out", "int4"))
@@ -143,7 +144,7 @@ def test_fused_graphs_have_one_node_for_each_product(name: str, tmp_path: Path) 
     assert "Gemm" not in after
 
 
-@pytest.mark.parametrize("name", ["base", "tied", "torchscale_2023"])
+@pytest.mark.parametrize("name", ["base", "tied", "torchscale_2023", *OTHER_LAYERS])
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_standard_graphs_use_the_onnx_domain_and_become_matmul_nbits(name: str, kind, tmp_path: Path) -> None:
     folder = export(ABLATIONS[name], random_source(ABLATIONS[name], 10), tmp_path / "float", ops="standard")

@@ -10,7 +10,7 @@ from retnet_tools.errors import UsageError
 from retnet_tools.graph.quantization import BlockFormat, Scheme, TensorRule
 from retnet_tools.quantize.scheme import SchemeOptions, make_scheme, matrix_formats, parse_rule, parse_target
 from retnet_tools.weights import canonical_shapes
-from tests.helpers import ABLATIONS, BASE
+from tests.helpers import ABLATIONS, BASE, OTHER_LAYERS
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_an_accuracy_level_for_standard_operators_is_refused() -> None:
         make_scheme("int4", SchemeOptions(accuracy_level=4), ops="standard")
 
 
-@pytest.mark.parametrize("name", ["base", "tied", "stack", "torchscale_2023", "channel_head_norm"])
+@pytest.mark.parametrize("name", ["base", "tied", "stack", "torchscale_2023", "channel_head_norm", *OTHER_LAYERS])
 def test_every_matrix_and_nothing_else_has_a_format(name: str) -> None:
     formats = matrix_formats(make_scheme("int4", ops="fused"), ABLATIONS[name])
     shapes = canonical_shapes(ABLATIONS[name])

@@ -19,7 +19,7 @@ from retnet_tools.quantize import sensitivity
 from retnet_tools.quantize.blockwise import quantize_rows
 from retnet_tools.quantize.sensitivity import Sensitivity, Trial
 from retnet_tools.weights import canonical_shapes
-from tests.helpers import ABLATIONS, BASE, random_source, random_tokens
+from tests.helpers import ABLATIONS, BASE, OTHER_LAYERS, random_source, random_tokens
 from tests.quantize.calibrated import make_task
 from tests.quantize.test_blockwise import decode
 
@@ -42,7 +42,9 @@ def divergence(config, names: dict[str, BlockFormat], ids: np.ndarray, dtype=np.
     return mean_kl(*logits)
 
 
-@pytest.mark.parametrize("name", ["base", "tied", "torchscale_2023", "branch_norm_without_final", "post_norm"])
+@pytest.mark.parametrize(
+    "name", ["base", "tied", "torchscale_2023", "branch_norm_without_final", "post_norm", *OTHER_LAYERS]
+)
 def test_each_is_the_divergence_of_the_whole_model(name: str, tmp_path: Path) -> None:
     config, ids = ABLATIONS[name], random_tokens(ABLATIONS[name], 3, 40, 7)
     matrices = [matrix for matrix, shape in canonical_shapes(config).items() if len(shape) == 2]

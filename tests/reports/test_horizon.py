@@ -9,7 +9,7 @@ from fractions import Fraction
 import pytest
 
 from retnet_tools.reports.horizon import HeadMemory, gamma_text, head_memories
-from tests.helpers import BASE
+from tests.helpers import ABLATIONS, BASE
 
 
 def tokens_until(gamma: Fraction, share: Fraction) -> int:
@@ -42,6 +42,17 @@ def test_gamma_of_one_never_forgets() -> None:
     (memory, *_) = head_memories(replace(BASE, decay=(0.0,) * 4))
     assert memory.gamma == 1
     assert memory.half_life == memory.horizon == math.inf
+
+
+def test_the_slowest_and_the_fastest_pair_are_those_of_the_head() -> None:
+    pairs = (-0.1, -0.2, -0.3, -0.4, -0.5, -0.6, 0.0, -0.7, -1.0, -2.0, -3.0, -4.0, -9.0, -8.0, -7.0, -6.0)
+    memories = head_memories(replace(ABLATIONS["head_rotation"], decay=(-1.0,) * 4, key_decay=pairs))
+    assert [(memory.head, memory.log_gamma) for memory in memories] == [
+        *(("0, slowest pair", -1.1), ("0, fastest pair", -1.4)),
+        *(("1, slowest pair", -1.0), ("1, fastest pair", -1.7)),
+        *(("2, slowest pair", -2.0), ("2, fastest pair", -5.0)),
+        *(("3, slowest pair", -7.0), ("3, fastest pair", -10.0)),
+    ]
 
 
 @pytest.mark.parametrize("exponent", [1, 5, 8, 12, 24, 36])

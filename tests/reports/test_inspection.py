@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -182,6 +183,23 @@ def test_text_holds_the_numbers_of_the_document(checkpoint: Path, capsys: pytest
     assert "lint: nothing found (23 tensors)" in text
     assert max(map(len, text.splitlines())) < 120
     assert "\x1b" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("base", r"rotary_frequencies +4, 1 to 0.0001"),
+        ("head_rotation_alone", r"rotary_frequencies +4 in each of 4 heads, 1 to 0.0001"),
+        ("output_norm", r"output_norm +kind layer, eps 1e-05, bias yes"),
+        ("parallel_residual", r"parallel_residual +yes"),
+    ],
+)
+def test_text_says_how_the_model_is_made(
+    name: str, row: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_canonical(tmp_path / "out", ABLATIONS[name], random_source(ABLATIONS[name], 1))
+    render_inspection(inspect(tmp_path / "out"))
+    assert re.search(row, capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models
 from retnet_tools.config import HeadNorm, RetNetConfig
 from retnet_tools.paper import paper_decay
 from retnet_tools.reports.lint import Finding, lint_config, lint_tokenizer, listing
-from tests.helpers import ABLATIONS, BASE
+from tests.helpers import ABLATIONS, BASE, OTHER_LAYERS
 
 HEADS = 32
 MANY_HEADS = replace(
@@ -25,7 +25,9 @@ def found(config: RetNetConfig, *stored_types: str) -> dict[str, Finding]:
     return {finding.check: finding for finding in lint_config(config, stored_types or ("float32",))}
 
 
-@pytest.mark.parametrize("name", ["base", "tied", "torchscale_2023", "no_score_normalization", "no_head_norm"])
+@pytest.mark.parametrize(
+    "name", ["base", "tied", "torchscale_2023", "no_score_normalization", "no_head_norm", *OTHER_LAYERS]
+)
 def test_a_usual_model_has_no_findings(name: str) -> None:
     assert found(ABLATIONS[name]) == {}
 
@@ -61,6 +63,14 @@ def test_equal_gammas_are_a_warning_where_there_are_several_heads() -> None:
 def test_rotary_frequencies_that_do_not_decrease_are_a_warning(order: tuple[int, ...]) -> None:
     frequencies = tuple(BASE.rotary_frequencies[i] for i in order)
     assert found(replace(BASE, rotary_frequencies=frequencies))["rotary-order"].severity == "warning"
+
+
+def test_each_head_may_start_anew_and_pairs_at_the_end_may_stand_still() -> None:
+    own = BASE.rotary_frequencies
+    assert found(replace(BASE, rotary_frequencies=own * 4)) == {}
+    assert found(replace(BASE, rotary_frequencies=(*own[:2], 0.0, 0.0))) == {}
+    for order in ((*own * 3, *own[::-1]), (0.0, *own[1:]), (own[0], 0.0, own[1], 0.0), (0.0,) * 4):
+        assert list(found(replace(BASE, rotary_frequencies=order))) == ["rotary-order"]
 
 
 def test_a_large_head_norm_epsilon_matters_only_under_a_score_clamp() -> None:

@@ -10,13 +10,13 @@ import pytest
 from retnet_tools.errors import UsageError
 from retnet_tools.reports.logits import ExportLogits, is_export
 from tests.exports import export
-from tests.helpers import ABLATIONS, random_source, random_tokens
+from tests.helpers import ABLATIONS, OTHER_LAYERS, random_source, random_tokens
 from tests.reference import reference_logits
 from tests.tolerances import GRAPH_FLOAT32
 
 
 @pytest.mark.parametrize("ops", ["fused", "standard"])
-@pytest.mark.parametrize("name", ["base", "key_decay", "torchscale_2023"])
+@pytest.mark.parametrize("name", ["base", "key_decay", "torchscale_2023", *OTHER_LAYERS])
 def test_rows_stepped_side_by_side_equal_the_numpy_model(name: str, ops: str, tmp_path: Path) -> None:
     config = ABLATIONS[name]
     source, ids = random_source(config, 1), random_tokens(config, 3, 17, 1)

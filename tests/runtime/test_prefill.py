@@ -20,7 +20,7 @@ from retnet_tools.runtime.session import DecoderSession
 from retnet_tools.runtime.state import RecurrentState
 from retnet_tools.weights import Array
 from tests.exports import export
-from tests.helpers import ABLATIONS, BASE, random_source, random_tokens
+from tests.helpers import ABLATIONS, BASE, OTHER_LAYERS, random_source, random_tokens
 from tests.tolerances import GRAPH_FLOAT32
 
 # The graphs know no clamp of scores; without it the parallel form is the same function.
@@ -162,7 +162,7 @@ def test_a_codeword_in_one_row_shows_in_no_other(session: DecoderSession) -> Non
         assert (a[1] != b[1]).any()
 
 
-@pytest.mark.parametrize("name", ["key_decay", "jamie_stirling", "stack"])
+@pytest.mark.parametrize("name", ["key_decay", "jamie_stirling", "stack", *OTHER_LAYERS])
 @pytest.mark.parametrize("ops", OPERATOR_SETS)
 def test_other_models_take_ragged_prompts_too(name: str, ops: str, tmp_path: Path) -> None:
     config = ABLATIONS[name]

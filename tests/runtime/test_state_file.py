@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from retnet_tools.runtime.sequences import NO_TOKENS, Sequences, hash_tokens
 from retnet_tools.runtime.session import DecoderSession
 from retnet_tools.runtime.state_file import StateFile, capture, read_state, write_state
 from tests.exports import export
-from tests.helpers import ABLATIONS, BASE, random_source, random_tokens
+from tests.helpers import ABLATIONS, BASE, OTHER_LAYERS, random_source, random_tokens
 from tests.quantized import quantize
 
 SAMPLING = Sampling(1.2, top_p=0.95, repetition_penalty=1.3, seed=4)
@@ -102,7 +103,7 @@ def test_a_stack_without_vocabulary_goes_on_from_a_file(name: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("cut", [1, 7, 29])
-@pytest.mark.parametrize("name", ["base", "key_decay", "shared_key_value_heads", "torchscale_2023"])
+@pytest.mark.parametrize("name", ["base", "key_decay", "shared_key_value_heads", "torchscale_2023", *OTHER_LAYERS])
 def test_a_text_cut_anywhere_and_resumed_from_a_file_is_the_same(name: str, cut: int, tmp_path: Path) -> None:
     config = ABLATIONS[name]
     out = export(config, random_source(config, seed=62), tmp_path / "out")
@@ -190,6 +191,24 @@ def test_another_model_is_refused_by_name(
     other = DecoderSession(out, threads=1)
     with pytest.raises(InputError, match=message):
         read_state(tmp_path / "a.state").sequences(other)
+
+
+def test_an_export_without_younger_fields_opens_and_takes_the_states_that_it_made(
+    session: DecoderSession, tmp_path: Path
+) -> None:
+    """As an earlier version wrote both: a configuration without these fields, and its hash."""
+    sequences = grown(session)
+    out = export(BASE, random_source(BASE, seed=61), tmp_path / "out")
+    document = json.loads((out / contract.MANIFEST_FILE).read_text())
+    for name in ("parallel_residual", "shared_block_norm", "output_norm"):
+        del document["config"][name]
+    (out / contract.MANIFEST_FILE).write_text(json.dumps(document))
+    sources = [file["sha256"] for file in document["provenance"]["source_files"]]
+    model = hashlib.sha256(json.dumps([document["config"], sources], sort_keys=True).encode()).hexdigest()
+    state = capture(sequences)
+    write_state(tmp_path / "a.state", dataclasses.replace(state, fingerprint={**state.fingerprint, "model": model}))
+    resumed = read_state(tmp_path / "a.state").sequences(DecoderSession(out, threads=1))
+    assert tokens_of(resumed, 20) == tokens_of(grown(session), 20)
 
 
 def test_the_other_operators_of_the_same_model_take_it(session: DecoderSession, tmp_path: Path) -> None:

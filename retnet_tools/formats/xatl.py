@@ -1,0 +1,240 @@
+"""syncdoth/RetNet-XATL: syncdoth's keys and tensor names over another model, and its lit-gpt training files.
+
+Blocks may read one residual stream in parallel, projections may have biases, rotation covers the first part of each
+head, scores are normalised only where `retnet_stability_update` says so, and `use_lm_decay` is a schedule of its own:
+1 - exp(linspace(-5, -9)). Its buffers hold log2(gamma), and one angle a rotated pair. The training files keep q, k and
+v of each head together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from retnet_tools.config import (
+    Activation,
+    BlockNorm,
+    FeedForward,
+    HeadNorm,
+    NormKind,
+    RetNetConfig,
+    ScoreNormalization,
+)
+from retnet_tools.errors import InputError
+from retnet_tools.formats.inert import HUGGING_FACE
+from retnet_tools.formats.mapping import check_tie
+from retnet_tools.formats.schedules import (
+    floats,
+    linspace_frequencies,
+    xatl_language_model_log2_decay,
+    xatl_log2_decay,
+)
+from retnet_tools.formats.settings import Keys, Only, Settings, words
+from retnet_tools.formats.spec import FormatSpec, Reading, Source, Transform
+from retnet_tools.formats.storage import StoredTensors
+from retnet_tools.formats.transforms import head_part
+from retnet_tools.formats.xatl_names import ANGLES, DECAYS, EMBEDDING, HEAD, QKV, hugging_face_names, lit_names
+from retnet_tools.weights import Array
+
+ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "gelu_new": "gelu_tanh", "swish": "silu", "relu": "relu"}
+SCHEDULE_TOLERANCE = 1e-5
+XATL_KEYS = words(
+    """
+    groupnorm_affine hybrid_attention_layers lm_head_bias parallel_residual retnet_bottleneck retnet_stability_update
+    rotary_percentage shared_attention_norm
+    """
+)
+KEYS = Keys(
+    read=words(
+        """
+        activation_fn decoder_embed_dim decoder_ffn_embed_dim decoder_layers decoder_normalize_before
+        decoder_retention_heads decoder_value_embed_dim deepnorm groupnorm_affine layernorm_embedding layernorm_eps
+        lm_head_bias no_scale_embedding parallel_residual retnet_stability_update rotary_percentage
+        shared_attention_norm subln tie_word_embeddings use_bias use_glu use_lm_decay use_rms_norm vocab_size
+        """
+    ),
+    only={
+        "retnet_bottleneck": Only((0,), "no bottleneck behind the head norm"),
+        "hybrid_attention_layers": Only(([],), "retention in every layer"),
+        "model_type": Only(("retnet",), "retnet"),
+    },
+    inert=HUGGING_FACE
+    | words(
+        """
+        activation_dropout drop_path_rate dropout forward_impl recurrent_chunk_size use_ffn_rms_norm z_loss_coeff
+        """
+    ),
+    aliases={
+        "hidden_size": "decoder_embed_dim",
+        "intermediate_size": "decoder_ffn_embed_dim",
+        "num_attention_heads": "decoder_retention_heads",
+        "num_hidden_layers": "decoder_layers",
+    },
+)
+
+
+def is_settings(document: Mapping[str, Any]) -> bool:
+    """syncdoth's sizes, and one of the keys that only this relative has."""
+    sizes = "decoder_embed_dim" in document or "hidden_size" in document
+    return document.get("model_type") == "retnet" and sizes and bool(XATL_KEYS & document.keys())
+
+
+def read(source: Source) -> Reading:
+    """Resolve the configuration beside Hugging Face tensors.
+
+    Raises:
+        InputError: a kind of model that is not supported, buffers that are not what the configuration says.
+    """
+    config, notes = resolve(source.settings, source.stored)
+    names = dict(hugging_face_names(glu=config.feed_forward.kind == "glu"))
+    if config.tie_word_embeddings:
+        names[HEAD] = None
+        check_tie(source.stored, HEAD, EMBEDDING)
+    return Reading(config, "syncdoth/RetNet-XATL", names, notes=notes)
+
+
+def read_lit(source: Source) -> Reading:
+    """Resolve the configuration beside tensors of its training code.
+
+    Raises:
+        InputError: as `read`.
+    """
+    config, notes = resolve(source.settings, source.stored)
+    if config.value_dim != config.key_dim:
+        raise source.settings.wrong("decoder_value_embed_dim", config.value_dim, "decoder_embed_dim in its .pth files")
+    names = lit_names(glu=config.feed_forward.kind == "glu")
+    transforms: dict[str, Transform] = {
+        f"{name}.{part}": head_part(i, len(QKV), config.num_heads)
+        for i, name in enumerate(QKV)
+        for part in ("weight", "bias")
+    }
+    return Reading(config, "syncdoth/RetNet-XATL (lit)", names, transforms=transforms, notes=notes)
+
+
+def resolve(settings: Settings, stored: StoredTensors) -> tuple[RetNetConfig, tuple[str, ...]]:
+    """The configuration, with the defaults of RetNet-XATL filled in, and notes."""
+    embed, heads = settings.count("decoder_embed_dim", 768), settings.count("decoder_retention_heads", 3)
+    if embed % heads:
+        raise settings.wrong("decoder_retention_heads", heads, f"a divisor of decoder_embed_dim = {embed}")
+    head_k_dim, layers = embed // heads, settings.count("decoder_layers", 12)
+    eps, bias = settings.number("layernorm_eps", 1e-6), settings.flag("use_bias", False)
+    norm: NormKind = "rms" if settings.flag("use_rms_norm", True) else "layer"
+    affine, deepnorm, stable = (
+        settings.flag(name, False) for name in ("groupnorm_affine", "deepnorm", "retnet_stability_update")
+    )
+    frequencies, decay, notes = _schedules(settings, stored, heads, head_k_dim)
+    pre, subln = _norms(settings, deepnorm)
+    config = RetNetConfig(
+        vocab_size=settings.count("vocab_size", 50257),
+        hidden_size=embed,
+        num_layers=layers,
+        num_heads=heads,
+        key_dim=embed,
+        value_dim=settings.count("decoder_value_embed_dim", 1280),
+        decay=decay,
+        rotary_frequencies=frequencies,
+        score_normalization=ScoreNormalization(head_k_dim**-0.5, stable, "sum_of_abs" if stable else "none"),
+        head_norm=HeadNorm(norm, eps, "shared", bias=bias and norm == "layer") if affine else HeadNorm("rms", eps),
+        block_norm=BlockNorm(norm, eps, bias=norm == "layer"),
+        feed_forward=_feed_forward(settings, BlockNorm(norm, eps, bias=norm == "layer") if subln else None),
+        norm_order="pre" if pre else "post",
+        parallel_residual=settings.flag("parallel_residual", False),
+        shared_block_norm=settings.flag("shared_attention_norm", False),
+        residual_alpha=(2.0 * layers) ** 0.25 if deepnorm else 1.0,
+        final_norm=pre,
+        projection_bias=bias,
+        embedding_scale=1.0 if settings.flag("no_scale_embedding", True) else math.sqrt(embed),
+        embedding_norm=settings.flag("layernorm_embedding", False),
+        tie_word_embeddings=settings.flag("tie_word_embeddings", False),
+        head_bias=settings.flag("lm_head_bias", False),
+    )
+    return config, notes
+
+
+def _norms(settings: Settings, deepnorm: bool) -> tuple[bool, bool]:
+    """Pre-norm, and the norm inside the feed-forward network; its code turns some of them off when a model is made."""
+    subln = settings.flag("subln", not deepnorm)
+    before = settings.flag("decoder_normalize_before", not deepnorm)
+    for name, on in (("subln", subln), ("decoder_normalize_before", before)):
+        if deepnorm and on:
+            raise settings.wrong(name, True, "false, since deepnorm turns it off")
+    if subln and not before:
+        raise settings.wrong("decoder_normalize_before", False, "true, since subln turns it on")
+    if settings.flag("parallel_residual", False) and not before:
+        raise settings.wrong("parallel_residual", True, "decoder_normalize_before with it", "this is not supported")
+    return before, subln
+
+
+def _feed_forward(settings: Settings, sub_norm: BlockNorm | None) -> FeedForward:
+    dim = settings.count("decoder_ffn_embed_dim", 1280)
+    activation = settings.choice("activation_fn", ACTIVATIONS, "gelu")
+    if settings.flag("use_glu", True):
+        return FeedForward("glu", dim, activation)
+    return FeedForward("plain", dim, activation, bias=True, norm=sub_norm)
+
+
+def _schedules(
+    settings: Settings, stored: StoredTensors, heads: int, head_k_dim: int
+) -> tuple[tuple[float, ...], tuple[float, ...], tuple[str, ...]]:
+    """Rotary frequencies, 0 for the pairs that are not rotated, log(gamma), and notes."""
+    part = settings.number("rotary_percentage", 1.0)
+    rotated = int(head_k_dim * part)
+    if rotated % 2 or rotated > head_k_dim:
+        raise settings.wrong("rotary_percentage", part, f"an even number of the {head_k_dim} dimensions of a head")
+    language = settings.flag("use_lm_decay", False)
+    decays = [xatl_log2_decay(heads), xatl_language_model_log2_decay(heads)]
+    named, other = decays[::-1] if language else decays
+    angle = _buffer(stored, ANGLES, linspace_frequencies(rotated) if rotated else np.zeros(0, np.float32))
+    log2_gamma = _buffer(stored, DECAYS, named)
+    if not _alike(log2_gamma, named) and _alike(log2_gamma, other):
+        raise settings.wrong("use_lm_decay", language, f"{not language}, as the stored {DECAYS!r} says")
+    notes = []
+    if not _alike(log2_gamma, named) or (rotated and not _alike(angle, linspace_frequencies(rotated))):
+        notes.append("rotary or decay buffers in the file differ from the published schedules: used as stored")
+    if any(stored.locations[n].dtype.name not in ("float32", "float64") for n in (ANGLES, DECAYS) if _has(stored, n)):
+        notes.append("rotary and decay buffers are rounded in the file: computed from the published schedules instead")
+    frequencies = floats(angle) + (0.0,) * ((head_k_dim - rotated) // 2)
+    return frequencies, floats(log2_gamma.astype(np.float64) * math.log(2)), tuple(notes)
+
+
+def _has(stored: StoredTensors, name: str) -> bool:
+    return name in stored.locations
+
+
+def _alike(a: Array, b: Array) -> bool:
+    return bool(np.allclose(a, b, rtol=SCHEDULE_TOLERANCE, atol=0))
+
+
+def _buffer(stored: StoredTensors, name: str, published: Array) -> Array:
+    """A buffer, or the published schedule where it is missing or rounded to a half type."""
+    location = stored.locations.get(name)
+    if location is None:
+        return published
+    if location.shape != published.shape:
+        raise InputError(f"tensor {name!r} has shape {list(location.shape)}", f"{list(published.shape)}")
+    return stored.read(name) if location.dtype.name in ("float32", "float64") else published
+
+
+XATL = FormatSpec(
+    name="xatl",
+    layout="syncdoth/RetNet-XATL",
+    keys=KEYS,
+    is_settings=is_settings,
+    settings_words='"model_type": "retnet", decoder_embed_dim and rotary_percentage',
+    marks=("model.layers.0.retention.q_proj.weight", EMBEDDING),
+    names=(*hugging_face_names(glu=True), *hugging_face_names(glu=False)),
+    read=read,
+)
+XATL_LIT = FormatSpec(
+    name="xatl-lit",
+    layout="syncdoth/RetNet-XATL (lit)",
+    keys=KEYS,
+    is_settings=is_settings,
+    settings_words='"model_type": "retnet", decoder_embed_dim and rotary_percentage',
+    marks=("transformer.h.0.attn.reten.weight", "transformer.wte.weight"),
+    names=(*lit_names(glu=True), *lit_names(glu=False)),
+    read=read_lit,
+)

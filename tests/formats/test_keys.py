@@ -1,0 +1,187 @@
+"""No key of a configuration is misread in silence: changed, it changes the model, is refused, or is said to do nothing.
+
+What a changed key should do is judged elsewhere (the implementations' own outputs); here no key may have no effect at
+all without a word, unless its format declares that it cannot touch the mathematics.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from retnet_tools.errors import InputError
+from retnet_tools.formats import FORMATS, Checkpoint, open_checkpoint
+from retnet_tools.formats.canonical import write_canonical
+from retnet_tools.formats.settings import Keys
+from retnet_tools.formats.spec import FormatSpec
+from tests.formats.cases import CONFORMANCE
+from tests.helpers import BASE, random_source
+
+EXAMPLES = {
+    "canonical": None,
+    "torchscale": "ts_base_gelu/model_bare.pt",
+    "torchscale, old": "tsold_subln/model_bare.pt",
+    "torchscale in transformers": "dragn_rmsnorm/hf_ckpt_0",
+    "syncdoth": "sd_base_gelu/hf_safetensors",
+    "syncdoth-first": "syncdoth_2023_wac81/hf_safetensors",
+    "xatl": "xatl_410m/hf_safetensors",
+    "xatl, gated": "xatl_parallel_residual/hf_safetensors",
+    "fla": "fla_base/hf_safetensors",
+    "yet-another-retnet": "yar_base",
+    "jamie-stirling": "js_base",
+}
+# Keys that are read and yet may hold another value without another model or a word, and why.
+SILENT = {
+    ("fla", "hidden_ratio"): "intermediate_size is stated",
+    ("syncdoth", "subln"): "it means the initial distribution alone where the feed-forward network is gated",
+    ("torchscale", "subln"): "the same",
+    ("torchscale in transformers", "subln"): "the same",
+    ("torchscale", "torchscale_version"): "but for 0.3.0 they are one model",
+    ("torchscale, old", "torchscale_version"): "the tensors tell the release",
+    ("xatl, gated", "subln"): "as syncdoth's",
+}
+
+
+def example(name: str, folder: Path) -> Path:
+    """A copy of an example, its configuration in a file of its own."""
+    source = EXAMPLES[name]
+    if source is None:
+        write_canonical(folder, BASE, random_source(BASE, seed=0))
+        return folder / "config.json"
+    path = CONFORMANCE / source
+    place = path.parent if path.is_file() else path
+    folder.mkdir()
+    for file in (*([path] if path.is_file() else place.glob("*model*")), *place.glob("*.json")):
+        if file.name not in ("case.json", "generation_config.json"):
+            shutil.copy(file, folder)
+    return next(file for file in folder.glob("*.json"))
+
+
+def changes(value: Any) -> Iterator[Any]:
+    """Other values that a key might hold."""
+    if isinstance(value, bool):
+        yield not value
+    elif isinstance(value, int):
+        yield from (value + 1, 2 * value + 1)
+    elif isinstance(value, float):
+        yield from (2 * value + 0.125, value + 1.0)
+    elif isinstance(value, str):
+        yield "another"
+    elif value is None:
+        yield from (1, True, "another", [0], 0.5)
+    elif isinstance(value, list):
+        yield ["another"]
+    else:
+        yield {"another": 1}
+
+
+def spec_of(name: str) -> FormatSpec:
+    known = {spec.name: spec for spec in FORMATS}
+    return known[name.split(",")[0].split(" in ")[0]]
+
+
+def model(checkpoint: Checkpoint) -> tuple[Any, ...]:
+    """What makes a model of given tensors: the configuration, and which tensor is which."""
+    return checkpoint.config, [(name, checkpoint.weights.info(name)) for name in checkpoint.weights.names()]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_changed_key_changes_the_model_or_is_refused_or_said_to_do_nothing(name: str, tmp_path: Path) -> None:
+    config_file = example(name, tmp_path / "checkpoint")
+    document = json.loads(config_file.read_text())
+    base, keys = open_checkpoint(config_file.parent), spec_of(name).keys
+    silent = []
+    for key, value in document.items():
+        for other in changes(value):
+            config_file.write_text(json.dumps({**document, key: other}))
+            try:
+                changed = open_checkpoint(config_file.parent)
+            except InputError:
+                continue
+            said = any(key in note for note in changed.notes if note not in base.notes)
+            if model(changed) == model(base) and not said and key not in keys.inert and (name, key) not in SILENT:
+                silent.append((key, value, other))
+    assert silent == []
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_key_that_nobody_knows_is_refused_unless_it_is_neutral_or_answered_for(name: str, tmp_path: Path) -> None:
+    config_file = example(name, tmp_path / "checkpoint")
+    document, base = json.loads(config_file.read_text()), model(open_checkpoint(config_file.parent))
+    for value in (True, 1, 0.5, "on", [1], {"a": 1}):
+        config_file.write_text(json.dumps({**document, "window_attention": value}))
+        with pytest.raises(InputError, match=r"window_attention = .*--ignore-key window_attention"):
+            open_checkpoint(config_file.parent)
+        assert model(open_checkpoint(config_file.parent, ignore_keys=["window_attention"])) == base
+    for neutral in (None, False, 0, 0.0, "", [], {}):
+        config_file.write_text(json.dumps({**document, "window_attention": neutral}))
+        assert model(open_checkpoint(config_file.parent)) == base
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_key_of_another_type_is_refused(name: str, tmp_path: Path) -> None:
+    config_file = example(name, tmp_path / "checkpoint")
+    document, keys = json.loads(config_file.read_text()), spec_of(name).keys
+    for key in document.keys() & keys.read:
+        if (name, key) in SILENT:
+            continue
+        config_file.write_text(json.dumps({**document, key: {"a": []}}))
+        with pytest.raises(InputError):
+            open_checkpoint(config_file.parent)
+
+
+@pytest.mark.parametrize("spec", FORMATS, ids=lambda spec: spec.name)
+def test_a_key_is_declared_once(spec: FormatSpec) -> None:
+    groups = [spec.keys.read, frozenset(spec.keys.only), spec.keys.inert, frozenset(spec.keys.aliases)]
+    for i, group in enumerate(groups):
+        for other in groups[i + 1 :]:
+            assert group & other <= {"model_type"}
+    assert set(spec.keys.aliases.values()) <= spec.keys.read
+
+
+def test_older_names_are_read_and_two_that_differ_are_refused(tmp_path: Path) -> None:
+    config_file = example("fla", tmp_path / "checkpoint")
+    document = json.loads(config_file.read_text())
+    eps = document.pop("norm_eps")
+    config_file.write_text(json.dumps({**document, "rms_norm_eps": 3e-4}))
+    assert open_checkpoint(config_file.parent).config.block_norm.eps == 3e-4
+    config_file.write_text(json.dumps({**document, "rms_norm_eps": 3e-4, "norm_eps": eps}))
+    with pytest.raises(InputError, match=r"rms_norm_eps = 0\.0003 and norm_eps = "):
+        open_checkpoint(config_file.parent)
+    config_file.write_text(json.dumps({**document, "rms_norm_eps": "small"}))
+    with pytest.raises(InputError, match="rms_norm_eps = 'small'"):
+        open_checkpoint(config_file.parent)
+
+
+def test_a_reader_that_asks_for_what_its_format_does_not_declare_is_found() -> None:
+    from retnet_tools.formats.settings import Settings
+
+    settings = Settings.declared("made up", {"size": 3}, Keys(read=frozenset({"size"})))
+    assert settings.count("size") == 3
+    with pytest.raises(AssertionError, match="does not declare 'width'"):
+        settings.count("width", 1)
+
+
+def test_keys_of_a_record_inside_the_file_are_held_to_the_same_rule(tmp_path: Path) -> None:
+    tree = torch.load(CONFORMANCE / "ts_base_gelu/checkpoint_fairseq.pt", weights_only=False)
+    base = model(open_checkpoint(CONFORMANCE / "ts_base_gelu/checkpoint_fairseq.pt"))
+    settings = dict(tree["cfg"]["model"])
+    for key, value, match in (
+        ("layernorm_eps", 1e-3, None),
+        ("moe_freq", 2, "moe_freq"),
+        ("window_attention", True, "window_attention"),
+        ("decoder_normalize_before", False, "decoder_normalize_before"),
+    ):
+        tree["cfg"]["model"] = {**settings, key: value}
+        torch.save(tree, tmp_path / "checkpoint.pt")
+        if match is None:
+            assert model(open_checkpoint(tmp_path / "checkpoint.pt")) != base
+        else:
+            with pytest.raises(InputError, match=match):
+                open_checkpoint(tmp_path / "checkpoint.pt")
