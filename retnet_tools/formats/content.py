@@ -72,7 +72,8 @@ class Kind(Enum):
 
 def short_name(path: Path) -> str:
     """A file's name, short enough for an error of one line."""
-    return path.name if len(path.name) <= 48 else f"{path.name[:45]}..."
+    name = path.name or path.absolute().name
+    return name if len(name) <= 48 else f"{name[:45]}..."
 
 
 def quantized_error(path: Path, method: str, name: str = "") -> InputError:

@@ -19,7 +19,7 @@ from retnet_tools.formats.boxes import fill_exactly
 from retnet_tools.formats.content import quantized_error, short_name
 from retnet_tools.formats.pickles import unpickle
 from retnet_tools.formats.stand_ins import Global, Shell, Storage, TensorView, is_tensor
-from retnet_tools.formats.state_dicts import Choice, choose, is_beside_weights
+from retnet_tools.formats.state_dicts import MAX_DEPTH, Choice, choose, is_beside_weights
 from retnet_tools.formats.storage import BLOCK_BYTES, StoredTensors, TensorLocation, contiguous_strides
 from retnet_tools.formats.torch_files import DTYPES, read_torch
 from retnet_tools.weights import Array, FileRegion, TensorInfo
@@ -68,14 +68,8 @@ class ChunkedTensors(StoredTensors):
     def read(self, name: str) -> Array:
         """The tensor, assembled chunk by chunk."""
         tensor = self._tensors[name]
-        result = np.empty(tensor.shape, tensor.dtype)
-        for chunk in tensor.chunks:
-            place = _locate(name, tensor, chunk)
-            if tensor.shape:
-                _fill(result, 0, chunk, place)
-            else:
-                result[()] = place.read()
-        return result
+        places = [(chunk, _locate(name, tensor, chunk)) for chunk in tensor.chunks]
+        return _filled(tensor.shape, tensor.dtype, 0, places) if tensor.shape else places[0][1].read()
 
     def blocks(self, name: str) -> Iterator[Array]:
         """The tensor in pieces of whole rows of about 16 MB."""
@@ -86,10 +80,7 @@ class ChunkedTensors(StoredTensors):
         places = [(chunk, _locate(name, tensor, chunk)) for chunk in tensor.chunks]
         count = _rows_of_a_block(tensor.shape, tensor.dtype)
         for start in range(0, tensor.shape[0], count):
-            block = np.empty((min(count, tensor.shape[0] - start), *tensor.shape[1:]), tensor.dtype)
-            for chunk, place in places:
-                _fill(block, start, chunk, place)
-            yield block
+            yield _filled((min(count, tensor.shape[0] - start), *tensor.shape[1:]), tensor.dtype, start, places)
 
     def region(self, name: str) -> FileRegion | None:
         """None: a region's bytes are found when it is read."""
@@ -128,7 +119,8 @@ def open_dcp(metadata_file: Path, entry: str | None = None) -> tuple[ChunkedTens
     groups: dict[str, dict[str, TensorView]] = {}
     for name, value in described.items():
         path = paths.get(name) if isinstance(paths, dict) else None
-        group = ".".join(map(str, path[:-1])) if isinstance(path, tuple) else ""
+        path = path if isinstance(path, tuple) and len(path) <= MAX_DEPTH + 1 else ()
+        group = ".".join(str(key)[:60] for key in path[:-1] if isinstance(key, str | int)) if path else ""
         shape = value.entries().get("size")
         if not is_beside_weights(f"{group}.{name.split('.')[0]}") and isinstance(shape, tuple):
             groups.setdefault(group, {})[name] = TensorView(_NO_STORAGE, "", 0, shape, shape)
@@ -232,6 +224,15 @@ def _locate(name: str, tensor: ChunkedTensor, chunk: Chunk) -> TensorLocation:
             "fetch it again",
         )
     return location
+
+
+def _filled(
+    shape: tuple[int, ...], dtype: np.dtype[Any], start: int, places: Sequence[tuple[Chunk, TensorLocation]]
+) -> Array:
+    rows = np.empty(shape, dtype)
+    for chunk, place in places:
+        _fill(rows, start, chunk, place)
+    return rows
 
 
 def _fill(rows: Array, start: int, chunk: Chunk, place: TensorLocation) -> None:

@@ -112,8 +112,8 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Ten
         return storage
     if not isinstance(storage, Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
         raise ValueError("a tensor with a broken description")
-    if max(len(shape), len(strides)) > MAX_DIMENSIONS:
-        raise ValueError("a tensor of too many dimensions")
+    if len(shape) + len(strides) > 2 * MAX_DIMENSIONS or not all(type(n) is int for n in (offset, *shape, *strides)):
+        raise ValueError("a tensor with a broken description")
     return TensorView(storage, storage.dtype, offset, shape, strides)
 
 

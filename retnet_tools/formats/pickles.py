@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -64,11 +64,6 @@ def corrupt(path: Path, why: str) -> InputError:
         "a file of torch.save",
         "fetch it again",
     )
-
-
-def attributes(value: Any) -> dict[str, Any] | None:
-    """The entries of a mapping; None for anything else."""
-    return dict(value) if isinstance(value, Mapping) else None
 
 
 class _Machine:

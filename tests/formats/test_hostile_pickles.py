@@ -212,6 +212,17 @@ def test_trees_that_refer_to_themselves_many_times_over(tmp_path: Path) -> None:
     assert time.process_time() - start < 2
 
 
+def test_many_state_dicts_take_little_time(tmp_path: Path) -> None:
+    weights = [torch.ones(1, 2) for _ in range(100)]
+    torch.save(
+        {"a": {f"{i}": {"w": weights[i % 100]} for i in range(30_000)}, "b": {"net": STATE}}, tmp_path / "model.pt"
+    )
+    start = time.process_time()
+    with pytest.raises(InputError, match="several sets of weights"):
+        open_all(tmp_path / "model.pt")
+    assert time.process_time() - start < 2
+
+
 def mutations() -> st.SearchStrategy[list[tuple[str, float, bytes]]]:
     pieces = st.binary(min_size=1, max_size=3) | st.sampled_from(
         [made(f"{__name__} {name}", how) for name in ("Trap", "trap") for how in MAKES]
