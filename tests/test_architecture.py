@@ -17,6 +17,7 @@ PACKAGE = Path(retnet_tools.__file__).parent
 ROWS = {
     "": 0,
     "errors": 0,
+    "hub": 1,
     "fields": 1,
     "dtypes": 1,
     "provenance": 1,

@@ -31,7 +31,7 @@ def write(config: RetNetConfig, shared: NameTable, glu: NameTable, plain: NameTa
 
 
 def _settings(config: RetNetConfig) -> dict[str, Any]:
-    ffn = config.feed_forward
+    ffn, clamp = config.feed_forward, config.score_normalization.clamp
     deepnorm = config.residual_alpha != 1.0
     return {
         "model_type": "retnet",
@@ -53,4 +53,6 @@ def _settings(config: RetNetConfig) -> dict[str, Any]:
         "layernorm_eps": config.block_norm.eps,
         "no_scale_embedding": config.embedding_scale == 1.0,
         "tie_word_embeddings": config.tie_word_embeddings,
+        # Not a key of syncdoth's: its releases differ in the clamp and its own files do not tell.
+        **({} if clamp == "none" else {"score_clamp": clamp}),
     }

@@ -20,6 +20,7 @@ from retnet_tools.graph.stored import StoredTensor
 from retnet_tools.graph.targets import TARGET_FILES, ExportTarget, export_target
 from retnet_tools.graph.weighted import BuiltGraph
 from retnet_tools.graph.writer import BlockReader, file_bytes, float_blocks, write_graph, write_weights
+from retnet_tools.hub import hub_origin
 from retnet_tools.provenance import SourceHasher, provenance
 from retnet_tools.staging import check_target, staged_folder
 
@@ -166,7 +167,9 @@ def kernel_notes(plan: ExportPlan) -> tuple[str, ...]:
 
 
 def default_output(checkpoint: Path, target: str = "onnx") -> Path:
-    """`<name>-<target>` beside the checkpoint."""
+    """`<name>-<target>` beside the checkpoint, or in the current folder where that lies in the hub's cache."""
+    if (origin := hub_origin(checkpoint)) is not None:
+        return Path(f"{origin.name}-{target}")
     path = checkpoint.resolve() if checkpoint.name in ("", "..") else checkpoint
     return path.with_name(f"{path.stem if path.is_file() else path.name}-{target}")
 
