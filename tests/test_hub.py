@@ -142,15 +142,15 @@ def test_the_data_are_those_of_the_revision(nearby: Path, hub: Hub, tmp_path: Pa
 def test_torch_files_are_fetched_where_there_are_no_safetensors(nearby: Path, hub: Hub) -> None:
     files = {"config.json": b"{}", "tokenizer.model": b"-", "rng_state_0.pth": b"-", **JUNK}
     files |= {"pytorch_model.bin.index.json": b"{}", "adapter/model.bin": b"-"}
-    hub.repositories["single"] = Repository({COMMIT: files}, {"main": COMMIT})
-    folder = local_checkpoint("single")
+    hub.repositories["org/single"] = Repository({COMMIT: files}, {"main": COMMIT})
+    folder = local_checkpoint("org/single")
     assert {file.name for file in folder.iterdir()} == {
         "config.json",
         "tokenizer.model",
         "pytorch_model.bin",
         "pytorch_model.bin.index.json",
     }
-    assert hub_origin(folder) == HubOrigin("single", COMMIT)
+    assert hub_origin(folder) == HubOrigin("org/single", COMMIT)
 
 
 def test_a_distributed_checkpoint_is_fetched_whole(nearby: Path, hub: Hub) -> None:
