@@ -56,6 +56,7 @@ def open_checkpoint(path: Path | str, format: str | None = None) -> Checkpoint:
         tokenizer_files=files.tokenizer_files,
         notes=list(reading.notes),
         card_files=files.card_files,
+        settings=files.configs.get(files.folder / "config.json", {}),
     )
 
 

@@ -18,6 +18,7 @@ from retnet_tools.formats.planned import PlannedFiles
 from retnet_tools.formats.spec import AS_STORED, Checkpoint, FormatSpec, MappedWeights, Transform, Writing, expand_names
 from retnet_tools.formats.writer import DEFAULT_SHARD_SIZE, INDEX_FILE, CheckpointLayout, shard
 from retnet_tools.provenance import provenance_section
+from retnet_tools.tokenizing.carried import carried_text
 from retnet_tools.weights import (
     Array,
     BlockSource,
@@ -39,11 +40,13 @@ class Conversion:
         layout: the files.
         names: from each name in the files to the canonical tensor it holds; None for a buffer of the format.
         largest: bytes of the largest tensor, as read and as written; memory is bounded by their sum.
+        notes: what the user should know about it.
     """
 
     layout: CheckpointLayout
     names: Mapping[str, str | None]
     largest: tuple[int, int]
+    notes: tuple[str, ...] = ()
 
 
 def plan_conversion(
@@ -97,26 +100,34 @@ def plan_checkpoint(
     dtype: FloatName | None,
     max_shard_size: int,
 ) -> Conversion:
-    """Lay a whole checkpoint out in a format: its tokenizer and licences too, and a card that says where it is from.
+    """Lay a whole checkpoint out in a format: its tokenizer, special tokens and licences too, and a card that says
+    where it is from.
 
     Raises:
         UsageError, InputError: as `plan_conversion`.
     """
     card = next((file for file in checkpoint.card_files if file.name == CARD_FILE), None)
 
-    def card_text() -> str:
-        text = "" if card is None else card.read_text(encoding="utf-8").rstrip() + "\n\n"
-        return text + provenance_section(checkpoint.format, checkpoint.source_files, checkpoint.notes)
+    text = carried_text(checkpoint.tokenizer_files, checkpoint.settings, checkpoint.config.vocab_size)
+    notes = (*checkpoint.notes, *text.notes)
 
-    return plan_conversion(
+    def card_text() -> str:
+        before = "" if card is None else card.read_text(encoding="utf-8").rstrip() + "\n\n"
+        return before + provenance_section(checkpoint.format, checkpoint.source_files, notes)
+
+    plan = plan_conversion(
         checkpoint.config,
         checkpoint.weights,
         target,
         dtype=dtype,
         max_shard_size=max_shard_size,
-        texts={CARD_FILE: card_text},
-        copies=[*checkpoint.tokenizer_files, *(file for file in checkpoint.card_files if file != card)],
+        texts={CARD_FILE: card_text, **{name: partial(str, made) for name, made in text.made.items()}},
+        copies=[
+            *(file for file in checkpoint.tokenizer_files if file.name not in text.made),
+            *(file for file in checkpoint.card_files if file != card),
+        ],
     )
+    return replace(plan, notes=notes)
 
 
 def _stored_tensors(

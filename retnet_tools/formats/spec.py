@@ -130,6 +130,7 @@ class Checkpoint:
         tokenizer_files: tokenizer and generation files beside them.
         notes: what the user should know about how it was read.
         card_files: model card and licences beside them.
+        settings: config.json beside them, as it stands there; empty where there is none.
     """
 
     path: Path
@@ -140,6 +141,7 @@ class Checkpoint:
     tokenizer_files: list[Path]
     notes: list[str]
     card_files: list[Path] = field(default_factory=list)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
