@@ -120,15 +120,18 @@ def _without_padding(tokenizer: Any, padding: int) -> str:
     As it is, a prompt with it would be taken for padding; with any other id past the embedding, the model refuses it.
     """
     data = json.loads(tokenizer.to_str())
-    word, vocab = tokenizer.id_to_token(padding), data["model"]["vocab"]
     free = 1 + max(tokenizer.get_vocab().values())
-    if isinstance(vocab, dict):
-        vocab[word] = free
-    else:
-        lowest = min(score for _, score in vocab)
-        vocab += [[f" {number}", lowest] for number in range(len(vocab), free)]
-        vocab[padding] = [f" {padding}", lowest]
-        vocab.append([word, lowest])
     for token in data["added_tokens"]:
         token["id"] = free if token["id"] == padding else token["id"]
+    # Ids of added tokens are counted when the file is read, but for those that the vocabulary names.
+    ids = {token["content"]: token["id"] for token in data["added_tokens"]}
+    vocab = data["model"]["vocab"]
+    if isinstance(vocab, dict):
+        vocab |= ids | {tokenizer.id_to_token(padding): free}
+    else:
+        lowest = min(score for _, score in vocab)
+        vocab += [[f" {number}", lowest] for number in range(len(vocab), free + 1)]
+        vocab[padding], vocab[free] = [f" {padding}", lowest], [tokenizer.id_to_token(padding), vocab[padding][1]]
+        for word, number in ids.items():
+            vocab[number] = [word, vocab[number][1]]
     return json.dumps(data, ensure_ascii=False)
