@@ -52,7 +52,7 @@ def fairseq_sentence_piece(
     ids, notes = _complete(ids, model.normal, beyond, model.file.name)
     ids, _ = _complete(ids, model.control, beyond, model.file.name)
     special = [*model.control, *(token for token in SPECIAL if token in ids)]
-    return sentence_piece_tokenizer(model, ids, special), notes
+    return sentence_piece_tokenizer(model, ids, special), (*notes, *model.notes)
 
 
 def fairseq_byte_level(words: Mapping[str, int], vocab: Path, merges: Path, beyond: int) -> tuple[Any, tuple[str, ...]]:

@@ -169,7 +169,7 @@ def _sentence_piece(files: Mapping[str, Path], vocab_size: int) -> FoundTokenize
     prefix = False if settings.get("add_prefix_space") is False else None
     tokenizer = sentence_piece_tokenizer(model, ids | added, [*model.control, *added], dummy_prefix=prefix)
     _put_around(tokenizer, around, settings, model.special_ids)
-    return FoundTokenizer(tokenizer, (file,), model.special_ids)
+    return FoundTokenizer(tokenizer, (file,), model.special_ids, model.notes)
 
 
 def _byte_level(files: Mapping[str, Path], vocab_size: int) -> FoundTokenizer | None:

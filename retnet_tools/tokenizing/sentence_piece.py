@@ -39,6 +39,13 @@ class SentencePieceModel:
     special_ids: Mapping[str, int]
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know."""
+        if not self.normalizer.precompiled_charsmap:
+            return ()
+        return (f"{self.file.name} is exact for text in NFC: decomposed letters may become other tokens",)
+
+    @property
     def normal(self) -> list[str]:
         """The pieces that a text can become."""
         return [piece for piece, _, kind in self.pieces if kind in (_NORMAL, _USER_DEFINED, _BYTE)]

@@ -11,7 +11,7 @@ import pytest
 from retnet_tools import texts
 from retnet_tools.errors import InputError, UsageError
 from retnet_tools.quantize.calibration import SEQUENCE, CalibrationOptions, draw_sequences, read_calibration
-from retnet_tools.tokens import load_tokenizer
+from retnet_tools.tokenizing.files import load_tokenizer
 from tests.helpers import ABLATIONS, BASE
 from tests.quantize.calibrated import FIXTURE, fixture
 
