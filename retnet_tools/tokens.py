@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retnet_tools.config import RetNetConfig
-from retnet_tools.errors import UsageError
+from retnet_tools.errors import RetNetToolsError, UsageError
 from retnet_tools.tokenizing.files import find_tokenizer
 
 RANDOM_ROWS = 2
@@ -71,22 +71,28 @@ def text_tokens(text: str, tokenizer_files: Iterable[Path], vocab_size: int, len
     return np.array([ids], dtype=np.int64)
 
 
-def check_vocabulary(ids: Sequence[int] | npt.NDArray[np.int64], vocab_size: int, tokenizer: Any = None) -> None:
+def check_vocabulary(
+    ids: Sequence[int] | npt.NDArray[np.int64],
+    vocab_size: int,
+    tokenizer: Any = None,
+    error: type[RetNetToolsError] = UsageError,
+) -> None:
     """Refuse a text with a token that the model does not have; a tokenizer may have more tokens than the embedding.
 
     Args:
         ids: of the text.
         vocab_size: of the model.
         tokenizer: what made them of a text, to name the token.
+        error: the kind to raise.
 
     Raises:
-        UsageError: an id that is none of 0 to `vocab_size` - 1.
+        RetNetToolsError: an id that is none of 0 to `vocab_size` - 1.
     """
     wrong = next((int(i) for i in ids if not 0 <= i < vocab_size), None) if len(ids) else None
     if wrong is None:
         return
     word = None if tokenizer is None else tokenizer.id_to_token(wrong)
-    raise UsageError(
+    raise error(
         f"token id {wrong}" if word is None else f"token {word!r} (id {wrong}) in the text",
         f"0 to {vocab_size - 1}, the ids that the model has",
     )

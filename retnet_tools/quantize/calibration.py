@@ -74,7 +74,7 @@ def read_calibration(
     """
     if not config.has_vocabulary:
         raise UsageError("a text for a stack without embedding", "a model with a vocabulary", "use --method rtn")
-    tokenizer = find_tokenizer(tokenizer_files, config.vocab_size).require(f"{options.file} to read").tokenizer
+    tokenizer = find_tokenizer(tokenizer_files, config.vocab_size).require(f"a text, {options.file}").tokenizer
     digest = hashlib.sha256()
     ids = np.concatenate(
         [

@@ -85,7 +85,9 @@ def read_tokens(
     if token_ids:
         result = ScoredText(np.array(IdCodec().encode(text), dtype=np.int64), None)
     else:
-        tokenizer = _find(source).require(f"a text for {source.name}, or --token-ids").tokenizer
+        tokenizer = (
+            _find(source).require(f"a text for {source.name}", "add one, or give token ids: --token-ids").tokenizer
+        )
         result = _encode(tokenizer, text)
         if baseline is not None:
             result = replace(result, notes=_check_tokenizer(tokenizer, source, baseline, text, result.ids))

@@ -73,8 +73,12 @@ class TokenizerSearch:
     found: FoundTokenizer | None
     problems: tuple[RetNetToolsError, ...]
 
-    def require(self, purpose: str) -> FoundTokenizer:
+    def require(self, purpose: str, action: str = "add one") -> FoundTokenizer:
         """The tokenizer.
+
+        Args:
+            purpose: what needs it.
+            action: what to do where there is none.
 
         Raises:
             UsageError: there is none.
@@ -84,7 +88,7 @@ class TokenizerSearch:
             return self.found
         if self.problems:
             raise self.problems[0]
-        raise UsageError(f"{purpose}, but no {TOKENIZER_FILE} with the model", "a tokenizer", "add one")
+        raise UsageError(f"{purpose}, but no {TOKENIZER_FILE} with the model", "a tokenizer", action)
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -2,7 +2,9 @@
 
 What the `tokenizers` library cannot do as SentencePiece does, and so is not exact: several combining marks on one
 letter, marks on a letter that is itself replaced, decomposed Hangul and half-width katakana with a voicing mark, all of
-them only where the model has a normalization map. Control tokens such as `</s>` are recognised in a text.
+them only where the model has a normalization map; and of two cuts whose unigram scores differ by less than rounding,
+SentencePiece's float32 may prefer another than float64 does, in texts of tens of thousands of characters. Control
+tokens such as `</s>` are recognised in a text.
 """
 
 from __future__ import annotations

@@ -96,8 +96,9 @@ def test_control_tokens_are_recognised_and_not_shown(tmp_path: Path) -> None:
 
 def test_a_long_text_is_the_same(tmp_path: Path) -> None:
     text = TEXT.read_text(encoding="utf-8")[:60_000]
-    for name in ("bpe_identity", "unigram_identity"):
-        assert converted(MODELS[name], tmp_path).encode(text).ids == processor(MODELS[name]).encode(text)
+    assert converted(MODELS["bpe_identity"], tmp_path).encode(text).ids == processor(MODELS["bpe_identity"]).encode(
+        text
+    )
 
 
 @pytest.mark.parametrize(
