@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from retnet_tools.errors import UsageError
+from retnet_tools.errors import InputError, UsageError
 from retnet_tools.runtime.text import IdCodec
 from retnet_tools.tokenizing.files import TokenizerSearch, find_tokenizer
 from retnet_tools.tokens import check_vocabulary
@@ -72,9 +72,9 @@ def read_tokens(
         limit: tokens of the text to take at most, from its beginning.
 
     Raises:
-        UsageError: no tokenizer, an unknown start token, a word that is no id, a token outside the vocabulary, another
-            vocabulary or tokenizer in the baseline.
-        InputError: a tokenizer that cannot be read.
+        UsageError: no tokenizer, an unknown start token, a word that is no id, another vocabulary or tokenizer in the
+            baseline.
+        InputError: a tokenizer that cannot be read, a token outside the vocabulary.
     """
     if baseline is not None and baseline.vocab_size != source.vocab_size:
         raise UsageError(
@@ -94,7 +94,7 @@ def read_tokens(
     result = _first(result, limit)
     if start_token is not None:
         result = _after(_token_id(start_token, tokenizer, source), result)
-    check_vocabulary(result.ids, source.vocab_size, tokenizer)
+    check_vocabulary(result.ids, source.vocab_size, tokenizer, InputError)
     return result
 
 

@@ -108,7 +108,7 @@ def test_a_text_that_cannot_be_used_is_refused(content, error, message: str, tmp
 def test_a_model_without_a_tokenizer_or_of_another_vocabulary_is_refused() -> None:
     with pytest.raises(UsageError, match=r"calibration\.txt, but no tokenizer\.json with the model"):
         read_calibration(CalibrationOptions(TEXT), BASE, [])
-    with pytest.raises(UsageError, match=r"token \d+ from .*; expected 0 to 60"):
+    with pytest.raises(UsageError, match=r"token '.*' \(id \d+\) in the text; expected 0 to 60"):
         read_calibration(CalibrationOptions(TEXT), BASE, [FIXTURE / "tokenizer.json"])
     with pytest.raises(UsageError, match="a text for a stack without embedding"):
         read_calibration(CalibrationOptions(TEXT), ABLATIONS["stack"], [FIXTURE / "tokenizer.json"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from retnet_tools.errors import UsageError
+from retnet_tools.errors import InputError, UsageError
 from retnet_tools.reports.scored_text import read_tokens
 from tests.sources import MarkovLogits
 
@@ -88,13 +88,13 @@ def test_token_ids_need_no_tokenizer_and_have_no_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["3 300", "300"])
 def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path, text: str) -> None:
-    with pytest.raises(UsageError, match="token id 300; expected 0 to 299"):
+    with pytest.raises(InputError, match="token id 300; expected 0 to 299"):
         read_tokens(text, source(tmp_path, None), token_ids=True)
 
 
 def test_a_token_past_the_vocabulary_refuses_the_text_that_has_it(tmp_path: Path) -> None:
     model = source(tmp_path, word_level(to=1, be=9), vocab=9)
-    with pytest.raises(UsageError, match=r"token 'be' \(id 9\) in the text; expected 0 to 8"):
+    with pytest.raises(InputError, match=r"token 'be' \(id 9\) in the text; expected 0 to 8"):
         read_tokens("to be", model)
     assert read_tokens("to to", model).ids.tolist() == [1, 1]
 
