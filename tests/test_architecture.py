@@ -24,6 +24,7 @@ ROWS = {
     "staging": 1,
     "texts": 1,
     "tokens": 1,
+    "tokenizing": 1,
     "config": 1,
     "paper": 1,
     "weights": 1,

@@ -27,7 +27,7 @@ from retnet_tools.runtime.decode import Stopping, generate, generate_from
 from retnet_tools.runtime.sequences import Sequences
 from retnet_tools.runtime.session import DecoderSession
 from retnet_tools.runtime.state_file import capture, read_state, write_state
-from retnet_tools.tokens import load_tokenizer
+from retnet_tools.tokenizing.files import load_tokenizer
 from tests.exports import cpu_runner, export, run_steps, zero_states
 from tests.tolerances import FLOAT16_KL, GRAPH_FLOAT32, LOGITS_FLOAT32, LOGITS_FLOAT64
 

@@ -20,6 +20,7 @@ from retnet_tools.formats.reading import read_as
 from retnet_tools.formats.spec import AS_STORED, Checkpoint, FormatSpec, Transform, Writing
 from retnet_tools.formats.writer import DEFAULT_SHARD_SIZE, INDEX_FILE, CheckpointLayout, shard
 from retnet_tools.provenance import provenance_section
+from retnet_tools.tokenizing.carried import carried_text
 from retnet_tools.weights import (
     Array,
     BlockSource,
@@ -40,7 +41,6 @@ of 2^-25 the power takes times ln 10000, and half a step each from power and quo
 """
 SHORT = 30
 """Characters of two values that a refusal still shows."""
-CLAMP_NOTE = "nothing in the source says which clamp of the scores its parallel form had: {} is assumed"
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ def plan_conversion(
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     texts: Mapping[str, Callable[[], str]] | None = None,
     copies: Sequence[Path] = (),
+    assumed_clamp: bool = False,
 ) -> Conversion:
     """Lay a model out in a format; no tensor is read.
 
@@ -79,6 +80,7 @@ def plan_conversion(
         max_shard_size: bytes of tensor data in one safetensors file; a larger tensor has a file of its own.
         texts: further text files, by name, and what makes each.
         copies: further files, such as a tokenizer.
+        assumed_clamp: whether the clamp in `config` is assumed (`Checkpoint.assumed_clamp`), which is kept.
 
     Raises:
         UsageError: the format cannot be written, or cannot express this model; lists the fields.
@@ -88,7 +90,7 @@ def plan_conversion(
     dtype = None if dtype is None else parse_dtype(dtype)
     if target.write is None:
         raise UsageError(f"writing {target.name}", "a format that can be written", "see convert --help")
-    writing = target.write(config)
+    writing = target.write(config, assumed_clamp)
     tensors, names = _stored_tensors(config, weights, writing, dtype)
     notes = _check_reads_back(config, target, writing, tensors)
     if writing.weights_file.endswith(".safetensors"):
@@ -111,19 +113,19 @@ def plan_checkpoint(
     dtype: FloatName | None,
     max_shard_size: int,
 ) -> Conversion:
-    """Lay a whole checkpoint out in a format: its tokenizer and licences too, and a card that says where it is from.
+    """Lay a whole checkpoint out in a format: its tokenizer, special tokens and licences too, and a card that says
+    where it is from.
 
     Raises:
         UsageError, InputError: as `plan_conversion`.
     """
     card = next((file for file in checkpoint.card_files if file.name == CARD_FILE), None)
-    notes = list(checkpoint.notes)
-    if checkpoint.assumed_clamp:
-        notes.append(CLAMP_NOTE.format(checkpoint.config.score_normalization.clamp))
+    text = carried_text(checkpoint.tokenizer_files, checkpoint.settings, checkpoint.config.vocab_size)
+    notes = (*checkpoint.notes, *text.notes)
 
     def card_text() -> str:
-        text = "" if card is None else card.read_text(encoding="utf-8").rstrip() + "\n\n"
-        return text + provenance_section(checkpoint.format, checkpoint.source_files, [*notes, *plan.notes])
+        before = "" if card is None else card.read_text(encoding="utf-8").rstrip() + "\n\n"
+        return before + provenance_section(checkpoint.format, checkpoint.source_files, (*notes, *plan.notes))
 
     plan = plan_conversion(
         checkpoint.config,
@@ -131,8 +133,12 @@ def plan_checkpoint(
         target,
         dtype=dtype,
         max_shard_size=max_shard_size,
-        texts={CARD_FILE: card_text},
-        copies=[*checkpoint.tokenizer_files, *(file for file in checkpoint.card_files if file != card)],
+        texts={CARD_FILE: card_text, **{name: partial(str, made) for name, made in text.made.items()}},
+        copies=[
+            *(file for file in checkpoint.tokenizer_files if file.name not in text.made),
+            *(file for file in checkpoint.card_files if file != card),
+        ],
+        assumed_clamp=checkpoint.assumed_clamp,
     )
     return replace(plan, notes=(*notes, *plan.notes))
 
