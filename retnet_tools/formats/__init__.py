@@ -41,8 +41,8 @@ FORMATS: tuple[FormatSpec, ...] = (
     JAMIE_STIRLING,
 )
 CLAMP_NOTE = (
-    "these files do not tell which clamp of the scores the model was trained with: {clamp} is assumed; verify tries "
-    "both, and --clamp names it"
+    "these files do not tell which clamp of the scores the parallel form has: {clamp} is assumed; verify tries both, "
+    "and --clamp names it"
 )
 
 

@@ -40,7 +40,17 @@ CASES = {
     "js_base": "Jamie-Stirling",
     "js_base/model.pt": "Jamie-Stirling",
 }
-EXPORTED = ("fla_mqa_noaffine/hf_safetensors", "sd_deepnorm/hf_safetensors", "yar_base", "js_base")
+EXPORTED = (
+    "fla_mqa_noaffine/hf_safetensors",
+    "sd_deepnorm/hf_safetensors",
+    "yar_base",
+    "js_base",
+    "xatl_410m/hf_bin",
+    "xatl_parallel_residual/hf_converted",
+    "syncdoth_2023_wac81/hf_bin",
+    "dragn_rmsnorm/hf_ckpt_0",
+    "flame_dcp/seed_step-0",
+)
 each_case = pytest.mark.parametrize("case", CASES)
 each_form = pytest.mark.parametrize("form", ["parallel", "recurrent"])
 
