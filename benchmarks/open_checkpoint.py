@@ -60,11 +60,10 @@ def peak():
     return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 tensors = CheckpointFiles(Path(sys.argv[1])).tensors
 opened = peak()
-largest = 0
 for name in tensors.names():
     for part in tensors.blocks(name) if sys.argv[2] == "blocks" else [tensors.read(name)]:
         assert part.size
-    del part
+        del part
 print(peak() - opened)
 """
 

@@ -10,15 +10,13 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 def fill_exactly(boxes: Sequence[Box], shape: tuple[int, ...]) -> bool:
     """Whether boxes, none of them empty, fill a shape, each element once."""
+    if len(boxes) == 1:
+        return boxes[0] == ((0,) * len(shape), shape)
     if any(len(offsets) != len(shape) or len(sizes) != len(shape) for offsets, sizes in boxes):
         return False
     if 0 in shape:
         return not boxes
-    if sum(math.prod(sizes) for _, sizes in boxes) != math.prod(shape):
-        return False
-    if len(boxes) == 1:
-        return boxes[0] == ((0,) * len(shape), shape)
-    if not shape:
+    if not shape or sum(math.prod(sizes) for _, sizes in boxes) != math.prod(shape):
         return False
     # Between two neighbouring edges along the first axis the boxes are the same ones: they must fill the other axes.
     starting = sorted(boxes, key=lambda box: box[0][0])

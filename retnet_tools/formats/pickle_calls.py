@@ -37,6 +37,7 @@ from retnet_tools.formats.stand_ins import (
 TENSOR_CLASSES = frozenset(
     {"torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
 )
+QUANTIZERS = frozenset({"torchao", "hqq", "bitsandbytes", "optimum", "quanto", "compressed_tensors"})
 MAX_DIMENSIONS = 64
 NUMBER_CODES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
 
@@ -137,11 +138,14 @@ def _subclass(function: Any, kind: Any, arguments: Any, *_: Any) -> Any:
     if not isinstance(kind, Global):
         raise ValueError("a tensor without a class")
     wrapped = isinstance(function, Global) and function.name == "_rebuild_wrapper_subclass"
-    return StrangeTensor(kind.name) if wrapped else call(function, arguments)
+    return _wrapper(kind) if wrapped else call(function, arguments)
 
 
 def _wrapper(kind: Any = None, *_: Any) -> StrangeTensor:
-    return StrangeTensor(kind.name if isinstance(kind, Global) else "a tensor subclass")
+    if not isinstance(kind, Global):
+        raise ValueError("a tensor without a class")
+    library = kind.module.split(".")[0]
+    return StrangeTensor(f"{library}-quantized" if library in QUANTIZERS else kind.name)
 
 
 def _from_cpu(data: Any, dtype: Any = None, *_: Any) -> Any:
@@ -213,7 +217,7 @@ CALLS: Mapping[str, Callable[..., Any]] = {
     "torch.Tensor": _parameter,
     "torch._tensor._rebuild_from_type_v2": _subclass,
     "torch._utils._rebuild_wrapper_subclass": _wrapper,
-    "torch._utils._rebuild_qtensor": _strange("quantized"),
+    "torch._utils._rebuild_qtensor": _strange("torch-quantized"),
     "torch._utils._rebuild_sparse_tensor": _strange("sparse"),
     "torch._utils._rebuild_sparse_csr_tensor": _strange("sparse"),
     "torch._utils._rebuild_nested_tensor": _strange("nested"),

@@ -265,8 +265,8 @@ def _strange_error(path: Path, name: str, kind: str) -> InputError:
             "weights",
             "save it after they are loaded",
         )
-    if kind == "quantized" or "Quant" in kind or "Affine" in kind or "HQQ" in kind:
-        return quantized_error(path, "torch" if kind == "quantized" else kind[:30], name)
+    if kind.endswith("-quantized"):
+        return quantized_error(path, kind.removesuffix("-quantized"), name)
     return InputError(
         f"tensor {name[:60]!r} in {short_name(path)} is {kind[:30]}", "a dense one", "save plain tensors of the CPU"
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -101,14 +103,40 @@ def quantized() -> torch.Tensor:
     return torch.quantize_per_tensor(torch.ones(2, 3), 0.1, 0, torch.qint8)
 
 
-@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+class Wrapper(torch.Tensor):
+    """A tensor without storage of its own, as torchao's are."""
+
+    @staticmethod
+    def __new__(cls, data: torch.Tensor) -> Wrapper:
+        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=data.dtype)
+
+    def __init__(self, data: torch.Tensor) -> None:
+        self.data_of_it = data
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, kinds: Any, arguments: Any = (), options: Any = None) -> Any:
+        return function(*(a.data_of_it if isinstance(a, Wrapper) else a for a in arguments), **(options or {}))
+
+
+@pytest.fixture
+def torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("torchao.dtypes")
+    monkeypatch.setitem(sys.modules, "torchao", types.ModuleType("torchao"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(Wrapper, "__module__", module.__name__)
+    module.Wrapper = Wrapper  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("torchao")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:Sparse CSR", "ignore:The PyTorch API of nested")
 @pytest.mark.parametrize(
     ("tensor", "match"),
     [
         (lambda: torch.ones(2, 3, device="meta"), "on the meta device, without data"),
         (lambda: torch.eye(3).to_sparse(), "is sparse"),
         (lambda: torch.eye(3).to_sparse_csr(), "is sparse"),
-        (quantized, "quantized-quantized|quantized weights"),
+        (quantized, "torch-quantized weights"),
+        (lambda: Wrapper(torch.ones(2, 3)), "torchao-quantized weights"),
         (lambda: torch.ones(2, 3).to(torch.float8_e4m3fn), "fp8-quantized"),
         (lambda: torch.ones(2, 3).to(torch.complex64), "complex-valued"),
         (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "is nested"),
