@@ -88,6 +88,15 @@ def read(source: Source) -> Reading:
     Raises:
         InputError: a kind of model that is not supported, buffers that are not what the configuration says.
     """
+    if source.settings.flag("shared_attention_norm", False):
+        # Without the second norm its Hugging Face code leaves the feed-forward network without any; its training code
+        # shares the first. A folder may come from either.
+        raise source.settings.wrong(
+            "shared_attention_norm",
+            True,
+            "false in a Hugging Face folder, where its two codes disagree about it",
+            "open the .pth file of the training",
+        )
     config, notes = resolve(source.settings, source.stored)
     names = dict(hugging_face_names(glu=config.feed_forward.kind == "glu"))
     if config.tie_word_embeddings:
@@ -163,7 +172,10 @@ def _norms(settings: Settings, deepnorm: bool) -> tuple[bool, bool]:
             raise settings.wrong(name, True, "false, since deepnorm turns it off")
     if subln and not before:
         raise settings.wrong("decoder_normalize_before", False, "true, since subln turns it on")
-    if settings.flag("parallel_residual", False) and not before:
+    parallel = settings.flag("parallel_residual", False)
+    if settings.flag("shared_attention_norm", False) and not parallel:
+        raise settings.wrong("shared_attention_norm", True, "parallel_residual with it", "this is not supported")
+    if parallel and not before:
         raise settings.wrong("parallel_residual", True, "decoder_normalize_before with it", "this is not supported")
     return before, subln
 
