@@ -147,14 +147,15 @@ class Runner:
 
 def write_model(name: str, state: Path, *, quick: bool) -> None:
     """Export a model of `MODELS` to a folder that stays; with `quick` the shipped checkpoint in its types."""
-    from retnet_tools.cli.common import checkpoint_or_default
+    from retnet_tools.cli.source import shipped_checkpoint
     from retnet_tools.dtypes import parse_dtype
+    from retnet_tools.formats.source import CheckpointSource
     from retnet_tools.quantize.scheme import SchemeOptions
     from retnet_tools.reports.benchmark.models import ModelOptions, make_model
 
     model, scratch = MODELS[name], state / "models" / name
     scratch.mkdir(parents=True, exist_ok=True)
-    path, size = (checkpoint_or_default(None), None) if quick else (None, model.size)
+    path, size = (CheckpointSource(shipped_checkpoint()), None) if quick else (None, model.size)
     dtype = parse_dtype(model.dtype, ("float32", "float16"))
     scheme = SchemeOptions(block_size=None if quick else model.block_size)
     options = ModelOptions(path, size, dtype, model.quantize, None, scheme, "cuda")

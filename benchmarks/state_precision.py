@@ -39,7 +39,7 @@ from retnet_tools.formats import open_checkpoint
 from retnet_tools.model.retention import retention_recurrent
 from retnet_tools.model.retnet import load_model
 from retnet_tools.paper import MODEL_SIZES, VOCABULARY_SIZE, paper_decay
-from retnet_tools.tokens import load_tokenizer
+from retnet_tools.tokenizing.files import load_tokenizer
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "shakespeare"
 BINS = (0, 64, 256, 1024, 4096, 1 << 30)

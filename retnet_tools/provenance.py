@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from retnet_tools import __version__
+from retnet_tools.hub import HubOrigin, hub_origin
 
 _HASH_BLOCK = 1 << 22
 
@@ -53,8 +54,10 @@ def provenance(
     source_format: str, files: Sequence[Path], digests: Sequence[str], notes: Sequence[str]
 ) -> dict[str, Any]:
     """The provenance record: where the weights came from and what read them."""
+    origin = _origin(files)
     return {
         "source_format": source_format,
+        **({} if origin is None else {"hub": {"repository": origin.repository, "commit": origin.commit}}),
         "source_files": [{"name": file.name, "sha256": digest} for file, digest in zip(files, digests, strict=True)],
         "notes": list(notes),
         "retnet_tools": __version__,
@@ -67,13 +70,19 @@ def provenance_section(source_format: str, files: Sequence[Path], notes: Sequenc
 
     Hashing takes longer than converting; the card says what was read, and an export's retnet.json has the hashes.
     """
+    origin = _origin(files)
+    place = "" if origin is None else f" ({origin.repository} on the hub, commit {origin.commit})"
     lines = [
         "## Provenance",
         "",
-        f"Converted by retnet-tools {__version__} from {source_format}:",
+        f"Converted by retnet-tools {__version__} from {source_format}{place}:",
         "",
         *(f"- `{file.name}`, {file.stat().st_size} bytes" for file in files),
     ]
     if notes:
         lines += ["", *(f"Note: {note}." for note in notes)]
     return "\n".join(lines) + "\n"
+
+
+def _origin(files: Sequence[Path]) -> HubOrigin | None:
+    return next((origin for file in files if (origin := hub_origin(file)) is not None), None)

@@ -1,21 +1,20 @@
 """What to run a model on: seeded random token ids, or a text through the checkpoint's tokenizer; random embeddings for
-a stack without one. And which tokens start and end a text."""
+a stack without one."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from retnet_tools.config import RetNetConfig
-from retnet_tools.errors import InputError, UsageError
+from retnet_tools.errors import RetNetToolsError, UsageError
+from retnet_tools.tokenizing.files import find_tokenizer
 
-TOKENIZER_FILE = "tokenizer.json"
 RANDOM_ROWS = 2
 
 
@@ -35,9 +34,9 @@ def choose_tokens(
     A stack without an embedding gets random embeddings.
 
     Raises:
-        UsageError: a text without tokens or for a model of another vocabulary or of none, no `tokenizer.json`, a
-            length below 1.
-        InputError: a `tokenizer.json` that cannot be read.
+        UsageError: a text without tokens, with a token that the model lacks or for a model without a vocabulary, no
+            tokenizer, a length below 1.
+        InputError: a tokenizer that cannot be read.
     """
     if length < 1:
         raise UsageError(f"{length} tokens", "at least 1")
@@ -49,10 +48,7 @@ def choose_tokens(
         return ChosenTokens(embeddings, f"random embeddings, seed {seed}")
     if text is None:
         return ChosenTokens(random_tokens(vocab_size, RANDOM_ROWS, length, seed), f"random, seed {seed}")
-    ids = text_tokens(text, tokenizer_files)[:, :length]
-    if ids.max() >= vocab_size:
-        raise UsageError(f"token {ids.max()} from {TOKENIZER_FILE}", f"0 to {vocab_size - 1}, the model's vocabulary")
-    return ChosenTokens(ids, "from a text")
+    return ChosenTokens(text_tokens(text, tokenizer_files, vocab_size, length), "from a text")
 
 
 def random_tokens(vocab_size: int, rows: int, length: int, seed: int) -> npt.NDArray[np.int64]:
@@ -60,74 +56,43 @@ def random_tokens(vocab_size: int, rows: int, length: int, seed: int) -> npt.NDA
     return np.random.default_rng(seed).integers(0, vocab_size, (rows, length), dtype=np.int64)
 
 
-def text_tokens(text: str, tokenizer_files: Iterable[Path]) -> npt.NDArray[np.int64]:
-    """The tokens of a text, `[1, T]`.
+def text_tokens(text: str, tokenizer_files: Iterable[Path], vocab_size: int, length: int) -> npt.NDArray[np.int64]:
+    """The first `length` tokens of a text, `[1, T]`.
 
     Raises:
-        UsageError: no `tokenizer.json` among the files, or a text without tokens.
-        InputError: a `tokenizer.json` that cannot be read.
+        UsageError: no tokenizer among the files, a text without tokens, or one with a token that the model lacks.
+        InputError: a tokenizer that cannot be read.
     """
-    file = next((f for f in tokenizer_files if f.name == TOKENIZER_FILE), None)
-    if file is None:
-        raise UsageError(f"a text, but no {TOKENIZER_FILE} with the checkpoint", action="add one or use random tokens")
-    ids = load_tokenizer(file).encode(text).ids
+    tokenizer = find_tokenizer(tokenizer_files, vocab_size).require("a text").tokenizer
+    ids = tokenizer.encode(text).ids[:length]
     if not ids:
         raise UsageError("a text without tokens", "at least one token")
+    check_vocabulary(ids, vocab_size, tokenizer)
     return np.array([ids], dtype=np.int64)
 
 
-def load_tokenizer(file: Path) -> Any:
-    """The `tokenizers.Tokenizer` of a file, without the truncation and padding that it may ask for.
-
-    Raises:
-        InputError: a file that is missing or not a tokenizer.
-    """
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:
-        raise InputError(f"{file} cannot be read ({error})", "a tokenizer of the tokenizers library") from error
-    # Settings of its training: they would cut a long text without a word.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def special_token_ids(folder: Path, name: Literal["bos", "eos"], tokenizer: Any) -> tuple[int, ...]:
-    """Ids that start (`bos`) or end (`eos`) a text: `eos_token_id` of generation_config.json, or `eos_token` of
-    tokenizer_config.json or special_tokens_map.json. The first file that names one decides.
+def check_vocabulary(
+    ids: Sequence[int] | npt.NDArray[np.int64],
+    vocab_size: int,
+    tokenizer: Any = None,
+    error: type[RetNetToolsError] = UsageError,
+) -> None:
+    """Refuse a text with a token that the model does not have; a tokenizer may have more tokens than the embedding.
 
     Args:
-        folder: where these files lie.
-        name: which tokens.
-        tokenizer: of the model; None where it has none, and only ids count.
+        ids: of the text.
+        vocab_size: of the model.
+        tokenizer: what made them of a text, to name the token.
+        error: the kind to raise.
 
     Raises:
-        InputError: a file that is not a JSON object, or an id that is no number.
+        RetNetToolsError: an id that is none of 0 to `vocab_size` - 1.
     """
-    file = folder / "generation_config.json"
-    ids = _read_json(file).get(f"{name}_token_id")
-    if ids is not None:
-        ids = ids if isinstance(ids, list) else [ids]
-        if not all(type(number) is int for number in ids):
-            raise InputError(f"{file} has {name}_token_id {ids}", "a token id or a list of them")
-        return tuple(dict.fromkeys(ids))
-    for other in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = _read_json(folder / other).get(f"{name}_token")
-        content = token.get("content") if isinstance(token, dict) else token
-        if tokenizer is not None and content is not None and (number := tokenizer.token_to_id(content)) is not None:
-            return (number,)
-    return ()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error})", "a JSON object") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path} holds {type(data).__name__}", "a JSON object")
-    return data
+    wrong = next((int(i) for i in ids if not 0 <= i < vocab_size), None) if len(ids) else None
+    if wrong is None:
+        return
+    word = None if tokenizer is None else tokenizer.id_to_token(wrong)
+    raise error(
+        f"token id {wrong}" if word is None else f"token {word!r} (id {wrong}) in the text",
+        f"0 to {vocab_size - 1}, the ids that the model has",
+    )

@@ -22,10 +22,10 @@ class MarkovLogits:
         *,
         seed: int = 0,
         noise: Callable[[Array], Array] = lambda place: place * 0.0,
-        tokenizer_file: Path | None = None,
+        tokenizer_files: tuple[Path, ...] = (),
         name: str = "table",
     ) -> None:
-        self.name, self.vocab_size, self.tokenizer_file = name, vocab, tokenizer_file
+        self.name, self.vocab_size, self.tokenizer_files = name, vocab, tokenizer_files
         self.table = np.random.default_rng(seed).standard_normal((vocab, vocab)).astype(np.float32)
         self.noise = noise
         self.shapes: list[tuple[int, ...]] = []

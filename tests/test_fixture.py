@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from retnet_tools.cli.common import checkpoint_or_default
+from retnet_tools.cli.source import shipped_checkpoint
 from retnet_tools.formats import Checkpoint, open_checkpoint
 from retnet_tools.graph.contract import STEP_FILE
 from retnet_tools.graph.export import ExportPlan, plan_export
@@ -27,7 +27,7 @@ from retnet_tools.runtime.decode import Stopping, generate, generate_from
 from retnet_tools.runtime.sequences import Sequences
 from retnet_tools.runtime.session import DecoderSession
 from retnet_tools.runtime.state_file import capture, read_state, write_state
-from retnet_tools.tokens import load_tokenizer
+from retnet_tools.tokenizing.files import load_tokenizer
 from tests.exports import cpu_runner, export, run_steps, zero_states
 from tests.tolerances import FLOAT16_KL, GRAPH_FLOAT32, LOGITS_FLOAT32, LOGITS_FLOAT64
 
@@ -71,7 +71,7 @@ def test_it_has_the_size_that_was_asked_for(checkpoint: Checkpoint, model: RetNe
 
 
 def test_the_package_ships_the_same_checkpoint() -> None:
-    shipped = checkpoint_or_default(None)
+    shipped = shipped_checkpoint()
     assert shipped != FIXTURE
     files = {path.name for path in shipped.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "LICENSE.md"} <= files

@@ -18,7 +18,7 @@ from retnet_tools.graph.export import plan_export, write_export
 from retnet_tools.graph.ops import OPERATOR_SETS
 from retnet_tools.runtime.decode import generate
 from retnet_tools.runtime.session import DecoderSession
-from retnet_tools.tokens import load_tokenizer
+from retnet_tools.tokenizing.files import load_tokenizer
 from retnet_tools.weights import Array
 from tests.tolerances import GRAPH_FLOAT32
 

@@ -37,7 +37,7 @@ def test_a_text_is_encoded_and_cut(tokenizer_file):
 
 @pytest.mark.parametrize(
     ("vocab_size", "text", "length", "message"),
-    [(3, "", 10, "without tokens"), (2, "to be", 10, r"token 2 .* 0 to 1"), (3, None, 0, "0 tokens")],
+    [(3, "", 10, "without tokens"), (2, "to be", 10, r"token 'be' \(id 2\) .* 0 to 1"), (3, None, 0, "0 tokens")],
 )
 def test_tokens_that_cannot_be_run_are_refused(tokenizer_file, vocab_size, text, length, message):
     with pytest.raises(UsageError, match=message):

@@ -73,8 +73,9 @@ def main() -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _stop)
     warnings.showwarning = _show_warning
-    # ONNX Runtime would report its use to its maker: not from here without being asked.
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    # Both would report their use to their makers: not from here without being asked.
+    for name in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
+        os.environ.setdefault(name, "1")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     arguments = [a for a in sys.argv[1:] if a != "--debug"]

@@ -9,13 +9,16 @@ from typing import Annotated
 
 import typer
 
-from retnet_tools.cli import benching, common, quantizing
+from retnet_tools.cli import benching, common, quantizing, source
 
 
 def bench(
     model: Annotated[
-        Path | None,
-        typer.Argument(help="Exported folder or checkpoint; the shipped one if left out.", show_default=False),
+        str | None,
+        typer.Argument(
+            help="Exported folder, or checkpoint (folder, file or name on the hub); the shipped one if left out.",
+            show_default=False,
+        ),
     ] = None,
     size: benching.Size = None,
     device: common.DeviceName = "cpu",
@@ -33,6 +36,12 @@ def bench(
     quantize: quantizing.Target = None,
     block_size: quantizing.BlockSize = None,
     accuracy_level: quantizing.AccuracyLevel = None,
+    source_format: source.Format = None,
+    config: source.Config = None,
+    entry: source.Entry = None,
+    clamp: source.Clamp = None,
+    revision: source.Revision = None,
+    ignore_key: source.IgnoreKey = None,
     eager: benching.Eager = False,
     flat: benching.Flat = False,
     profile: benching.Profile = False,
@@ -66,8 +75,11 @@ def bench(
         check_plot(plot, force=force)
     number_type = None if dtype is None else parse_dtype(dtype, ("float32", "float16", "bfloat16"))
     scheme = quantizing.options(block_size, None, accuracy_level, None, None, None)
-    path = model if size is not None else common.checkpoint_or_default(model)
-    chosen = ModelOptions(path, size, number_type, quantize, ops, scheme, target.kind)
+    how = (source_format, config, entry, clamp, revision, ignore_key)
+    if size is not None and (model is not None or any(how)):
+        raise UsageError(f"--size {size} and a checkpoint or options of one", "one of them")
+    origin = source.checkpoint_source(model, *how) if size is None else None
+    chosen = ModelOptions(origin, size, number_type, quantize, ops, scheme, target.kind)
     target = usable_device(target)
     if folder is not None and not folder.is_dir():
         raise UsageError(f"no folder {folder}", "--folder with one that exists")

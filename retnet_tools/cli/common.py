@@ -1,4 +1,4 @@
-"""What the commands share: consoles, JSON, the shipped checkpoint."""
+"""What the commands share: consoles, JSON, prompts and texts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+    from retnet_tools.formats.source import CheckpointSource
     from retnet_tools.reports.logits import LogitsSource
     from retnet_tools.runtime.session import DecoderSession
     from retnet_tools.runtime.text import IdCodec, TextCodec
@@ -89,17 +89,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return value
-
-
-def checkpoint_or_default(path: Path | None) -> Path:
-    """The checkpoint that was named, or the trained one inside the package, said on stderr."""
-    if path is not None:
-        return path
-    shipped = Path(str(resources.files("retnet_tools"))) / "data" / "shakespeare"
-    if not shipped.is_dir():
-        raise InputError("no checkpoint named and the shipped one is missing", str(shipped), "name a checkpoint")
-    stderr_console().print(f"no checkpoint named: using the shipped one, {shipped}", highlight=False, soft_wrap=True)
-    return shipped
 
 
 def open_decoder(
@@ -178,11 +167,10 @@ def read_text(file: Path | None) -> texts.Text:
 
 
 def open_logits(
-    path: Path,
+    source: CheckpointSource,
     device: str,
     threads: int | None,
     dtype: str = "fp32",
-    source_format: str | None = None,
     *,
     cpu_fallback: bool = False,
     no_cuda_graph: bool = False,
@@ -198,14 +186,14 @@ def open_logits(
     from retnet_tools.runtime.providers import parse_device
 
     target, number_type = parse_device(device, cpu_fallback=cpu_fallback), parse_dtype(dtype)
-    if source_format is None and is_export(path):
+    path = source.path
+    if not source.says_how and is_export(path):
         return ExportLogits(path, target, threads, cuda_graph=False if no_cuda_graph else None)
     if target.kind != "cpu":
         raise UsageError(f"--device {device} for {path}, which is no export", "--device cpu", "export the checkpoint")
-    from retnet_tools.formats import open_checkpoint
     from retnet_tools.model.streaming import CheckpointLogits
 
-    return CheckpointLogits(open_checkpoint(path, source_format), number_type, threads)
+    return CheckpointLogits(source.open(), number_type, threads)
 
 
 def parse_size(text: str) -> int:

@@ -7,17 +7,24 @@ from typing import Annotated
 
 import typer
 
-from retnet_tools.cli import calibrating, common, quantizing
+from retnet_tools.cli import calibrating, common, quantizing, source
 
 
 def export(
     checkpoint: Annotated[
-        Path | None, typer.Argument(help="Checkpoint folder or file; the shipped one if left out.", show_default=False)
+        str | None,
+        typer.Argument(
+            help="Checkpoint: folder, file or name on the hub; the shipped one if left out.", show_default=False
+        ),
     ] = None,
     to: Annotated[str, typer.Option("--to", help="What to write: onnx, or genai for onnxruntime-genai.")] = "onnx",
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="Folder to make; <name>-<to> beside the checkpoint if left out."),
+        typer.Option(
+            "-o",
+            "--output",
+            help="Folder to make; <name>-<to> beside the checkpoint, or here from the hub.",
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="Weights and activations: fp32, fp16 or bf16.")] = "fp32",
     state_dtype: Annotated[
@@ -29,9 +36,12 @@ def export(
     device: Annotated[
         str, typer.Option("--device", help="Whose kernels to build for: cpu or cuda; runs on both.")
     ] = "cpu",
-    source_format: Annotated[
-        str | None, typer.Option("--from", help="Format of the checkpoint, if it is not to be detected.")
-    ] = None,
+    source_format: source.Format = None,
+    config: source.Config = None,
+    entry: source.Entry = None,
+    clamp: source.Clamp = None,
+    revision: source.Revision = None,
+    ignore_key: source.IgnoreKey = None,
     quantize: quantizing.Target = None,
     block_size: quantizing.BlockSize = None,
     symmetric: quantizing.Symmetric = None,
@@ -55,7 +65,6 @@ def export(
     genai_config.json, each with weights.data and retnet.json.
     """
     from retnet_tools.dtypes import parse_dtype
-    from retnet_tools.formats import open_checkpoint
     from retnet_tools.graph.devices import target_device
     from retnet_tools.graph.export import default_output, plan_export
     from retnet_tools.graph.targets import export_target
@@ -67,17 +76,17 @@ def export(
     target = export_target(to).name
     number_type = parse_dtype(dtype, ("float32", "float16", "bfloat16"))
     state_type = parse_dtype(state_dtype, ("float32", "float16"))
-    path = common.checkpoint_or_default(checkpoint)
+    chosen = source.checkpoint_source(checkpoint, source_format, config, entry, clamp, revision, ignore_key)
+    path = chosen.path
     ending = f"{target}{quantizing.ending(kind)}" + ("" if target_device(device).name == "cpu" else f"-{device}")
     out = output or (default_output(path, ending) if checkpoint else Path(f"{path.name}-{ending}"))
     if not dry_run:
         quantizing.check_output(out, path, kind, force=force)
-    opened = open_checkpoint(path, source_format)
-    plan = plan_export(opened, dtype=number_type, ops=ops, state_dtype=state_type, target=target, device=device)
+    plan = plan_export(chosen.open(), dtype=number_type, ops=ops, state_dtype=state_type, target=target, device=device)
     held_out, quality = quantizing.read_text(text, text_tokens, plan, kind), None
     plan = calibrating.run(plan, kind, options, learning, out, held_out, force=force, dry_run=dry_run)
     if held_out is not None and not dry_run:
-        quality = quantizing.measure(out, path, held_out, text_tokens, source_format)
+        quality = quantizing.measure(out, chosen, held_out, text_tokens)
     document = export_document(plan, out, written=not dry_run, quality=quality)
     if as_json:
         common.print_json(document)

@@ -8,19 +8,22 @@ from typing import Annotated
 
 import typer
 
-from retnet_tools.cli import common
+from retnet_tools.cli import common, source
 
 
 def perplexity(
     model: Annotated[
-        Path | None,
-        typer.Argument(help="Exported folder or checkpoint; the shipped one if left out.", show_default=False),
+        str | None,
+        typer.Argument(
+            help="Exported folder, or checkpoint (folder, file or name on the hub); the shipped one if left out.",
+            show_default=False,
+        ),
     ] = None,
     text: Annotated[
         Path | None, typer.Option("-f", "--file", "--text", help="File to score; - reads stdin.", show_default=False)
     ] = None,
     against: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--against", help="Baseline: an exported folder, or a checkpoint, run in fp32 on the CPU."),
     ] = None,
     context: Annotated[
@@ -45,9 +48,12 @@ def perplexity(
     force: Annotated[bool, typer.Option("--force", help="Replace a plot that is there.")] = False,
     batch: Annotated[int, typer.Option("-b", "--batch", help="Rows fed side by side.", min=1)] = 16,
     dtype: Annotated[str, typer.Option("--dtype", help="To run a checkpoint in: fp32, fp16, bf16, fp64.")] = "fp32",
-    source_format: Annotated[
-        str | None, typer.Option("--from", help="Format of the model's checkpoint, if it is not to be detected.")
-    ] = None,
+    source_format: source.Format = None,
+    config: source.Config = None,
+    entry: source.Entry = None,
+    clamp: source.Clamp = None,
+    revision: source.Revision = None,
+    ignore_key: source.IgnoreKey = None,
     device: Annotated[str, typer.Option("--device", help="Of exports: cpu, cuda or cuda:N.")] = "cpu",
     cpu_fallback: common.CpuFallback = False,
     no_cuda_graph: common.NoCudaGraph = False,
@@ -58,6 +64,7 @@ def perplexity(
 
     Names and definitions are those of llama-perplexity. A checkpoint runs in torch, an exported folder without it.
     """
+    from retnet_tools.formats.source import CheckpointSource
     from retnet_tools.reports.logits import is_export
     from retnet_tools.reports.perplexity import measure_perplexity
     from retnet_tools.reports.perplexity_plot import write_plot
@@ -70,17 +77,17 @@ def perplexity(
     if plot is not None:
         check_plot(plot, force=force)
     content = common.read_text(text).content
-    path = common.checkpoint_or_default(model)
+    chosen = source.checkpoint_source(model, source_format, config, entry, clamp, revision, ignore_key)
     opened = partial(common.open_logits, cpu_fallback=cpu_fallback, no_cuda_graph=no_cuda_graph)
-    source = opened(path, device, threads, dtype, source_format)
+    scored = opened(chosen, device, threads, dtype)
     baseline = None
     if against is not None:
-        place = device if is_export(against) else "cpu"
-        baseline = opened(against, place, threads)
-    tokens = read_tokens(content, source, baseline, token_ids=token_ids, start_token=start_token, limit=max_tokens)
+        other = CheckpointSource.of(against)
+        baseline = opened(other, device if is_export(other.path) else "cpu", threads)
+    tokens = read_tokens(content, scored, baseline, token_ids=token_ids, start_token=start_token, limit=max_tokens)
     with common.step_progress() as progress:
         report = measure_perplexity(
-            source,
+            scored,
             tokens,
             windows,
             baseline=baseline,

@@ -37,6 +37,7 @@ def quantize(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Write an exported folder again with quantized weights: the same graphs, inputs, outputs and states."""
+    from retnet_tools.formats.source import CheckpointSource
     from retnet_tools.graph.export import default_output
     from retnet_tools.graph.exported import plan_of_export
     from retnet_tools.quantize.scheme import TARGET_WORDS, parse_target
@@ -52,6 +53,6 @@ def quantize(
     held_out = quantizing.read_text(text, text_tokens, plan, kind)
     plan = calibrating.run(plan, kind, options, learning, out, held_out, force=force, dry_run=dry_run)
     if held_out is not None and not dry_run:
-        quality = quantizing.measure(out, folder, held_out, text_tokens)
+        quality = quantizing.measure(out, CheckpointSource(folder), held_out, text_tokens)
     document = export_document(plan, out, written=not dry_run, quality=quality)
     common.print_json(document) if as_json else typer.echo(export_text(document))

@@ -12,6 +12,7 @@ from retnet_tools.cli import common
 from retnet_tools.errors import UsageError
 
 if TYPE_CHECKING:
+    from retnet_tools.formats.source import CheckpointSource
     from retnet_tools.graph.export import ExportPlan
     from retnet_tools.graph.quantization import HalfType, Quality, WeightType
     from retnet_tools.quantize.scheme import SchemeOptions
@@ -92,13 +93,11 @@ def read_text(
     return text
 
 
-def measure(
-    folder: Path, baseline: Path, text: texts.Text, limit: int | None, source_format: str | None = None
-) -> Quality:
+def measure(folder: Path, baseline: CheckpointSource, text: texts.Text, limit: int | None) -> Quality:
     """Measure a quantized folder against its float parent, with a progress bar."""
     from retnet_tools.reports.quality import measure_quality
 
-    parent = common.open_logits(baseline, "cpu", None, source_format=source_format)
+    parent = common.open_logits(baseline, "cpu", None)
     with common.step_progress() as progress:
         return measure_quality(folder, parent, text, limit=limit, progress=progress)
 

@@ -7,12 +7,15 @@ from typing import Annotated
 
 import typer
 
-from retnet_tools.cli import common
+from retnet_tools.cli import common, source
 
 
 def verify(
     checkpoint: Annotated[
-        Path | None, typer.Argument(help="Checkpoint folder or file; the shipped one if left out.", show_default=False)
+        str | None,
+        typer.Argument(
+            help="Checkpoint: folder, file or name on the hub; the shipped one if left out.", show_default=False
+        ),
     ] = None,
     modes: Annotated[
         str, typer.Option("--modes", help="Forms to compare: two or more of parallel, recurrent, chunkwise.")
@@ -36,9 +39,12 @@ def verify(
     file: Annotated[
         Path | None, typer.Option("-f", "--file", "--text", help="Run on the text of this file, not on random tokens.")
     ] = None,
-    source_format: Annotated[
-        str | None, typer.Option("--from", help="Format of the checkpoint, if it is not to be detected.")
-    ] = None,
+    source_format: source.Format = None,
+    config: source.Config = None,
+    entry: source.Entry = None,
+    clamp: source.Clamp = None,
+    revision: source.Revision = None,
+    ignore_key: source.IgnoreKey = None,
     threads: Annotated[
         int | None, typer.Option("-t", "--threads", help="CPU threads to use.", min=1, max=common.MAX_THREADS)
     ] = None,
@@ -50,21 +56,21 @@ def verify(
     over its budget.
     """
     from retnet_tools.dtypes import parse_dtype
-    from retnet_tools.formats import open_checkpoint
     from retnet_tools.model.agreement import compare_forms, require_agreement, select_forms, use_threads
+    from retnet_tools.model.clamps import compare_clamps
     from retnet_tools.reports.agreement import AgreementContext, agreement_document, render_agreement
     from retnet_tools.tokens import choose_tokens
 
     number_type = parse_dtype(dtype)
     forms = select_forms(modes.split(","), chunk_size)
     text = None if prompt is None and file is None else common.read_prompt(prompt, file)
-    opened = open_checkpoint(common.checkpoint_or_default(checkpoint), source_format)
-    config = opened.config
-    chosen = choose_tokens(config, opened.tokenizer_files, text, length=tokens, seed=seed)
+    opened = source.checkpoint_source(checkpoint, source_format, config, entry, clamp, revision, ignore_key).open()
+    chosen = choose_tokens(opened.config, opened.tokenizer_files, text, length=tokens, seed=seed)
     use_threads(threads)
     with common.step_progress() as progress:
-        report = compare_forms(
-            config, opened.weights, chosen.ids, forms, dtype=number_type, tolerance=tolerance, progress=progress
+        compare = compare_clamps if opened.assumed_clamp else compare_forms
+        report = compare(
+            opened.config, opened.weights, chosen.ids, forms, dtype=number_type, tolerance=tolerance, progress=progress
         )
     context = AgreementContext(str(opened.path), chosen.source, opened.notes)
     common.print_json(agreement_document(report, context)) if as_json else render_agreement(report, context)

@@ -20,6 +20,7 @@ from retnet_tools.weights import Array, WeightSource, canonical_shapes
 
 FORMAT_NAME = "retnet-tools"
 FORMAT_VERSION = 1
+ASSUMED_CLAMP = "assumed_clamp"
 MARK = "layers.0.retention_norm.weight"
 
 
@@ -40,13 +41,15 @@ def read(source: Source) -> Reading:
     config = RetNetConfig.from_dict({} if stored is None else stored)
     check_layer_count(config, source.stored)
     names = {name: name for name in canonical_shapes(config)}
-    return Reading(config, f"{FORMAT_NAME} {version}", names)
+    assumed = source.settings.flag(ASSUMED_CLAMP, False)
+    return Reading(config, f"{FORMAT_NAME} {version}", names, assumed_clamp=assumed)
 
 
-def write(config: RetNetConfig) -> Writing:
+def write(config: RetNetConfig, assumed_clamp: bool) -> Writing:
     """Canonical names and the configuration as it is."""
     document = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION, "config": config.to_dict()}
-    return Writing(documents={CONFIG_FILE: document}, names={name: name for name in canonical_shapes(config)})
+    assumed = {ASSUMED_CLAMP: True} if assumed_clamp else {}
+    return Writing(documents={CONFIG_FILE: document | assumed}, names={name: name for name in canonical_shapes(config)})
 
 
 def write_canonical(
@@ -77,7 +80,10 @@ def write_canonical(
 CANONICAL = FormatSpec(
     name="canonical",
     layout="retnet-tools",
-    keys=Keys(read=frozenset({"format_version", "config"}), only={"format": Only((FORMAT_NAME,), f'"{FORMAT_NAME}"')}),
+    keys=Keys(
+        read=frozenset({"format_version", "config", ASSUMED_CLAMP}),
+        only={"format": Only((FORMAT_NAME,), f'"{FORMAT_NAME}"')},
+    ),
     is_settings=_is_settings,
     settings_words=f'"format": "{FORMAT_NAME}"',
     marks=(MARK,),

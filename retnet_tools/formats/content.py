@@ -72,7 +72,8 @@ class Kind(Enum):
 
 def short_name(path: Path) -> str:
     """A file's name, short enough for an error of one line."""
-    return path.name if len(path.name) <= 48 else f"{path.name[:45]}..."
+    name = path.name or path.absolute().name
+    return name if len(name) <= 48 else f"{name[:45]}..."
 
 
 def quantized_error(path: Path, method: str, name: str = "") -> InputError:
@@ -95,7 +96,7 @@ def kind_of(path: Path) -> Kind:
         return Kind.DCP
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
-    kind = _kind(path, head)
+    kind = _kind(path, head) if path.suffix != DCP_SUFFIX else None
     if kind is not None:
         return kind
     if path.name.endswith(INDEX_SUFFIX) or (head.lstrip()[:1] == b"{" and _has_weight_map(path)):

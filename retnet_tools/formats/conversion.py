@@ -20,6 +20,7 @@ from retnet_tools.formats.reading import read_as
 from retnet_tools.formats.spec import AS_STORED, Checkpoint, FormatSpec, Transform, Writing
 from retnet_tools.formats.writer import DEFAULT_SHARD_SIZE, INDEX_FILE, CheckpointLayout, shard
 from retnet_tools.provenance import provenance_section
+from retnet_tools.tokenizing.carried import carried_text
 from retnet_tools.weights import (
     Array,
     BlockSource,
@@ -31,6 +32,15 @@ from retnet_tools.weights import (
 )
 
 CARD_FILE = "README.md"
+SCHEDULES = ("decay", "rotary_frequencies")
+SCHEDULE_ROUNDING = 4 * 2.0**-23
+"""Numbers closer than this, relatively, are one published schedule.
+
+Its float32 evaluation differs from the exact numbers by 3.3 steps of 2^-23 at most: 2.3 from the exponent, whose error
+of 2^-25 the power takes times ln 10000, and half a step each from power and quotient. torch's power adds half a step.
+"""
+SHORT = 30
+"""Characters of two values that a refusal still shows."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +51,13 @@ class Conversion:
         layout: the files.
         names: from each name in the files to the canonical tensor it holds; None for a buffer of the format.
         largest: bytes of the largest tensor, as read and as written; memory is bounded by their sum.
+        notes: what the user should know about what is written.
     """
 
     layout: CheckpointLayout
     names: Mapping[str, str | None]
     largest: tuple[int, int]
+    notes: tuple[str, ...]
 
 
 def plan_conversion(
@@ -57,6 +69,7 @@ def plan_conversion(
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     texts: Mapping[str, Callable[[], str]] | None = None,
     copies: Sequence[Path] = (),
+    assumed_clamp: bool = False,
 ) -> Conversion:
     """Lay a model out in a format; no tensor is read.
 
@@ -67,18 +80,19 @@ def plan_conversion(
         max_shard_size: bytes of tensor data in one safetensors file; a larger tensor has a file of its own.
         texts: further text files, by name, and what makes each.
         copies: further files, such as a tokenizer.
+        assumed_clamp: whether the clamp in `config` is assumed (`Checkpoint.assumed_clamp`), which is kept.
 
     Raises:
-        UsageError: the format cannot be written, or cannot express this model; names the field.
+        UsageError: the format cannot be written, or cannot express this model; lists the fields.
         InputError: tensors that do not fit the configuration.
     """
     check_weights(config, weights)
     dtype = None if dtype is None else parse_dtype(dtype)
     if target.write is None:
         raise UsageError(f"writing {target.name}", "a format that can be written", "see convert --help")
-    writing = target.write(config)
+    writing = target.write(config, assumed_clamp)
     tensors, names = _stored_tensors(config, weights, writing, dtype)
-    _check_reads_back(config, target, writing, tensors)
+    notes = _check_reads_back(config, target, writing, tensors)
     if writing.weights_file.endswith(".safetensors"):
         files, index = shard(tensors, max_shard_size)
     else:
@@ -89,7 +103,7 @@ def plan_conversion(
         max(weights.info(name).nbytes for name in weights.names()),
         max(tensor.info.nbytes for tensor in tensors),
     )
-    return Conversion(layout, names, largest)
+    return Conversion(layout, names, largest, notes)
 
 
 def plan_checkpoint(
@@ -99,26 +113,34 @@ def plan_checkpoint(
     dtype: FloatName | None,
     max_shard_size: int,
 ) -> Conversion:
-    """Lay a whole checkpoint out in a format: its tokenizer and licences too, and a card that says where it is from.
+    """Lay a whole checkpoint out in a format: its tokenizer, special tokens and licences too, and a card that says
+    where it is from.
 
     Raises:
         UsageError, InputError: as `plan_conversion`.
     """
     card = next((file for file in checkpoint.card_files if file.name == CARD_FILE), None)
+    text = carried_text(checkpoint.tokenizer_files, checkpoint.settings, checkpoint.config.vocab_size)
+    notes = (*checkpoint.notes, *text.notes)
 
     def card_text() -> str:
-        text = "" if card is None else card.read_text(encoding="utf-8").rstrip() + "\n\n"
-        return text + provenance_section(checkpoint.format, checkpoint.source_files, checkpoint.notes)
+        before = "" if card is None else card.read_text(encoding="utf-8").rstrip() + "\n\n"
+        return before + provenance_section(checkpoint.format, checkpoint.source_files, (*notes, *plan.notes))
 
-    return plan_conversion(
+    plan = plan_conversion(
         checkpoint.config,
         checkpoint.weights,
         target,
         dtype=dtype,
         max_shard_size=max_shard_size,
-        texts={CARD_FILE: card_text},
-        copies=[*checkpoint.tokenizer_files, *(file for file in checkpoint.card_files if file != card)],
+        texts={CARD_FILE: card_text, **{name: partial(str, made) for name, made in text.made.items()}},
+        copies=[
+            *(file for file in checkpoint.tokenizer_files if file.name not in text.made),
+            *(file for file in checkpoint.card_files if file != card),
+        ],
+        assumed_clamp=checkpoint.assumed_clamp,
     )
+    return replace(plan, notes=(*notes, *plan.notes))
 
 
 def _stored_tensors(
@@ -159,11 +181,11 @@ def _blocks(weights: WeightSource, canonical: str, transform: Transform, dtype: 
 
 def _check_reads_back(
     config: RetNetConfig, target: FormatSpec, writing: Writing, tensors: Sequence[PlannedTensor]
-) -> None:
-    """What is written must read as the same model, or the first field that would not is named.
+) -> tuple[str, ...]:
+    """What is written must read as the same model, schedules up to float32 rounding; gives what to note about them.
 
     Raises:
-        UsageError: the format cannot express the model.
+        UsageError: the format cannot express the model; lists every field that would be lost.
     """
     files = PlannedFiles(writing.weights_file, writing.documents, {tensor.name: tensor for tensor in tensors})
     try:
@@ -172,22 +194,29 @@ def _check_reads_back(
         raise UsageError(
             f"{target.name} cannot express this model: {error.found}", error.expected, "convert to another format"
         ) from error
-    for field, wanted, got in _differences(config.to_dict(), source.reading.config.to_dict()):
-        raise UsageError(
-            f"{target.name} cannot express {field} = {_short(wanted)}",
-            f"{_short(got)}, which is what it would be read as",
-            "convert to another format",
-        )
+    differences = list(_differences(config.to_dict(), source.reading.config.to_dict()))
+    rounded = [name for name, wanted, got in differences if name in SCHEDULES and _equal_as_float32(wanted, got)]
+    lost = [_lost(*difference) for difference in differences if difference[0] not in rounded]
+    if lost:
+        found = f"{target.name} cannot express: {', '.join(lost)}"
+        raise UsageError(found, action="it would read what is in brackets; convert to another format")
     MappedWeights(source.stored, source.reading, source.prefix)
+    return tuple(f"{target.name} computes {name} in float32, which differs in the last bits" for name in rounded)
 
 
-def _differences(a: object, b: object, path: str = "") -> list[tuple[str, object, object]]:
+def _equal_as_float32(wanted: object, got: object) -> bool:
+    a, b = np.array(wanted, np.float64), np.array(got, np.float64)
+    return a.shape == b.shape and bool(np.all(np.abs(a - b) <= SCHEDULE_ROUNDING * np.maximum(np.abs(a), np.abs(b))))
+
+
+def _differences(a: object, b: object, path: str = "") -> Iterator[tuple[str, object, object]]:
     if isinstance(a, dict) and isinstance(b, dict):
-        keys = list(dict.fromkeys([*a, *b]))
-        return [d for key in keys for d in _differences(a.get(key), b.get(key), f"{path}.{key}" if path else str(key))]
-    return [] if a == b else [(path, a, b)]
+        for key in dict.fromkeys([*a, *b]):
+            yield from _differences(a.get(key), b.get(key), f"{path}.{key}" if path else str(key))
+    elif a != b:
+        yield path, a, b
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _lost(field: str, wanted: object, got: object) -> str:
+    a, b = (f"{value:g}" if isinstance(value, float) else repr(value) for value in (wanted, got))
+    return field if a == b or len(a + b) > SHORT else f"{field} = {a} ({b})"

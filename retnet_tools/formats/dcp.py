@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from retnet_tools.errors import InputError
+from retnet_tools.formats.boxes import fill_exactly
 from retnet_tools.formats.content import quantized_error, short_name
 from retnet_tools.formats.pickles import unpickle
 from retnet_tools.formats.stand_ins import Global, Shell, Storage, TensorView, is_tensor
-from retnet_tools.formats.state_dicts import Choice, choose, is_beside_weights
+from retnet_tools.formats.state_dicts import MAX_DEPTH, Choice, choose, is_beside_weights
 from retnet_tools.formats.storage import BLOCK_BYTES, StoredTensors, TensorLocation, contiguous_strides
 from retnet_tools.formats.torch_files import DTYPES, read_torch
 from retnet_tools.weights import Array, FileRegion, TensorInfo
@@ -67,11 +68,8 @@ class ChunkedTensors(StoredTensors):
     def read(self, name: str) -> Array:
         """The tensor, assembled chunk by chunk."""
         tensor = self._tensors[name]
-        result = np.empty(tensor.shape, tensor.dtype)
-        for chunk in tensor.chunks:
-            box = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
-            result[box] = _locate(name, tensor, chunk).read()
-        return result
+        places = [(chunk, _locate(name, tensor, chunk)) for chunk in tensor.chunks]
+        return _filled(tensor.shape, tensor.dtype, 0, places) if tensor.shape else places[0][1].read()
 
     def blocks(self, name: str) -> Iterator[Array]:
         """The tensor in pieces of whole rows of about 16 MB."""
@@ -79,15 +77,10 @@ class ChunkedTensors(StoredTensors):
         if not tensor.shape or not tensor.chunks:
             yield self.read(name)
             return
-        places = {chunk: _locate(name, tensor, chunk) for chunk in tensor.chunks}
-        row_bytes = max(1, math.prod(tensor.shape[1:]) * tensor.dtype.itemsize)
-        count = max(1, BLOCK_BYTES // row_bytes)
+        places = [(chunk, _locate(name, tensor, chunk)) for chunk in tensor.chunks]
+        count = _rows_of_a_block(tensor.shape, tensor.dtype)
         for start in range(0, tensor.shape[0], count):
-            end = min(start + count, tensor.shape[0])
-            block = np.empty((end - start, *tensor.shape[1:]), tensor.dtype)
-            for chunk, place in places.items():
-                _fill(block, start, end, chunk, place)
-            yield block
+            yield _filled((min(count, tensor.shape[0] - start), *tensor.shape[1:]), tensor.dtype, start, places)
 
     def region(self, name: str) -> FileRegion | None:
         """None: a region's bytes are found when it is read."""
@@ -126,7 +119,8 @@ def open_dcp(metadata_file: Path, entry: str | None = None) -> tuple[ChunkedTens
     groups: dict[str, dict[str, TensorView]] = {}
     for name, value in described.items():
         path = paths.get(name) if isinstance(paths, dict) else None
-        group = ".".join(map(str, path[:-1])) if isinstance(path, tuple) else ""
+        path = path if isinstance(path, tuple) and len(path) <= MAX_DEPTH + 1 else ()
+        group = ".".join(str(key)[:60] for key in path[:-1] if isinstance(key, str | int)) if path else ""
         shape = value.entries().get("size")
         if not is_beside_weights(f"{group}.{name.split('.')[0]}") and isinstance(shape, tuple):
             groups.setdefault(group, {})[name] = TensorView(_NO_STORAGE, "", 0, shape, shape)
@@ -147,13 +141,14 @@ def _places(metadata_file: Path, data: Any, names: Any) -> Places:
     files: dict[str, tuple[Path, int]] = {}
     for key, value in _mapping(metadata_file, data).items():
         index = _fields(metadata_file, key)
-        if index.get("fqn") not in names:
+        tensor = index.get("fqn")
+        if not isinstance(tensor, str) or tensor not in names:
             continue
         info = _fields(metadata_file, value)
         name, start, length = info.get("relative_path"), info.get("offset", -1), info.get("length", -1)
-        offsets = tuple(index.get("offset") or ())
-        if not isinstance(name, str) or not _are_counts((start, length, *offsets)):
-            raise _broken(metadata_file, f"a broken place of {index['fqn'][:60]!r}")
+        offsets = index.get("offset") or ()
+        if not isinstance(name, str) or not isinstance(offsets, tuple) or not _are_counts((start, length, *offsets)):
+            raise _broken(metadata_file, f"a broken place of {tensor[:60]!r}")
         if info.get("transform_descriptors"):
             raise InputError(f"{short_name(folder)} has compressed .distcp files", "plain ones", "save it plain")
         if name not in files:
@@ -165,7 +160,7 @@ def _places(metadata_file: Path, data: Any, names: Any) -> Places:
                 f"{start + length}, as .metadata says",
                 "fetch it again",
             )
-        places[index["fqn"], offsets] = Chunk(offsets, (), file, start, length)
+        places[tensor, offsets] = Chunk(offsets, (), file, start, length)
     return places
 
 
@@ -207,45 +202,13 @@ def _tensor(metadata_file: Path, name: str, described: Shell, places: Places) ->
                 "fetch it again",
             )
         found.append(place._replace(sizes=sizes))
-    if len(found) > MAX_CHUNKS or not _fill_exactly([(c.offsets, c.sizes) for c in found], shape):
+    if len(found) > MAX_CHUNKS or not fill_exactly([(c.offsets, c.sizes) for c in found], shape):
         raise InputError(
             f"{short_name(metadata_file.parent)} has chunks of {name[:60]!r} that overlap or leave gaps",
             f"chunks that fill {list(shape)}",
             "save it again",
         )
     return ChunkedTensor(shape, DTYPES[dtype], tuple(found))
-
-
-Box = tuple[tuple[int, ...], tuple[int, ...]]
-
-
-def _fill_exactly(boxes: Sequence[Box], shape: tuple[int, ...]) -> bool:
-    """Whether boxes, none of them empty, fill a shape, each element once."""
-    if any(len(offsets) != len(shape) or len(sizes) != len(shape) for offsets, sizes in boxes):
-        return False
-    if 0 in shape:
-        return not boxes
-    if sum(math.prod(sizes) for _, sizes in boxes) != math.prod(shape):
-        return False
-    if len(boxes) == 1:
-        return boxes[0] == ((0,) * len(shape), shape)
-    if not shape:
-        return False
-    # Between two neighbouring edges along the first axis the boxes are the same ones: they must fill the other axes.
-    starting = sorted(boxes, key=lambda box: box[0][0])
-    edges = sorted({e for offsets, sizes in boxes for e in (offsets[0], offsets[0] + sizes[0])})
-    if edges[0] != 0 or edges[-1] != shape[0]:
-        return False
-    active: list[Box] = []
-    done = 0
-    for start in edges[:-1]:
-        active = [box for box in active if box[0][0] + box[1][0] > start]
-        while done < len(starting) and starting[done][0][0] == start:
-            active.append(starting[done])
-            done += 1
-        if not _fill_exactly([(offsets[1:], sizes[1:]) for offsets, sizes in active], shape[1:]):
-            return False
-    return True
 
 
 def _locate(name: str, tensor: ChunkedTensor, chunk: Chunk) -> TensorLocation:
@@ -263,15 +226,37 @@ def _locate(name: str, tensor: ChunkedTensor, chunk: Chunk) -> TensorLocation:
     return location
 
 
-def _fill(block: Array, start: int, end: int, chunk: Chunk, place: TensorLocation) -> None:
-    """Copy the rows from `start` to `end` that a chunk has."""
-    first, last = max(start, chunk.offsets[0]), min(end, chunk.offsets[0] + chunk.sizes[0])
-    if first >= last:
-        return
-    skipped = (first - chunk.offsets[0]) * place.strides[0] * place.dtype.itemsize
-    rows = place._replace(offset=place.offset + skipped, shape=(last - first, *place.shape[1:]))
-    box = tuple(slice(o, o + n) for o, n in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True))
-    block[(slice(first - start, last - start), *box)] = rows.read()
+def _filled(
+    shape: tuple[int, ...], dtype: np.dtype[Any], start: int, places: Sequence[tuple[Chunk, TensorLocation]]
+) -> Array:
+    rows = np.empty(shape, dtype)
+    for chunk, place in places:
+        _fill(rows, start, chunk, place)
+    return rows
+
+
+def _fill(rows: Array, start: int, chunk: Chunk, place: TensorLocation) -> None:
+    """Copy into `rows`, which are a tensor's from `start`, those that a chunk has; memory: 16 MB where they do not
+    lie together in both.
+    """
+    first, last = max(start, chunk.offsets[0]), min(start + len(rows), chunk.offsets[0] + chunk.sizes[0])
+    columns = tuple(slice(o, o + n) for o, n in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True))
+    row_bytes = place.strides[0] * place.dtype.itemsize
+    together = chunk.sizes[1:] == rows.shape[1:] and place.strides == contiguous_strides(place.shape)
+    count = max(1, last - first) if together else _rows_of_a_block(place.shape, place.dtype)
+    for row in range(first, last, count):
+        end = min(row + count, last)
+        offset = place.offset + (row - chunk.offsets[0]) * row_bytes
+        piece = place._replace(offset=offset, shape=(end - row, *place.shape[1:]))
+        target = rows[row - start : end - start]
+        if together:
+            piece.read_into(target)
+        else:
+            target[(slice(None), *columns)] = piece.read()
+
+
+def _rows_of_a_block(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
+    return max(1, BLOCK_BYTES // max(1, math.prod(shape[1:]) * dtype.itemsize))
 
 
 def _dtype_name(properties: Any) -> str | None:
@@ -300,4 +285,5 @@ def _are_counts(values: Sequence[Any]) -> bool:
 
 
 def _broken(metadata_file: Path, what: str) -> InputError:
-    return InputError(f"{metadata_file} has {what}", "a .metadata of torch.distributed.checkpoint", "fetch it again")
+    folder = short_name(metadata_file.parent)
+    return InputError(f"{folder} has {what}", "a .metadata of torch.distributed.checkpoint", "fetch it again")

@@ -24,6 +24,8 @@ TOKENIZER_PATTERNS = (
     "added_tokens.json",
     "generation_config.json",
     "chat_template.jinja",
+    "chat_template.json",
+    "encoder.json",
     "vocab.*",
     "merges.txt",
     "dict.txt",

@@ -146,8 +146,8 @@ def transforms(config: RetNetConfig) -> dict[str, Transform]:
     return {QUERY: permuted, KEY: permuted}
 
 
-def write(config: RetNetConfig) -> Writing:
-    """The files of a model; see `fla_writing`."""
+def write(config: RetNetConfig, assumed_clamp: bool) -> Writing:
+    """The files of a model, whose scores are never clamped; see `fla_writing`."""
     return fla_writing.write(config, name_table(fused=config.gate == "silu"), transforms(config), ACTIVATIONS)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from retnet_tools.formats.pickle_names import OLD_MODULES, OLD_NAMES, OPAQUE, PLAIN_BUILTINS, UNSAFE_MODULES
 from retnet_tools.formats.stand_ins import (
     Encoded,
     Global,
@@ -33,47 +34,6 @@ from retnet_tools.formats.stand_ins import (
     is_tensor,
 )
 
-# Nothing of these belongs in a checkpoint, whatever it is used for.
-UNSAFE_MODULES = frozenset(
-    (
-        *("os", "posix", "nt", "subprocess", "sys", "importlib", "runpy", "pty", "ctypes", "socket", "shutil", "code"),
-        *(
-            "codeop",
-            "marshal",
-            "pickle",
-            "_pickle",
-            "webbrowser",
-            "timeit",
-            "pdb",
-            "bdb",
-            "profile",
-            "cProfile",
-            "trace",
-        ),
-        *("multiprocessing", "threading", "_thread", "asyncio", "signal", "http", "urllib", "ftplib", "smtplib", "gc"),
-        *(
-            "telnetlib",
-            "pip",
-            "setuptools",
-            "ensurepip",
-            "venv",
-            "site",
-            "inspect",
-            "linecache",
-            "platform",
-            "tempfile",
-        ),
-    )
-)
-PLAIN_BUILTINS = frozenset(
-    (
-        *("object", "type", "bool", "int", "float", "complex", "str", "bytes", "bytearray", "list", "tuple", "dict"),
-        *("set", "frozenset", "slice", "range", "NotImplemented", "Ellipsis", "enumerate", "zip", "reversed", "iter"),
-    )
-)
-OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg", "_io": "io"}
-# Protocol 2 calls these by their names in Python 2.
-OLD_NAMES = {"builtins.xrange": "range", "builtins.unicode": "str", "builtins.long": "int", "itertools.izip": "zip"}
 TENSOR_CLASSES = frozenset(
     {"torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
 )
@@ -147,17 +107,19 @@ def _size(sizes: Any = ()) -> tuple[Any, ...]:
     return sizes
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> TensorView:
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> TensorView | StrangeTensor:
+    if isinstance(storage, StrangeTensor):
+        return storage
     if not isinstance(storage, Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
         raise ValueError("a tensor with a broken description")
-    if max(len(shape), len(strides)) > MAX_DIMENSIONS:
-        raise ValueError("a tensor of too many dimensions")
+    if len(shape) + len(strides) > 2 * MAX_DIMENSIONS or not all(type(n) is int for n in (offset, *shape, *strides)):
+        raise ValueError("a tensor with a broken description")
     return TensorView(storage, storage.dtype, offset, shape, strides)
 
 
 def _typed_tensor(storage: Any, offset: Any, shape: Any, strides: Any, _: Any, __: Any, dtype: Any, *___: Any) -> Any:
     view = _tensor(storage, offset, shape, strides)
-    if not isinstance(dtype, Global) or dtype.module != "torch":
+    if not isinstance(view, TensorView) or not isinstance(dtype, Global) or dtype.module != "torch":
         raise ValueError("a tensor without a dtype")
     return view._replace(dtype=dtype.name)
 
@@ -226,47 +188,6 @@ def _shell(kind: str) -> Callable[..., Shell]:
 
 
 MAPPINGS = frozenset({"collections.OrderedDict", "collections.defaultdict", "collections.Counter", "builtins.dict"})
-# Functions and classes whose results are read over: name what a real file calls.
-_PATHS = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
-OPAQUE: Mapping[str, tuple[str, ...]] = {
-    "builtins": (
-        *("complex", "slice", "range", "iter", "enumerate", "zip", "reversed", "bytearray"),
-        *("bool", "int", "float", "str", "bytes"),
-    ),
-    "collections": ("deque", "ChainMap"),
-    "datetime": ("datetime", "date", "time", "timedelta", "timezone"),
-    "zoneinfo": ("ZoneInfo._unpickle",),
-    "decimal": ("Decimal",),
-    "fractions": ("Fraction",),
-    "uuid": ("UUID",),
-    "pathlib": _PATHS,
-    "pathlib._local": _PATHS,
-    "argparse": ("Namespace",),
-    "types": ("SimpleNamespace", "MappingProxyType"),
-    "functools": ("partial",),
-    "itertools": ("count", "chain", "cycle", "repeat", "islice"),
-    "re": ("_compile",),
-    "logging": ("getLogger",),
-    "random": ("Random",),
-    "_random": ("Random",),
-    "array": ("array", "_array_reconstructor"),
-    "io": ("BytesIO", "StringIO"),
-    "ipaddress": ("IPv4Address", "IPv6Address"),
-    "numpy": ("ndarray",),
-    "numpy.ma.core": ("_mareconstruct",),
-    "numpy.random.bit_generator": ("__pyx_unpickle_SeedSequence", "__pyx_unpickle_SeedlessSequence"),
-    "numpy.random.mtrand": ("RandomState", "__randomstate_ctor"),
-    "numpy.random._pickle": ("__randomstate_ctor", "__generator_ctor", "__bit_generator_ctor"),
-    "torch": ("device", "Generator"),
-    "torch._C": ("Generator",),
-    "torch.serialization": ("_get_layout",),
-    "torch.torch_version": ("TorchVersion",),
-    "torch.amp.grad_scaler": ("OptState", "_refresh_per_optimizer_state"),
-    "torch.cuda.amp.grad_scaler": ("OptState", "_refresh_per_optimizer_state"),
-    "torch.distributed.checkpoint.metadata": ("_MEM_FORMAT_ENCODING",),
-    "torch.distributed.device_mesh": ("DeviceMesh",),
-    "torch.distributed.fsdp.api": ("ShardingStrategy", "StateDictType"),
-}
 _NUMPY_ROOTS = ("numpy.core", "numpy._core")
 CALLS: Mapping[str, Callable[..., Any]] = {
     **{f"{module}.{name}": _shell(f"{module}.{name}") for module, names in OPAQUE.items() for name in names},

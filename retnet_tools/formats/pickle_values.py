@@ -12,14 +12,13 @@ SIMPLE_KEYS = (str, int, float, bool, bytes, type(None), Shell, Global)
 
 def pairs(items: list[Any]) -> dict[Any, Any]:
     """Keys and values in turn, as a dict."""
-    return {
-        name if type(name) is str else key(name): value for name, value in zip(items[::2], items[1::2], strict=True)
-    }
+    names = [name if type(name) is str else key(name) for name in items[::2]]
+    return dict(zip(names, items[1::2], strict=True))
 
 
 def key(value: Any) -> Any:
     """A key that is cheap to hash: nested tuples take exponential time, so that they become keys of their own."""
-    if isinstance(value, tuple) and not isinstance(value, Global):
+    if isinstance(value, tuple):
         flat = all(isinstance(part, str | int | float | bool | None) for part in value)
         return value if flat else Shell("key")
     return value if isinstance(value, SIMPLE_KEYS) else Shell("key")

@@ -7,17 +7,19 @@ little time and memory.
 
 from __future__ import annotations
 
+import gc
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 from retnet_tools.errors import InputError
+from retnet_tools.formats.content import short_name
 from retnet_tools.formats.pickle_calls import call, look_up, new_object
 from retnet_tools.formats.pickle_values import MAX_INTEGER_BYTES, integer, pairs, quoted, text, unicode
 from retnet_tools.formats.stand_ins import Global, Shell, UnsafeGlobalError, is_tensor
 
-INT32, UINT8, UINT16, UINT32, UINT64 = map(struct.Struct, ("<i", "<B", "<H", "<I", "<Q"))
+INT32, UINT8, UINT32, UINT64 = map(struct.Struct, ("<i", "<B", "<I", "<Q"))
 FLOAT64 = struct.Struct(">d")
 MAX_LINE = 1 << 20
 MAX_MEMO_INDEX = 1 << 28
@@ -35,11 +37,13 @@ def unpickle(file: IO[bytes], path: Path, find_storage: Callable[[Any], Any] | N
         InputError: a global that could only be meant to run, or a corrupt pickle.
     """
     machine = _Machine(file, find_storage)
+    collects = gc.isenabled()
+    gc.disable()  # nothing is let go while the tree grows: looking for garbage would take a third of the time
     try:
         return machine.run()
     except UnsafeGlobalError as error:
         raise InputError(
-            f"refused pickle global {str(error)[:80]!r} in {path.name}",
+            f"refused pickle global {str(error)[:80]!r} in {short_name(path)}",
             "tensors and plain data only",
             "load it where you trust it and save model.state_dict()",
         ) from error
@@ -47,21 +51,19 @@ def unpickle(file: IO[bytes], path: Path, find_storage: Callable[[Any], Any] | N
         raise
     except Exception as error:  # a corrupt pickle can raise anything
         raise corrupt(path, f"{type(error).__name__}: {str(error)[:80]}") from error
+    finally:
+        if collects:
+            gc.enable()
 
 
 def corrupt(path: Path, why: str) -> InputError:
     """The error for a file that torch.save did not write so."""
     size = path.stat().st_size
     return InputError(
-        f"{path} ({size} bytes) is truncated, corrupt or no torch file ({why})",
+        f"{short_name(path)} ({size} bytes) is truncated, corrupt or no torch file ({why})",
         "a file of torch.save",
         "fetch it again",
     )
-
-
-def attributes(value: Any) -> dict[str, Any] | None:
-    """The entries of a mapping; None for anything else."""
-    return dict(value) if isinstance(value, Mapping) else None
 
 
 class _Machine:
@@ -140,9 +142,6 @@ class _Machine:
             self._globals[key] = look_up(module, name)
         return self._globals[key]
 
-    def stack_global(self) -> None:
-        self.push(self.find(*self.last(2)))
-
     def persistent(self) -> None:
         if self._find_storage is None:
             raise ValueError("a storage where there is none")
@@ -192,9 +191,6 @@ class _Machine:
             raise ValueError(f"entries for {type(target).__name__}")
         target.update(pairs(items))
 
-    def refuse(self) -> None:
-        raise ValueError("an operation that torch.save does not write")
-
 
 def _long(machine: _Machine, count: int) -> Any:
     data = machine.take(count)
@@ -218,6 +214,18 @@ def _byte(machine: _Machine) -> None:
     machine.stack.append(machine.read(1)[0])
 
 
+def _get_long(machine: _Machine) -> None:
+    machine.stack.append(machine.memo[int.from_bytes(machine.read(4), "little")])
+
+
+def _short(machine: _Machine) -> None:
+    machine.stack.append(int.from_bytes(machine.take(2), "little"))
+
+
+def _short_text(machine: _Machine) -> None:
+    machine.stack.append(unicode(machine.take(machine.read(1)[0])))
+
+
 def _pair(machine: _Machine) -> None:
     second = machine.stack.pop()
     machine.stack[-1] = machine.stack[-1], second
@@ -231,14 +239,14 @@ OPERATIONS: dict[bytes, _Operation] = {
     b"0": _Machine.pop,
     b"1": _Machine.pop_mark,
     b"2": lambda m: m.push(m.stack[-1]),
-    b"N": lambda m: m.push(None),
+    b"N": lambda m: m.stack.append(None),
     b"\x88": lambda m: m.push(True),
     b"\x89": lambda m: m.push(False),
     b"I": lambda m: m.push(integer(m.name())),
     b"L": lambda m: m.push(integer(m.name())),
     b"J": lambda m: m.push(m.number(INT32)),
     b"K": _byte,
-    b"M": lambda m: m.push(m.number(UINT16)),
+    b"M": _short,
     b"\x8a": lambda m: m.push(_long(m, m.number(UINT8))),
     b"\x8b": lambda m: m.push(_long(m, m.number(INT32))),
     b"F": lambda m: m.push(float(m.line())),
@@ -252,9 +260,9 @@ OPERATIONS: dict[bytes, _Operation] = {
     b"\x96": lambda m: m.push(m.take(m.number(UINT64))),
     b"V": lambda m: m.push(m.line().decode("raw_unicode_escape")),
     b"X": lambda m: m.push(unicode(m.take(m.number(UINT32)))),
-    b"\x8c": lambda m: m.push(unicode(m.take(m.number(UINT8)))),
+    b"\x8c": _short_text,
     b"\x8d": lambda m: m.push(unicode(m.take(m.number(UINT64)))),
-    b")": lambda m: m.push(()),
+    b")": lambda m: m.stack.append(()),
     b"t": lambda m: m.push(tuple(m.pop_mark())),
     b"\x85": lambda m: m.push(tuple(m.last(1))),
     b"\x86": _pair,
@@ -263,7 +271,7 @@ OPERATIONS: dict[bytes, _Operation] = {
     b"l": lambda m: m.push(m.pop_mark()),
     b"a": lambda m: m.append(m.last(1)),
     b"e": lambda m: m.append(m.pop_mark()),
-    b"}": lambda m: m.push({}),
+    b"}": lambda m: m.stack.append({}),
     b"d": lambda m: m.push(pairs(m.pop_mark())),
     b"s": lambda m: m.set_items(m.last(2)),
     b"u": lambda m: m.set_items(m.pop_mark()),
@@ -277,9 +285,9 @@ OPERATIONS: dict[bytes, _Operation] = {
     b"\x94": _memoize,
     b"g": lambda m: m.push(m.memo[int(m.line()[:20])]),
     b"h": _get_byte,
-    b"j": lambda m: m.push(m.memo[m.number(UINT32)]),
+    b"j": _get_long,
     b"c": lambda m: m.push(m.find(m.name(), m.name())),
-    b"\x93": _Machine.stack_global,
+    b"\x93": lambda m: m.push(m.find(*m.last(2))),
     b"i": _Machine.instance,
     b"o": _Machine.object,
     b"R": _Machine.reduce,
@@ -287,5 +295,4 @@ OPERATIONS: dict[bytes, _Operation] = {
     b"\x92": _Machine.new_with_names,
     b"b": _Machine.build,
     b"Q": _Machine.persistent,
-    **dict.fromkeys((b"P", b"\x82", b"\x83", b"\x84", b"\x97", b"\x98"), _Machine.refuse),
 }

@@ -51,6 +51,8 @@ def find_format(files: CheckpointFiles, formats: Sequence[FormatSpec]) -> Format
     refuse_foreign(files)
     documents, names = list(_documents(files)), files.tensors.locations
     found = [spec for spec in formats if _fits(spec, documents) and _prefixes(names, spec.marks)]
+    if len(found) > 1:
+        found = [spec for spec in found if _named(spec, _kinds(names)) == 1.0] or found
     if len(found) == 1:
         return found[0]
     if found:
@@ -124,6 +126,17 @@ def _prefixes(names: Iterable[str], marks: Sequence[str]) -> list[str]:
     return sorted(found, key=lambda prefix: (len(prefix), prefix))
 
 
+def _kinds(names: Iterable[str]) -> set[str]:
+    """Names without their numbers, which layers and heads share."""
+    return {re.sub(r"\d+", "{}", name) for name in names}
+
+
+def _named(spec: FormatSpec, kinds: Collection[str]) -> float:
+    """The part of the names that are a format's, behind whatever prefix."""
+    templates = {re.sub(r"\{[ih]\}|\d+", "{}", name) for name in spec.names}
+    return sum(any(k == t or k.endswith("." + t) for t in templates) for k in kinds) / max(1, len(kinds))
+
+
 def _choose_prefix(stored: StoredTensors, spec: FormatSpec) -> str:
     prefixes = _prefixes(stored.names(), spec.marks)
     if len(prefixes) > 1:
@@ -164,21 +177,19 @@ def _not_found(
     files: CheckpointFiles, documents: Sequence[tuple[Path | None, str, dict[str, Any]]], formats: Sequence[FormatSpec]
 ) -> InputError:
     """The error that names the nearest format, and what differs from it first."""
-    kinds = {re.sub(r"\d+", "{}", name) for name in files.tensors.locations}
+    kinds = _kinds(files.tensors.locations)
 
     def nearness(spec: FormatSpec) -> tuple[float, float]:
-        templates = {re.sub(r"\d+|\{[ih]\}", "{}", name) for name in spec.names}
-        named = sum(any(k == t or k.endswith("." + t) for t in templates) for k in kinds) / max(1, len(kinds))
+        named = _named(spec, kinds)
         keyed = max((len(spec.keys.known & doc.keys()) / max(1, len(doc)) for _, _, doc in documents), default=0.0)
         return named + keyed * any(spec.is_settings(doc) for _, _, doc in documents), keyed
 
     nearest = max(formats, key=nearness)
     name = files.path.name or str(files.path)
     if nearness(nearest) == (0.0, 0.0):
-        words = ", ".join(spec.name for spec in formats)
-        return InputError(f"no RetNet of a known layout in {name}", words, "name its folder or use --from")
+        return InputError(f"no RetNet of a known layout in {name}", "one of docs/formats.md", "check the path")
     near = f"{name} is no known layout; the nearest is {nearest.layout}"
     missing = next((mark for mark in nearest.marks if not _prefixes(files.tensors.locations, (mark,))), None)
     if missing is not None:
-        return InputError(near, f"the tensor {missing!r}", "convert it to that layout")
+        return InputError(near, f"the tensor {missing!r}", "see docs/formats.md")
     return InputError(near, f"a configuration with {nearest.settings_words}", "name it with --config FILE")

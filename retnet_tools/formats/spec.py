@@ -124,8 +124,8 @@ class FormatSpec:
         names: every name that it may store, as templates.
         read: the configuration and the name table; reads no tensor data but small buffers.
         needs_settings: whether it cannot be read without a configuration.
-        write: the same the other way, best effort: what is written is read back before a tensor is; None where a
-            format cannot be written.
+        write: the same the other way, of a configuration whose clamp is assumed or not; best effort: what is written is
+            read back before a tensor is; None where a format cannot be written.
     """
 
     name: str
@@ -137,7 +137,7 @@ class FormatSpec:
     names: Sequence[str]
     read: Callable[[Source], Reading]
     needs_settings: bool = True
-    write: Callable[[RetNetConfig], Writing] | None = None
+    write: Callable[[RetNetConfig, bool], Writing] | None = None
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 
-class Global(NamedTuple):
-    """The name of a function or class."""
+class Global:
+    """The name of a function or class: its module, its name in it, and both with a dot between."""
 
-    module: str
-    name: str
+    __slots__ = ("module", "name", "qualified")
 
-    @property
-    def qualified(self) -> str:
-        """Module and name, with a dot between."""
-        return f"{self.module}.{self.name}"
+    def __init__(self, module: str, name: str) -> None:
+        self.module, self.name, self.qualified = module, name, f"{module}.{name}"
 
 
 class Shell:
@@ -31,6 +28,9 @@ class Shell:
 
     def build(self, state: Any) -> None:
         """Take a state as an object without `__setstate__` would; one of another form is kept as it is."""
+        if type(state) is dict:
+            self.parts.append(state)
+            return
         parts = state if isinstance(state, tuple) and len(state) == 2 else (state,)
         if not all(part is None or isinstance(part, dict) for part in parts):
             self.state = state
@@ -39,6 +39,8 @@ class Shell:
 
     def entries(self) -> dict[Any, Any]:
         """Attributes and items together."""
+        if len(self.parts) == 1 and not self.items:
+            return self.parts[0]
         return {name: value for part in (*self.parts, self.items) for name, value in part.items()}
 
 

@@ -26,7 +26,7 @@ AVERAGE_COUNT = "n_averaged"
 AVERAGE_WORDS = frozenset({"ema", "average", "averaged", "averages", "avg", "shadow", "swa", "polyak"})
 _BESIDE = re.compile(
     r"opts?|optims?|optimi[sz].*|adamw?|sgd|lion|lamb|muon|adafactor|adagrad|rmsprop|sched.*|rng|random|grads?|gradients?"
-    r"|callbacks?|loops|dataloader|sampler|train"
+    r"|callbacks?|loops|dataloader|sampler"
 )
 _NO_SETTINGS = re.compile(r".*(optim|rng|random|callbacks).*", re.IGNORECASE)
 _OPTIMIZER_NAMES = frozenset({"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg"})
@@ -95,7 +95,7 @@ def choose(candidates: Mapping[str, Mapping[str, Tensor]], file: str, entry: str
 
 def is_beside_weights(path: str) -> bool:
     """Whether a key's words are an optimizer's, a scheduler's or the like."""
-    return "exp_avg" in path or any(_BESIDE.fullmatch(word) for word in _words(path))
+    return "exp_avg" in path or "train_state" in path or any(_BESIDE.fullmatch(word) for word in _words(path))
 
 
 def _words(path: str) -> set[str]:
@@ -127,6 +127,7 @@ def _walk(tree: Any) -> Iterator[tuple[tuple[str, ...], Any, dict[Any, Any]]]:
 
 def _candidates(tree: Any) -> dict[str, tuple[Any, dict[str, Tensor]]]:
     found: dict[str, tuple[Any, dict[str, Tensor]]] = {}
+    seen: set[tuple[tuple[str, Tensor], ...]] = set()
     for path, owner, children in _walk(tree):
         named = not isinstance(owner, list | tuple)
         tensors = {k: v for k, v in children.items() if isinstance(k, str) and is_tensor(v)} if named else {}
@@ -135,8 +136,9 @@ def _candidates(tree: Any) -> dict[str, tuple[Any, dict[str, Tensor]]]:
         # Tensors among other things are a state dict where they are a model's, under dotted names.
         if len(tensors) < len(children) and not any("." in k and _is_matrix(v) for k, v in tensors.items()):
             continue
-        if any(list(tensors.items()) == list(other.items()) for _, other in found.values()):
+        if (contents := tuple(tensors.items())) in seen:
             continue
+        seen.add(contents)
         for part, names in _without_average(tensors).items():
             found[".".join((*path, part) if part else path)] = owner, names
     matrices = {path: c for path, c in found.items() if any(map(_is_matrix, c[1].values()))}

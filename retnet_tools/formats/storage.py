@@ -45,18 +45,31 @@ class TensorLocation(NamedTuple):
         Raises:
             InputError: the file ends before the tensor does.
         """
-        flat = np.fromfile(self.file, dtype=np.uint8, count=self.span * self.dtype.itemsize, offset=self.offset)
-        if flat.size != self.span * self.dtype.itemsize:
-            raise InputError(
-                f"{self.file} ends {self.span * self.dtype.itemsize - flat.size} bytes inside a tensor",
-                "the size it had when it was opened",
-                "fetch or copy it again",
-            )
-        values = flat.view(self.dtype)
+        values = np.empty(self.span, self.dtype)
+        self._replace(shape=values.shape, strides=(1,)).read_into(values)
         if self.strides == contiguous_strides(self.shape):
             return values.reshape(self.shape)
         strides = tuple(stride * self.dtype.itemsize for stride in self.strides)
         return np.lib.stride_tricks.as_strided(values, self.shape, strides).copy()
+
+    def read_into(self, target: Array) -> None:
+        """Read a contiguous tensor into a contiguous array of its size and dtype.
+
+        Raises:
+            InputError: the file ends before the tensor does.
+        """
+        data = target.reshape(-1).view(np.uint8).data
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.offset)
+            done = 0
+            while done < len(data) and (count := file.readinto(data[done:])):
+                done += count
+        if done < len(data):
+            raise InputError(
+                f"{self.file} ends {len(data) - done} bytes inside a tensor",
+                "the size it had when it was opened",
+                "fetch or copy it again",
+            )
 
     def blocks(self) -> Iterator[Array]:
         """The tensor in pieces of whole rows of about 16 MB."""

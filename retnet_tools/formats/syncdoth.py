@@ -202,5 +202,5 @@ SYNCDOTH = FormatSpec(
     marks=("model.layers.0.retention.q_proj.weight", EMBEDDING),
     names=tuple(dict.fromkeys((*NAMES, *GLU_NAMES, *PLAIN_NAMES, *REVISION_NAMES))),
     read=read,
-    write=lambda config: syncdoth_writing.write(config, NAMES, GLU_NAMES, PLAIN_NAMES),
+    write=lambda config, assumed: syncdoth_writing.write(config, assumed, NAMES, GLU_NAMES, PLAIN_NAMES),
 )

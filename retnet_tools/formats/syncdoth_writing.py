@@ -13,7 +13,7 @@ from retnet_tools.formats.torchscale_writing import ACTIVATION_WORDS, buffers
 from retnet_tools.formats.writer import CONFIG_FILE
 
 
-def write(config: RetNetConfig, shared: NameTable, glu: NameTable, plain: NameTable) -> Writing:
+def write(config: RetNetConfig, assumed_clamp: bool, shared: NameTable, glu: NameTable, plain: NameTable) -> Writing:
     """The files of a model; what syncdoth/RetNet cannot express is found when they are read back.
 
     Args:
@@ -24,14 +24,14 @@ def write(config: RetNetConfig, shared: NameTable, glu: NameTable, plain: NameTa
     if config.tie_word_embeddings:
         names = {stored: canonical for stored, canonical in names.items() if canonical != "lm_head.weight"}
     return Writing(
-        documents={CONFIG_FILE: _settings(config)},
+        documents={CONFIG_FILE: _settings(config, assumed_clamp)},
         names=names,
         buffers={f"model.{name}": buffer for name, buffer in buffers(config).items()},
     )
 
 
-def _settings(config: RetNetConfig) -> dict[str, Any]:
-    ffn = config.feed_forward
+def _settings(config: RetNetConfig, assumed_clamp: bool) -> dict[str, Any]:
+    ffn, clamp = config.feed_forward, config.score_normalization.clamp
     deepnorm = config.residual_alpha != 1.0
     return {
         "model_type": "retnet",
@@ -53,4 +53,6 @@ def _settings(config: RetNetConfig) -> dict[str, Any]:
         "layernorm_eps": config.block_norm.eps,
         "no_scale_embedding": config.embedding_scale == 1.0,
         "tie_word_embeddings": config.tie_word_embeddings,
+        # Not a key of syncdoth's: its releases differ in the clamp and its own files do not tell.
+        **({} if clamp == "none" or assumed_clamp else {"score_clamp": clamp}),
     }

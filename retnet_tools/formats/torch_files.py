@@ -93,7 +93,7 @@ class TorchFile:
         held = storage.numel * _item_size(storage.dtype) // dtype.itemsize
         if math.prod(tensor.shape) > max(held, EXPANDED_BYTES // dtype.itemsize):
             raise InputError(
-                f"{self._path} has a tensor of shape {list(tensor.shape)} in a storage of {held} elements",
+                f"{short_name(self._path)} has a tensor of shape {list(tensor.shape)} in a storage of {held} elements",
                 "an element of its own for each",
                 "save contiguous tensors",
             )
@@ -139,7 +139,9 @@ def _read_zip(path: Path, file: Any, start: int, length: int) -> tuple[Any, Call
 
         order = _read(path, extent(root + "byteorder")) if root + "byteorder" in entries else b"little"
         if order != b"little":
-            raise InputError(f"{path} has byte order {order[:20]!r}", "little", "save it on a little-endian machine")
+            raise InputError(
+                f"{short_name(path)} has byte order {order[:20]!r}", "little", "save it on another machine"
+            )
         text = _read(path, extent(pickles[0]))
     except _BROKEN_ZIP as error:
         raise corrupt(path, str(error)) from error
@@ -166,7 +168,9 @@ def _extent(path: Path, entries: Mapping[str, zipfile.ZipInfo], name: str, start
         raise corrupt(path, f"no entry {name[:80]}")
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         raise InputError(
-            f"{path} has the compressed or encrypted entry {name[:80]}", "stored entries", "save it with torch.save"
+            f"{short_name(path)} has the compressed entry {name[:80]}",
+            "stored entries",
+            "save it with torch.save",
         )
     with path.open("rb", buffering=0) as file:
         file.seek(start + max(0, info.header_offset))
@@ -200,7 +204,7 @@ def _read_legacy(path: Path, file: Any, start: int, length: int) -> tuple[Any, C
             )
     system = unpickle(file, path)
     if not isinstance(system, Mapping) or system.get("little_endian") is not True:
-        raise InputError(f"{path} has big-endian data", "little-endian", "save it on a little-endian machine")
+        raise InputError(f"{short_name(path)} has big-endian data", "little-endian", "save it on another machine")
     tree = unpickle(file, path, remember)
     keys = unpickle(file, path)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or set(keys) != set(found):
@@ -247,7 +251,7 @@ def _is_count(value: Any) -> bool:
 def _dtype_error(path: Path, name: str, dtype: str) -> InputError:
     if dtype.startswith("complex"):
         return InputError(
-            f"{path} holds complex-valued tensors ({name[:60]!r})",
+            f"{short_name(path)} holds complex-valued tensors ({name[:60]!r})",
             "real ones",
             "complex-valued models are not supported",
         )
@@ -262,7 +266,7 @@ def _strange_error(path: Path, name: str, kind: str) -> InputError:
             "save it after they are loaded",
         )
     if kind == "quantized" or "Quant" in kind or "Affine" in kind or "HQQ" in kind:
-        return quantized_error(path, kind[:30], name)
+        return quantized_error(path, "torch" if kind == "quantized" else kind[:30], name)
     return InputError(
         f"tensor {name[:60]!r} in {short_name(path)} is {kind[:30]}", "a dense one", "save plain tensors of the CPU"
     )

@@ -40,6 +40,7 @@ ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "swish": "silu", "relu": "
 PAPER_CLAMP_RELEASE = "0.3.0"
 FAIRSEQ_SETTINGS = ("cfg.model", "args")
 OWN_KEYS = frozenset({"moe_freq", "multiway", "share_decoder_input_output_embed", "no_output_layer"})
+SYNCDOTH_KEYS = frozenset({"forward_impl", "use_glu", "use_lm_decay", "value_factor"})
 DENSE = "a dense RetNet decoder with one embedding and one output projection"
 KEYS = Keys(
     read=words(
@@ -77,9 +78,8 @@ KEYS = Keys(
 
 
 def is_settings(document: Mapping[str, Any]) -> bool:
-    """Its sizes by name; where a Hugging Face model type stands beside them, also a key that syncdoth does not have."""
-    sizes = {"decoder_embed_dim", "decoder_retention_heads"} <= document.keys()
-    return sizes and ("model_type" not in document or bool(OWN_KEYS & document.keys()))
+    """Its sizes by name, and none of the keys of syncdoth/RetNet."""
+    return {"decoder_embed_dim", "decoder_retention_heads"} <= document.keys() and not SYNCDOTH_KEYS & document.keys()
 
 
 def read(source: Source) -> Reading:

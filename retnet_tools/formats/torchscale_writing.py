@@ -18,7 +18,7 @@ from retnet_tools.weights import Array
 ACTIVATION_WORDS: dict[str, str] = {"gelu": "gelu", "silu": "swish", "relu": "relu"}
 
 
-def write(config: RetNetConfig) -> Writing:
+def write(config: RetNetConfig, assumed_clamp: bool) -> Writing:
     """The files of a model; what torchscale cannot express is found when they are read back."""
     biases, gated = config.projection_bias, config.feed_forward.kind == "glu"
     layer = config.block_norm.kind == "layer"
@@ -27,7 +27,7 @@ def write(config: RetNetConfig) -> Writing:
     if config.tie_word_embeddings:
         del names[HEAD]
     return Writing(
-        documents={"args.json": _settings(config)},
+        documents={"args.json": _settings(config, assumed_clamp)},
         names=names,
         weights_file="model.pt",
         ties={HEAD: EMBEDDING} if config.tie_word_embeddings else {},
@@ -47,7 +47,7 @@ def _buffer(values: tuple[float, ...]) -> Array:
     return narrow if np.array_equal(narrow, exact) else exact
 
 
-def _settings(config: RetNetConfig) -> dict[str, Any]:
+def _settings(config: RetNetConfig, assumed_clamp: bool) -> dict[str, Any]:
     deepnorm = config.residual_alpha != 1.0
     paper_clamp = config.score_normalization.clamp == "abs_of_sum" and config.feed_forward.kind == "glu"
     return {
@@ -65,5 +65,5 @@ def _settings(config: RetNetConfig) -> dict[str, Any]:
         "share_decoder_input_output_embed": config.tie_word_embeddings,
         "layernorm_eps": config.block_norm.eps,
         "vocab_size": config.vocab_size,
-        "torchscale_version": "0.3.0" if paper_clamp else "main",
+        "torchscale_version": None if assumed_clamp else "0.3.0" if paper_clamp else "main",
     }

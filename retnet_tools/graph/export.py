@@ -20,8 +20,11 @@ from retnet_tools.graph.stored import StoredTensor
 from retnet_tools.graph.targets import TARGET_FILES, ExportTarget, export_target
 from retnet_tools.graph.weighted import BuiltGraph
 from retnet_tools.graph.writer import BlockReader, file_bytes, float_blocks, write_graph, write_weights
+from retnet_tools.hub import hub_origin
 from retnet_tools.provenance import SourceHasher, provenance
 from retnet_tools.staging import check_target, staged_folder
+from retnet_tools.tokenizing.carried import CarriedText, carried_text
+from retnet_tools.tokenizing.special import GENERATION_FILE
 
 GRAPH_BYTES = 8 << 20
 """Room for graphs and manifest when the free space is checked."""
@@ -33,6 +36,7 @@ class ExportPlan:
 
     Attributes:
         graphs: by file name, in the order in which they are written.
+        text: the tokenizer and the special tokens; copied and made files of it go into the folder.
         files: the text of further files, by name.
         notes: what the user should know, about the checkpoint and about running it.
         quantization: what retnet.json says of it; None for float weights.
@@ -45,6 +49,7 @@ class ExportPlan:
     state_dtype: str
     ops: str
     graphs: dict[str, BuiltGraph]
+    text: CarriedText
     files: Mapping[str, str]
     notes: tuple[str, ...]
     quantization: Quantization | None = None
@@ -75,17 +80,18 @@ def plan_export(
 
     Raises:
         UsageError: an operator set, a target or a device that does not exist, or a model that the target cannot run.
-        InputError: tokenizer files that do not fit the model.
+        InputError: files beside the weights that are not what their names say.
     """
     chosen = export_target(target)
     operators = operator_set(ops, device)
-    files = chosen.files(checkpoint, target_device(device).genai_provider)
+    text = carried_text(checkpoint.tokenizer_files, checkpoint.settings, checkpoint.config.vocab_size)
+    files = chosen.files(checkpoint.config, text, target_device(device).genai_provider)
     graphs = {
         name: builder(checkpoint.config, dtype, state_dtype, operators).build()
         for name, builder in chosen.graphs.items()
     }
-    notes = export_notes(checkpoint, chosen, dtype, state_dtype)
-    return ExportPlan(checkpoint, dtype, state_dtype, ops, graphs, files, notes, device=device)
+    notes = export_notes(checkpoint, text, chosen, dtype, state_dtype)
+    return ExportPlan(checkpoint, dtype, state_dtype, ops, graphs, text, files, notes, device=device)
 
 
 def write_export(
@@ -127,9 +133,9 @@ def write_export(
     ):
         read = read or float_blocks(checkpoint.weights)
         places = write_weights(folder / contract.WEIGHTS_FILE, plan.tensors.values(), read, progress)
-        for file in checkpoint.tokenizer_files:
+        for file in plan.text.copies:
             shutil.copyfile(file, folder / file.name)
-        for name, text in plan.files.items():
+        for name, text in {**plan.text.made, **plan.files}.items():
             (folder / name).write_text(text, encoding="utf-8")
         for name, graph in plan.graphs.items():
             write_graph(folder / name, graph, places, producer_version=__version__)
@@ -140,10 +146,12 @@ def write_export(
     return manifest
 
 
-def export_notes(checkpoint: Checkpoint, target: ExportTarget, dtype: str, state_dtype: str) -> tuple[str, ...]:
+def export_notes(
+    checkpoint: Checkpoint, text: CarriedText, target: ExportTarget, dtype: str, state_dtype: str
+) -> tuple[str, ...]:
     """What the user should know, about the checkpoint and about running it."""
     slow = [str(h) for h, scale in enumerate(contract.state_scale(checkpoint.config, state_dtype)) if scale < 2**-10]
-    notes = [*checkpoint.notes, *target.notes(checkpoint, dtype)]
+    notes = [*checkpoint.notes, *text.notes, *target.notes(text, dtype)]
     if slow:
         notes.append(
             f"float16 states of head{'s' if len(slow) > 1 else ''} {', '.join(slow)} lose what a token adds below half "
@@ -166,32 +174,38 @@ def kernel_notes(plan: ExportPlan) -> tuple[str, ...]:
 
 
 def default_output(checkpoint: Path, target: str = "onnx") -> Path:
-    """`<name>-<target>` beside the checkpoint."""
+    """`<name>-<target>` beside the checkpoint, or in the current folder where that lies in the hub's cache."""
+    if (origin := hub_origin(checkpoint)) is not None:
+        return Path(f"{origin.name}-{target}")
     path = checkpoint.resolve() if checkpoint.name in ("", "..") else checkpoint
     return path.with_name(f"{path.stem if path.is_file() else path.name}-{target}")
 
 
 def _stale_files(out: Path) -> tuple[str, ...]:
     """Files of an earlier export that a new one replaces or removes."""
+    replaced: tuple[str, ...] = TARGET_FILES
     try:
-        quantized = read_manifest(out).quantization is not None
+        manifest = read_manifest(out)
+        replaced = (*TARGET_FILES, *manifest.tokenizer_files, GENERATION_FILE)
+        quantized = manifest.quantization is not None
         card = (out / contract.CARD_FILE).read_text(encoding="utf-8").splitlines() if quantized else []
     except (InputError, OSError, UnicodeDecodeError):
         # No earlier export, or none with a card that this tool wrote.
         card = []
-    return (*TARGET_FILES, contract.CARD_FILE) if contract.CARD_TITLE in card else TARGET_FILES
+    return (*replaced, contract.CARD_FILE) if contract.CARD_TITLE in card else replaced
 
 
 def _manifest(plan: ExportPlan, digests: Sequence[str], quantization: Quantization | None) -> Manifest:
     checkpoint = plan.checkpoint
+    notes = [*checkpoint.notes, *plan.text.notes]
     return Manifest(
         config=checkpoint.config,
         dtype=plan.dtype,
         state_dtype=plan.state_dtype,
         ops=plan.ops,
         quantization=quantization,
-        provenance=plan.provenance or provenance(checkpoint.format, checkpoint.source_files, digests, checkpoint.notes),
+        provenance=plan.provenance or provenance(checkpoint.format, checkpoint.source_files, digests, notes),
         graphs={name: {"inputs": graph.inputs, "outputs": graph.outputs} for name, graph in plan.graphs.items()},
-        tokenizer_files=tuple(file.name for file in checkpoint.tokenizer_files),
+        tokenizer_files=plan.text.tokenizer_files,
         device=plan.device,
     )

@@ -15,13 +15,15 @@ from retnet_tools.formats.storage import StoredTensors, TensorLocation
 from retnet_tools.graph import contract
 from retnet_tools.graph.devices import operator_set
 from retnet_tools.graph.export import ExportPlan, export_notes
-from retnet_tools.graph.genai_config import TOKENIZER_CONFIG_FILE
 from retnet_tools.graph.manifest import Manifest, read_manifest
 from retnet_tools.graph.reader import EXPORT_AGAIN, load_graph, read_graphs
 from retnet_tools.graph.step import StepBuilder
 from retnet_tools.graph.stored import StoredTensor
 from retnet_tools.graph.targets import find_target
 from retnet_tools.graph.weighted import BuiltGraph
+from retnet_tools.tokenizing.carried import CarriedText
+from retnet_tools.tokenizing.files import TOKENIZER_FILE, load_tokenizer
+from retnet_tools.tokenizing.special import GENERATION_FILE, TOKENIZER_CONFIG_FILE, SpecialTokens
 from retnet_tools.weights import canonical_shapes
 
 
@@ -59,13 +61,15 @@ def plan_of_export(folder: Path) -> ExportPlan:
         tokenizer_files=[folder / name for name in manifest.tokenizer_files],
         notes=list(manifest.provenance.get("notes", ())),
     )
-    notes = export_notes(checkpoint, find_target(manifest.graphs), manifest.dtype, manifest.state_dtype)
+    text = _text(folder, manifest)
+    notes = export_notes(checkpoint, text, find_target(manifest.graphs), manifest.dtype, manifest.state_dtype)
     return ExportPlan(
         checkpoint,
         manifest.dtype,
         manifest.state_dtype,
         manifest.ops,
         graphs,
+        text,
         files={name: (folder / name).read_text(encoding="utf-8") for name in _own_files(folder, manifest)},
         notes=notes,
         provenance=manifest.provenance,
@@ -105,6 +109,15 @@ def _stored_tensors(folder: Path, manifest: Manifest, tensors: StoredTensors) ->
             table = tensors.read(name)
             tables[name] = StoredTensor(name, table.dtype.name, table.shape, table=table)
     return {name: expected.get(name) or tables[name] for name in tensors.names()}
+
+
+def _text(folder: Path, manifest: Manifest) -> CarriedText:
+    """The folder's tokenizer and special tokens as they are. What there is to know of them is in the manifest."""
+    copies = tuple(folder / name for name in manifest.tokenizer_files)
+    generation = folder / GENERATION_FILE
+    tokenizer = load_tokenizer(folder / TOKENIZER_FILE) if folder / TOKENIZER_FILE in copies else None
+    made = {GENERATION_FILE: generation.read_text(encoding="utf-8")} if generation.is_file() else {}
+    return CarriedText(tokenizer, copies, made, SpecialTokens({}, {}, ()), ())
 
 
 def _own_files(folder: Path, manifest: Manifest) -> list[str]:

@@ -14,60 +14,53 @@ Found with onnxruntime-genai 0.18.
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from retnet_tools.config import RetNetConfig
-from retnet_tools.errors import InputError, UsageError
-from retnet_tools.formats import Checkpoint
+from retnet_tools.errors import UsageError
 from retnet_tools.graph import contract
-from retnet_tools.tokens import TOKENIZER_FILE, load_tokenizer, special_token_ids
+from retnet_tools.tokenizing.carried import CarriedText
+from retnet_tools.tokenizing.files import TOKENIZER_FILE
+from retnet_tools.tokenizing.special import TOKENIZER_CONFIG_FILE
 
 DEFAULT_MAX_LENGTH = 4096
 """`max_length` where a program names none, so that a generation ends; the prompt counts too."""
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 PROVIDER_OPTIONS = {"enable_cuda_graph": "0", "use_tf32": "0"}
 
 
-def genai_files(checkpoint: Checkpoint, provider: str | None = None) -> dict[str, str]:
+def genai_files(config: RetNetConfig, text: CarriedText, provider: str | None = None) -> dict[str, str]:
     """genai_config.json, and a tokenizer_config.json where tokenizer.json lies alone, which is not read otherwise.
 
     Args:
+        config: the model.
+        text: its tokenizer and special tokens.
         provider: as `genai_config`.
 
     Raises:
         UsageError: a stack without vocabulary.
-        InputError: a tokenizer or special tokens that do not fit the model.
     """
-    config = checkpoint.config
     if not config.has_vocabulary:
         raise UsageError(
             "--to genai of a stack without embedding and head",
             "a model with a vocabulary, since onnxruntime-genai feeds token ids",
             "use --to onnx",
         )
-    tokenizer = _tokenizer(checkpoint)
-    if tokenizer is not None and tokenizer.get_vocab_size() > config.vocab_size:
-        raise InputError(
-            f"{TOKENIZER_FILE} has {tokenizer.get_vocab_size()} tokens",
-            f"at most the model's {config.vocab_size}",
-            "use the tokenizer that the model was trained with",
-        )
-    end_ids, start_ids = _special_ids(checkpoint, "eos", tokenizer), _special_ids(checkpoint, "bos", tokenizer)
+    end_ids, start_ids = text.special.ids.get("eos", ()), text.special.ids.get("bos", ())
     files = {contract.GENAI_CONFIG_FILE: genai_config(config, end_ids, start_ids[0] if start_ids else None, provider)}
-    names = {file.name for file in checkpoint.tokenizer_files}
-    if tokenizer is not None and TOKENIZER_CONFIG_FILE not in names:
-        files[TOKENIZER_CONFIG_FILE] = "{}\n"
+    if text.tokenizer is not None:
+        if TOKENIZER_CONFIG_FILE not in text.tokenizer_files:
+            files[TOKENIZER_CONFIG_FILE] = "{}\n"
+        if text.tokenizer.id_to_token(contract.padding_id(config)) is not None:
+            files[TOKENIZER_FILE] = _without_padding(text.tokenizer, contract.padding_id(config))
     return files
 
 
-def genai_notes(checkpoint: Checkpoint, dtype: str) -> tuple[str, ...]:
+def genai_notes(text: CarriedText, dtype: str) -> tuple[str, ...]:
     """What the user should know about running this model there."""
-    tokenizer = _tokenizer(checkpoint)
     notes = []
-    if tokenizer is None:
+    if text.tokenizer is None:
         notes.append(f"no {TOKENIZER_FILE}: onnxruntime-genai can run token ids only")
-    elif tokenizer.num_special_tokens_to_add(False):
+    elif text.tokenizer.num_special_tokens_to_add(False):
         notes.append("the tokenizer adds special tokens to a text, and onnxruntime-genai's encode does not")
     if dtype == "bfloat16":
         notes.append("bfloat16 needs CUDA: ONNX Runtime's CPU provider has no kernels for it")
@@ -121,17 +114,24 @@ def genai_config(
     return json.dumps({"model": model, "search": search}, indent=1) + "\n"
 
 
-def _tokenizer(checkpoint: Checkpoint) -> Any:
-    file = next((file for file in checkpoint.tokenizer_files if file.name == TOKENIZER_FILE), None)
-    return None if file is None else load_tokenizer(file)
+def _without_padding(tokenizer: Any, padding: int) -> str:
+    """The tokenizer with the token of this id, which the model has no row for, moved past all others.
 
-
-def _special_ids(checkpoint: Checkpoint, name: Literal["bos", "eos"], tokenizer: Any) -> tuple[int, ...]:
-    folders: set[Path] = {file.parent for file in checkpoint.tokenizer_files}
-    ids = tuple(i for folder in folders for i in special_token_ids(folder, name, tokenizer))
-    wrong = [i for i in ids if not 0 <= i < checkpoint.config.vocab_size]
-    if wrong:
-        raise InputError(
-            f"{name}_token_id {wrong[0]}", f"0 to {checkpoint.config.vocab_size - 1}, the model's vocabulary"
-        )
-    return ids
+    As it is, a prompt with it would be taken for padding; with any other id past the embedding, the model refuses it.
+    """
+    data = json.loads(tokenizer.to_str())
+    free = 1 + max(tokenizer.get_vocab().values())
+    for token in data["added_tokens"]:
+        token["id"] = free if token["id"] == padding else token["id"]
+    # Ids of added tokens are counted when the file is read, but for those that the vocabulary names.
+    ids = {token["content"]: token["id"] for token in data["added_tokens"]}
+    vocab = data["model"]["vocab"]
+    if isinstance(vocab, dict):
+        vocab |= ids | {tokenizer.id_to_token(padding): free}
+    else:
+        lowest = min(score for _, score in vocab)
+        vocab += [[f" {number}", lowest] for number in range(len(vocab), free + 1)]
+        vocab[padding], vocab[free] = [f" {padding}", lowest], [tokenizer.id_to_token(padding), vocab[padding][1]]
+        for word, number in ids.items():
+            vocab[number] = [word, vocab[number][1]]
+    return json.dumps(data, ensure_ascii=False)

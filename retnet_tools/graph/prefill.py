@@ -19,7 +19,8 @@ class PrefillBuilder(DecoderBuilder):
 
     Padding on the right is exact. Row b has n_b real tokens; its state decays by gamma^n_b, k is 0 at padded tokens,
     and nothing else reads them. Their ids and positions are replaced by 0, so that they need not be valid. From the
-    last layer's feed-forward on, only the last real token of each row is computed.
+    last layer's feed-forward on, only the last real token of each row is computed. A row that is padded elsewhere gets
+    NaN as its logits and states.
 
     A model with a gamma of each key dimension walks token by token in its retention
     (`StandardOps.retention_tokens`).
@@ -58,7 +59,7 @@ class PrefillBuilder(DecoderBuilder):
         zero, one = (g.constant(name, np.array(i, dtype=np.int64)) for i, name in enumerate(("zero", "one")))
         self._last = g.op("Max", g.op("Sub", counts, one), zero)
         column = g.op("Unsqueeze", mask, g.integers(-1))  # [B, T] -> [B, T, 1]
-        key_mask = g.cast(column, "int64", "float32")
+        key_mask = g.op("Where", self.right_padded(mask, counts), g.cast(column, "int64", "float32"), self.nan())
         self._decay = self.decay_terms(position_ids, counts, key_mask)
         if self.config.has_vocabulary:
             tokens = g.op("Mul", tokens, mask)
@@ -66,6 +67,24 @@ class PrefillBuilder(DecoderBuilder):
             blank = g.constant("blank", np.array(0, dtype=np.float32))
             tokens = g.op("Where", g.op("Equal", column, one), tokens, blank)
         return TokenInputs(tokens, position_ids, key_mask)
+
+    def right_padded(self, mask: ir.Value, counts: ir.Value) -> ir.Value:
+        """Whether each row is n_b ones, then zeros, `[B, 1, 1]`.
+
+        Args:
+            mask: `[B, T]` int64.
+            counts: its sums n_b, `[B, 1]`.
+        """
+        g = self.g
+        zero, one = (g.constant(name, np.array(i, dtype=np.int64)) for i, name in enumerate(("zero", "one")))
+        expected = g.cast(g.op("Less", g.op("Range", zero, self.length(), one), counts), "bool", "int64")
+        equal = g.cast(g.op("Equal", mask, expected), "bool", "int64")
+        right = g.op("Equal", g.op("ReduceSum", equal, g.integers(1), keepdims=1), self.length())
+        return g.op("Unsqueeze", right, g.integers(-1))
+
+    def nan(self) -> ir.Value:
+        """What makes a row's keys, and so all that follows from them, visibly wrong."""
+        return self.g.constant("nan", np.array(np.nan, dtype=np.float32))
 
     def token_axis(self, x: ir.Value) -> ir.Value:
         """Rows are the tokens of one sequence after another."""

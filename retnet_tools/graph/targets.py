@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import InputError, UsageError, did_you_mean
-from retnet_tools.formats import Checkpoint
 from retnet_tools.graph import contract
 from retnet_tools.graph.builder import DecoderBuilder
 from retnet_tools.graph.genai import GenaiBuilder
 from retnet_tools.graph.genai_config import genai_files, genai_notes
 from retnet_tools.graph.prefill import PrefillBuilder
 from retnet_tools.graph.step import StepBuilder
+from retnet_tools.tokenizing.carried import CarriedText
 
 
 @dataclass(frozen=True)
@@ -21,15 +22,15 @@ class ExportTarget:
 
     Attributes:
         graphs: the builder of each graph file, in the order in which they are written.
-        files: text files that it needs besides, by name, of a checkpoint and onnxruntime-genai's name of a provider;
-            refuses checkpoints that it cannot run.
-        notes: what the user should know, of a checkpoint and a type of weights.
+        files: text files that it needs besides, by name, of a model, its tokenizer and onnxruntime-genai's name of a
+            provider; refuses models that it cannot run.
+        notes: what the user should know, of a tokenizer and a type of weights.
     """
 
     name: str
     graphs: Mapping[str, type[DecoderBuilder]]
-    files: Callable[[Checkpoint, str | None], Mapping[str, str]]
-    notes: Callable[[Checkpoint, str], tuple[str, ...]]
+    files: Callable[[RetNetConfig, CarriedText, str | None], Mapping[str, str]]
+    notes: Callable[[CarriedText, str], tuple[str, ...]]
 
 
 TARGETS: dict[str, ExportTarget] = {
@@ -38,8 +39,8 @@ TARGETS: dict[str, ExportTarget] = {
         ExportTarget(
             "onnx",
             {contract.PREFILL_FILE: PrefillBuilder, contract.STEP_FILE: StepBuilder},
-            files=lambda checkpoint, provider: {},
-            notes=lambda checkpoint, dtype: (),
+            files=lambda config, text, provider: {},
+            notes=lambda text, dtype: (),
         ),
         ExportTarget("genai", {contract.GENAI_FILE: GenaiBuilder}, files=genai_files, notes=genai_notes),
     )

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from retnet_tools.config import RetNetConfig
+from retnet_tools.config import RetNetConfig, ScoreClamp
 from retnet_tools.dtypes import FloatName
 from retnet_tools.errors import UsageError, VerificationError, did_you_mean
 from retnet_tools.model.budgets import ACTIONS, Budget, Cause, cause_of
@@ -87,8 +87,24 @@ class Handoff:
 
 
 @dataclass(frozen=True)
+class ClampFit:
+    """How far the parallel form under a clamp is from another form, in the dtype asked for and in float64."""
+
+    clamp: ScoreClamp
+    against: str
+    run: float
+    float64: float
+
+
+@dataclass(frozen=True)
 class AgreementReport:
-    """What `compare_forms` found. `logits_scale` is the largest |logit| in float64."""
+    """What `compare_forms` found.
+
+    Attributes:
+        logits_scale: the largest |logit| in float64.
+        clamps: the clamps that were tried; empty where the checkpoint tells its own.
+        clamp: the one of these that fits best, whose parallel form is in the comparisons.
+    """
 
     dtype: FloatName
     rows: int
@@ -98,6 +114,8 @@ class AgreementReport:
     comparisons: tuple[Comparison, ...]
     handoffs: tuple[Handoff, ...]
     notes: tuple[str, ...]
+    clamps: tuple[ClampFit, ...] = ()
+    clamp: ScoreClamp | None = None
 
     @property
     def passed(self) -> bool:

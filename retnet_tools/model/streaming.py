@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
@@ -13,7 +12,6 @@ from retnet_tools.formats.spec import Checkpoint
 from retnet_tools.model.agreement import TORCH_DTYPES, use_threads
 from retnet_tools.model.retention import retention_chunkwise
 from retnet_tools.model.retnet import load_model
-from retnet_tools.tokens import TOKENIZER_FILE
 from retnet_tools.weights import Array, FiniteWeights
 
 
@@ -37,9 +35,7 @@ class CheckpointLogits:
         self.name = str(checkpoint.path)
         self.description = f"{checkpoint.format} checkpoint, {dtype}"
         self.vocab_size = checkpoint.config.vocab_size
-        self.tokenizer_file: Path | None = next(
-            (file for file in checkpoint.tokenizer_files if file.name == TOKENIZER_FILE), None
-        )
+        self.tokenizer_files = tuple(checkpoint.tokenizer_files)
         self.notes = tuple(checkpoint.notes)
         self._model = load_model(checkpoint.config, FiniteWeights(checkpoint.weights), TORCH_DTYPES[dtype])
 

@@ -19,7 +19,8 @@ from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import UsageError
 from retnet_tools.graph.quantization import Calibration
 from retnet_tools.texts import text_pieces
-from retnet_tools.tokens import TOKENIZER_FILE, load_tokenizer
+from retnet_tools.tokenizing.files import find_tokenizer
+from retnet_tools.tokens import check_vocabulary
 from retnet_tools.weights import Array
 
 SEQUENCE = 512
@@ -73,10 +74,8 @@ def read_calibration(
     """
     if not config.has_vocabulary:
         raise UsageError("a text for a stack without embedding", "a model with a vocabulary", "use --method rtn")
-    file = next((f for f in tokenizer_files if f.name == TOKENIZER_FILE), None)
-    if file is None:
-        raise UsageError(f"no {TOKENIZER_FILE} with the model to read {options.file} with", action="add one")
-    tokenizer, digest = load_tokenizer(file), hashlib.sha256()
+    tokenizer = find_tokenizer(tokenizer_files, config.vocab_size).require(f"a text, {options.file}").tokenizer
+    digest = hashlib.sha256()
     ids = np.concatenate(
         [
             np.empty(0, dtype=np.int64),
@@ -85,8 +84,7 @@ def read_calibration(
     )
     if not len(ids):
         raise UsageError(f"{options.file} holds no text", "a text to calibrate on")
-    if ids.max() >= config.vocab_size:
-        raise UsageError(f"token {ids.max()} from {file}", f"0 to {config.vocab_size - 1}, the model's vocabulary")
+    check_vocabulary(ids, config.vocab_size, tokenizer)
     sequences = draw_sequences(ids, options.tokens, options.seed)
     record = Calibration(
         text=options.file.name,

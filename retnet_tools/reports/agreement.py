@@ -39,6 +39,7 @@ def agreement_document(report: AgreementReport, context: AgreementContext) -> di
         },
         "comparisons": [_comparison_fields(c, report.dtype) for c in report.comparisons],
         "handoffs": [_handoff_fields(h) for h in report.handoffs],
+        "clamp": None if report.clamp is None else _clamp_fields(report),
         "notes": [*context.notes, *report.notes],
         "passed": report.passed,
     }
@@ -56,7 +57,7 @@ def render_agreement(report: AgreementReport, context: AgreementContext) -> None
     console.print(table)
     for cause in sorted({c.cause for c in report.comparisons if c.run.max_abs != 0}):
         print_line(console, f"{cause}: {CAUSES[cause]}.")
-    for line in (*_handoff_lines(report), *context.notes, *report.notes):
+    for line in (*_handoff_lines(report), *_clamp_lines(report), *context.notes, *report.notes):
         print_line(console, line)
     console.print(verdict(report.passed))
 
@@ -116,3 +117,27 @@ def _handoff_lines(report: AgreementReport) -> Iterable[str]:
     for h in report.handoffs:
         if not h.passed:
             yield f"  {h.prefix_length} tokens in {h.prefix_form}, continued in {h.continue_form}: {h.max_abs:.1e}"
+
+
+def _clamp_fields(report: AgreementReport) -> dict[str, Any]:
+    tried = [
+        {"clamp": fit.clamp, "against": fit.against, "max_abs": fit.run, "max_abs_float64": fit.float64}
+        for fit in report.clamps
+    ]
+    return {"fits": report.clamp, "tried": tried}
+
+
+def _clamp_lines(report: AgreementReport) -> Iterable[str]:
+    if report.clamp is None:
+        return
+    against = report.clamps[0].against
+    apart = ", ".join(f"{fit.run:.1e} (float64 {fit.float64:.1e}) under {_option(fit.clamp)}" for fit in report.clamps)
+    yield f"parallel and {against} differ by {apart}: {_option(report.clamp)} fits better and is judged"
+    yield (
+        "nothing in the files tells which clamp the model was trained with, nor does the fit, as abs-of-sum divides by "
+        "less in any model; if you know, --clamp NAME names it here, and convert --clamp NAME keeps it"
+    )
+
+
+def _option(clamp: str) -> str:
+    return clamp.replace("_", "-")

@@ -35,7 +35,7 @@ def conversion_document(
             for tensors in files.values()
             for tensor in tensors
         ],
-        "notes": list(checkpoint.notes),
+        "notes": list(plan.notes),
     }
 
 

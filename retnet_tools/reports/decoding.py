@@ -41,8 +41,8 @@ def export_document(plan: ExportPlan, out: Path, *, written: bool, quality: Qual
         "weight_bytes": plan.weight_bytes,
         "position_table_bytes": tables,
         "state_bytes_per_sequence": state,
-        "tokenizer_files": [file.name for file in plan.checkpoint.tokenizer_files],
-        "settings_files": list(plan.files),
+        "tokenizer_files": list(plan.text.tokenizer_files),
+        "settings_files": [n for n in {**plan.text.made, **plan.files} if n not in plan.text.tokenizer_files],
         "notes": [*plan.notes, *coarse, *kernel_notes(plan)],
         "quality": None if quality is None else asdict(quality),
     }

@@ -13,7 +13,7 @@ import numpy as np
 
 from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import InputError, RetNetToolsError
-from retnet_tools.formats import open_checkpoint
+from retnet_tools.formats.source import CheckpointSource
 from retnet_tools.graph.contract import MANIFEST_FILE, WEIGHTS_FILE, state_shape
 from retnet_tools.graph.manifest import SCHEMA_VERSION as MANIFEST_VERSION
 from retnet_tools.graph.manifest import Manifest, read_manifest
@@ -90,22 +90,22 @@ class Inspection:
     data_read: bool
 
 
-def open_model(path: Path, format: str | None = None) -> Opened:
+def open_model(source: CheckpointSource) -> Opened:
     """Open a checkpoint, or an exported folder (by the folder or a file of its own in it).
 
     Args:
-        path: what to open.
-        format: a checkpoint format by name; None finds out.
+        source: what to open, and how; where it says how, it is no export.
 
     Raises:
         InputError: missing, corrupt, incomplete or of no known kind.
-        UsageError: `format` names no format.
+        UsageError: options that do not fit.
     """
+    path = source.path
     folder = path if path.is_dir() else path.parent
     own_file = path.suffix == ".onnx" or path.name in (MANIFEST_FILE, WEIGHTS_FILE)
-    if format is None and (folder / MANIFEST_FILE).is_file() and (path.is_dir() or own_file):
+    if not source.says_how and (folder / MANIFEST_FILE).is_file() and (path.is_dir() or own_file):
         return _open_export(folder)
-    checkpoint = open_checkpoint(path, format)
+    checkpoint = source.open()
     return Opened(
         path=checkpoint.path,
         format=checkpoint.format,

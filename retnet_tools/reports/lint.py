@@ -17,7 +17,7 @@ import numpy as np
 from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import InputError
 from retnet_tools.reports.horizon import head_memories
-from retnet_tools.tokens import TOKENIZER_FILE, load_tokenizer
+from retnet_tools.tokenizing.files import TOKENIZER_FILE, load_tokenizer
 
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
@@ -91,7 +91,7 @@ def lint_tokenizer(vocab_size: int, files: Iterable[Path]) -> Iterator[Finding]:
         return
     if tokens > vocab_size:
         message = f"{TOKENIZER_FILE} has ids up to {tokens - 1}, the embedding only {vocab_size} rows"
-        yield Finding("vocabulary", "error", message)
+        yield Finding("vocabulary", "warning", message)
     elif vocab_size - tokens > max(PADDING, vocab_size // 10):
         message = f"the embedding has {vocab_size} rows, {TOKENIZER_FILE} only {tokens} tokens: is it this model's?"
         yield Finding("vocabulary", "warning", message)

@@ -12,7 +12,7 @@ from retnet_tools.errors import UsageError
 from retnet_tools.graph.contract import MANIFEST_FILE
 from retnet_tools.runtime.providers import Device
 from retnet_tools.runtime.session import DecoderSession
-from retnet_tools.tokens import TOKENIZER_FILE
+from retnet_tools.tokenizing.files import TOKENIZER_FILE
 from retnet_tools.weights import Array
 
 
@@ -22,14 +22,14 @@ class LogitsSource(Protocol):
     Attributes:
         name: its path, for people.
         description: kind and number type, for people.
-        tokenizer_file: its tokenizer.json, or None.
+        tokenizer_files: files beside it, its tokenizer among them if it has one.
         notes: what the user should know about how it was read.
     """
 
     name: str
     description: str
     vocab_size: int
-    tokenizer_file: Path | None
+    tokenizer_files: tuple[Path, ...]
     notes: tuple[str, ...]
 
     def stream(self, rows: Array, block: int) -> Iterator[Array]:
@@ -73,8 +73,7 @@ class ExportLogits:
         self.name = str(folder)
         self.description = f"export, {manifest.dtype}{scheme}, {manifest.ops} operators, {self._session.device.kind}"
         self.vocab_size = manifest.config.vocab_size
-        file = folder / TOKENIZER_FILE
-        self.tokenizer_file = file if file.is_file() else None
+        self.tokenizer_files = tuple(file for file in (folder / TOKENIZER_FILE,) if file.is_file())
         self.notes: tuple[str, ...] = ()
 
     def stream(self, rows: Array, block: int) -> Iterator[Array]:

@@ -19,7 +19,6 @@ from retnet_tools.reports.scored_text import read_tokens
 from retnet_tools.reports.scoring import Progress
 from retnet_tools.reports.windows import Windows
 from retnet_tools.texts import Text
-from retnet_tools.tokens import TOKENIZER_FILE
 
 WINDOWS = Windows(512)
 """How the text is cut: the windows that `perplexity` uses where nothing else is said."""
@@ -31,7 +30,7 @@ class _Planned:
 
     name: str
     vocab_size: int
-    tokenizer_file: Path | None
+    tokenizer_files: tuple[Path, ...]
 
 
 def check_measurable(
@@ -48,7 +47,7 @@ def check_measurable(
     Raises:
         UsageError: float weights, graphs that this runtime does not step, a type that it cannot compute with, a model
             without vocabulary or tokenizer, a text that is too short.
-        InputError: a tokenizer that cannot be read or does not fit.
+        InputError: a tokenizer that cannot be read.
     """
     checkpoint, dtype = plan.checkpoint, target if target in HALF_TYPES else plan.dtype
     if target is None:
@@ -63,12 +62,7 @@ def check_measurable(
         )
     if not checkpoint.config.has_vocabulary:
         raise UsageError("--text for a stack without embedding", "a model with a vocabulary", "leave --text out")
-    tokenizer = next((file for file in checkpoint.tokenizer_files if file.name == TOKENIZER_FILE), None)
-    if tokenizer is None:
-        raise UsageError(
-            f"--text for {checkpoint.path}, which has no {TOKENIZER_FILE}", "one, to read it with", "add it"
-        )
-    reader = _Planned(str(checkpoint.path), checkpoint.config.vocab_size, tokenizer)
+    reader = _Planned(str(checkpoint.path), checkpoint.config.vocab_size, tuple(checkpoint.tokenizer_files))
     next(WINDOWS.rows(len(read_tokens(text.content, reader, limit=limit).ids)))
 
 

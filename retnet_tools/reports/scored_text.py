@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +11,8 @@ import numpy as np
 
 from retnet_tools.errors import InputError, UsageError
 from retnet_tools.runtime.text import IdCodec
-from retnet_tools.tokens import load_tokenizer
+from retnet_tools.tokenizing.files import TokenizerSearch, find_tokenizer
+from retnet_tools.tokens import check_vocabulary
 from retnet_tools.weights import Array
 
 
@@ -28,8 +30,8 @@ class TokenReader(Protocol):
         ...
 
     @property
-    def tokenizer_file(self) -> Path | None:
-        """Its tokenizer.json, or None."""
+    def tokenizer_files(self) -> Sequence[Path]:
+        """Files beside it, its tokenizer among them if it has one."""
         ...
 
 
@@ -70,9 +72,9 @@ def read_tokens(
         limit: tokens of the text to take at most, from its beginning.
 
     Raises:
-        UsageError: no tokenizer, an unknown start token, a word that is no id, an id outside the vocabulary, another
-            vocabulary or tokenizer in the baseline.
-        InputError: a tokenizer that cannot be read.
+        UsageError: no tokenizer, an unknown start token, a word that is no id, another vocabulary or tokenizer in the
+            baseline.
+        InputError: a tokenizer that cannot be read, a token outside the vocabulary.
     """
     if baseline is not None and baseline.vocab_size != source.vocab_size:
         raise UsageError(
@@ -83,14 +85,16 @@ def read_tokens(
     if token_ids:
         result = ScoredText(np.array(IdCodec().encode(text), dtype=np.int64), None)
     else:
-        tokenizer = _open_tokenizer(source)
+        tokenizer = (
+            _find(source).require(f"a text for {source.name}", "add one, or give token ids: --token-ids").tokenizer
+        )
         result = _encode(tokenizer, text)
         if baseline is not None:
             result = replace(result, notes=_check_tokenizer(tokenizer, source, baseline, text, result.ids))
     result = _first(result, limit)
     if start_token is not None:
         result = _after(_token_id(start_token, tokenizer, source), result)
-    _check_ids(result.ids, source)
+    check_vocabulary(result.ids, source.vocab_size, tokenizer, InputError)
     return result
 
 
@@ -103,12 +107,8 @@ def byte_sizes(text: str, ends: Array) -> Array:
     return np.diff(offsets[reached], prepend=0)
 
 
-def _open_tokenizer(source: TokenReader) -> Any:
-    if source.tokenizer_file is None:
-        raise UsageError(
-            f"{source.name} has no tokenizer.json", "one, to read a text with", "add it, or give token ids: --token-ids"
-        )
-    return load_tokenizer(source.tokenizer_file)
+def _find(source: TokenReader) -> TokenizerSearch:
+    return find_tokenizer(source.tokenizer_files, source.vocab_size)
 
 
 def _encode(tokenizer: Any, text: str) -> ScoredText:
@@ -120,12 +120,13 @@ def _encode(tokenizer: Any, text: str) -> ScoredText:
 def _check_tokenizer(
     tokenizer: Any, source: TokenReader, baseline: TokenReader, text: str, ids: Array
 ) -> tuple[str, ...]:
-    if baseline.tokenizer_file is None:
+    found = _find(baseline).found
+    if found is None:
         return (f"{baseline.name} has no tokenizer: that its tokens mean the same is not checked",)
-    other = _open_tokenizer(baseline)
+    other = found.tokenizer
     if other.get_vocab() != tokenizer.get_vocab() or not np.array_equal(other.encode(text).ids, ids):
         raise UsageError(
-            f"the tokenizers {source.tokenizer_file} and {baseline.tokenizer_file} differ",
+            f"the tokenizers of {source.name} and {baseline.name} differ",
             "two models of one tokenizer",
         )
     return ()
@@ -148,10 +149,4 @@ def _token_id(word: str, tokenizer: Any, source: TokenReader) -> int:
         return int(number)
     if word.isdecimal() and len(word) < 10:
         return int(word)
-    raise UsageError(f"start token {word!r}", f"a token of {source.tokenizer_file or source.name} or its id")
-
-
-def _check_ids(ids: Array, source: TokenReader) -> None:
-    if len(ids) and not 0 <= ids.max() < source.vocab_size:
-        found = f"token id {int(ids.max())}"
-        raise InputError(found, f"0 to {source.vocab_size - 1}, the vocabulary of {source.name}")
+    raise UsageError(f"start token {word!r}", f"a token of {source.name} or its id")

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from retnet_tools.errors import InputError, UsageError
-from retnet_tools.tokens import TOKENIZER_FILE, load_tokenizer, special_token_ids
+from retnet_tools.tokenizing.files import TOKENIZER_FILE, load_tokenizer
+from retnet_tools.tokenizing.special import special_tokens
+from retnet_tools.tokens import check_vocabulary
 
 _LONGEST_ID = 18
 """Digits of the longest number that is surely an int64."""
@@ -25,28 +27,26 @@ class TextCodec:
         vocab_size: of the model.
 
     Raises:
-        InputError: a tokenizer file that cannot be read, or whose ids do not fit the model.
+        InputError: a tokenizer file that cannot be read.
     """
 
     def __init__(self, folder: Path, vocab_size: int) -> None:
         self._tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
         self.fingerprint = hashlib.sha256((folder / TOKENIZER_FILE).read_bytes()).hexdigest()
-        size = self._tokenizer.get_vocab_size()
-        if size > vocab_size:
-            raise InputError(
-                f"{folder / TOKENIZER_FILE} has {size} tokens", f"at most the model's {vocab_size}", "use --token-ids"
-            )
-        self.end_ids = frozenset(special_token_ids(folder, "eos", self._tokenizer))
+        self._vocab_size = vocab_size
+        self.end_ids = _end_ids(folder, vocab_size, self._tokenizer)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, as the tokenizer's own post-processor makes them.
 
         Raises:
             InputError: half of a surrogate pair, which no text in Unicode has.
+            UsageError: a token that the model does not have.
         """
         if not text.isascii() and re.search("[\ud800-\udfff]", text):
             raise InputError("a prompt with half of a surrogate pair", "text in Unicode")
         ids: list[int] = self._tokenizer.encode(text).ids
+        check_vocabulary(ids, self._vocab_size, self._tokenizer)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -74,10 +74,16 @@ class TextStream:
 
 
 class IdCodec:
-    """Token ids as text: numbers separated by spaces or commas in, by spaces out."""
+    """Token ids as text: numbers separated by spaces or commas in, by spaces out.
 
-    end_ids: frozenset[int] = frozenset()
+    Args:
+        end_ids: tokens that end a text.
+    """
+
     fingerprint = "token ids"
+
+    def __init__(self, end_ids: frozenset[int] = frozenset()) -> None:
+        self.end_ids = end_ids
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt.
@@ -167,6 +173,10 @@ def open_codec(folder: Path, vocab_size: int, *, token_ids: bool = False) -> Cod
             "a model with a vocabulary, to generate text",
             "run its step.onnx with inputs_embeds",
         )
-    if token_ids or not (folder / TOKENIZER_FILE).is_file():
-        return IdCodec()
-    return TextCodec(folder, vocab_size)
+    if not (folder / TOKENIZER_FILE).is_file():
+        return IdCodec(_end_ids(folder, vocab_size, None))
+    return IdCodec(TextCodec(folder, vocab_size).end_ids) if token_ids else TextCodec(folder, vocab_size)
+
+
+def _end_ids(folder: Path, vocab_size: int, tokenizer: Any) -> frozenset[int]:
+    return frozenset(special_tokens([folder], vocab_size, tokenizer).ids.get("eos", ()))

@@ -76,7 +76,7 @@ def test_what_a_format_cannot_express_is_refused_by_field(tmp_path: Path, cli) -
     write_canonical(tmp_path / "in", ABLATIONS["no_gate"], random_source(ABLATIONS["no_gate"], 1))
     result = cli("convert", tmp_path / "in", tmp_path / "out", "--to", "torchscale")
     assert result.exit_code == 2
-    assert "torchscale cannot express gate = None" in result.err
+    assert "torchscale cannot express: gate = None" in result.err
     assert not (tmp_path / "out").exists()
 
 

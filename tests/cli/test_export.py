@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
 from retnet_tools.formats.canonical import write_canonical
 from tests.helpers import BASE, random_source
@@ -81,7 +82,7 @@ def test_a_dry_run_writes_nothing(checkpoint: Path, cli) -> None:
 
 
 def test_tokenizer_files_travel(checkpoint: Path, tmp_path: Path, cli) -> None:
-    (checkpoint / "tokenizer.json").write_text("{}")
+    Tokenizer(models.WordLevel({"to": 0}, unk_token="to")).save(str(checkpoint / "tokenizer.json"))
     assert cli("export", checkpoint, "-o", tmp_path / "out").exit_code == 0
     assert names(tmp_path / "out") == sorted([*FILES, "tokenizer.json"])
     assert json.loads((tmp_path / "out" / "retnet.json").read_text())["tokenizer_files"] == ["tokenizer.json"]

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from retnet_tools.formats import open_checkpoint
 from retnet_tools.formats.canonical import write_canonical
 from retnet_tools.model.retnet import load_model
-from retnet_tools.tokens import load_tokenizer
+from retnet_tools.tokenizing.files import load_tokenizer
 from tests.exports import export
 from tests.helpers import BASE, random_source
 from tests.tolerances import FLOAT16_KL

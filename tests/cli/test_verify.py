@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from retnet_tools.config import HeadNorm
+from retnet_tools.config import BlockNorm, HeadNorm
+from retnet_tools.formats import writable_format
 from retnet_tools.formats.canonical import write_canonical
+from retnet_tools.formats.conversion import plan_conversion
+from retnet_tools.formats.writer import write_checkpoint
 from tests.helpers import ABLATIONS, BASE, random_source
 
 SHORT = ("--tokens", 20, "--chunk-size", 6, "--threads", 1)
@@ -131,6 +134,61 @@ def test_more_tokens_than_fit_into_memory_exit_with_2(cli, checkpoint):
 @pytest.mark.parametrize("dtype", ["bf16", "float16", "fp64"])
 def test_other_float_types_pass(cli, checkpoint, dtype):
     assert cli("verify", checkpoint, "--dtype", dtype, "--modes", "recurrent,chunkwise", *SHORT).exit_code == 0
+
+
+@pytest.fixture(scope="module")
+def untold(tmp_path_factory):
+    """syncdoth's layout, in which nothing tells the clamp; under sum_of_abs it is over the budget of epsilon."""
+    path = tmp_path_factory.mktemp("verify") / "untold"
+    config = replace(BASE.with_head_norm_eps(1e-4), block_norm=BlockNorm("rms", 1e-4))
+    plan = plan_conversion(config, random_source(config, 1), writable_format("syncdoth"))
+    write_checkpoint(path, plan.layout, force=False, progress=None)
+    settings = json.loads((path / "config.json").read_text())
+    assert settings.pop("score_clamp") == "sum_of_abs"
+    (path / "config.json").write_text(json.dumps(settings))
+    return path
+
+
+def test_a_clamp_that_is_not_told_is_tried_both_ways(cli, untold):
+    result = cli("verify", untold, "--json", *SHORT)
+    document = json.loads(result.out)
+    assert (result.exit_code, document["passed"], document["clamp"]["fits"]) == (0, True, "abs_of_sum")
+    tried = {row["clamp"]: row for row in document["clamp"]["tried"]}
+    assert tried.keys() == {"abs_of_sum", "sum_of_abs"}
+    assert {row["against"] for row in tried.values()} == {"recurrent"}
+    first = document["comparisons"][0]
+    assert (first["a"], first["b"]) == ("parallel", "recurrent")
+    assert tried["abs_of_sum"]["max_abs"] == first["max_abs"]
+    assert tried["abs_of_sum"]["max_abs_float64"] == first["max_abs_float64"] < 1e-3
+    assert tried["sum_of_abs"]["max_abs_float64"] > 1e-3
+    text = cli("verify", untold, *SHORT).out
+    assert "abs-of-sum fits better and is judged" in text
+    assert "nothing in the files tells which clamp the model was trained with" in text
+    assert "--clamp NAME" in text
+
+
+def test_a_clamp_that_is_named_is_the_only_one(cli, untold):
+    for name, code in (("abs-of-sum", 0), ("sum-of-abs", 3), ("sum_of_abs", 3)):
+        result = cli("verify", untold, "--clamp", name, "--json", *SHORT)
+        assert (result.exit_code, json.loads(result.out)["clamp"]) == (code, None)
+    assert "fits better" not in cli("verify", untold, "--clamp", "abs-of-sum", *SHORT).out
+
+
+def test_convert_keeps_the_clamp_that_is_named(cli, untold, tmp_path):
+    for target in ("syncdoth", "torchscale", "canonical"):
+        out = tmp_path / target
+        assert cli("convert", untold, out, "--to", target, "--clamp", "abs-of-sum").exit_code == 0
+        document = json.loads(cli("verify", out, "--json", *SHORT).out)
+        assert (document["clamp"], document["passed"]) == (None, True)
+
+
+def test_a_clamp_that_cannot_be_is_refused(cli, untold, tmp_path):
+    unknown = cli("verify", untold, "--clamp", "abs-of-sums", *SHORT)
+    assert (unknown.exit_code, "did you mean 'abs-of-sum'?" in unknown.err) == (2, True)
+    config = replace(BASE, score_normalization=replace(BASE.score_normalization, clamp="none"))
+    write_canonical(tmp_path / "plain", config, random_source(config, 1))
+    result = cli("verify", tmp_path / "plain", "--clamp", "abs-of-sum", *SHORT)
+    assert (result.exit_code, len(result.err.splitlines())) == (2, 1)
 
 
 def test_a_prompt_goes_through_the_tokenizer_of_the_checkpoint(cli, checkpoint, tmp_path):

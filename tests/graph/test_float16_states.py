@@ -16,7 +16,7 @@ from retnet_tools.graph.export import plan_export, write_export
 from retnet_tools.graph.ops import OPERATOR_SETS
 from retnet_tools.paper import language_model_decay, paper_decay
 from retnet_tools.runtime.session import DecoderSession
-from retnet_tools.tokens import load_tokenizer
+from retnet_tools.tokenizing.files import load_tokenizer
 from tests.exports import checkpoint, cpu_runner, export, run_prefill, run_steps, zero_states
 from tests.helpers import ABLATIONS, BASE, OTHER_LAYERS, random_source, random_tokens
 from tests.tolerances import FLOAT16_STATE_KL, FLOAT16_STATES, GRAPH_FLOAT32

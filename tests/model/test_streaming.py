@@ -65,6 +65,6 @@ def test_a_stack_and_weights_that_are_not_finite_are_refused() -> None:
 
 def test_it_knows_the_tokenizer_of_its_checkpoint() -> None:
     opened = checkpoint(FLA, random_source(FLA, 1))
-    assert CheckpointLogits(opened).tokenizer_file is None
+    assert CheckpointLogits(opened).tokenizer_files == ()
     opened.tokenizer_files.extend([Path("a/tokenizer_config.json"), Path("a/tokenizer.json")])
-    assert CheckpointLogits(opened).tokenizer_file == Path("a/tokenizer.json")
+    assert CheckpointLogits(opened).tokenizer_files == tuple(opened.tokenizer_files)

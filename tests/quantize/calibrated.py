@@ -15,7 +15,7 @@ from retnet_tools.quantize.calibration import CalibrationText
 from retnet_tools.quantize.methods import Method, MethodTask, Progress
 from retnet_tools.quantize.scheme import matrix_formats
 from retnet_tools.quantize.unfinished import Workplace
-from retnet_tools.tokens import load_tokenizer
+from retnet_tools.tokenizing.files import load_tokenizer
 from retnet_tools.weights import Array, WeightSource
 from tests.helpers import MemorySource, random_tokens
 

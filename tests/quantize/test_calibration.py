@@ -11,7 +11,7 @@ import pytest
 from retnet_tools import texts
 from retnet_tools.errors import InputError, UsageError
 from retnet_tools.quantize.calibration import SEQUENCE, CalibrationOptions, draw_sequences, read_calibration
-from retnet_tools.tokens import load_tokenizer
+from retnet_tools.tokenizing.files import load_tokenizer
 from tests.helpers import ABLATIONS, BASE
 from tests.quantize.calibrated import FIXTURE, fixture
 
@@ -106,9 +106,9 @@ def test_a_text_that_cannot_be_used_is_refused(content, error, message: str, tmp
 
 
 def test_a_model_without_a_tokenizer_or_of_another_vocabulary_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"no tokenizer.json with the model to read .*calibration.txt with"):
+    with pytest.raises(UsageError, match=r"calibration\.txt, but no tokenizer\.json with the model"):
         read_calibration(CalibrationOptions(TEXT), BASE, [])
-    with pytest.raises(UsageError, match=r"token \d+ from .*; expected 0 to 60"):
+    with pytest.raises(UsageError, match=r"token '.*' \(id \d+\) in the text; expected 0 to 60"):
         read_calibration(CalibrationOptions(TEXT), BASE, [FIXTURE / "tokenizer.json"])
     with pytest.raises(UsageError, match="a text for a stack without embedding"):
         read_calibration(CalibrationOptions(TEXT), ABLATIONS["stack"], [FIXTURE / "tokenizer.json"])

@@ -11,6 +11,7 @@ import pytest
 
 from retnet_tools.errors import InputError, RetNetToolsError
 from retnet_tools.formats.canonical import write_canonical
+from retnet_tools.formats.source import CheckpointSource
 from retnet_tools.reports.inspection import (
     Inspection,
     inspect_model,
@@ -27,7 +28,7 @@ from tests.helpers import ABLATIONS, BASE, random_source
 
 
 def inspect(path: Path) -> Inspection:
-    return inspect_model(open_model(path), lambda count: None)
+    return inspect_model(open_model(CheckpointSource(path)), lambda count: None)
 
 
 @pytest.fixture
@@ -109,16 +110,16 @@ def test_an_export_says_the_same_of_the_model_and_more(checkpoint: Path, tmp_pat
 @pytest.mark.parametrize("name", ["", "retnet.json", "step.onnx", "weights.data"])
 def test_an_export_is_known_by_any_of_its_files(name: str, tmp_path: Path) -> None:
     folder = export(BASE, random_source(BASE, 1), tmp_path / "out")
-    assert open_model(folder / name).manifest is not None
+    assert open_model(CheckpointSource(folder / name)).manifest is not None
 
 
 def test_a_checkpoint_beside_an_export_is_the_file_that_was_named(checkpoint: Path, tmp_path: Path) -> None:
     folder = export(BASE, random_source(BASE, 1), tmp_path / "out")
     for file in checkpoint.iterdir():
         file.rename(folder / file.name)
-    assert open_model(folder / "model.safetensors").manifest is None
-    assert open_model(folder, "canonical").manifest is None
-    assert open_model(folder).manifest is not None
+    assert open_model(CheckpointSource(folder / "model.safetensors")).manifest is None
+    assert open_model(CheckpointSource(folder, "canonical")).manifest is None
+    assert open_model(CheckpointSource(folder)).manifest is not None
 
 
 def test_an_export_is_linted_tensor_by_tensor(tmp_path: Path) -> None:
@@ -150,7 +151,7 @@ def test_findings_are_sorted_by_severity_and_errors_or_warnings_fail(tmp_path: P
 
 
 def test_without_data_nothing_is_read(checkpoint: Path) -> None:
-    opened = open_model(checkpoint)
+    opened = open_model(CheckpointSource(checkpoint))
     (checkpoint / "model.safetensors").unlink()
     result = inspect_model(opened, None)
     assert not result.data_read
@@ -159,7 +160,7 @@ def test_without_data_nothing_is_read(checkpoint: Path) -> None:
 
 
 def test_progress_covers_every_byte(checkpoint: Path) -> None:
-    opened, seen = open_model(checkpoint), list[int]()
+    opened, seen = open_model(CheckpointSource(checkpoint)), list[int]()
     inspect_model(opened, seen.append)
     assert sum(seen) == opened.weight_bytes == 4 * sum(parameters_by_part(BASE).values())
 
@@ -169,7 +170,7 @@ def test_an_unknown_state_type_is_refused(tmp_path: Path) -> None:
     text = (folder / "retnet.json").read_text()
     (folder / "retnet.json").write_text(text.replace('"state_dtype": "float32"', '"state_dtype": "int3"'))
     with pytest.raises(InputError, match="'int3'"):
-        open_model(folder)
+        open_model(CheckpointSource(folder))
 
 
 def test_text_holds_the_numbers_of_the_document(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

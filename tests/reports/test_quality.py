@@ -107,7 +107,7 @@ def short_text(folder: Path, tmp_path: Path) -> None:
         (["int8", "--text-tokens", 9], None, 2, "--text-tokens without a text"),
         (["int8", "--text", HELD_OUT, "--text-tokens", 100], None, 2, "a text of 100 tokens; expected at least 258"),
         (["int8", "--text", "{tmp}/short.txt"], short_text, 2, "expected at least 258"),
-        (["int8", "--text", HELD_OUT], without_tokenizer, 2, "which has no tokenizer.json; expected one, to read it"),
+        (["int8", "--text", HELD_OUT], without_tokenizer, 2, "but no tokenizer.json with the model"),
         (
             ["int4", "--method", "gptq", "--calibration", HELD_OUT, "--text", HELD_OUT],
             None,

@@ -32,11 +32,12 @@ def word_level(**words: int) -> Tokenizer:
 
 
 def source(folder: Path, tokenizer: Tokenizer | None, vocab: int = 300, name: str = "model") -> MarkovLogits:
-    file = None
+    files = ()
     if tokenizer is not None:
-        file = folder / f"{name}.json"
-        tokenizer.save(str(file))
-    return MarkovLogits(vocab, tokenizer_file=file, name=name)
+        (folder / name).mkdir(exist_ok=True)
+        files = (folder / name / "tokenizer.json",)
+        tokenizer.save(str(files[0]))
+    return MarkovLogits(vocab, tokenizer_files=files, name=name)
 
 
 def test_bytes_of_tokens_add_up_to_the_text_where_characters_take_several_tokens(tmp_path: Path) -> None:
@@ -81,7 +82,7 @@ def test_a_start_token_by_name_or_id_comes_first_and_has_no_bytes(tmp_path: Path
 def test_token_ids_need_no_tokenizer_and_have_no_bytes(tmp_path: Path) -> None:
     found = read_tokens("3 1, 4\n1 5", source(tmp_path, None), token_ids=True, limit=4)
     assert (found.ids.tolist(), found.sizes) == ([3, 1, 4, 1], None)
-    with pytest.raises(UsageError, match=r"no tokenizer\.json.*--token-ids"):
+    with pytest.raises(UsageError, match=r"but no tokenizer\.json .*--token-ids"):
         read_tokens("text", source(tmp_path, None))
 
 
@@ -91,16 +92,18 @@ def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path, text: str) -> No
         read_tokens(text, source(tmp_path, None), token_ids=True)
 
 
-def test_a_tokenizer_with_ids_past_the_vocabulary_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="token id 9; expected 0 to 8, the vocabulary of model"):
-        read_tokens("to be", source(tmp_path, word_level(to=1, be=9), vocab=9))
+def test_a_token_past_the_vocabulary_refuses_the_text_that_has_it(tmp_path: Path) -> None:
+    model = source(tmp_path, word_level(to=1, be=9), vocab=9)
+    with pytest.raises(InputError, match=r"token 'be' \(id 9\) in the text; expected 0 to 8"):
+        read_tokens("to be", model)
+    assert read_tokens("to to", model).ids.tolist() == [1, 1]
 
 
 def test_a_baseline_of_another_vocabulary_or_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
     model = source(tmp_path, word_level(to=1, be=2))
     with pytest.raises(UsageError, match="other has a vocabulary of 299, model of 300"):
         read_tokens("to be", model, source(tmp_path, word_level(to=1, be=2), vocab=299, name="other"))
-    with pytest.raises(UsageError, match=r"the tokenizers .*model\.json and .*other\.json differ"):
+    with pytest.raises(UsageError, match="the tokenizers of model and other differ"):
         read_tokens("to be", model, source(tmp_path, word_level(to=2, be=1), name="other"))
     split = word_level(to=1, be=2)
     split.pre_tokenizer = pre_tokenizers.Split("o", "isolated")

@@ -48,9 +48,11 @@ def test_special_tokens_are_not_shown(folder: Path) -> None:
     assert stream.push(256) == ""
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused(folder: Path) -> None:
-    with pytest.raises(InputError, match="has 257 tokens; expected at most the model's 61"):
-        TextCodec(folder, 61)
+def test_a_token_that_the_model_lacks_refuses_the_prompt_that_has_it(folder: Path) -> None:
+    codec = TextCodec(folder, 256)
+    assert codec.encode("plain") == TextCodec(folder, 300).encode("plain")
+    with pytest.raises(UsageError, match=r"token '<\|endoftext\|>' \(id 256\) in the text; expected 0 to 255"):
+        codec.encode(f"plain{END}")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])

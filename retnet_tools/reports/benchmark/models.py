@@ -12,7 +12,8 @@ from retnet_tools import __version__
 from retnet_tools.config import RetNetConfig
 from retnet_tools.dtypes import FloatName
 from retnet_tools.errors import OutputError, UsageError
-from retnet_tools.formats import Checkpoint, open_checkpoint
+from retnet_tools.formats import Checkpoint
+from retnet_tools.formats.source import CheckpointSource
 from retnet_tools.graph.contract import MANIFEST_FILE, PREFILL_FILE, STEP_FILE, WEIGHTS_FILE
 from retnet_tools.graph.export import ExportPlan, plan_export
 from retnet_tools.graph.exported import plan_of_export
@@ -78,17 +79,17 @@ class Model:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model to measure: at most one of a path and a size; None takes the default of each type.
+    """Which model to measure: at most one of a source and a size; None takes the default of each type.
 
     Attributes:
-        path: an exported folder or a checkpoint.
+        source: an exported folder or a checkpoint.
         size: a published size, with random weights.
         quantize: what `--quantize` names.
         scheme: how, where that is int8 or int4.
         device: whose kernels a checkpoint is exported for.
     """
 
-    path: Path | None
+    source: CheckpointSource | None
     size: str | None
     dtype: FloatName | None
     quantize: str | None
@@ -97,14 +98,19 @@ class ModelOptions:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.path is not None and self.size is not None:
-            raise UsageError(f"both {self.path} and --size {self.size}", "one of them")
+        if self.source is not None and self.size is not None:
+            raise UsageError(f"both {self.source.path} and --size {self.size}", "one of them")
         if self.size is not None:
             model_size(self.size)
         if self.quantize is not None:
             parse_target(self.quantize)
         elif self.scheme != NO_OPTIONS:
             raise UsageError("options of a quantization scheme without --quantize", "--quantize int8 or int4")
+
+    @property
+    def path(self) -> Path | None:
+        """Where the source lies."""
+        return None if self.source is None else self.source.path
 
 
 def plan_model(options: ModelOptions) -> ExportPlan | None:
@@ -114,13 +120,14 @@ def plan_model(options: ModelOptions) -> ExportPlan | None:
         UsageError: types for an exported folder, which has its own.
         InputError: no exported folder and no checkpoint.
     """
-    if options.path is not None and (options.path / MANIFEST_FILE).is_file():
+    source = options.source
+    if source is not None and not source.says_how and (source.path / MANIFEST_FILE).is_file():
         for option, value in (("--dtype", options.dtype), ("--ops", options.ops)):
             if value is not None:
-                raise UsageError(f"{option} {value} for {options.path}, an export with its own", f"no {option}")
+                raise UsageError(f"{option} {value} for {source.path}, an export with its own", f"no {option}")
         if options.quantize is None:
             return None
-        plan = plan_of_export(options.path)
+        plan = plan_of_export(source.path)
     else:
         checkpoint = _checkpoint(options)
         dtype, ops = options.dtype or "float32", options.ops or "fused"
@@ -194,8 +201,8 @@ def _check_space(scratch: Path, needed: int) -> None:
 
 def _checkpoint(options: ModelOptions) -> Checkpoint:
     if options.size is None:
-        assert options.path is not None
-        return open_checkpoint(options.path)
+        assert options.source is not None
+        return options.source.open()
     config = model_size(options.size).config(VOCABULARY_SIZE)
     weights = RandomWeights(canonical_shapes(config))
     return Checkpoint(Path(options.size), "random", config, weights, [], [], [])

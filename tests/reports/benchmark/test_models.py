@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from retnet_tools.errors import ProviderError, UsageError
+from retnet_tools.formats.source import CheckpointSource
 from retnet_tools.graph.probes import ProductShape
 from retnet_tools.graph.quantization import Scheme, TensorRule
 from retnet_tools.quantize.scheme import SchemeOptions
@@ -35,7 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(path: Path | None, **changes: object) -> ModelOptions:
-    return ModelOptions(**{"path": path, "size": None, "dtype": None, "quantize": None, "ops": None, **changes})
+    source = None if path is None else CheckpointSource(path)
+    return ModelOptions(**{"source": source, "size": None, "dtype": None, "quantize": None, "ops": None, **changes})
 
 
 def test_an_export_is_measured_where_it_lies(folder: Path, tmp_path: Path) -> None:

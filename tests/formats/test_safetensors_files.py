@@ -1,0 +1,82 @@
+"""Names that safetensors' `save_model` leaves to the metadata, in one file and in shards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file, save_model
+
+from retnet_tools.errors import InputError, UsageError
+from retnet_tools.formats.files import CheckpointFiles
+
+
+class Tied(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(5, 3)
+        self.norm = torch.nn.LayerNorm(3)
+        self.head = torch.nn.Linear(3, 5, bias=False)
+        self.output = torch.nn.Linear(3, 5, bias=False)
+        self.head.weight = self.output.weight = self.embedding.weight
+
+
+def test_all_names_of_a_tied_tensor_are_read(tmp_path: Path) -> None:
+    model = Tied()
+    save_model(model, str(tmp_path / "model.safetensors"))
+    tensors = CheckpointFiles(tmp_path).tensors
+    expected = model.state_dict()
+    assert set(tensors.names()) == set(expected)
+    assert len(tensors.aliases) == 2
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(tensors.read(name), tensor.numpy())
+    assert tensors.same_data("head.weight", "embedding.weight")
+    assert tensors.region("head.weight") == tensors.region("embedding.weight")
+
+
+def test_metadata_that_names_no_tensor_is_no_alias(tmp_path: Path) -> None:
+    metadata = {"format": "pt", "a": "b", "b": "a", "c": "missing", "d": "c"}
+    save_file({"a": torch.ones(2), "b": torch.zeros(2)}, tmp_path / "model.safetensors", metadata=metadata)
+    tensors = CheckpointFiles(tmp_path).tensors
+    assert set(tensors.names()) == {"a", "b"}
+    assert tensors.aliases == {}
+    assert tensors.read("a").tolist() == [1, 1]
+    assert tensors.metadata == metadata
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_aliases_in_shards(tmp_path: Path, listed: bool) -> None:
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    save_file({"embedding": torch.ones(2)}, tmp_path / names[0], metadata={"head": "embedding", "norm": "embedding"})
+    save_file({"norm": torch.zeros(3)}, tmp_path / names[1], metadata={"format": "pt", "last": "norm"})
+    weight_map = {"embedding": names[0], "norm": names[1]} | ({"head": names[0]} if listed else {})
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    tensors = CheckpointFiles(tmp_path).tensors
+    assert set(tensors.names()) == {"embedding", "norm", "head", "last"}
+    assert tensors.read("head").tolist() == [1, 1]
+    assert tensors.read("norm").tolist() == tensors.read("last").tolist() == [0, 0, 0]
+    assert {file.name for file in CheckpointFiles(tmp_path).weight_files} == {"model.safetensors.index.json", *names}
+
+
+def test_an_index_of_torch_shards_without_the_usual_name(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2, 2)}, tmp_path / "part_0")
+    torch.save({"model": {"b": torch.zeros(2, 2)}}, tmp_path / "part_1")
+    (tmp_path / "index").write_text(json.dumps({"weight_map": {"a": "part_0", "b": "part_1"}}))
+    assert list(CheckpointFiles(tmp_path / "index").tensors.names()) == ["a", "b"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64])
+def test_dtypes_that_are_no_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+    save_file({"layers.0.w": torch.ones(2, 2).to(dtype)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"fp8-quantized|is C64") as caught:
+        CheckpointFiles(tmp_path).tensors  # noqa: B018
+    assert "layers.0.w" in str(caught.value)
+
+
+def test_an_entry_of_a_safetensors_file(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(UsageError, match="entry 'ema' of model"):
+        CheckpointFiles(tmp_path, entry="ema").tensors  # noqa: B018
