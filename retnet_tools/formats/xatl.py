@@ -41,6 +41,8 @@ from retnet_tools.weights import Array
 
 ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "gelu_new": "gelu_tanh", "swish": "silu", "relu": "relu"}
 SCHEDULE_TOLERANCE = 1e-5
+IGNORED_BY_KERNELS = ("use_lm_decay", "retnet_stability_update")
+KERNELS_NOTE = "{}: read as its plain code computes; its fused kernels ignore that"
 XATL_KEYS = words(
     """
     groupnorm_affine hybrid_attention_layers lm_head_bias parallel_residual retnet_bottleneck retnet_stability_update
@@ -135,6 +137,8 @@ def resolve(settings: Settings, stored: StoredTensors) -> tuple[RetNetConfig, tu
         settings.flag(name, False) for name in ("groupnorm_affine", "deepnorm", "retnet_stability_update")
     )
     frequencies, decay, notes = _schedules(settings, stored, heads, head_k_dim)
+    if ignored := [name for name in IGNORED_BY_KERNELS if settings.flag(name, False)]:
+        notes = (*notes, KERNELS_NOTE.format(" and ".join(ignored)))
     pre, subln = _norms(settings, deepnorm)
     config = RetNetConfig(
         vocab_size=settings.count("vocab_size", 50257),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ CASES = {
     "yar_gutenberg/to_dict_args": YAR,
 }
 CLAMP_UNTOLD = [case for case in CASES if case.startswith(("syncdoth_clamps", "dragn"))]
-NOTED = {"fla_2024_03": "fuse_norm"}
+NOTED = {"fla_2024_03": "fuse_norm", "xatl_stability": "use_lm_decay and retnet_stability_update"}
 # These compute decay, or angles too, at each call: their float64 outputs have them in float64, while a model runs with
 # what its code rounds to float32, which is what is read.
 DECAY_AT_EACH_CALL = ("fla_2024", "xatl_lit_shared")
@@ -193,9 +194,42 @@ def test_what_the_tensors_of_yet_another_retnet_do_not_tell_is_asked_for_by_name
     told.write_text(json.dumps({"activation": "swish", "norm_first": True, "layer_norm_eps": 1e-6}))
     checkpoint = open_checkpoint(CONFORMANCE / case, config=told)
     assert checkpoint.format == YAR
-    for form in FORMS.keys() & {"parallel", "recurrent"}:
+    for form in ("parallel", "recurrent"):
         logits = run(case, checkpoint, form, torch.float64).logits
         assert largest(logits, golden(case)[f"logits_{form}_f64"]) <= tolerances.GOLDEN_FLOAT64
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"retnet_bottleneck": 8},
+        {"hybrid_attention_layers": [1]},
+        {"rotary_percentage": 0.4},
+        {"use_lm_decay": True},
+        {"decoder_normalize_before": False, "subln": True},
+        {"parallel_residual": True, "decoder_normalize_before": False, "subln": False},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_is_not_supported_of_xatl_is_refused_by_name(change: dict[str, object], tmp_path: Path) -> None:
+    source = CONFORMANCE / "xatl_affine_rms"
+    document = json.loads((source / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**document, **change}))
+    (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    name, value = next(iter(change.items()))
+    with pytest.raises(InputError, match=rf"has {name} = {re.escape(str(value))}; expected"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("case", ["xatl_affine_rms", "xatl_stability", "syncdoth_october", "syncdoth_clamps"])
+def test_buffers_that_a_converter_leaves_out_are_those_that_the_model_makes(case: str, tmp_path: Path) -> None:
+    state = load_file(CONFORMANCE / case / "model.safetensors")
+    kept = {name: tensor for name, tensor in state.items() if "retnet_rel_pos" not in name}
+    assert len(kept) == len(state) - 2
+    (tmp_path / "config.json").write_bytes((CONFORMANCE / case / "config.json").read_bytes())
+    save_file(kept, tmp_path / "model.safetensors")
+    logits = run(case, open_checkpoint(tmp_path), "parallel", torch.float64).logits
+    assert largest(logits, golden(case)["logits_parallel_f64"]) <= tolerances.GOLDEN_FLOAT64
 
 
 @pytest.mark.parametrize("dialect", ["February", "March"])
