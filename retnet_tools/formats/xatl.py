@@ -41,6 +41,8 @@ from retnet_tools.weights import Array
 
 ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "gelu_new": "gelu_tanh", "swish": "silu", "relu": "relu"}
 SCHEDULE_TOLERANCE = 1e-5
+IGNORED_BY_KERNELS = ("use_lm_decay", "retnet_stability_update")
+KERNELS_NOTE = "{}: read as its plain code computes; its fused kernels ignore that"
 XATL_KEYS = words(
     """
     groupnorm_affine hybrid_attention_layers lm_head_bias parallel_residual retnet_bottleneck retnet_stability_update
@@ -88,6 +90,15 @@ def read(source: Source) -> Reading:
     Raises:
         InputError: a kind of model that is not supported, buffers that are not what the configuration says.
     """
+    if source.settings.flag("shared_attention_norm", False):
+        # Without the second norm its Hugging Face code leaves the feed-forward network without any; its training code
+        # shares the first. A folder may come from either.
+        raise source.settings.wrong(
+            "shared_attention_norm",
+            True,
+            "false in a Hugging Face folder, where its two codes disagree about it",
+            "open the .pth file of the training",
+        )
     config, notes = resolve(source.settings, source.stored)
     names = dict(hugging_face_names(glu=config.feed_forward.kind == "glu"))
     if config.tie_word_embeddings:
@@ -126,6 +137,8 @@ def resolve(settings: Settings, stored: StoredTensors) -> tuple[RetNetConfig, tu
         settings.flag(name, False) for name in ("groupnorm_affine", "deepnorm", "retnet_stability_update")
     )
     frequencies, decay, notes = _schedules(settings, stored, heads, head_k_dim)
+    if ignored := [name for name in IGNORED_BY_KERNELS if settings.flag(name, False)]:
+        notes = (*notes, KERNELS_NOTE.format(" and ".join(ignored)))
     pre, subln = _norms(settings, deepnorm)
     config = RetNetConfig(
         vocab_size=settings.count("vocab_size", 50257),
@@ -163,7 +176,10 @@ def _norms(settings: Settings, deepnorm: bool) -> tuple[bool, bool]:
             raise settings.wrong(name, True, "false, since deepnorm turns it off")
     if subln and not before:
         raise settings.wrong("decoder_normalize_before", False, "true, since subln turns it on")
-    if settings.flag("parallel_residual", False) and not before:
+    parallel = settings.flag("parallel_residual", False)
+    if settings.flag("shared_attention_norm", False) and not parallel:
+        raise settings.wrong("shared_attention_norm", True, "parallel_residual with it", "this is not supported")
+    if parallel and not before:
         raise settings.wrong("parallel_residual", True, "decoder_normalize_before with it", "this is not supported")
     return before, subln
 
