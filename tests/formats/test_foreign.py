@@ -49,7 +49,7 @@ def more(*names: str, dtype: torch.dtype = torch.uint8) -> dict[str, torch.Tenso
 def test_real_checkpoints_are_not_refused(path: Path) -> None:
     found = 0
     for file in path.rglob("*"):
-        if file.suffix in (".pt", ".bin", ".safetensors", ".ckpt") or file.name == ".metadata":
+        if file.suffix in (".pt", ".pth", ".bin", ".safetensors", ".ckpt") or file.name == ".metadata":
             refuse_foreign(CheckpointFiles(file))
             found += 1
     assert found
