@@ -12,8 +12,7 @@ from typing import Any
 
 from retnet_tools.errors import InputError
 from retnet_tools.formats.content import (
-    DCP_FILE,
-    STANDARD_WEIGHTS,
+    candidates,
     foreign_content,
     kind_of,
     quantized_error,
@@ -102,15 +101,15 @@ def _refuse_folder(folder: Path) -> None:
     inside = sorted(folder.iterdir())
     if not inside:
         raise InputError(f"{short_name(folder)} is an empty folder", "a checkpoint", "check the path")
-    for path in inside:
-        if path.is_file() and (found := foreign_content(path)) is not None:
-            what, action = found
-            raise InputError(f"{short_name(folder)} holds {what} ({short_name(path)})", "torch or safetensors", action)
-    parts = [path for path in inside if any((path / name).is_file() for name in (DCP_FILE, *STANDARD_WEIGHTS))]
+    parts = [path for path in inside if path.is_dir() and candidates(path)]
     if parts:
         raise InputError(
             f"{short_name(folder)} holds checkpoints in folders", "one of them", f"name {short_name(parts[-1])} in it"
         )
+    for path in inside:
+        if path.is_file() and (found := foreign_content(path)) is not None:
+            what, action = found
+            raise InputError(f"{short_name(folder)} holds {what} ({short_name(path)})", "torch or safetensors", action)
 
 
 def _refuse_document(folder: Path, document: dict[str, Any]) -> None:
