@@ -65,7 +65,7 @@ class GenaiBuilder(PrefillBuilder):
 
     def chunk_terms(self, log_gamma: Array, counts: ir.Value) -> ChunkDecay:
         """Several chunks of one length."""
-        self._chunks = Chunks(self.g, self._shape, self.length())
+        self._chunks = Chunks(self.g, self._shape, self._length)
         return chunk_decay(self.g, log_gamma, self._chunks.size, self._chunks.counts(self.g, counts))
 
     def retention(self, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value) -> tuple[ir.Value, ir.Value]:
