@@ -211,5 +211,7 @@ FLA = FormatSpec(
     marks=("model.layers.0.attn.q_proj.weight", "model.norm.weight"),
     names=(*name_table(fused=True), *name_table(fused=False), OLD_EMBEDDING),
     read=read,
+    base="model.",
+    outer_head={HEAD: HEAD},
     write=write,
 )

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from retnet_tools.errors import InputError, did_you_mean
+from retnet_tools.errors import InputError, UsageError, did_you_mean
 
 Choice = TypeVar("Choice")
 
@@ -88,15 +88,19 @@ class Settings:
 
         Raises:
             InputError: a key that is not known or holds what is not supported, or two names of one key that differ.
+            UsageError: a key to be ignored that the format reads.
         """
+        for name in ignored:
+            if name in keys.read | keys.aliases.keys():
+                raise UsageError(f"--ignore-key {name}", f"a key that {origin} does not read", "correct its value")
         values = {name: value for name, value in document.items() if name not in ignored}
         given: dict[str, str] = {}
         for old, new in keys.aliases.items():
-            if old not in values:
+            value = values.pop(old, None)
+            if value is None:
                 continue
             given.setdefault(new, old)
-            value = values.pop(old)
-            if values.get(new, value) != value:
+            if values.get(new) not in (None, value):
                 raise InputError(
                     f"the {origin} configuration has {old} = {reprlib.repr(value)} and {new} = "
                     f"{reprlib.repr(values[new])}",

@@ -202,5 +202,7 @@ SYNCDOTH = FormatSpec(
     marks=("model.layers.0.retention.q_proj.weight", EMBEDDING),
     names=tuple(dict.fromkeys((*NAMES, *GLU_NAMES, *PLAIN_NAMES, *REVISION_NAMES))),
     read=read,
+    base=PREFIX,
+    outer_head={HEAD: HEAD},
     write=lambda config, assumed: syncdoth_writing.write(config, assumed, NAMES, GLU_NAMES, PLAIN_NAMES),
 )

@@ -230,5 +230,6 @@ TORCHSCALE = FormatSpec(
     marks=("layers.0.retention.q_proj.weight", EMBEDDING),
     names=tuple(dict.fromkeys(name for release in RELEASES for name in release.names)),
     read=read,
+    outer_head={"lm_head.weight": HEAD, HEAD: HEAD},
     write=write,
 )

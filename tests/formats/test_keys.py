@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from retnet_tools.errors import InputError
+from retnet_tools.errors import InputError, UsageError
 from retnet_tools.formats import FORMATS, Checkpoint, open_checkpoint
 from retnet_tools.formats.canonical import write_canonical
 from retnet_tools.formats.settings import Keys
@@ -157,6 +157,22 @@ def test_older_names_are_read_and_two_that_differ_are_refused(tmp_path: Path) ->
     config_file.write_text(json.dumps({**document, "rms_norm_eps": "small"}))
     with pytest.raises(InputError, match="rms_norm_eps = 'small'"):
         open_checkpoint(config_file.parent)
+
+
+def test_an_older_name_without_a_value_is_no_second_value(tmp_path: Path) -> None:
+    config_file = example("fla", tmp_path / "checkpoint")
+    document, base = json.loads(config_file.read_text()), model(open_checkpoint(config_file.parent))
+    heads, eps = document["num_heads"], document["norm_eps"]
+    for more in ({"num_key_value_heads": None, "num_kv_heads": heads}, {"rms_norm_eps": eps, "norm_eps": None}):
+        config_file.write_text(json.dumps({**document, **more}))
+        assert model(open_checkpoint(config_file.parent)) == base
+
+
+@pytest.mark.parametrize("key", ["norm_eps", "rms_norm_eps"])
+def test_a_key_that_is_read_cannot_be_ignored(key: str, tmp_path: Path) -> None:
+    config_file = example("fla", tmp_path / "checkpoint")
+    with pytest.raises(UsageError, match=f"--ignore-key {key}; expected a key that flash-linear-attention does not"):
+        open_checkpoint(config_file.parent, ignore_keys=[key])
 
 
 def test_a_reader_that_asks_for_what_its_format_does_not_declare_is_found() -> None:
