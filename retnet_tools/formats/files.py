@@ -68,9 +68,11 @@ class CheckpointFiles:
             return self.path
         found = candidates(self.path)
         if len(found) > 1:
-            names = ", ".join(p.name for p in found)
+            names = ", ".join(map(short_name, found[:3])) + (", ..." if len(found) > 3 else "")
             raise InputError(
-                f"{self.path} holds several files of weights: {names}", "one", "name the file that you mean"
+                f"{short_name(self.path)} holds several files of weights: {names}",
+                "one",
+                "name the file that you mean",
             )
         return found[0] if found else None
 
@@ -128,7 +130,9 @@ class CheckpointFiles:
     def _opened(self) -> tuple[StoredTensors, Choice | None]:
         file = self.weights_file
         if file is None:
-            raise InputError(f"no weights in {self.folder}", "safetensors or a file of torch.save", "name its folder")
+            raise InputError(
+                f"no weights in {short_name(self.folder)}", "safetensors or a file of torch.save", "name its folder"
+            )
         kind = kind_of(file)
         if kind is Kind.DCP:
             return open_dcp(file, self._entry)

@@ -15,7 +15,7 @@ from typing import Any
 
 from retnet_tools.config import Activation, BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
 from retnet_tools.formats import fla_writing
-from retnet_tools.formats.inert import HUGGING_FACE
+from retnet_tools.formats.inert import HUGGING_FACE, TRAINING
 from retnet_tools.formats.mapping import check_tie
 from retnet_tools.formats.schedules import floats, paper_log_decay, rope_frequencies
 from retnet_tools.formats.settings import Keys, Only, Settings, words
@@ -76,6 +76,7 @@ KEYS = Keys(
         "model_type": Only(("retnet",), "retnet"),
     },
     inert=HUGGING_FACE
+    | TRAINING
     | words(
         """
         attn_mode conv_size fuse_cross_entropy fuse_linear_cross_entropy fuse_swiglu rescale_prenorm_residual

@@ -6,6 +6,7 @@ its configuration or the names of its tensors.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -106,11 +107,15 @@ def _refuse_folder(folder: Path) -> None:
         if path.is_file() and (found := foreign_content(path)) is not None:
             what, action = found
             raise InputError(f"{short_name(folder)} holds {what} ({short_name(path)})", "torch or safetensors", action)
-    parts = [path for path in inside if any((path / name).is_file() for name in (DCP_FILE, *STANDARD_WEIGHTS))]
-    if parts:
-        raise InputError(
-            f"{short_name(folder)} holds checkpoints in folders", "one of them", f"name {short_name(parts[-1])} in it"
-        )
+    for depth in ("*", "*/*", "*/*/*"):  # runs of trainers, of flame; caches of the hub
+        marks = (mark for name in (DCP_FILE, *STANDARD_WEIGHTS) for mark in folder.glob(f"{depth}/{name}"))
+        if parts := {mark.parent.relative_to(folder) for mark in marks if mark.is_file()}:
+            last = max(parts, key=lambda path: [int(part) for part in re.findall(r"\d+", path.name)])
+            raise InputError(
+                f"{short_name(folder)} holds checkpoints in folders",
+                "one of them",
+                f"name {last.parent / short_name(last)} in it",
+            )
 
 
 def _refuse_document(folder: Path, document: dict[str, Any]) -> None:

@@ -29,22 +29,23 @@ HUGGING_FACE = words(
     """
 )
 
-# What trainers keep among hyperparameters and command lines.
+# What trainers keep among hyperparameters and command lines, and what made an object of theirs.
 TRAINING = words(
     """
-    accelerator accumulate_grad_batches activation_dropout adam_beta1 adam_beta2 adam_betas adam_eps adam_epsilon
-    attention_dropout batch_size beta1 beta2 betas bf16 block_size checkpoint_activations checkpoint_dir clip_grad
-    compile context_length data data_dir data_path dataset dataset_name ddp ddp_rank decay_steps deepspeed device
-    devices drop_path_rate dropout early_stopping_patience epochs eval_interval eval_iters eval_steps
-    experiment_name fp16 fsdp global_batch_size grad_clip gradient_accumulation_steps gradient_checkpointing
-    gradient_clip_val hidden_dropout hidden_dropout_prob init_std initializer_range learning_rate local_rank log_dir
-    log_every log_interval logging_steps lr lr_decay lr_decay_iters lr_scheduler max_epochs max_grad_norm max_iters
-    max_lr max_seq_len max_seq_length max_steps micro_batch_size min_lr mixed_precision num_epochs num_gpus
-    num_nodes num_train_epochs num_workers offload_activations optimizer out_dir output_dir per_device_batch_size
-    precision project resume run_name save_dir save_every save_interval save_steps scheduler seed seq_len seq_length
+    _class_path _instantiator _target_ accelerator accumulate_grad_batches activation_dropout adam_beta1 adam_beta2
+    adam_betas adam_eps adam_epsilon attention_dropout batch_size beta1 beta2 betas bf16 block_size
+    checkpoint_activations checkpoint_dir clip_grad compile context_length data data_dir data_path dataset
+    dataset_name ddp ddp_rank decay_steps deepspeed device devices drop_path_rate dropout early_stopping_patience
+    epochs eval_interval eval_iters eval_steps experiment_name fp16 fsdp global_batch_size grad_clip
+    gradient_accumulation_steps gradient_checkpointing gradient_clip_val hidden_dropout hidden_dropout_prob init_std
+    initializer_range learning_rate local_rank log_dir log_every log_every_n_steps log_interval logging_steps lr
+    lr_decay lr_decay_iters lr_scheduler max_epochs max_grad_norm max_iters max_length max_lr max_seq_len
+    max_seq_length max_steps micro_batch_size min_lr mixed_precision monitor num_epochs num_gpus num_nodes
+    num_train_epochs num_workers offload_activations optimizer out_dir output_dir per_device_batch_size precision
+    project resume run_name save_dir save_every save_interval save_steps scheduler seed seq_len seq_length
     sequence_length steps strategy tokenizer tokenizer_name tokenizer_path total_steps train_batch_size train_data
-    train_path use_wandb val_batch_size val_data val_path wandb wandb_project warmup warmup_iters warmup_ratio
-    warmup_steps weight_decay workers world_size z_loss_coeff
+    train_path use_wandb val_batch_size val_check_interval val_data val_path wandb wandb_project warmup warmup_iters
+    warmup_ratio warmup_steps weight_decay workers world_size z_loss_coeff
     """
 )
 

@@ -18,6 +18,7 @@ import numpy as np
 from retnet_tools.config import BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
 from retnet_tools.errors import InputError
 from retnet_tools.formats.buffers import name_of_all
+from retnet_tools.formats.inert import TRAINING
 from retnet_tools.formats.schedules import floats, language_model_gammas
 from retnet_tools.formats.settings import Keys, Settings, words
 from retnet_tools.formats.spec import FormatSpec, NameTable, Reading, Source
@@ -49,7 +50,7 @@ NAMES: NameTable = {
     SCALE: None,
 }
 
-KEYS = Keys(read=words("double_v_dim ffn_size heads hidden_dim layers"))
+KEYS = Keys(read=words("double_v_dim ffn_size heads hidden_dim layers"), inert=TRAINING)
 
 
 def is_settings(document: Mapping[str, Any]) -> bool:

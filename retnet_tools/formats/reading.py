@@ -153,11 +153,11 @@ def _not_found(
         return named + keyed * any(spec.is_settings(doc) for _, _, doc in documents), keyed
 
     nearest = max(formats, key=nearness)
-    name = short_name(path)
+    name = short_name(path, 24)
     if nearness(nearest) == (0.0, 0.0):
         return InputError(f"no RetNet of a known layout in {name}", "one of docs/formats.md", "check the path")
     near = f"{name} is no known layout; the nearest is {nearest.layout}"
     missing = next((mark for mark in nearest.marks if not prefixes(names, (mark,))), None)
     if missing is not None:
         return InputError(near, f"the tensor {missing!r}", "see docs/formats.md")
-    return InputError(near, f"a configuration with {nearest.settings_words}", "name it with --config FILE")
+    return InputError(near, f"a configuration with {nearest.settings_words}", "name it: --config FILE")

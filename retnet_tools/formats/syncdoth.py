@@ -22,7 +22,7 @@ from retnet_tools.config import (
     ScoreNormalization,
 )
 from retnet_tools.formats import syncdoth_writing
-from retnet_tools.formats.inert import HUGGING_FACE
+from retnet_tools.formats.inert import HUGGING_FACE, TRAINING
 from retnet_tools.formats.mapping import check_tie, is_tied
 from retnet_tools.formats.schedules import language_model_log_decay, paper_log_decay
 from retnet_tools.formats.settings import Keys, Settings, words
@@ -79,6 +79,7 @@ KEYS = Keys(
         """
     ),
     inert=HUGGING_FACE
+    | TRAINING
     | words("activation_dropout drop_path_rate dropout forward_impl recurrent_chunk_size z_loss_coeff"),
 )
 

@@ -15,7 +15,7 @@ import numpy as np
 from retnet_tools.config import BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
 from retnet_tools.errors import InputError
 from retnet_tools.formats.buffers import holds, name_of_all, read_buffer
-from retnet_tools.formats.inert import HUGGING_FACE
+from retnet_tools.formats.inert import HUGGING_FACE, TRAINING
 from retnet_tools.formats.mapping import check_tie, is_tied
 from retnet_tools.formats.schedules import floats, language_model_gammas
 from retnet_tools.formats.settings import Keys, Settings, words
@@ -57,7 +57,7 @@ KEYS = Keys(
         use_bias_in_msr_out use_default_gamma v_dim vocab_size
         """
     ),
-    inert=HUGGING_FACE | words("chunk_size forward_impl"),
+    inert=HUGGING_FACE | TRAINING | words("chunk_size forward_impl"),
 )
 
 

@@ -24,7 +24,7 @@ from retnet_tools.config import (
     ScoreNormalization,
 )
 from retnet_tools.formats.buffers import holds, read_buffer
-from retnet_tools.formats.inert import HUGGING_FACE
+from retnet_tools.formats.inert import HUGGING_FACE, TRAINING
 from retnet_tools.formats.mapping import check_tie
 from retnet_tools.formats.schedules import (
     floats,
@@ -62,6 +62,7 @@ KEYS = Keys(
         "model_type": Only(("retnet",), "retnet"),
     },
     inert=HUGGING_FACE
+    | TRAINING
     | words(
         """
         activation_dropout drop_path_rate dropout forward_impl recurrent_chunk_size use_ffn_rms_norm z_loss_coeff
@@ -214,7 +215,7 @@ XATL = FormatSpec(
     layout="syncdoth/RetNet-XATL",
     keys=KEYS,
     is_settings=is_settings,
-    settings_words='"model_type": "retnet", decoder_embed_dim and rotary_percentage',
+    settings_words='"model_type": "retnet" and rotary_percentage',
     marks=("model.layers.0.retention.q_proj.weight", EMBEDDING),
     names=(*hugging_face_names(glu=True), *hugging_face_names(glu=False)),
     read=read,
@@ -226,7 +227,7 @@ XATL_LIT = FormatSpec(
     layout="syncdoth/RetNet-XATL (lit)",
     keys=KEYS,
     is_settings=is_settings,
-    settings_words='"model_type": "retnet", decoder_embed_dim and rotary_percentage',
+    settings_words='"model_type": "retnet" and rotary_percentage',
     marks=("transformer.h.0.attn.reten.weight", "transformer.wte.weight"),
     names=(*lit_names(glu=True), *lit_names(glu=False)),
     read=read_lit,

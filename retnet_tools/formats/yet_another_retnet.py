@@ -16,6 +16,7 @@ import numpy as np
 from retnet_tools.config import Activation, BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
 from retnet_tools.errors import InputError
 from retnet_tools.formats.buffers import name_of_all, pairs_of, read_buffer
+from retnet_tools.formats.inert import TRAINING
 from retnet_tools.formats.schedules import floats, linspace_frequencies
 from retnet_tools.formats.settings import Keys, Settings, words
 from retnet_tools.formats.spec import FormatSpec, NameTable, Reading, Source
@@ -50,7 +51,7 @@ NAMES: NameTable = {
 }
 KEYS = Keys(
     read=words("activation d_model dim_feedforward layer_norm_eps nhead norm_first num_layers num_tokens"),
-    inert=frozenset({"device", "dropout", "dtype"}),
+    inert=TRAINING | {"dtype"},
 )
 UNTOLD = ("activation", "norm_first", "layer_norm_eps")
 

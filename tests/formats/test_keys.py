@@ -160,6 +160,24 @@ def test_older_names_are_read_and_two_that_differ_are_refused(tmp_path: Path) ->
         open_checkpoint(config_file.parent)
 
 
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "canonical"])
+def test_what_a_trainer_keeps_beside_the_model_is_no_reason_to_refuse(name: str, tmp_path: Path) -> None:
+    config_file = example(name, tmp_path / "checkpoint")
+    document, base = json.loads(config_file.read_text()), model(open_checkpoint(config_file.parent))
+    options = {"lr": 1e-3, "batch_size": 8, "weight_decay": 0.1, "betas": [0.9, 0.98], "epochs": 3, "seed": 1}
+    made = {"_target_": "models.RetNet", "_class_path": "models.RetNet", "_instantiator": "lightning.pytorch.cli"}
+    config_file.write_text(json.dumps({**options, **made, **document}))
+    assert model(open_checkpoint(config_file.parent)) == base
+
+
+def test_a_near_key_is_suggested(tmp_path: Path) -> None:
+    config_file = example("fla", tmp_path / "checkpoint")
+    document = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps({**document, "expand_kk": 2}))
+    with pytest.raises(InputError, match=r"expand_kk = 2; expected only keys .*; did you mean 'expand_k'"):
+        open_checkpoint(config_file.parent)
+
+
 def test_an_older_name_without_a_value_is_no_second_value(tmp_path: Path) -> None:
     config_file = example("fla", tmp_path / "checkpoint")
     document, base = json.loads(config_file.read_text()), model(open_checkpoint(config_file.parent))
