@@ -9,7 +9,6 @@ the former. Those of 2024 had other keys (`rms_norm_eps`, `num_attention_heads`)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,7 +79,7 @@ KEYS = Keys(
     | words(
         """
         attn_mode conv_size fuse_cross_entropy fuse_linear_cross_entropy fuse_swiglu rescale_prenorm_residual
-        prenorm_residual_strategy use_gk use_gv use_l2warp
+        prenorm_residual_strategy share_conv_kernel use_gk use_gv use_l2warp
         """
     ),
     aliases={
@@ -185,9 +184,8 @@ def resolve(settings: Settings) -> RetNetConfig:
 
 
 def _expanded(settings: Settings, name: str, default: float, hidden: int, heads: int) -> int:
-    exact = hidden * settings.number(name, default)
-    size = round(exact)
-    if not math.isclose(exact, size) or not size or size % heads:
+    size = int(hidden * settings.number(name, default))
+    if not size or size % heads:
         raise settings.wrong(
             name,
             settings.raw(name),
@@ -197,8 +195,12 @@ def _expanded(settings: Settings, name: str, default: float, hidden: int, heads:
 
 
 def _ffn_dim(settings: Settings, hidden: int) -> int:
-    """`intermediate_size`, or 2/3 of hidden_ratio times the hidden size, up to a multiple of 256."""
-    ratio = settings.number("hidden_ratio", 4 if "hidden_ratio" in settings.values else 2)
+    """`intermediate_size`, or 2/3 of hidden_ratio times the hidden size, up to a multiple of 256.
+
+    A ratio of null is 4, as it was before there was one; then heads had another name.
+    """
+    null = "hidden_ratio" in settings.values or settings.given.get("num_heads") == "num_attention_heads"
+    ratio = settings.number("hidden_ratio", 4 if null else 2)
     derived = int(hidden * ratio * 2 / 3)
     return settings.count("intermediate_size", -(-derived // FFN_MULTIPLE) * FFN_MULTIPLE)
 
