@@ -21,6 +21,7 @@ from retnet_tools.formats.settings import Keys, Only, Settings, words
 from retnet_tools.formats.spec import FormatSpec, NameTable, Reading, Source, Transform, Writing
 from retnet_tools.formats.storage import StoredTensors
 from retnet_tools.formats.transforms import halves_to_pairs, row_range
+from retnet_tools.formats.xatl import XATL_KEYS
 
 ORIGIN = "flash-linear-attention"
 EMBEDDING, HEAD = "model.embeddings.weight", "lm_head.weight"
@@ -93,7 +94,8 @@ KEYS = Keys(
 def is_settings(document: Mapping[str, Any]) -> bool:
     """A configuration of model_type retnet that calls its size `hidden_size`, and its heads as no relative does."""
     heads = bool({"num_heads", "num_attention_heads"} & document.keys())
-    return document.get("model_type") == "retnet" and "hidden_size" in document and heads and "qk_dim" not in document
+    named = document.get("model_type", "retnet") == "retnet"  # an object that is pickled leaves it out
+    return named and "hidden_size" in document and heads and not {"qk_dim", *XATL_KEYS} & document.keys()
 
 
 def read(source: Source) -> Reading:

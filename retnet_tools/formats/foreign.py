@@ -21,6 +21,7 @@ from retnet_tools.formats.content import (
     short_name,
 )
 from retnet_tools.formats.files import CheckpointFiles
+from retnet_tools.formats.settings import words
 
 # Files that tell what a folder is, most telling first.
 FOLDERS = (
@@ -45,25 +46,11 @@ QUANTIZED_ENDS = (
     (("._packed_params", "._packed_params._packed_params"), "torch"),
 )
 RETNET_MARKS = ("retention", "retnet", "reten.", ".msr.", "xpos", "g_proj")
-OTHER_ARCHITECTURES = frozenset(
-    (
-        *(
-            "llama",
-            "mistral",
-            "mixtral",
-            "qwen2",
-            "qwen3",
-            "gemma",
-            "gemma2",
-            "gemma3_text",
-            "phi",
-            "phi3",
-            "gpt2",
-            "bert",
-        ),
-        *("gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "falcon", "t5", "roberta", "distilbert", "mamba"),
-        *("rwkv", "rwkv5", "rwkv6", "rwkv7", "gla", "hgrn", "hgrn2", "delta_net", "mamba2", "bart", "bert"),
-    )
+OTHER_ARCHITECTURES = words(
+    """
+    bart bert bloom delta_net distilbert falcon gemma gemma2 gemma3_text gla gpt2 gpt_neo gpt_neox gptj hgrn hgrn2 llama
+    mamba mamba2 mistral mixtral opt phi phi3 qwen2 qwen3 roberta rwkv rwkv5 rwkv6 rwkv7 t5
+    """
 )
 
 

@@ -29,6 +29,7 @@ from retnet_tools.formats.settings import Keys, Settings, words
 from retnet_tools.formats.spec import FormatSpec, NameTable, Reading, Source
 from retnet_tools.formats.storage import StoredTensors
 from retnet_tools.formats.torchscale import OWN_KEYS as TORCHSCALE_KEYS
+from retnet_tools.formats.torchscale import SYNCDOTH_KEYS
 from retnet_tools.formats.torchscale_buffers import Schedules, read_schedules
 from retnet_tools.formats.torchscale_releases import HEAD as TORCHSCALE_HEAD
 from retnet_tools.formats.torchscale_releases import OLD_NAMES
@@ -87,7 +88,9 @@ KEYS = Keys(
 def is_settings(document: Mapping[str, Any]) -> bool:
     """Its sizes by name, and none of the keys of its relatives."""
     relatives = (TORCHSCALE_KEYS | XATL_KEYS) & document.keys()
-    return document.get("model_type") == "retnet" and "decoder_embed_dim" in document and not relatives
+    named = document.get("model_type", "retnet") == "retnet"
+    own = "model_type" in document or bool(SYNCDOTH_KEYS & document.keys())
+    return named and own and "decoder_embed_dim" in document and not relatives
 
 
 def read(source: Source) -> Reading:

@@ -63,7 +63,7 @@ KEYS = Keys(
 
 def is_settings(document: Mapping[str, Any]) -> bool:
     """A configuration of model_type retnet with a size of q and k."""
-    return document.get("model_type") == "retnet" and {"qk_dim", "hidden_size"} <= document.keys()
+    return document.get("model_type", "retnet") == "retnet" and {"qk_dim", "hidden_size"} <= document.keys()
 
 
 def read(source: Source) -> Reading:

@@ -80,7 +80,7 @@ KEYS = Keys(
 def is_settings(document: Mapping[str, Any]) -> bool:
     """syncdoth's sizes, and one of the keys that only this relative has."""
     sizes = "decoder_embed_dim" in document or "hidden_size" in document
-    return document.get("model_type") == "retnet" and sizes and bool(XATL_KEYS & document.keys())
+    return document.get("model_type", "retnet") == "retnet" and sizes and bool(XATL_KEYS & document.keys())
 
 
 def read(source: Source) -> Reading:

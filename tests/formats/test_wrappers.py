@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +160,13 @@ def test_a_file_of_another_name_does_not_dispute_the_configuration(tmp_path: Pat
     assert open_checkpoint(tmp_path).config.block_norm.eps == 1e-6
     (tmp_path / "args.json").unlink()
     assert open_checkpoint(tmp_path).config.block_norm.eps == 1e-3
+
+
+@pytest.mark.parametrize("name", WITH_BASE)
+def test_a_pickled_configuration_leaves_its_model_type_out(name: str, tmp_path: Path) -> None:
+    """`model_type` belongs to the class of transformers' configurations, not to the object."""
+    tensors, document, plain = example(name)
+    config = Namespace(**{key: value for key, value in document.items() if key != "model_type"})
+    state = {key: torch.from_numpy(value) for key, value in tensors.items()}
+    torch.save({"model": state, "config": config, "step": 3}, tmp_path / "last.pt")
+    assert_same_model(open_checkpoint(tmp_path), plain)
