@@ -15,6 +15,7 @@ from retnet_tools.errors import InputError
 from retnet_tools.formats.content import (
     DCP_FILE,
     STANDARD_WEIGHTS,
+    candidates,
     foreign_content,
     kind_of,
     quantized_error,
@@ -90,19 +91,24 @@ def _refuse_folder(folder: Path) -> None:
     inside = sorted(folder.iterdir())
     if not inside:
         raise InputError(f"{short_name(folder)} is an empty folder", "a checkpoint", "check the path")
+    if parts := _checkpoints_in(folder):
+        last = max(parts, key=lambda path: [int(part) for part in re.findall(r"\d+", path.name)])
+        where = last.relative_to(folder).parent / short_name(last)
+        raise InputError(f"{short_name(folder)} holds checkpoints in folders", "one of them", f"name {where} in it")
     for path in inside:
         if path.is_file() and (found := foreign_content(path)) is not None:
             what, action = found
             raise InputError(f"{short_name(folder)} holds {what} ({short_name(path)})", "torch or safetensors", action)
-    for depth in ("*", "*/*", "*/*/*"):  # runs of trainers, of flame; caches of the hub
-        marks = (mark for name in (DCP_FILE, *STANDARD_WEIGHTS) for mark in folder.glob(f"{depth}/{name}"))
-        if parts := {mark.parent.relative_to(folder) for mark in marks if mark.is_file()}:
-            last = max(parts, key=lambda path: [int(part) for part in re.findall(r"\d+", path.name)])
-            raise InputError(
-                f"{short_name(folder)} holds checkpoints in folders",
-                "one of them",
-                f"name {last.parent / short_name(last)} in it",
-            )
+
+
+def _checkpoints_in(folder: Path) -> list[Path]:
+    """The folders in a folder that hold weights; those further down, as in runs of flame and caches of the hub, where
+    they are called as usual."""
+    if parts := [path for path in sorted(folder.iterdir()) if path.is_dir() and candidates(path)]:
+        return parts
+    patterns = [f"{depth}/{name}" for depth in ("*/*", "*/*/*") for name in (DCP_FILE, *STANDARD_WEIGHTS)]
+    marks = [mark for pattern in patterns for mark in folder.glob(pattern)]
+    return sorted({mark.parent for mark in marks if mark.is_file()})
 
 
 def _refuse_document(folder: Path, document: dict[str, Any]) -> None:
