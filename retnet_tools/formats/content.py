@@ -70,10 +70,10 @@ class Kind(Enum):
     DCP = "dcp"
 
 
-def short_name(path: Path) -> str:
+def short_name(path: Path, limit: int = 48) -> str:
     """A file's name, short enough for an error of one line."""
     name = path.name or path.absolute().name
-    return name if len(name) <= 48 else f"{name[:45]}..."
+    return name if len(name) <= limit else f"{name[: limit - 3]}..."
 
 
 def quantized_error(path: Path, method: str, name: str = "") -> InputError:

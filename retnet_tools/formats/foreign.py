@@ -6,12 +6,15 @@ its configuration or the names of its tensors.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from retnet_tools.errors import InputError
 from retnet_tools.formats.content import (
+    DCP_FILE,
+    STANDARD_WEIGHTS,
     candidates,
     foreign_content,
     kind_of,
@@ -19,6 +22,7 @@ from retnet_tools.formats.content import (
     short_name,
 )
 from retnet_tools.formats.files import CheckpointFiles
+from retnet_tools.formats.settings import words
 
 # Files that tell what a folder is, most telling first.
 FOLDERS = (
@@ -43,25 +47,11 @@ QUANTIZED_ENDS = (
     (("._packed_params", "._packed_params._packed_params"), "torch"),
 )
 RETNET_MARKS = ("retention", "retnet", "reten.", ".msr.", "xpos", "g_proj")
-OTHER_ARCHITECTURES = frozenset(
-    (
-        *(
-            "llama",
-            "mistral",
-            "mixtral",
-            "qwen2",
-            "qwen3",
-            "gemma",
-            "gemma2",
-            "gemma3_text",
-            "phi",
-            "phi3",
-            "gpt2",
-            "bert",
-        ),
-        *("gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "falcon", "t5", "roberta", "distilbert", "mamba"),
-        *("rwkv", "rwkv5", "rwkv6", "rwkv7", "gla", "hgrn", "hgrn2", "delta_net", "mamba2", "bart", "bert"),
-    )
+OTHER_ARCHITECTURES = words(
+    """
+    bart bert bloom delta_net distilbert falcon gemma gemma2 gemma3_text gla gpt2 gpt_neo gpt_neox gptj hgrn hgrn2 llama
+    mamba mamba2 mistral mixtral opt phi phi3 qwen2 qwen3 roberta rwkv rwkv5 rwkv6 rwkv7 t5
+    """
 )
 
 
@@ -101,15 +91,24 @@ def _refuse_folder(folder: Path) -> None:
     inside = sorted(folder.iterdir())
     if not inside:
         raise InputError(f"{short_name(folder)} is an empty folder", "a checkpoint", "check the path")
-    parts = [path for path in inside if path.is_dir() and candidates(path)]
-    if parts:
-        raise InputError(
-            f"{short_name(folder)} holds checkpoints in folders", "one of them", f"name {short_name(parts[-1])} in it"
-        )
+    if parts := _checkpoints_in(folder):
+        last = max(parts, key=lambda path: [int(part) for part in re.findall(r"\d+", path.name)])
+        where = last.relative_to(folder).parent / short_name(last)
+        raise InputError(f"{short_name(folder)} holds checkpoints in folders", "one of them", f"name {where} in it")
     for path in inside:
         if path.is_file() and (found := foreign_content(path)) is not None:
             what, action = found
             raise InputError(f"{short_name(folder)} holds {what} ({short_name(path)})", "torch or safetensors", action)
+
+
+def _checkpoints_in(folder: Path) -> list[Path]:
+    """The folders in a folder that hold weights; those further down, as in runs of flame and caches of the hub, where
+    they are called as usual."""
+    if parts := [path for path in sorted(folder.iterdir()) if path.is_dir() and candidates(path)]:
+        return parts
+    patterns = [f"{depth}/{name}" for depth in ("*/*", "*/*/*") for name in (DCP_FILE, *STANDARD_WEIGHTS)]
+    marks = [mark for pattern in patterns for mark in folder.glob(pattern)]
+    return sorted({mark.parent for mark in marks if mark.is_file()})
 
 
 def _refuse_document(folder: Path, document: dict[str, Any]) -> None:

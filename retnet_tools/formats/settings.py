@@ -12,11 +12,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from retnet_tools.errors import InputError, did_you_mean
+from retnet_tools.errors import InputError, UsageError, did_you_mean
 
 Choice = TypeVar("Choice")
 
 MAX_COUNT = 1 << 24
+MAX_SHOWN = 60
 MAX_NUMBER = sys.float_info.max
 
 
@@ -88,15 +89,19 @@ class Settings:
 
         Raises:
             InputError: a key that is not known or holds what is not supported, or two names of one key that differ.
+            UsageError: a key to be ignored that the format reads.
         """
+        for name in ignored:
+            if name in keys.read | keys.aliases.keys():
+                raise UsageError(f"--ignore-key {name}", f"a key that {origin} does not read", "correct its value")
         values = {name: value for name, value in document.items() if name not in ignored}
         given: dict[str, str] = {}
         for old, new in keys.aliases.items():
-            if old not in values:
+            value = values.pop(old, None)
+            if value is None:
                 continue
             given.setdefault(new, old)
-            value = values.pop(old)
-            if values.get(new, value) != value:
+            if values.get(new) not in (None, value):
                 raise InputError(
                     f"the {origin} configuration has {old} = {reprlib.repr(value)} and {new} = "
                     f"{reprlib.repr(values[new])}",
@@ -115,11 +120,12 @@ class Settings:
         if only is not None and value is not None and not any(_same(value, known) for known in only.values):
             raise self.wrong(name, value, only.expected, "this kind of model is not supported")
         if only is None and name not in self.keys.read | self.keys.inert and not _is_neutral(value):
+            hint, ignore = did_you_mean(name, self.keys.read), f"--ignore-key {name[:MAX_SHOWN]}"
             raise self.wrong(
                 name,
                 value,
-                did_you_mean(name, self.keys.read) or "only keys that this format knows",
-                f"where it does not change the model, add --ignore-key {name}",
+                "only keys that this format knows",
+                f"{hint} or {ignore}" if hint else f"where it does not change the model, add {ignore}",
             )
 
     def count(self, name: str, default: int | None = None) -> int:
@@ -179,7 +185,7 @@ class Settings:
 
     def wrong(self, name: str, value: Any, expected: str, action: str = "correct it") -> InputError:
         """The error for a value that cannot be."""
-        shown = self.given.get(name, name)
+        shown = self.given.get(name, name)[:MAX_SHOWN]
         return InputError(f"the {self.origin} configuration has {shown} = {reprlib.repr(value)}", expected, action)
 
     def _value(self, name: str, default: Any) -> Any:

@@ -22,13 +22,14 @@ from retnet_tools.config import (
     ScoreNormalization,
 )
 from retnet_tools.formats import syncdoth_writing
-from retnet_tools.formats.inert import HUGGING_FACE
+from retnet_tools.formats.inert import HUGGING_FACE, TRAINING
 from retnet_tools.formats.mapping import check_tie, is_tied
 from retnet_tools.formats.schedules import language_model_log_decay, paper_log_decay
 from retnet_tools.formats.settings import Keys, Settings, words
 from retnet_tools.formats.spec import FormatSpec, NameTable, Reading, Source
 from retnet_tools.formats.storage import StoredTensors
 from retnet_tools.formats.torchscale import OWN_KEYS as TORCHSCALE_KEYS
+from retnet_tools.formats.torchscale import SYNCDOTH_KEYS
 from retnet_tools.formats.torchscale_buffers import Schedules, read_schedules
 from retnet_tools.formats.torchscale_releases import HEAD as TORCHSCALE_HEAD
 from retnet_tools.formats.torchscale_releases import OLD_NAMES
@@ -79,6 +80,7 @@ KEYS = Keys(
         """
     ),
     inert=HUGGING_FACE
+    | TRAINING
     | words("activation_dropout drop_path_rate dropout forward_impl recurrent_chunk_size z_loss_coeff"),
 )
 
@@ -86,7 +88,9 @@ KEYS = Keys(
 def is_settings(document: Mapping[str, Any]) -> bool:
     """Its sizes by name, and none of the keys of its relatives."""
     relatives = (TORCHSCALE_KEYS | XATL_KEYS) & document.keys()
-    return document.get("model_type") == "retnet" and "decoder_embed_dim" in document and not relatives
+    named = document.get("model_type", "retnet") == "retnet"
+    own = "model_type" in document or bool(SYNCDOTH_KEYS & document.keys())
+    return named and own and "decoder_embed_dim" in document and not relatives
 
 
 def read(source: Source) -> Reading:
@@ -202,5 +206,7 @@ SYNCDOTH = FormatSpec(
     marks=("model.layers.0.retention.q_proj.weight", EMBEDDING),
     names=tuple(dict.fromkeys((*NAMES, *GLU_NAMES, *PLAIN_NAMES, *REVISION_NAMES))),
     read=read,
+    base=PREFIX,
+    outer_head={HEAD: HEAD},
     write=lambda config, assumed: syncdoth_writing.write(config, assumed, NAMES, GLU_NAMES, PLAIN_NAMES),
 )

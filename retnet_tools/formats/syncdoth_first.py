@@ -14,7 +14,8 @@ import numpy as np
 
 from retnet_tools.config import BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
 from retnet_tools.errors import InputError
-from retnet_tools.formats.inert import HUGGING_FACE
+from retnet_tools.formats.buffers import holds, name_of_all, read_buffer
+from retnet_tools.formats.inert import HUGGING_FACE, TRAINING
 from retnet_tools.formats.mapping import check_tie, is_tied
 from retnet_tools.formats.schedules import floats, language_model_gammas
 from retnet_tools.formats.settings import Keys, Settings, words
@@ -22,12 +23,12 @@ from retnet_tools.formats.spec import FormatSpec, Reading, Source, Transform
 from retnet_tools.formats.storage import StoredTensors
 from retnet_tools.formats.transforms import row_range
 from retnet_tools.formats.xpos import xpos_key_decay
-from retnet_tools.weights import Array
 
 EMBEDDING, HEAD = "model.embedding.weight", "lm_head.weight"
 BLOCK = "model.blocks.{i}"
 DECAY, SCALE = f"{BLOCK}.msr.decay", f"{BLOCK}.msr.xpos.scale"
 EPS = 1e-5
+SAME_GAMMAS = 1e-6
 QKV = tuple(f"layers.{{i}}.retention.{name}_proj" for name in "qkv")
 _LAYER = {
     "msr.gated": "retention.gate_proj",
@@ -56,13 +57,13 @@ KEYS = Keys(
         use_bias_in_msr_out use_default_gamma v_dim vocab_size
         """
     ),
-    inert=HUGGING_FACE | words("chunk_size forward_impl"),
+    inert=HUGGING_FACE | TRAINING | words("chunk_size forward_impl"),
 )
 
 
 def is_settings(document: Mapping[str, Any]) -> bool:
     """A configuration of model_type retnet with a size of q and k."""
-    return document.get("model_type") == "retnet" and {"qk_dim", "hidden_size"} <= document.keys()
+    return document.get("model_type", "retnet") == "retnet" and {"qk_dim", "hidden_size"} <= document.keys()
 
 
 def read(source: Source) -> Reading:
@@ -111,8 +112,8 @@ def resolve(settings: Settings, stored: StoredTensors) -> tuple[RetNetConfig, tu
     for name, size in (("qk_dim", key_dim), ("v_dim", value_dim)):
         if size % heads:
             raise settings.wrong(name, size, f"a multiple of num_heads = {heads}")
-    decay, notes = _decay(settings, stored, heads, layers)
-    key_decay, scale_notes = xpos_key_decay(stored, SCALE.format(i=0), key_dim)
+    decay, notes = _decay(settings, stored, heads)
+    key_decay, scale_notes = xpos_key_decay(stored, name_of_all(stored, SCALE), key_dim)
     # Made at each call, in the dtype that torch defaults to.
     frequencies = 10000.0 ** -(np.arange(key_dim // 2) / (key_dim // 2))
     tied = settings.flag("tie_word_embeddings", is_tied(stored, HEAD, EMBEDDING))
@@ -139,37 +140,18 @@ def resolve(settings: Settings, stored: StoredTensors) -> tuple[RetNetConfig, tu
     return config, (*notes, *scale_notes)
 
 
-def _decay(
-    settings: Settings, stored: StoredTensors, heads: int, layers: int
-) -> tuple[tuple[float, ...], tuple[str, ...]]:
+def _decay(settings: Settings, stored: StoredTensors, heads: int) -> tuple[tuple[float, ...], tuple[str, ...]]:
     """log(gamma) of the gammas that every layer stores, and notes."""
     published = [language_model_gammas(heads), (1 - 2.0 ** (-5.0 - np.arange(heads))).astype(np.float32)]
     default = settings.flag("use_default_gamma", False)
     named, other = published[::-1] if default else published
-    name = DECAY.format(i=0)
-    location = stored.locations.get(name)
-    if location is None:
-        return _logs(named), ()
-    if location.shape != (heads,):
-        raise InputError(f"tensor {name!r} has shape {list(location.shape)}", f"{[heads]}")
-    if location.dtype.name not in ("float32", "float64"):
-        return _logs(named), ("decay is rounded in the file: computed from the published schedule instead",)
-    gammas = stored.read(name)
-    for i in range(1, min(layers, len(stored.locations))):
-        if (same := DECAY.format(i=i)) in stored.locations and not stored.same_data(name, same):
-            raise InputError(
-                f"tensor {same!r} differs from {name!r}", "one decay for all layers", "it is not supported"
-            )
-    if not np.allclose(gammas, named, rtol=1e-6) and np.allclose(gammas, other, rtol=1e-6):
+    name = name_of_all(stored, DECAY)
+    if holds(stored, name, other, rtol=SAME_GAMMAS) and not holds(stored, name, named, rtol=SAME_GAMMAS):
         raise settings.wrong("use_default_gamma", default, f"{not default}, as the stored {name!r} says")
+    gammas, notes = read_buffer(stored, name, named, rtol=SAME_GAMMAS)
     if not np.all((gammas > 0) & (gammas <= 1)):
         raise InputError(f"tensor {name!r} holds {gammas.tolist()}", "numbers in (0, 1]")
-    differs = not np.allclose(gammas, named, rtol=1e-6)
-    return _logs(gammas), ("decay in the file differs from the published schedules: used as stored",) * differs
-
-
-def _logs(gammas: Array) -> tuple[float, ...]:
-    return floats(np.log(gammas.astype(np.float64)))
+    return floats(np.log(gammas.astype(np.float64))), notes
 
 
 SYNCDOTH_FIRST = FormatSpec(
@@ -181,4 +163,6 @@ SYNCDOTH_FIRST = FormatSpec(
     marks=("model.blocks.0.msr.qkv.weight", EMBEDDING),
     names=tuple(NAMES),
     read=read,
+    base="model.",
+    outer_head={HEAD: HEAD},
 )

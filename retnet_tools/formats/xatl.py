@@ -23,8 +23,8 @@ from retnet_tools.config import (
     RetNetConfig,
     ScoreNormalization,
 )
-from retnet_tools.errors import InputError
-from retnet_tools.formats.inert import HUGGING_FACE
+from retnet_tools.formats.buffers import holds, read_buffer
+from retnet_tools.formats.inert import HUGGING_FACE, TRAINING
 from retnet_tools.formats.mapping import check_tie
 from retnet_tools.formats.schedules import (
     floats,
@@ -37,10 +37,8 @@ from retnet_tools.formats.spec import FormatSpec, Reading, Source, Transform
 from retnet_tools.formats.storage import StoredTensors
 from retnet_tools.formats.transforms import head_part
 from retnet_tools.formats.xatl_names import ANGLES, DECAYS, EMBEDDING, HEAD, QKV, hugging_face_names, lit_names
-from retnet_tools.weights import Array
 
 ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "gelu_new": "gelu_tanh", "swish": "silu", "relu": "relu"}
-SCHEDULE_TOLERANCE = 1e-5
 IGNORED_BY_KERNELS = ("use_lm_decay", "retnet_stability_update")
 KERNELS_NOTE = "{}: read as its plain code computes; its fused kernels ignore that"
 XATL_KEYS = words(
@@ -64,6 +62,7 @@ KEYS = Keys(
         "model_type": Only(("retnet",), "retnet"),
     },
     inert=HUGGING_FACE
+    | TRAINING
     | words(
         """
         activation_dropout drop_path_rate dropout forward_impl recurrent_chunk_size use_ffn_rms_norm z_loss_coeff
@@ -81,7 +80,7 @@ KEYS = Keys(
 def is_settings(document: Mapping[str, Any]) -> bool:
     """syncdoth's sizes, and one of the keys that only this relative has."""
     sizes = "decoder_embed_dim" in document or "hidden_size" in document
-    return document.get("model_type") == "retnet" and sizes and bool(XATL_KEYS & document.keys())
+    return document.get("model_type", "retnet") == "retnet" and sizes and bool(XATL_KEYS & document.keys())
 
 
 def read(source: Source) -> Reading:
@@ -203,35 +202,12 @@ def _schedules(
     language = settings.flag("use_lm_decay", False)
     decays = [xatl_log2_decay(heads), xatl_language_model_log2_decay(heads)]
     named, other = decays[::-1] if language else decays
-    angle = _buffer(stored, ANGLES, linspace_frequencies(rotated) if rotated else np.zeros(0, np.float32))
-    log2_gamma = _buffer(stored, DECAYS, named)
-    if not _alike(log2_gamma, named) and _alike(log2_gamma, other):
+    if holds(stored, DECAYS, other) and not holds(stored, DECAYS, named):
         raise settings.wrong("use_lm_decay", language, f"{not language}, as the stored {DECAYS!r} says")
-    notes = []
-    if not _alike(log2_gamma, named) or (rotated and not _alike(angle, linspace_frequencies(rotated))):
-        notes.append("rotary or decay buffers in the file differ from the published schedules: used as stored")
-    if any(stored.locations[n].dtype.name not in ("float32", "float64") for n in (ANGLES, DECAYS) if _has(stored, n)):
-        notes.append("rotary and decay buffers are rounded in the file: computed from the published schedules instead")
+    angle, angle_notes = read_buffer(stored, ANGLES, linspace_frequencies(rotated))
+    log2_gamma, decay_notes = read_buffer(stored, DECAYS, named)
     frequencies = floats(angle) + (0.0,) * ((head_k_dim - rotated) // 2)
-    return frequencies, floats(log2_gamma.astype(np.float64) * math.log(2)), tuple(notes)
-
-
-def _has(stored: StoredTensors, name: str) -> bool:
-    return name in stored.locations
-
-
-def _alike(a: Array, b: Array) -> bool:
-    return bool(np.allclose(a, b, rtol=SCHEDULE_TOLERANCE, atol=0))
-
-
-def _buffer(stored: StoredTensors, name: str, published: Array) -> Array:
-    """A buffer, or the published schedule where it is missing or rounded to a half type."""
-    location = stored.locations.get(name)
-    if location is None:
-        return published
-    if location.shape != published.shape:
-        raise InputError(f"tensor {name!r} has shape {list(location.shape)}", f"{list(published.shape)}")
-    return stored.read(name) if location.dtype.name in ("float32", "float64") else published
+    return frequencies, floats(log2_gamma.astype(np.float64) * math.log(2)), (*angle_notes, *decay_notes)
 
 
 XATL = FormatSpec(
@@ -239,17 +215,19 @@ XATL = FormatSpec(
     layout="syncdoth/RetNet-XATL",
     keys=KEYS,
     is_settings=is_settings,
-    settings_words='"model_type": "retnet", decoder_embed_dim and rotary_percentage',
+    settings_words='"model_type": "retnet" and rotary_percentage',
     marks=("model.layers.0.retention.q_proj.weight", EMBEDDING),
     names=(*hugging_face_names(glu=True), *hugging_face_names(glu=False)),
     read=read,
+    base="model.",
+    outer_head={HEAD: HEAD, "lm_head.bias": "lm_head.bias"},
 )
 XATL_LIT = FormatSpec(
     name="xatl-lit",
     layout="syncdoth/RetNet-XATL (lit)",
     keys=KEYS,
     is_settings=is_settings,
-    settings_words='"model_type": "retnet", decoder_embed_dim and rotary_percentage',
+    settings_words='"model_type": "retnet" and rotary_percentage',
     marks=("transformer.h.0.attn.reten.weight", "transformer.wte.weight"),
     names=(*lit_names(glu=True), *lit_names(glu=False)),
     read=read_lit,
