@@ -37,7 +37,11 @@ def read_buffer(
     if location is None:
         return published, ()
     if location.shape != published.shape:
-        raise InputError(f"tensor {name!r} has shape {list(location.shape)}", f"{list(published.shape)}")
+        raise InputError(
+            f"tensor {name!r} has shape {list(location.shape)}",
+            f"{list(published.shape)}",
+            "check that the configuration belongs to these weights",
+        )
     if not is_floating(location.dtype):
         raise InputError(f"tensor {name!r} is {location.dtype}", "float32")
     rounded = location.dtype.name in HALF_TYPES

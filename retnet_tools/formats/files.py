@@ -131,7 +131,7 @@ class CheckpointFiles:
         file = self.weights_file
         if file is None:
             raise InputError(
-                f"no weights in {short_name(self.folder)}", "safetensors or a file of torch.save", "name its folder"
+                f"no weights in {short_name(self.folder)}", "safetensors or a file of torch.save", "check the path"
             )
         kind = kind_of(file)
         if kind is Kind.DCP:

@@ -155,7 +155,7 @@ def write(config: RetNetConfig, assumed_clamp: bool) -> Writing:
 
 def resolve(settings: Settings) -> RetNetConfig:
     """The configuration, with flash-linear-attention's defaults filled in."""
-    hidden, heads = settings.count("hidden_size", 2048), settings.count("num_heads", 8)
+    hidden, heads = settings.size("hidden_size", 2048), settings.size("num_heads", 8)
     key_dim = _expanded(settings, "expand_k", 1.0, hidden, heads)
     value_dim = _expanded(settings, "expand_v", 2.0, hidden, heads)
     kv_heads = settings.count("num_kv_heads", heads)
@@ -166,9 +166,9 @@ def resolve(settings: Settings) -> RetNetConfig:
     affine = "elementwise_affine" not in settings.values or settings.flag("elementwise_affine", False)
     gate = settings.choice("hidden_act", ACTIVATIONS, "swish") if settings.flag("use_output_gate", True) else None
     return RetNetConfig(
-        vocab_size=settings.count("vocab_size", 32000),
+        vocab_size=settings.size("vocab_size", 32000),
         hidden_size=hidden,
-        num_layers=settings.count("num_hidden_layers", 24),
+        num_layers=settings.size("num_hidden_layers", 24),
         num_heads=heads,
         key_dim=key_dim,
         value_dim=value_dim,

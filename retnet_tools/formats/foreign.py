@@ -13,10 +13,11 @@ from typing import Any
 
 from retnet_tools.errors import InputError
 from retnet_tools.formats.content import (
+    BESIDE_WEIGHTS,
     DCP_FILE,
     STANDARD_WEIGHTS,
-    candidates,
     foreign_content,
+    holds_weights,
     kind_of,
     quantized_error,
     short_name,
@@ -65,6 +66,13 @@ def refuse_foreign(files: CheckpointFiles) -> None:
     if files.path.is_dir():
         for name, what, action in FOLDERS:
             if (files.path / name).is_file():
+                weights = files.weights_file
+                if name.startswith("adapter_") and weights is not None and not weights.name.startswith("adapter_"):
+                    raise InputError(
+                        f"{short_name(files.path)} holds a model and an adapter (PEFT)",
+                        "one of them",
+                        f"name {short_name(weights)} for the model alone, or merge the adapter first",
+                    )
                 raise InputError(f"{short_name(files.path)} is {what}", "a checkpoint", action)
     if files.weights_file is None:
         _refuse_folder(files.path)
@@ -96,6 +104,10 @@ def _refuse_folder(folder: Path) -> None:
         where = last.relative_to(folder).parent / short_name(last)
         raise InputError(f"{short_name(folder)} holds checkpoints in folders", "one of them", f"name {where} in it")
     for path in inside:
+        if BESIDE_WEIGHTS.fullmatch(path.name):
+            raise InputError(
+                f"{short_name(folder)} holds a trainer's state ({short_name(path)})", "weights", "save the model too"
+            )
         if path.is_file() and (found := foreign_content(path)) is not None:
             what, action = found
             raise InputError(f"{short_name(folder)} holds {what} ({short_name(path)})", "torch or safetensors", action)
@@ -104,7 +116,7 @@ def _refuse_folder(folder: Path) -> None:
 def _checkpoints_in(folder: Path) -> list[Path]:
     """The folders in a folder that hold weights; those further down, as in runs of flame and caches of the hub, where
     they are called as usual."""
-    if parts := [path for path in sorted(folder.iterdir()) if path.is_dir() and candidates(path)]:
+    if parts := [path for path in sorted(folder.iterdir()) if path.is_dir() and holds_weights(path)]:
         return parts
     patterns = [f"{depth}/{name}" for depth in ("*/*", "*/*/*") for name in (DCP_FILE, *STANDARD_WEIGHTS)]
     marks = [mark for pattern in patterns for mark in folder.glob(pattern)]

@@ -58,7 +58,7 @@ class MappedWeights:
             for name in names:
                 if name not in stored.locations:
                     raise InputError(
-                        f"no tensor {prefix + name!r}", f"it, for {canonical!r}", "the checkpoint is incomplete"
+                        f"no tensor {prefix + name!r}", f"it, for {canonical!r}", "file or configuration is incomplete"
                     )
                 _check_tensor(prefix + name, stored.info(name), transform.stored_shape(shape), canonical)
             self._entries[canonical] = _Entry(names, transform)

@@ -77,7 +77,7 @@ def read_as(spec: FormatSpec, files: CheckpointFiles, ignore_keys: Collection[st
     path, name, document = _choose_document(spec, files)
     settings = Settings.declared(spec.layout, document, spec.keys, ignore_keys)
     reading = spec.read(Source(stored, settings, name))
-    reading = replace(reading, notes=(*reading.notes, *settings.without_effect()))
+    reading = replace(reading, notes=(*reading.notes, *settings.notes()))
     return OpenedSource(reading, stored, prefix, document, path)
 
 
@@ -156,6 +156,15 @@ def _not_found(
     name = short_name(path, 24)
     if nearness(nearest) == (0.0, 0.0):
         return InputError(f"no RetNet of a known layout in {name}", "one of docs/formats.md", "check the path")
+    mixed = [
+        spec.layout
+        for spec in (max(formats, key=lambda s: _named(s, kinds)), nearest)
+        if prefixes(names, spec.marks) or any(spec.is_settings(doc) for _, _, doc in documents)
+    ]
+    if len(set(mixed)) == 2:
+        return InputError(
+            f"{name} has tensors of {mixed[0]}, a configuration of {mixed[1]}", "one layout", "see --config"
+        )
     near = f"{name} is no known layout; the nearest is {nearest.layout}"
     missing = next((mark for mark in nearest.marks if not prefixes(names, (mark,))), None)
     if missing is not None:

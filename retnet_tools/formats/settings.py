@@ -79,6 +79,7 @@ class Settings:
     keys: Keys | None = None
     given: Mapping[str, str] = field(default_factory=dict)
     _consulted: set[str] = field(default_factory=set, compare=False, repr=False)
+    _assumed: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def declared(cls, origin: str, document: Mapping[str, Any], keys: Keys, ignored: Collection[str] = ()) -> Settings:
@@ -135,6 +136,12 @@ class Settings:
             raise self.wrong(name, value, f"a positive integer, at most {MAX_COUNT}")
         return value
 
+    def size(self, name: str, default: int) -> int:
+        """A size of the model, for which the format's code has a default; that it is taken is noted."""
+        if not self.has(name):
+            self._assumed[name] = default
+        return self.count(name, default)
+
     def number(self, name: str, default: float) -> float:
         """A number that is not negative."""
         value = self._value(name, default)
@@ -174,10 +181,12 @@ class Settings:
         """Whether there is a value, other than None."""
         return self.raw(name) is not None
 
-    def without_effect(self) -> list[str]:
-        """What the reader never asked for, in this model's configuration, of the keys that it reads: one note a key."""
+    def notes(self) -> list[str]:
+        """Sizes that the configuration leaves to the format's code, and keys that do nothing in this model: one note
+        each."""
         read = frozenset() if self.keys is None else self.keys.read
-        return [
+        assumed = [f"{name} is not in the configuration: {default} assumed" for name, default in self._assumed.items()]
+        return assumed + [
             f"{self.given.get(name, name)} = {reprlib.repr(value)} in the configuration does nothing in this model"
             for name, value in self.values.items()
             if name in read and name not in self._consulted and not _is_neutral(value)

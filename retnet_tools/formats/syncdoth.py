@@ -101,7 +101,7 @@ def read(source: Source) -> Reading:
             differs from the embedding.
     """
     settings, stored = source.settings, source.stored
-    embed, heads = settings.count("decoder_embed_dim", 768), settings.count("decoder_retention_heads", 3)
+    embed, heads = settings.size("decoder_embed_dim", 768), settings.size("decoder_retention_heads", 3)
     if embed % heads:
         raise settings.wrong("decoder_retention_heads", heads, f"a divisor of decoder_embed_dim = {embed}")
     log_decay = language_model_log_decay if settings.flag("use_lm_decay", False) else paper_log_decay
@@ -127,13 +127,13 @@ def _ffn_names(config: RetNetConfig) -> NameTable:
 def resolve(settings: Settings, schedules: Schedules, *, tied: bool = False) -> RetNetConfig:
     """The configuration, with syncdoth's defaults filled in and its flags settled as its code settles them."""
     revision = settings.has("value_factor")
-    embed, layers = settings.count("decoder_embed_dim", 768), settings.count("decoder_layers", 12)
-    heads = settings.count("decoder_retention_heads", 3)
+    embed, layers = settings.size("decoder_embed_dim", 768), settings.size("decoder_layers", 12)
+    heads = settings.size("decoder_retention_heads", 3)
     eps = settings.number("layernorm_eps", 1e-5 if revision else 1e-6)
     deepnorm, subln, pre = _norms(settings)
     clamp = settings.choice("score_clamp", CLAMPS, "abs_of_sum" if revision else "sum_of_abs")
     return RetNetConfig(
-        vocab_size=settings.count("vocab_size", 50257),
+        vocab_size=settings.size("vocab_size", 50257),
         hidden_size=embed,
         num_layers=layers,
         num_heads=heads,
@@ -177,7 +177,7 @@ def _norms(settings: Settings) -> tuple[bool, bool, bool]:
 
 def _value_dim(settings: Settings, embed: int) -> int:
     if not settings.has("value_factor"):
-        return settings.count("decoder_value_embed_dim", 1280)
+        return settings.size("decoder_value_embed_dim", 1280)
     size = embed * settings.count("value_factor")
     if (stated := settings.count("decoder_value_embed_dim", size)) != size:
         raise settings.wrong("decoder_value_embed_dim", stated, f"value_factor times {embed} = {size}")
@@ -186,7 +186,7 @@ def _value_dim(settings: Settings, embed: int) -> int:
 
 def _feed_forward(settings: Settings, subln: bool, eps: float) -> FeedForward:
     revision = settings.has("value_factor")
-    dim = settings.count("decoder_ffn_embed_dim", 1536 if revision else 1280)
+    dim = settings.size("decoder_ffn_embed_dim", 1536 if revision else 1280)
     activation = settings.choice("activation_fn", ACTIVATIONS, "gelu")
     if settings.flag("use_glu", not revision):
         if revision:

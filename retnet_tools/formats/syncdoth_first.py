@@ -107,8 +107,8 @@ def _zero_biases(settings: Settings, config: RetNetConfig) -> frozenset[str]:
 
 def resolve(settings: Settings, stored: StoredTensors) -> tuple[RetNetConfig, tuple[str, ...]]:
     """The configuration, with the defaults of its classes filled in, and notes."""
-    heads, key_dim = settings.count("num_heads", 8), settings.count("qk_dim", 2048)
-    value_dim, layers = settings.count("v_dim", 4096), settings.count("num_layers", 24)
+    heads, key_dim = settings.size("num_heads", 8), settings.size("qk_dim", 2048)
+    value_dim, layers = settings.size("v_dim", 4096), settings.size("num_layers", 24)
     for name, size in (("qk_dim", key_dim), ("v_dim", value_dim)):
         if size % heads:
             raise settings.wrong(name, size, f"a multiple of num_heads = {heads}")
@@ -118,8 +118,8 @@ def resolve(settings: Settings, stored: StoredTensors) -> tuple[RetNetConfig, tu
     frequencies = 10000.0 ** -(np.arange(key_dim // 2) / (key_dim // 2))
     tied = settings.flag("tie_word_embeddings", is_tied(stored, HEAD, EMBEDDING))
     config = RetNetConfig(
-        vocab_size=settings.count("vocab_size", 50257),
-        hidden_size=settings.count("hidden_size", 2048),
+        vocab_size=settings.size("vocab_size", 50257),
+        hidden_size=settings.size("hidden_size", 2048),
         num_layers=layers,
         num_heads=heads,
         key_dim=key_dim,
@@ -131,7 +131,7 @@ def resolve(settings: Settings, stored: StoredTensors) -> tuple[RetNetConfig, tu
         head_norm=HeadNorm("layer", EPS),
         block_norm=BlockNorm("layer", EPS, bias=True),
         feed_forward=FeedForward(
-            "plain", settings.count("ffn_proj_size", 4096), "gelu", bias=settings.flag("use_bias_in_mlp", True)
+            "plain", settings.size("ffn_proj_size", 4096), "gelu", bias=settings.flag("use_bias_in_mlp", True)
         ),
         final_norm=False,
         projection_bias=settings.flag("use_bias_in_msr", False) or settings.flag("use_bias_in_msr_out", False),

@@ -126,10 +126,10 @@ def read_lit(source: Source) -> Reading:
 
 def resolve(settings: Settings, stored: StoredTensors) -> tuple[RetNetConfig, tuple[str, ...]]:
     """The configuration, with the defaults of RetNet-XATL filled in, and notes."""
-    embed, heads = settings.count("decoder_embed_dim", 768), settings.count("decoder_retention_heads", 3)
+    embed, heads = settings.size("decoder_embed_dim", 768), settings.size("decoder_retention_heads", 3)
     if embed % heads:
         raise settings.wrong("decoder_retention_heads", heads, f"a divisor of decoder_embed_dim = {embed}")
-    head_k_dim, layers = embed // heads, settings.count("decoder_layers", 12)
+    head_k_dim, layers = embed // heads, settings.size("decoder_layers", 12)
     eps, bias = settings.number("layernorm_eps", 1e-6), settings.flag("use_bias", False)
     norm: NormKind = "rms" if settings.flag("use_rms_norm", True) else "layer"
     affine, deepnorm, stable = (
@@ -140,12 +140,12 @@ def resolve(settings: Settings, stored: StoredTensors) -> tuple[RetNetConfig, tu
         notes = (*notes, KERNELS_NOTE.format(" and ".join(ignored)))
     pre, subln = _norms(settings, deepnorm)
     config = RetNetConfig(
-        vocab_size=settings.count("vocab_size", 50257),
+        vocab_size=settings.size("vocab_size", 50257),
         hidden_size=embed,
         num_layers=layers,
         num_heads=heads,
         key_dim=embed,
-        value_dim=settings.count("decoder_value_embed_dim", 1280),
+        value_dim=settings.size("decoder_value_embed_dim", 1280),
         decay=decay,
         rotary_frequencies=frequencies,
         score_normalization=ScoreNormalization(head_k_dim**-0.5, stable, "sum_of_abs" if stable else "none"),
@@ -184,7 +184,7 @@ def _norms(settings: Settings, deepnorm: bool) -> tuple[bool, bool]:
 
 
 def _feed_forward(settings: Settings, sub_norm: BlockNorm | None) -> FeedForward:
-    dim = settings.count("decoder_ffn_embed_dim", 1280)
+    dim = settings.size("decoder_ffn_embed_dim", 1280)
     activation = settings.choice("activation_fn", ACTIVATIONS, "gelu")
     if settings.flag("use_glu", True):
         return FeedForward("glu", dim, activation)

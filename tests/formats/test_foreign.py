@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -17,7 +18,7 @@ from retnet_tools.formats import FORMATS, open_checkpoint
 from retnet_tools.formats.files import CheckpointFiles
 from retnet_tools.formats.foreign import refuse_foreign
 from retnet_tools.formats.spec import FormatSpec
-from tests.formats.cases import CONFORMANCE
+from tests.formats.cases import CONFORMANCE, refusal
 
 RETNET = {"model_type": "retnet", "architectures": ["RetNetForCausalLM"], "quantization_config": None}
 STATE = {"model.layers.0.attn.q_proj.weight": torch.ones(2, 3), "lm_head.weight": torch.ones(4, 3)}
@@ -221,3 +222,27 @@ def test_what_is_nearest_is_said_in_a_line(spec: FormatSpec, told: str, tmp_path
         open_checkpoint(folder)
     assert len(str(caught.value)) <= 200
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_beside_an_adapter_and_a_trainers_state_alone_are_told(tmp_path: Path) -> None:
+    both = tmp_path / "both"
+    shutil.copytree(CONFORMANCE / "fla_base/hf_safetensors", both)
+    (both / "adapter_config.json").write_text("{}")
+    refused(both, r"both holds a model and an adapter.*name model\.safetensors")
+    assert open_checkpoint(both / "model.safetensors").config.num_layers == 2
+    state = tmp_path / "state"
+    state.mkdir()
+    torch.save({"state": {}}, state / "optimizer.pt")
+    refused(state, r"state holds a trainer's state \(optimizer\.pt\)")
+
+
+def test_only_folders_that_hold_tensors_are_named(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.bin").write_bytes(bytes(range(256)))
+    refusal(tmp_path, "no weights in")
+
+
+def test_tensors_of_one_layout_beside_the_configuration_of_another(tmp_path: Path) -> None:
+    shutil.copy(CONFORMANCE / "fla_base/hf_safetensors/model.safetensors", tmp_path)
+    shutil.copy(CONFORMANCE / "sd_base_gelu/hf_safetensors/config.json", tmp_path)
+    refusal(tmp_path, "has tensors of flash-linear-attention, a configuration of syncdoth/RetNet")

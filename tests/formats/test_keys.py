@@ -272,3 +272,12 @@ def test_keys_of_a_record_inside_the_file_are_held_to_the_same_rule(tmp_path: Pa
         else:
             with pytest.raises(InputError, match=match):
                 open_checkpoint(tmp_path / "checkpoint.pt")
+
+
+def test_a_size_that_the_configuration_leaves_out_is_said(tmp_path: Path) -> None:
+    config_file = example("syncdoth", tmp_path / "checkpoint")
+    document = json.loads(config_file.read_text())
+    assert document.pop("decoder_retention_heads") == 3
+    config_file.write_text(json.dumps(document))
+    notes = open_checkpoint(config_file.parent).notes
+    assert "decoder_retention_heads is not in the configuration: 3 assumed" in notes
