@@ -97,7 +97,7 @@ def read(source: Source) -> Reading:
             differs from the embedding.
     """
     settings, stored = source.settings, source.stored
-    embed, heads = settings.count("decoder_embed_dim", 768), settings.count("decoder_retention_heads", 3)
+    embed, heads = settings.count("decoder_embed_dim", 768), _heads(settings)
     if embed % heads:
         raise settings.wrong("decoder_retention_heads", heads, f"a divisor of decoder_embed_dim = {embed}")
     log_decay = language_model_log_decay if settings.flag("use_lm_decay", False) else paper_log_decay
@@ -124,7 +124,7 @@ def resolve(settings: Settings, schedules: Schedules, *, tied: bool = False) -> 
     """The configuration, with syncdoth's defaults filled in and its flags settled as its code settles them."""
     revision = settings.has("value_factor")
     embed, layers = settings.count("decoder_embed_dim", 768), settings.count("decoder_layers", 12)
-    heads = settings.count("decoder_retention_heads", 3)
+    heads = _heads(settings)
     eps = settings.number("layernorm_eps", 1e-5 if revision else 1e-6)
     deepnorm, subln, pre = _norms(settings)
     clamp = settings.choice("score_clamp", CLAMPS, "abs_of_sum" if revision else "sum_of_abs")
@@ -149,6 +149,10 @@ def resolve(settings: Settings, schedules: Schedules, *, tied: bool = False) -> 
         embedding_norm=settings.flag("layernorm_embedding", False),
         tie_word_embeddings=tied,
     )
+
+
+def _heads(settings: Settings) -> int:
+    return settings.count("decoder_retention_heads", 2 if settings.has("value_factor") else 3)
 
 
 def _is_tied(settings: Settings, stored: StoredTensors) -> bool:
