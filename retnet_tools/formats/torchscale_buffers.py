@@ -7,7 +7,7 @@ or not at all, they are computed from the published schedules, in float32 as wel
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,36 +57,52 @@ def read_schedules(
         InputError: a buffer of the wrong shape, angles that differ within a pair, or the decay of the other published
             schedule.
     """
-    angles = _buffer(stored, prefix + ANGLES, (head_k_dim,))
-    decays = _buffer(stored, prefix + DECAYS, (num_heads,))
     published = (linspace_frequencies(head_k_dim), log_decay(num_heads))
-    if angles is None or decays is None:
-        half = prefix + ANGLES in stored.locations
-        note = "rotary and decay buffers are rounded in the file: computed from the published schedules instead"
-        return Schedules(floats(published[1]), floats(published[0]), (note,) if half else ())
+    angles = read_buffer(stored, prefix + ANGLES, np.repeat(published[0], 2))
+    decays = read_buffer(stored, prefix + DECAYS, published[1])
     if not np.array_equal(angles[0::2], angles[1::2]):
         raise InputError(f"tensor {prefix + ANGLES!r} has pairs of different angles", "each angle twice in a row")
-    same = _alike(angles[0::2], published[0]) and _alike(decays, published[1])
     for other in PUBLISHED_DECAYS:
-        if other is not log_decay and not _alike(decays, published[1]) and _alike(decays, other(num_heads)):
+        if other is not log_decay and not is_alike(decays, published[1]) and is_alike(decays, other(num_heads)):
             raise InputError(
                 f"tensor {prefix + DECAYS!r} holds {PUBLISHED_DECAYS[other]}",
                 PUBLISHED_DECAYS[log_decay] + ", as the configuration says",
                 "correct the configuration (use_lm_decay)",
             )
-    note = "rotary or decay buffers in the file differ from the published schedules: used as stored"
-    return Schedules(floats(decays), floats(angles[0::2]), () if same else (note,))
+    same = is_alike(angles[0::2], published[0]) and is_alike(decays, published[1])
+    notes = buffer_notes(stored, (prefix + ANGLES, prefix + DECAYS), same=same)
+    return Schedules(floats(decays), floats(angles[0::2]), notes)
 
 
-def _alike(found: Array, published: Array) -> bool:
+def read_buffer(stored: StoredTensors, name: str, published: Array) -> Array:
+    """A buffer of a schedule, or the published schedule where it is missing or rounded to a half type.
+
+    Raises:
+        InputError: another shape.
+    """
+    location = stored.locations.get(name)
+    if location is None:
+        return published
+    if location.shape != published.shape:
+        raise InputError(f"tensor {name!r} has shape {list(location.shape)}", f"{list(published.shape)}")
+    return published if _is_rounded(stored, name) else stored.read(name)
+
+
+def buffer_notes(stored: StoredTensors, names: Iterable[str], *, same: bool) -> tuple[str, ...]:
+    """What the user should know about buffers that were read.
+
+    Args:
+        same: whether they are those of the published schedules.
+    """
+    differ = "rotary or decay buffers in the file differ from the published schedules: used as stored"
+    rounded = "rotary or decay buffers are rounded in the file: computed from the published schedules instead"
+    return (differ,) * (not same) + (rounded,) * any(_is_rounded(stored, name) for name in names)
+
+
+def is_alike(found: Array, published: Array) -> bool:
+    """Whether numbers are those of a published schedule."""
     return bool(np.allclose(found, published, rtol=OTHER_SCHEDULE, atol=0))
 
 
-def _buffer(stored: StoredTensors, name: str, shape: tuple[int, ...]) -> Array | None:
-    """A buffer, or None where it is missing or rounded to a half type."""
-    location = stored.locations.get(name)
-    if location is None:
-        return None
-    if location.shape != shape:
-        raise InputError(f"tensor {name!r} has shape {list(location.shape)}", f"{list(shape)}")
-    return stored.read(name) if location.dtype.name in ("float32", "float64") else None
+def _is_rounded(stored: StoredTensors, name: str) -> bool:
+    return name in stored.locations and stored.info(name).dtype.name not in ("float32", "float64")

@@ -23,7 +23,6 @@ from retnet_tools.config import (
     RetNetConfig,
     ScoreNormalization,
 )
-from retnet_tools.errors import InputError
 from retnet_tools.formats.inert import HUGGING_FACE
 from retnet_tools.formats.mapping import check_tie
 from retnet_tools.formats.schedules import (
@@ -35,12 +34,11 @@ from retnet_tools.formats.schedules import (
 from retnet_tools.formats.settings import Keys, Only, Settings, words
 from retnet_tools.formats.spec import FormatSpec, Reading, Source, Transform
 from retnet_tools.formats.storage import StoredTensors
+from retnet_tools.formats.torchscale_buffers import buffer_notes, is_alike, read_buffer
 from retnet_tools.formats.transforms import head_part
 from retnet_tools.formats.xatl_names import ANGLES, DECAYS, EMBEDDING, HEAD, QKV, hugging_face_names, lit_names
-from retnet_tools.weights import Array
 
 ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "gelu_new": "gelu_tanh", "swish": "silu", "relu": "relu"}
-SCHEDULE_TOLERANCE = 1e-5
 IGNORED_BY_KERNELS = ("use_lm_decay", "retnet_stability_update")
 KERNELS_NOTE = "{}: read as its plain code computes; its fused kernels ignore that"
 XATL_KEYS = words(
@@ -203,35 +201,14 @@ def _schedules(
     language = settings.flag("use_lm_decay", False)
     decays = [xatl_log2_decay(heads), xatl_language_model_log2_decay(heads)]
     named, other = decays[::-1] if language else decays
-    angle = _buffer(stored, ANGLES, linspace_frequencies(rotated) if rotated else np.zeros(0, np.float32))
-    log2_gamma = _buffer(stored, DECAYS, named)
-    if not _alike(log2_gamma, named) and _alike(log2_gamma, other):
+    angle = read_buffer(stored, ANGLES, linspace_frequencies(rotated) if rotated else np.zeros(0, np.float32))
+    log2_gamma = read_buffer(stored, DECAYS, named)
+    if not is_alike(log2_gamma, named) and is_alike(log2_gamma, other):
         raise settings.wrong("use_lm_decay", language, f"{not language}, as the stored {DECAYS!r} says")
-    notes = []
-    if not _alike(log2_gamma, named) or (rotated and not _alike(angle, linspace_frequencies(rotated))):
-        notes.append("rotary or decay buffers in the file differ from the published schedules: used as stored")
-    if any(stored.locations[n].dtype.name not in ("float32", "float64") for n in (ANGLES, DECAYS) if _has(stored, n)):
-        notes.append("rotary and decay buffers are rounded in the file: computed from the published schedules instead")
+    same = is_alike(log2_gamma, named) and (not rotated or is_alike(angle, linspace_frequencies(rotated)))
+    notes = buffer_notes(stored, (ANGLES, DECAYS), same=same)
     frequencies = floats(angle) + (0.0,) * ((head_k_dim - rotated) // 2)
-    return frequencies, floats(log2_gamma.astype(np.float64) * math.log(2)), tuple(notes)
-
-
-def _has(stored: StoredTensors, name: str) -> bool:
-    return name in stored.locations
-
-
-def _alike(a: Array, b: Array) -> bool:
-    return bool(np.allclose(a, b, rtol=SCHEDULE_TOLERANCE, atol=0))
-
-
-def _buffer(stored: StoredTensors, name: str, published: Array) -> Array:
-    """A buffer, or the published schedule where it is missing or rounded to a half type."""
-    location = stored.locations.get(name)
-    if location is None:
-        return published
-    if location.shape != published.shape:
-        raise InputError(f"tensor {name!r} has shape {list(location.shape)}", f"{list(published.shape)}")
-    return stored.read(name) if location.dtype.name in ("float32", "float64") else published
+    return frequencies, floats(log2_gamma.astype(np.float64) * math.log(2)), notes
 
 
 XATL = FormatSpec(

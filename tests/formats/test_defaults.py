@@ -1,9 +1,9 @@
 """What a configuration leaves out is what its project's own class would fill in.
 
 The expected values stand in the public code: microsoft/torchscale `architecture/config.py` and
-`examples/fairseq/models/retnet.py`, syncdoth/RetNet `configuration_retnet.py` at 2634bbf, at 77e8724^ (its revision of 2
-October 2023) and at 770af37 (its first layout), syncdoth/RetNet-XATL `hf_retnet/configuration_retnet.py`,
-flash-linear-attention `models/retnet/configuration_retnet.py`, fkodom/yet-another-retnet `retnet.py`.
+`examples/fairseq/models/retnet.py`, syncdoth/RetNet `configuration_retnet.py` at 2634bbf, at 77e8724^ (2 October 2023)
+and at 770af37 (its first layout), syncdoth/RetNet-XATL `hf_retnet/configuration_retnet.py`, flash-linear-attention
+`models/retnet/configuration_retnet.py`, fkodom/yet-another-retnet `retnet.py`.
 """
 
 from __future__ import annotations

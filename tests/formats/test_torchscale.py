@@ -22,7 +22,16 @@ from retnet_tools.model.retention import FORMS
 from retnet_tools.model.retnet import RetNetOutput, load_model
 from retnet_tools.paper import paper_decay, paper_rotary_frequencies
 from tests import tolerances
-from tests.formats.cases import SETTINGS, TORCHSCALE_FILES, case, case_id, golden, small_tensors, write_torchscale
+from tests.formats.cases import (
+    CONFORMANCE,
+    SETTINGS,
+    TORCHSCALE_FILES,
+    case,
+    case_id,
+    golden,
+    small_tensors,
+    write_torchscale,
+)
 
 EVERY_FILE = pytest.mark.parametrize("file", TORCHSCALE_FILES, ids=case_id)
 FLOAT16_FILES = [file for file in TORCHSCALE_FILES if "fp16" in file.parent.name]
@@ -148,6 +157,22 @@ def test_files_without_buffers_get_the_published_schedules(tmp_path: Path) -> No
     np.testing.assert_allclose(config.rotary_frequencies, paper_rotary_frequencies(4), rtol=1e-7)
 
 
+@pytest.mark.parametrize("missing", ["angle", "decay"])
+def test_of_two_buffers_the_one_that_is_stored_is_used(missing: str, tmp_path: Path) -> None:
+    tensors, name = small_tensors(), f"retnet_rel_pos.{missing}"
+    tensors["retnet_rel_pos.angle"] = np.array([0.5, 0.5, 0.25, 0.25], dtype=np.float32)
+    tensors["retnet_rel_pos.decay"] = np.array([-0.5, -0.25], dtype=np.float32)
+    published = small_tensors()[name]
+    expected = tensors | {name: published}
+    del tensors[name]
+    checkpoint = open_checkpoint(write_torchscale(tmp_path, tensors))
+    config = checkpoint.config
+    np.testing.assert_allclose(config.rotary_frequencies, expected["retnet_rel_pos.angle"][::2], rtol=1e-6)
+    np.testing.assert_allclose(config.decay, expected["retnet_rel_pos.decay"], rtol=1e-6)
+    assert len(checkpoint.notes) == 1
+    assert "used as stored" in checkpoint.notes[0]
+
+
 def test_a_file_that_does_not_tell_its_clamp_is_noted(tmp_path: Path) -> None:
     unsaid = {k: v for k, v in SETTINGS.items() if k != "torchscale_version"}
     checkpoint = open_checkpoint(write_torchscale(tmp_path / "unsaid", settings=unsaid))
@@ -230,6 +255,7 @@ def test_a_tied_projection_is_dropped_when_equal_and_refused_when_not(tmp_path: 
         {"multiway": True},
         {"no_output_layer": True},
         {"decoder_input_dim": 4},
+        {"decoder_output_dim": 4},
         {"activation_fn": "tanh"},
         {"vocab_size": 8},
         {"decoder_layers": "two"},
@@ -250,6 +276,18 @@ def test_unsupported_settings_are_refused_by_name(tmp_path: Path, change: dict[s
         open_checkpoint(write_torchscale(tmp_path, settings={**SETTINGS, **change}))
     assert caught.value.exit_code == 5
     assert "\n" not in str(caught.value)
+
+
+def test_the_size_of_v_is_fixed_before_october_2023(tmp_path: Path) -> None:
+    source = CONFORMANCE / "tsold_subln"
+    document = json.loads((source / "args.json").read_text())
+    (tmp_path / "model.pt").write_bytes((source / "model_bare.pt").read_bytes())
+    size = 2 * document["decoder_embed_dim"]
+    (tmp_path / "args.json").write_text(json.dumps({**document, "decoder_value_embed_dim": size}))
+    assert open_checkpoint(tmp_path).config.value_dim == size
+    (tmp_path / "args.json").write_text(json.dumps({**document, "decoder_value_embed_dim": size // 2}))
+    with pytest.raises(InputError, match="decoder_value_embed_dim = .*twice decoder_embed_dim"):
+        open_checkpoint(tmp_path)
 
 
 def test_several_different_configurations_are_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""torchscale inside other models: the same tensors under other names and keys are the model that torchscale's own are."""
+"""torchscale inside other models: its tensors under other names, with other keys, are the same model."""
 
 from __future__ import annotations
 
@@ -104,7 +104,9 @@ def test_the_wrapper_does_not_tell_its_clamp(tmp_path: Path) -> None:
 def test_rounded_buffers_are_noted(tmp_path: Path) -> None:
     name = "model.decoder.retnet_rel_pos.angle"
     half = small_tensors()["retnet_rel_pos.angle"].astype(np.float16)
-    assert any("rounded in the file" in note for note in open_checkpoint(hugging_face(tmp_path / "x", {name: half})).notes)
+    assert any(
+        "rounded in the file" in note for note in open_checkpoint(hugging_face(tmp_path / "x", {name: half})).notes
+    )
 
 
 STUDENT = CONFORMANCE / "distillation_student/run"
