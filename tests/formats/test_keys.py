@@ -125,6 +125,22 @@ def test_a_key_that_nobody_knows_is_refused_unless_it_is_neutral_or_answered_for
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
+def test_keys_of_transformers_that_make_another_model_are_refused(name: str, tmp_path: Path) -> None:
+    config_file = example(name, tmp_path / "checkpoint")
+    document = json.loads(config_file.read_text())
+    for key, value in (
+        ("is_encoder_decoder", True),
+        ("add_cross_attention", True),
+        ("cross_attention_hidden_size", 32),
+        ("pruned_heads", {"0": [1]}),
+        ("tie_encoder_decoder", True),
+    ):
+        config_file.write_text(json.dumps({**document, key: value}))
+        with pytest.raises(InputError, match=rf"{key} = "):
+            open_checkpoint(config_file.parent)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_a_key_of_another_type_is_refused(name: str, tmp_path: Path) -> None:
     config_file = example(name, tmp_path / "checkpoint")
     document, keys = json.loads(config_file.read_text()), spec_of(name).keys

@@ -286,7 +286,7 @@ def test_the_size_of_v_is_fixed_before_october_2023(tmp_path: Path) -> None:
     (tmp_path / "args.json").write_text(json.dumps({**document, "decoder_value_embed_dim": size}))
     assert open_checkpoint(tmp_path).config.value_dim == size
     (tmp_path / "args.json").write_text(json.dumps({**document, "decoder_value_embed_dim": size // 2}))
-    with pytest.raises(InputError, match="decoder_value_embed_dim = .*twice decoder_embed_dim"):
+    with pytest.raises(InputError, match=r"decoder_value_embed_dim = .*twice decoder_embed_dim"):
         open_checkpoint(tmp_path)
 
 
