@@ -205,6 +205,7 @@ def test_what_the_tensors_of_yet_another_retnet_do_not_tell_is_asked_for_by_name
         {"retnet_bottleneck": 8},
         {"hybrid_attention_layers": [1]},
         {"rotary_percentage": 0.4},
+        {"rotary_percentage": 2.0},
         {"use_lm_decay": True},
         {"decoder_normalize_before": False, "subln": True},
         {"parallel_residual": True, "decoder_normalize_before": False, "subln": False},
@@ -218,6 +219,55 @@ def test_what_is_not_supported_of_xatl_is_refused_by_name(change: dict[str, obje
     (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
     name, value = next(iter(change.items()))
     with pytest.raises(InputError, match=rf"has {name} = {re.escape(str(value))}; expected"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("case", ["xatl_stability", "syncdoth_october_post", "fla_2024_04"])
+def test_a_tied_head_that_is_stored_must_be_the_embedding(case: str, tmp_path: Path) -> None:
+    state, document = read_folder(CONFORMANCE / case)
+    embedding = next(array for name, array in state.items() if "embed" in name and array.ndim == 2)
+    for name, head in (("same", embedding.copy()), ("other", embedding[::-1].copy())):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({**document, "tie_word_embeddings": True}))
+        save_file({**state, "lm_head.weight": head}, folder / "model.safetensors")
+    assert open_checkpoint(tmp_path / "same").config.tie_word_embeddings
+    with pytest.raises(InputError, match=r"ties the embeddings but 'lm_head\.weight' differs"):
+        open_checkpoint(tmp_path / "other")
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Array], dict[str, object]]:
+    document = json.loads((folder / "config.json").read_text())
+    if (file := folder / "model.safetensors").exists():
+        return load_file(file), document
+    state = torch.load(folder / "pytorch_model.bin")
+    return {name: tensor.numpy() for name, tensor in state.items()}, document
+
+
+@pytest.mark.parametrize("case", ["xatl_affine_rms", "xatl_stability", "syncdoth_october", "syncdoth_clamps"])
+def test_buffers_that_are_rounded_are_those_that_the_model_makes_and_noted(case: str, tmp_path: Path) -> None:
+    state, document = read_folder(CONFORMANCE / case)
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    half = {name: array.astype(np.float16) if "rel_pos" in name else array for name, array in state.items()}
+    save_file(half, tmp_path / "model.safetensors")
+    found, expected = open_checkpoint(tmp_path), open_checkpoint(CONFORMANCE / case)
+    np.testing.assert_allclose(found.config.decay, expected.config.decay, rtol=1e-6)
+    np.testing.assert_allclose(found.config.rotary_frequencies, expected.config.rotary_frequencies, rtol=1e-6)
+    assert any("rounded in the file" in note for note in found.notes)
+    other = {name: array * np.float32(0.5) if "rel_pos" in name else array for name, array in state.items()}
+    save_file(other, tmp_path / "model.safetensors")
+    found = open_checkpoint(tmp_path)
+    np.testing.assert_allclose(found.config.decay, np.array(expected.config.decay) * 0.5, rtol=1e-6)
+    np.testing.assert_allclose(found.config.rotary_frequencies, np.array(expected.config.rotary_frequencies) * 0.5)
+    assert any("used as stored" in note for note in found.notes)
+
+
+def test_training_files_of_xatl_have_values_of_the_size_of_keys(tmp_path: Path) -> None:
+    (file,) = (CONFORMANCE / "xatl_lit/lit").glob("*.pth")
+    document = json.loads((file.parent / "config.json").read_text())
+    (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({**document, "decoder_value_embed_dim": 48}))
+    with pytest.raises(InputError, match=r"decoder_value_embed_dim = 48; expected decoder_embed_dim in its \.pth files"):
         open_checkpoint(tmp_path)
 
 
