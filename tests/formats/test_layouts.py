@@ -267,9 +267,7 @@ def test_training_files_of_xatl_have_values_of_the_size_of_keys(tmp_path: Path) 
     document = json.loads((file.parent / "config.json").read_text())
     (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "config.json").write_text(json.dumps({**document, "decoder_value_embed_dim": 48}))
-    with pytest.raises(
-        InputError, match=r"decoder_value_embed_dim = 48; expected decoder_embed_dim in its"
-    ):
+    with pytest.raises(InputError, match=r"decoder_value_embed_dim = 48; expected decoder_embed_dim in its"):
         open_checkpoint(tmp_path)
 
 
