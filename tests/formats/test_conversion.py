@@ -188,6 +188,18 @@ def test_a_named_clamp_is_kept(target: str, clamp: str, tmp_path: Path) -> None:
     assert not back.assumed_clamp
 
 
+@pytest.mark.parametrize("source", ["sd_base_gelu/hf_safetensors", "dragn_rmsnorm/hf_ckpt_0"])
+@pytest.mark.parametrize("target", ["canonical", "torchscale", "syncdoth"])
+def test_an_assumed_clamp_stays_assumed(target: str, source: str, tmp_path: Path) -> None:
+    original = open_checkpoint(CONFORMANCE / source)
+    assert original.assumed_clamp
+    plan = plan_checkpoint(original, writable_format(target), dtype=None, max_shard_size=10**9)
+    write_checkpoint(tmp_path / "out", plan.layout, force=False, progress=None)
+    back = open_checkpoint(tmp_path / "out")
+    assert (back.assumed_clamp, back.config) == (True, original.config)
+    assert open_checkpoint(tmp_path / "out", clamp="abs_of_sum").config.score_normalization.clamp == "abs_of_sum"
+
+
 def test_an_assumed_clamp_is_said_in_the_card(tmp_path: Path) -> None:
     original = open_checkpoint(CONFORMANCE / "sd_base_gelu" / "hf_safetensors")
     assert original.assumed_clamp
