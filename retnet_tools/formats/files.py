@@ -40,7 +40,7 @@ class CheckpointFiles:
     """A checkpoint that a user named, by its folder or by its file of weights. Files are opened when asked for.
 
     Args:
-        config: the one file of configuration to read, in place of the JSON beside the weights.
+        config: the one file of configuration to read, in place of what is in the file of weights and beside it.
         entry: which state dict of a file with several, by its key.
 
     Raises:
@@ -111,12 +111,12 @@ class CheckpointFiles:
 
     @property
     def embedded(self) -> dict[str, dict[str, Any]]:
-        """What a torch file holds beside its weights, plain values only.
+        """What a torch file holds beside its weights, plain values only; nothing where a configuration was named.
 
         Every mapping and object by its dotted path, such as "cfg.model"; "" is the top of the file.
         """
         choice = self._opened[1]
-        return {} if choice is None else choice.embedded
+        return {} if choice is None or self._config is not None else choice.embedded
 
     @property
     def notes(self) -> list[str]:

@@ -164,12 +164,14 @@ def _choose_document(spec: FormatSpec, files: CheckpointFiles) -> tuple[Path | N
     path, name, document = found[0]
     for other_path, other_name, other in found[1:]:
         # A trainer's own record may leave out what a file beside it says.
-        told = spec.keys.read if (path is None) == (other_path is None) else document.keys() & other.keys()
-        for key in sorted(told & spec.keys.read):
+        beside = (found[0][0] is None) != (other_path is None)
+        for key in sorted(spec.keys.read & (document.keys() & other.keys() if beside else spec.keys.read)):
             if document.get(key) != other.get(key):
                 raise InputError(
                     f"{name} and {other_name} of {files.path.name} differ in {key}", "one", "name it with --config"
                 )
+        if beside:
+            path, document = path or other_path, {**other, **document}
     return path, name, document
 
 

@@ -122,8 +122,9 @@ def test_a_checkpoint_tells_its_release_and_its_files(file: Path) -> None:
     checkpoint = open_checkpoint(file)
     old = "tsold" in file.parent.name
     assert checkpoint.format == f"torchscale ({'before' if old else 'since'} October 2023)"
-    expected = [file] if "fairseq" in file.name else [file.parent / "args.json", file]
-    assert checkpoint.source_files == expected
+    # What fairseq's own record leaves out, such as the release, the file beside it says.
+    assert checkpoint.source_files == [file.parent / "args.json", file]
+    assert not checkpoint.assumed_clamp
     assert any("rounded in the file" in note for note in checkpoint.notes) == ("fp16" in file.parent.name)
 
 
@@ -288,6 +289,31 @@ def test_the_size_of_v_is_fixed_before_october_2023(tmp_path: Path) -> None:
     (tmp_path / "args.json").write_text(json.dumps({**document, "decoder_value_embed_dim": size // 2}))
     with pytest.raises(InputError, match=r"decoder_value_embed_dim = .*twice decoder_embed_dim"):
         open_checkpoint(tmp_path)
+
+
+def test_a_record_in_the_file_and_a_configuration_beside_it_are_read_together(tmp_path: Path) -> None:
+    def write(folder: Path, record: dict[str, object], **beside: object) -> Path:
+        state = {name: torch.from_numpy(value) for name, value in small_tensors().items()}
+        folder.mkdir()
+        torch.save({"model": state, "args": argparse.Namespace(**record)}, folder / "model.pt")
+        (folder / "args.json").write_text(json.dumps(beside))
+        return folder
+
+    told = {"layernorm_eps": 1e-3, "eos_token_id": 5}
+    checkpoint = open_checkpoint(write(tmp_path / "both", SETTINGS, **SETTINGS, **told))
+    assert checkpoint.config.block_norm.eps == 1e-3
+    assert [file.name for file in checkpoint.source_files] == ["args.json", "model.pt"]
+    assert checkpoint.settings["eos_token_id"] == 5
+    # fairseq's defaults hold for its own record, whatever lies beside it.
+    untold = {name: value for name, value in SETTINGS.items() if name != "activation_fn"}
+    assert open_checkpoint(write(tmp_path / "left out", untold, **untold)).config.feed_forward.activation == "silu"
+    differ = write(tmp_path / "differ", {**SETTINGS, "layernorm_eps": 1e-4}, **SETTINGS, **told)
+    with pytest.raises(InputError, match="differ in layernorm_eps; expected one; name it with --config"):
+        open_checkpoint(differ)
+    assert open_checkpoint(differ, config=differ / "args.json").config.block_norm.eps == 1e-3
+    (differ / "args.json").rename(tmp_path / "named.json")
+    assert open_checkpoint(differ).config.block_norm.eps == 1e-4
+    assert open_checkpoint(differ, config=tmp_path / "named.json").config.block_norm.eps == 1e-3
 
 
 def test_several_different_configurations_are_refused(tmp_path: Path) -> None:
