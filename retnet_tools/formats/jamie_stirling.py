@@ -17,6 +17,7 @@ import numpy as np
 
 from retnet_tools.config import BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
 from retnet_tools.errors import InputError
+from retnet_tools.formats.mapping import check_one_for_all
 from retnet_tools.formats.schedules import floats, language_model_gammas
 from retnet_tools.formats.settings import Keys, Settings, words
 from retnet_tools.formats.spec import FormatSpec, NameTable, Reading, Source
@@ -64,6 +65,7 @@ def read(source: Source) -> Reading:
     """
     settings, stored = source.settings, source.stored
     refuse_unsupported(stored)
+    check_one_for_all(stored, ".xpos.scale")
     key_decay, notes = xpos_key_decay(stored, SCALE, stored.locations[MARK].shape[1])
     config = resolve(settings, stored, key_decay)
     heads = joined_heads(config.num_heads)

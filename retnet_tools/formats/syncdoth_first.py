@@ -15,7 +15,7 @@ import numpy as np
 from retnet_tools.config import BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
 from retnet_tools.errors import InputError
 from retnet_tools.formats.inert import HUGGING_FACE
-from retnet_tools.formats.mapping import check_tie, is_tied
+from retnet_tools.formats.mapping import check_one_for_all, check_tie, is_tied
 from retnet_tools.formats.schedules import floats, language_model_gammas
 from retnet_tools.formats.settings import Keys, Settings, words
 from retnet_tools.formats.spec import FormatSpec, Reading, Source, Transform
@@ -111,7 +111,9 @@ def resolve(settings: Settings, stored: StoredTensors) -> tuple[RetNetConfig, tu
     for name, size in (("qk_dim", key_dim), ("v_dim", value_dim)):
         if size % heads:
             raise settings.wrong(name, size, f"a multiple of num_heads = {heads}")
-    decay, notes = _decay(settings, stored, heads, layers)
+    for buffer in (DECAY, SCALE):
+        check_one_for_all(stored, buffer.removeprefix(BLOCK))
+    decay, notes = _decay(settings, stored, heads)
     key_decay, scale_notes = xpos_key_decay(stored, SCALE.format(i=0), key_dim)
     # Made at each call, in the dtype that torch defaults to.
     frequencies = 10000.0 ** -(np.arange(key_dim // 2) / (key_dim // 2))
@@ -139,9 +141,7 @@ def resolve(settings: Settings, stored: StoredTensors) -> tuple[RetNetConfig, tu
     return config, (*notes, *scale_notes)
 
 
-def _decay(
-    settings: Settings, stored: StoredTensors, heads: int, layers: int
-) -> tuple[tuple[float, ...], tuple[str, ...]]:
+def _decay(settings: Settings, stored: StoredTensors, heads: int) -> tuple[tuple[float, ...], tuple[str, ...]]:
     """log(gamma) of the gammas that every layer stores, and notes."""
     published = [language_model_gammas(heads), (1 - 2.0 ** (-5.0 - np.arange(heads))).astype(np.float32)]
     default = settings.flag("use_default_gamma", False)
@@ -155,11 +155,6 @@ def _decay(
     if location.dtype.name not in ("float32", "float64"):
         return _logs(named), ("decay is rounded in the file: computed from the published schedule instead",)
     gammas = stored.read(name)
-    for i in range(1, min(layers, len(stored.locations))):
-        if (same := DECAY.format(i=i)) in stored.locations and not stored.same_data(name, same):
-            raise InputError(
-                f"tensor {same!r} differs from {name!r}", "one decay for all layers", "it is not supported"
-            )
     if not np.allclose(gammas, named, rtol=1e-6) and np.allclose(gammas, other, rtol=1e-6):
         raise settings.wrong("use_default_gamma", default, f"{not default}, as the stored {name!r} says")
     if not np.all((gammas > 0) & (gammas <= 1)):

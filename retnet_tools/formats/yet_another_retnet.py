@@ -15,6 +15,7 @@ import numpy as np
 
 from retnet_tools.config import Activation, BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
 from retnet_tools.errors import InputError
+from retnet_tools.formats.mapping import check_one_for_all
 from retnet_tools.formats.schedules import floats, linspace_frequencies
 from retnet_tools.formats.settings import Keys, Settings, words
 from retnet_tools.formats.spec import FormatSpec, NameTable, Reading, Source
@@ -83,6 +84,7 @@ def read(source: Source) -> Reading:
     embed, heads = settings.count("d_model", sizes["d_model"]), settings.count("nhead", sizes["nhead"])
     if embed % heads:
         raise settings.wrong("nhead", heads, f"a divisor of d_model = {embed}")
+    check_one_for_all(stored, ".retention.thetas")
     frequencies, notes = _frequencies(stored, location, embed // heads)
     return Reading(resolve(settings, sizes, frequencies), ORIGIN, NAMES, notes=notes)
 

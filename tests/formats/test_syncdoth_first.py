@@ -53,7 +53,8 @@ def test_rounded_buffers_are_noted_and_computed_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({DECAY.format(1): OWN}, r"blocks\.1\.msr\.decay' differs .*one decay for all layers"),
+        ({DECAY.format(1): OWN}, r"blocks\.1\.msr\.decay' differs .*the same in all layers"),
+        ({SCALE.format(1): np.full(24, 0.5)}, r"blocks\.1\.msr\.xpos\.scale' differs .*the same in all layers"),
         (of_layers(DECAY, PAPER), "use_default_gamma = False; expected True"),
         (of_layers(DECAY, np.array([0.9, 1.5, 0.5], np.float32)), r"decay' holds .*numbers in \(0, 1\]"),
         (of_layers(DECAY, np.array([0.9, 0.0, 0.5], np.float32)), r"decay' holds .*numbers in \(0, 1\]"),
@@ -62,7 +63,17 @@ def test_rounded_buffers_are_noted_and_computed_again(tmp_path: Path) -> None:
         (of_layers(SCALE, np.full(24, 0.75, np.float32) * (1 + np.arange(24))), r"scales outside \(0, 1\]"),
         (of_layers(SCALE, np.full(8, 0.5, np.float32)), r"scale' has shape \[8\]; expected \[24\]"),
     ],
-    ids=["layers", "flag", "above 1", "zero", "heads", "scale zero", "scale above 1", "scale of a head"],
+    ids=[
+        "layers",
+        "scales of layers",
+        "flag",
+        "above 1",
+        "zero",
+        "heads",
+        "scale zero",
+        "scale above 1",
+        "scale of a head",
+    ],
 )
 def test_buffers_of_no_such_model_are_refused(change: dict[str, Array], match: str, tmp_path: Path) -> None:
     change = {name: value.astype(np.float32) for name, value in change.items()}

@@ -26,6 +26,7 @@ from retnet_tools.weights import Array
 from tests.formats.cases import CONFORMANCE
 
 FLA, SYNCDOTH = CONFORMANCE / "fla_base/hf_safetensors", CONFORMANCE / "sd_base_gelu/hf_safetensors"
+OCTOBER = CONFORMANCE / "syncdoth_october"
 YAR, JAMIE = CONFORMANCE / "yar_base", CONFORMANCE / "js_base"
 
 
@@ -65,6 +66,8 @@ def changed(source: Path, folder: Path, change: dict[str, Any], tensors: dict[st
         (SYNCDOTH, {"activation_fn": "tanh"}, "activation_fn = 'tanh'"),
         (SYNCDOTH, {"decoder_retention_heads": 5}, "decoder_retention_heads = 5"),
         (SYNCDOTH, {"vocab_size": 98}, r"embed_tokens.*shape \[97, 48\]"),
+        (OCTOBER, {"use_glu": True}, "use_glu = True; expected no gate in a configuration with value_factor"),
+        (OCTOBER, {"decoder_value_embed_dim": 24}, "decoder_value_embed_dim = 24; expected value_factor times 24 = 48"),
         (YAR, {"activation": "tanh"}, "activation = 'tanh'"),
         (YAR, {"nhead": 5}, "nhead = 5"),
         (YAR, {"nhead": 6}, r"thetas' has shape \[16\]"),
@@ -106,6 +109,24 @@ def test_unsupported_tensors_are_refused_by_name(
     with pytest.raises(InputError, match=match) as caught:
         open_checkpoint(folder)
     assert caught.value.exit_code == 5
+
+
+@pytest.mark.parametrize(
+    ("source", "names", "values", "match"),
+    [
+        (YAR, "decoder.layers.{}.retention.thetas", np.arange(16), "pairs of different angles"),
+        (YAR, "decoder.layers.1.retention.thetas", np.arange(16), r"layers\.1\.retention\.thetas' differs"),
+        (JAMIE, "retentions.{}.retentions.1.xpos.scale", np.full(6, 0.5), r"retentions\.1\.xpos\.scale' differs"),
+        (JAMIE, "retentions.1.retentions.0.xpos.scale", np.full(6, 0.5), r"retentions\.0\.xpos\.scale' differs"),
+    ],
+    ids=["pairs", "layer", "head", "layer and head"],
+)
+def test_buffers_of_no_such_model_are_refused(
+    source: Path, names: str, values: Array, match: str, tmp_path: Path
+) -> None:
+    tensors: dict[str, Array | None] = {names.format(i): values.astype(np.float32) for i in range(2)}
+    with pytest.raises(InputError, match=match):
+        open_checkpoint(changed(source, tmp_path / "x", {}, tensors))
 
 
 def test_a_state_dict_without_its_arguments(tmp_path: Path) -> None:
