@@ -262,6 +262,22 @@ def test_buffers_that_are_rounded_are_those_that_the_model_makes_and_noted(case:
     assert any("used as stored" in note for note in found.notes)
 
 
+def test_names_of_transformers_mean_what_the_attribute_map_of_xatl_says(tmp_path: Path) -> None:
+    """`attribute_map` in its hf_retnet/configuration_retnet.py."""
+    names = {
+        "decoder_embed_dim": "hidden_size",
+        "decoder_ffn_embed_dim": "intermediate_size",
+        "decoder_retention_heads": "num_attention_heads",
+        "decoder_layers": "num_hidden_layers",
+    }
+    state, document = read_folder(CONFORMANCE / "xatl_affine_rms")
+    renamed = {names.get(name, name): value for name, value in document.items()}
+    assert renamed.keys() >= set(names.values())
+    (tmp_path / "config.json").write_text(json.dumps(renamed))
+    save_file(state, tmp_path / "model.safetensors")
+    assert open_checkpoint(tmp_path).config == open_checkpoint(CONFORMANCE / "xatl_affine_rms").config
+
+
 def test_training_files_of_xatl_have_values_of_the_size_of_keys(tmp_path: Path) -> None:
     (file,) = (CONFORMANCE / "xatl_lit/lit").glob("*.pth")
     document = json.loads((file.parent / "config.json").read_text())
