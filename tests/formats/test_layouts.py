@@ -317,6 +317,17 @@ def test_the_keys_and_names_of_2024_mean_what_today_s_do(dialect: str, tmp_path:
         assert largest(logits, arrays[f"logits_{form}_f64"]) <= tolerances.GOLDEN_FLOAT64
 
 
+def test_shared_heads_had_another_name_in_2024(tmp_path: Path) -> None:
+    source = CONFORMANCE / "fla_mqa_noaffine/hf_safetensors"
+    state, document = read_folder(source)
+    names = {"num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads", "norm_eps": "rms_norm_eps"}
+    renamed = {names.get(name, name): value for name, value in document.items()}
+    assert renamed["num_key_value_heads"] != renamed["num_attention_heads"]
+    (tmp_path / "config.json").write_text(json.dumps(renamed))
+    save_file(state, tmp_path / "model.safetensors")
+    assert open_checkpoint(tmp_path).config == open_checkpoint(source).config
+
+
 @pytest.mark.parametrize("case", EXPORTED)
 def test_the_exported_step_graph_gives_the_logits_of_the_project(case: str, tmp_path: Path) -> None:
     checkpoint, arrays = open_checkpoint(CONFORMANCE / case), golden(case)

@@ -129,6 +129,17 @@ def test_buffers_of_no_such_model_are_refused(
         open_checkpoint(changed(source, tmp_path / "x", {}, tensors))
 
 
+@pytest.mark.parametrize("name", ["lm_head.bias", "out_scale", "layers.0.extra.weight", "model.extra.weight"])
+@pytest.mark.parametrize(
+    "source",
+    [FLA, SYNCDOTH, OCTOBER, YAR, JAMIE, CONFORMANCE / "syncdoth_first_biases", CONFORMANCE / "xatl_affine_rms"],
+    ids=["fla", "syncdoth", "october", "yar", "jamie", "first", "xatl"],
+)
+def test_a_tensor_that_the_model_has_no_place_for_is_refused(source: Path, name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"tensor '{name}'"):
+        open_checkpoint(changed(source, tmp_path / "x", {}, {name: np.ones(3, np.float32)}))
+
+
 def test_a_state_dict_without_its_arguments(tmp_path: Path) -> None:
     shutil.copy(JAMIE / "model.pt", tmp_path)
     assert open_checkpoint(tmp_path).config == open_checkpoint(JAMIE).config
