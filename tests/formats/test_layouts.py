@@ -222,7 +222,7 @@ def test_what_is_not_supported_of_xatl_is_refused_by_name(change: dict[str, obje
         open_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("case", ["xatl_stability", "syncdoth_october_post", "fla_2024_04"])
+@pytest.mark.parametrize("case", ["xatl_stability", "syncdoth_october_post", "fla_2024_02", "fla_2024_04"])
 def test_a_tied_head_that_is_stored_must_be_the_embedding(case: str, tmp_path: Path) -> None:
     state, document = read_folder(CONFORMANCE / case)
     embedding = next(array for name, array in state.items() if "embed" in name and array.ndim == 2)
