@@ -317,6 +317,22 @@ def test_the_keys_and_names_of_2024_mean_what_today_s_do(dialect: str, tmp_path:
         assert largest(logits, arrays[f"logits_{form}_f64"]) <= tolerances.GOLDEN_FLOAT64
 
 
+def test_the_first_release_of_fla_is_read_with_the_activation_that_its_code_had(tmp_path: Path) -> None:
+    """16 February 2024: gate and up projections apart, both of the blocks' activations by `hidden_act`."""
+    state, document = read_folder(CONFORMANCE / "fla_2024_02")
+    for name in [name for name in state if name.endswith("mlp.gate_proj.weight")]:
+        state[name], state[name.replace("gate_proj", "up_proj")] = map(np.ascontiguousarray, np.split(state[name], 2))
+    plain = {name.replace("g_norm_swish_gate", "g_norm"): array for name, array in state.items()}
+    for word, tensors in (("swish", state), ("gelu", plain)):
+        (tmp_path / word).mkdir()
+        (tmp_path / word / "config.json").write_text(json.dumps({**document, "hidden_act": word}))
+        save_file(tensors, tmp_path / word / "model.safetensors")
+    read = open_checkpoint(tmp_path / "swish")
+    assert read.config == open_checkpoint(CONFORMANCE / "fla_2024_02").config
+    with pytest.raises(InputError, match="hidden_act = 'gelu'; expected swish in the release of 16 February 2024"):
+        open_checkpoint(tmp_path / "gelu")
+
+
 def test_shared_heads_had_another_name_in_2024(tmp_path: Path) -> None:
     source = CONFORMANCE / "fla_mqa_noaffine/hf_safetensors"
     state, document = read_folder(source)
