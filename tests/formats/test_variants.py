@@ -148,6 +148,21 @@ def test_a_state_dict_without_its_arguments(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
+def test_values_of_twice_the_size_are_told_by_the_tensors(tmp_path: Path) -> None:
+    """`double_v_dim`: W_V of a head is `[D, 2K]`, W_G `[D, 2D]`, W_O `[2D, D]`."""
+    state, base = torch.load(JAMIE / "model.pt"), open_checkpoint(JAMIE).config
+    assert base.value_dim == base.hidden_size
+    for name, tensor in state.items():
+        if name.endswith(("W_V", "W_G")):
+            state[name] = torch.cat([tensor, tensor], dim=1)
+        elif "W_O" in name or "group_norm" in name:
+            state[name] = torch.cat([tensor, tensor])
+    torch.save(state, tmp_path / "model.pt")
+    checkpoint = open_checkpoint(tmp_path)
+    assert (checkpoint.config.value_dim, checkpoint.config.key_dim) == (2 * base.value_dim, base.key_dim)
+    assert checkpoint.weights.read("layers.0.retention.v_proj.weight").shape == (2 * base.hidden_size, base.hidden_size)
+
+
 def test_short_convolutions_that_the_model_ignores_are_ignored(tmp_path: Path) -> None:
     assert open_checkpoint(changed(FLA, tmp_path / "x", {"use_short_conv": True})).config == open_checkpoint(FLA).config
 
