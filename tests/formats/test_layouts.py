@@ -22,7 +22,7 @@ from retnet_tools.graph.contract import STEP_FILE
 from retnet_tools.model.retention import FORMS
 from retnet_tools.model.retnet import RetNetOutput, load_model
 from retnet_tools.paper import paper_decay, paper_rotary_frequencies
-from retnet_tools.weights import Array
+from retnet_tools.weights import Array, BlockSource
 from tests import tolerances
 from tests.exports import cpu_runner, export, run_steps, zero_states
 from tests.formats.cases import CONFORMANCE
@@ -137,6 +137,19 @@ def test_a_checkpoint_tells_its_layout_and_what_is_assumed(case: str) -> None:
     for note, word in zip(checkpoint.notes, noted, strict=False):
         assert word is not None
         assert word in note
+
+
+@each_case
+def test_tensors_are_what_was_said_of_them_whole_and_in_blocks(case: str) -> None:
+    weights = open_checkpoint(CONFORMANCE / case).weights
+    assert isinstance(weights, BlockSource)
+    for name in weights.names():
+        array, info, region = weights.read(name), weights.info(name), weights.region(name)
+        assert (array.shape, array.dtype) == (info.shape, info.dtype)
+        blocks = np.concatenate([block.reshape(-1) for block in weights.blocks(name)])
+        np.testing.assert_array_equal(blocks, array.reshape(-1), err_msg=name, strict=True)
+        if region is not None:
+            assert region.path.read_bytes()[region.offset : region.offset + region.nbytes] == array.tobytes()
 
 
 @pytest.mark.parametrize(
