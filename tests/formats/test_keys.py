@@ -18,7 +18,7 @@ import torch
 from retnet_tools.errors import InputError
 from retnet_tools.formats import FORMATS, Checkpoint, open_checkpoint
 from retnet_tools.formats.canonical import write_canonical
-from retnet_tools.formats.settings import Keys
+from retnet_tools.formats.settings import Keys, Settings
 from retnet_tools.formats.spec import FormatSpec
 from tests.formats.cases import CONFORMANCE
 from tests.helpers import BASE, random_source
@@ -152,6 +152,28 @@ def test_a_key_of_another_type_is_refused(name: str, tmp_path: Path) -> None:
             open_checkpoint(config_file.parent)
 
 
+@pytest.mark.parametrize(
+    ("kind", "default", "values"),
+    [
+        ("count", 1, (True, False, 0, -1, 2.0, "2", [2], 1 << 25)),
+        ("number", 1.0, (True, False, -1e-9, "1", [1.0], float("nan"), float("inf"))),
+        ("flag", True, (2, -1, 1.0, "true", "", [], {})),
+        ("text", "", (1, True, ["a"], {})),
+    ],
+    ids=["count", "number", "flag", "text"],
+)
+def test_values_of_another_type_or_out_of_range_are_refused(kind: str, default: Any, values: tuple[Any, ...]) -> None:
+    for value in values:
+        with pytest.raises(InputError, match="has size = "):
+            getattr(Settings("made up", {"size": value}), kind)("size", default)
+    assert getattr(Settings("made up", {"size": None}), kind)("size", default) == default
+
+
+def test_0_and_1_are_truth_values() -> None:
+    settings = Settings("made up", {"on": 1, "off": 0})
+    assert (settings.flag("on", False), settings.flag("off", True)) == (True, False)
+
+
 @pytest.mark.parametrize("spec", FORMATS, ids=lambda spec: spec.name)
 def test_a_key_is_declared_once(spec: FormatSpec) -> None:
     groups = [spec.keys.read, frozenset(spec.keys.only), spec.keys.inert, frozenset(spec.keys.aliases)]
@@ -176,8 +198,6 @@ def test_older_names_are_read_and_two_that_differ_are_refused(tmp_path: Path) ->
 
 
 def test_a_reader_that_asks_for_what_its_format_does_not_declare_is_found() -> None:
-    from retnet_tools.formats.settings import Settings
-
     settings = Settings.declared("made up", {"size": 3}, Keys(read=frozenset({"size"})))
     assert settings.count("size") == 3
     with pytest.raises(AssertionError, match="does not declare 'width'"):
