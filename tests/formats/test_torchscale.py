@@ -197,6 +197,23 @@ def test_container_and_wrapper_do_not_matter(tmp_path: Path, name: str, prefix: 
     np.testing.assert_array_equal(weights.read("layers.1.ffn.up_proj.weight"), tensors["layers.1.ffn.gate.weight"])
 
 
+@pytest.mark.parametrize("prefix", ["", "model.", "module.decoder."])
+def test_a_tensor_outside_what_wraps_the_model_is_refused(prefix: str, tmp_path: Path) -> None:
+    beside = {"value_head.weight": np.ones((2, 2), np.float32)}
+    file = write_torchscale(tmp_path / "beside", small_tensors(prefix) | beside)
+    with pytest.raises(InputError, match=r"unknown tensor 'value_head\.weight'"):
+        open_checkpoint(file)
+    count = {"n_averaged": np.array(3)}
+    averaged = open_checkpoint(write_torchscale(tmp_path / "averaged", small_tensors(prefix) | count))
+    assert averaged.config == open_checkpoint(write_torchscale(tmp_path / "plain")).config
+
+
+def test_two_models_under_two_prefixes_are_named(tmp_path: Path) -> None:
+    file = write_torchscale(tmp_path, small_tensors("student.") | small_tensors("teacher."))
+    with pytest.raises(InputError, match=r"weights under 'student\.' and 'teacher\.'; expected one torchscale"):
+        open_checkpoint(file)
+
+
 @pytest.mark.parametrize("where", ["cfg_dict", "cfg_namespace", "args"])
 def test_fairseq_files_of_all_ages(tmp_path: Path, where: str) -> None:
     model = {**{k: v for k, v in SETTINGS.items() if k != "vocab_size"}, "no_scale_embedding": None}
