@@ -20,6 +20,7 @@ from retnet_tools.formats import FORMATS, open_checkpoint, writable_format
 from retnet_tools.formats.conversion import plan_checkpoint, plan_conversion
 from retnet_tools.formats.files import CheckpointFiles
 from retnet_tools.formats.schedules import floats, paper_log_decay, rope_frequencies
+from retnet_tools.formats.spec import Writing
 from retnet_tools.formats.writer import write_checkpoint
 from retnet_tools.model.retention import FORMS
 from retnet_tools.model.retnet import load_model
@@ -164,6 +165,18 @@ def test_a_schedule_is_equal_within_four_float32_steps(field: str, steps: float,
 def test_no_decay_is_not_a_rounded_decay() -> None:
     tiny = dataclasses.replace(FLA_SHAPED, decay=(0.0, *FLA_SHAPED.decay[1:]))
     assert not expressible("fla", tiny)
+
+
+def test_a_layout_that_lacks_a_tensor_is_found_before_it_is_written() -> None:
+    def write(config: RetNetConfig, assumed_clamp: bool) -> Writing:
+        whole = torchscale.write(config, assumed_clamp)
+        names = {stored: name for stored, name in whole.names.items() if "k_proj" not in name}
+        return dataclasses.replace(whole, names=names)
+
+    torchscale = writable_format("torchscale")
+    target = dataclasses.replace(torchscale, write=write)
+    with pytest.raises(InputError, match=r"no tensor 'layers\.0\.retention\.k_proj\.weight'"):
+        plan_conversion(BASE, random_source(BASE, 1), target)
 
 
 def test_a_refusal_lists_every_field_in_one_line() -> None:
