@@ -17,6 +17,7 @@ from retnet_tools.formats import open_checkpoint
 from retnet_tools.formats.canonical import write_canonical
 from retnet_tools.hub import HubOrigin, hub_origin, local_checkpoint
 from retnet_tools.weights import WeightSource
+from tests.formats.cases import TEXT_FILES
 from tests.helpers import BASE, random_source
 from tests.hub_server import Hub, Repository, serve
 
@@ -151,6 +152,15 @@ def test_torch_files_are_fetched_where_there_are_no_safetensors(nearby: Path, hu
         "pytorch_model.bin.index.json",
     }
     assert hub_origin(folder) == HubOrigin("org/single", COMMIT)
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "model.pt", "last.ckpt", "best.pth.tar", "model.pth"])
+def test_what_belongs_to_text_and_licence_is_fetched_with_any_weights(weights: str, nearby: Path, hub: Hub) -> None:
+    wanted = {weights, "config.json", "README.md", "LICENSE.txt", "LICENCE", "NOTICE", *TEXT_FILES}
+    states = ("rng_state.pth", "random_states_0.pt", "scaler.pt", "scheduler.pt", "optimizer.bin", "adam_optimizer.pt")
+    states += ("mp_rank_00_optim_states.pt", "trainer_state.json", "training_args.bin", "global_step9/model.pt")
+    hub.repositories["org/text"] = Repository({COMMIT: dict.fromkeys((*wanted, *states), b"{}")}, {"main": COMMIT})
+    assert {file.name for file in local_checkpoint("org/text").iterdir()} == wanted
 
 
 def test_a_distributed_checkpoint_is_fetched_whole(nearby: Path, hub: Hub) -> None:

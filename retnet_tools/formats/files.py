@@ -39,7 +39,7 @@ class CheckpointFiles:
     """A checkpoint that a user named, by its folder or by its file of weights. Files are opened when asked for.
 
     Args:
-        config: the one file of configuration to read, in place of the JSON beside the weights.
+        config: the one file of configuration to read, in place of what is in the file of weights and beside it.
         entry: which state dict of a file with several, by its key.
 
     Raises:
@@ -112,7 +112,7 @@ class CheckpointFiles:
 
     @property
     def embedded(self) -> dict[str, dict[str, Any]]:
-        """What a torch file holds beside its weights, plain values only.
+        """What a torch file holds beside its weights, plain values only; nothing where a configuration was named.
 
         Every mapping and object by its dotted path, such as "cfg.model"; "" is the top of the file. Empty where the
         configuration is named, which takes its place.

@@ -118,7 +118,7 @@ class Settings:
     def _explain(self, name: str, value: Any) -> None:
         assert self.keys is not None
         only = self.keys.only.get(name)
-        if only is not None and value is not None and not any(_same(value, known) for known in only.values):
+        if only is not None and value is not None and value not in only.values:
             raise self.wrong(name, value, only.expected, "this kind of model is not supported")
         if only is None and name not in self.keys.read | self.keys.inert and not _is_neutral(value):
             hint, ignore = did_you_mean(name, self.keys.read), f"--ignore-key {name[:MAX_SHOWN]}"
@@ -206,8 +206,3 @@ class Settings:
 
 def _is_neutral(value: Any) -> bool:
     return value is None or (isinstance(value, bool | int | float | str | list | tuple | dict) and not value)
-
-
-def _same(value: Any, known: Any) -> bool:
-    """Equal and of one type, but that 0 and False are one."""
-    return type(value) in (type(known), bool, int) and bool(value == known)

@@ -155,6 +155,10 @@ def resolve(settings: Settings, schedules: Schedules, *, tied: bool = False) -> 
     )
 
 
+def _heads(settings: Settings) -> int:
+    return settings.count("decoder_retention_heads", 2 if settings.has("value_factor") else 3)
+
+
 def _is_tied(settings: Settings, stored: StoredTensors) -> bool:
     """`tie_word_embeddings`, false by default since 3 October 2023. Before, transformers' default held, and the tensors
     tell."""

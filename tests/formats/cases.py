@@ -32,6 +32,14 @@ def case(file: Path) -> dict[str, Any]:
     return json.loads((file.parent / "case.json").read_text(encoding="utf-8"))
 
 
+TEXT_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("generation_config.json", "chat_template.jinja", "chat_template.json"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "vocab.txt", "dict.txt"),
+)
+"""What transformers (`VOCAB_FILES_NAMES` of its tokenizers) and fairseq call the files of a model's text."""
+
 SETTINGS: dict[str, Any] = {
     "decoder_embed_dim": 8,
     "decoder_value_embed_dim": 12,

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from retnet_tools.errors import InputError
 from retnet_tools.formats.content import Kind, candidates, kind_of
 from retnet_tools.formats.files import CheckpointFiles
+from tests.formats.cases import TEXT_FILES, write_torchscale
 
 STATE = {"layers.0.weight": torch.ones(2, 3), "norm.bias": torch.zeros(2)}
 NAMES = ["model.pt", "last.ckpt", "model_best.pth.tar", "pytorch_model", "checkpoint_5", "weights.bin", "m.th", "x.pkl"]
@@ -165,3 +166,19 @@ def test_configurations_are_json_objects_of_any_name(tmp_path: Path) -> None:
         (tmp_path / name).write_text(json.dumps(content))
     (tmp_path / "broken.json").write_text("{")
     assert list(CheckpointFiles(tmp_path / "model.pt").configs) == [tmp_path / "args.json", tmp_path / "z.json"]
+
+
+def test_every_file_of_a_models_text_is_found_and_is_no_configuration(tmp_path: Path) -> None:
+    write_torchscale(tmp_path)
+    for name in TEXT_FILES:
+        (tmp_path / name).write_text("{}")
+    files = CheckpointFiles(tmp_path)
+    assert [file.name for file in files.tokenizer_files] == sorted(TEXT_FILES)
+    assert [file.name for file in files.configs] == ["args.json"]
+
+
+def test_cards_and_licences_of_either_spelling_are_found(tmp_path: Path) -> None:
+    names = ["LICENCE.txt", "LICENSE", "NOTICE", "README.md"]
+    for name in (*names, "notes.md"):
+        (tmp_path / name).write_text("")
+    assert [file.name for file in CheckpointFiles(tmp_path).card_files] == names

@@ -20,6 +20,7 @@ from retnet_tools.formats import FORMATS, open_checkpoint, writable_format
 from retnet_tools.formats.conversion import plan_checkpoint, plan_conversion
 from retnet_tools.formats.files import CheckpointFiles
 from retnet_tools.formats.schedules import floats, paper_log_decay, rope_frequencies
+from retnet_tools.formats.spec import Writing
 from retnet_tools.formats.writer import write_checkpoint
 from retnet_tools.model.retention import FORMS
 from retnet_tools.model.retnet import load_model
@@ -166,6 +167,18 @@ def test_no_decay_is_not_a_rounded_decay() -> None:
     assert not expressible("fla", tiny)
 
 
+def test_a_layout_that_lacks_a_tensor_is_found_before_it_is_written() -> None:
+    def write(config: RetNetConfig, assumed_clamp: bool) -> Writing:
+        whole = torchscale.write(config, assumed_clamp)
+        names = {stored: name for stored, name in whole.names.items() if "k_proj" not in name}
+        return dataclasses.replace(whole, names=names)
+
+    torchscale = writable_format("torchscale")
+    target = dataclasses.replace(torchscale, write=write)
+    with pytest.raises(InputError, match=r"no tensor 'layers\.0\.retention\.k_proj\.weight'"):
+        plan_conversion(BASE, random_source(BASE, 1), target)
+
+
 def test_a_refusal_lists_every_field_in_one_line() -> None:
     with pytest.raises(UsageError) as caught:
         plan_conversion(BASE, random_source(BASE, 2), writable_format("fla"))
@@ -186,6 +199,18 @@ def test_a_named_clamp_is_kept(target: str, clamp: str, tmp_path: Path) -> None:
     assert back.config == named.config
     assert back.config.score_normalization.clamp == clamp
     assert not back.assumed_clamp
+
+
+@pytest.mark.parametrize("source", ["sd_base_gelu/hf_safetensors", "dragn_rmsnorm/hf_ckpt_0"])
+@pytest.mark.parametrize("target", ["canonical", "torchscale", "syncdoth"])
+def test_an_assumed_clamp_stays_assumed(target: str, source: str, tmp_path: Path) -> None:
+    original = open_checkpoint(CONFORMANCE / source)
+    assert original.assumed_clamp
+    plan = plan_checkpoint(original, writable_format(target), dtype=None, max_shard_size=10**9)
+    write_checkpoint(tmp_path / "out", plan.layout, force=False, progress=None)
+    back = open_checkpoint(tmp_path / "out")
+    assert (back.assumed_clamp, back.config) == (True, original.config)
+    assert open_checkpoint(tmp_path / "out", clamp="abs_of_sum").config.score_normalization.clamp == "abs_of_sum"
 
 
 def test_an_assumed_clamp_is_said_in_the_card(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 from retnet_tools.errors import InputError, UsageError
 from retnet_tools.formats import FORMATS, Checkpoint, open_checkpoint
 from retnet_tools.formats.canonical import write_canonical
-from retnet_tools.formats.settings import Keys
+from retnet_tools.formats.settings import Keys, Settings
 from retnet_tools.formats.spec import FormatSpec
 from tests.formats.cases import CONFORMANCE
 from tests.helpers import BASE, random_source
@@ -126,6 +126,22 @@ def test_a_key_that_nobody_knows_is_refused_unless_it_is_neutral_or_answered_for
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
+def test_keys_of_transformers_that_make_another_model_are_refused(name: str, tmp_path: Path) -> None:
+    config_file = example(name, tmp_path / "checkpoint")
+    document = json.loads(config_file.read_text())
+    for key, value in (
+        ("is_encoder_decoder", True),
+        ("add_cross_attention", True),
+        ("cross_attention_hidden_size", 32),
+        ("pruned_heads", {"0": [1]}),
+        ("tie_encoder_decoder", True),
+    ):
+        config_file.write_text(json.dumps({**document, key: value}))
+        with pytest.raises(InputError, match=rf"{key} = "):
+            open_checkpoint(config_file.parent)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_a_key_of_another_type_is_refused(name: str, tmp_path: Path) -> None:
     config_file = example(name, tmp_path / "checkpoint")
     document, keys = json.loads(config_file.read_text()), spec_of(name).keys
@@ -135,6 +151,28 @@ def test_a_key_of_another_type_is_refused(name: str, tmp_path: Path) -> None:
         config_file.write_text(json.dumps({**document, key: {"a": []}}))
         with pytest.raises(InputError):
             open_checkpoint(config_file.parent)
+
+
+@pytest.mark.parametrize(
+    ("kind", "default", "values"),
+    [
+        ("count", 1, (True, False, 0, -1, 2.0, "2", [2], 1 << 25)),
+        ("number", 1.0, (True, False, -1e-9, "1", [1.0], float("nan"), float("inf"))),
+        ("flag", True, (2, -1, 1.0, "true", "", [], {})),
+        ("text", "", (1, True, ["a"], {})),
+    ],
+    ids=["count", "number", "flag", "text"],
+)
+def test_values_of_another_type_or_out_of_range_are_refused(kind: str, default: Any, values: tuple[Any, ...]) -> None:
+    for value in values:
+        with pytest.raises(InputError, match="has size = "):
+            getattr(Settings("made up", {"size": value}), kind)("size", default)
+    assert getattr(Settings("made up", {"size": None}), kind)("size", default) == default
+
+
+def test_0_and_1_are_truth_values() -> None:
+    settings = Settings("made up", {"on": 1, "off": 0})
+    assert (settings.flag("on", False), settings.flag("off", True)) == (True, False)
 
 
 @pytest.mark.parametrize("spec", FORMATS, ids=lambda spec: spec.name)
@@ -195,8 +233,6 @@ def test_a_key_that_is_read_cannot_be_ignored(key: str, tmp_path: Path) -> None:
 
 
 def test_a_reader_that_asks_for_what_its_format_does_not_declare_is_found() -> None:
-    from retnet_tools.formats.settings import Settings
-
     settings = Settings.declared("made up", {"size": 3}, Keys(read=frozenset({"size"})))
     assert settings.count("size") == 3
     with pytest.raises(AssertionError, match="does not declare 'width'"):

@@ -22,7 +22,7 @@ from retnet_tools.graph.contract import STEP_FILE
 from retnet_tools.model.retention import FORMS
 from retnet_tools.model.retnet import RetNetOutput, load_model
 from retnet_tools.paper import paper_decay, paper_rotary_frequencies
-from retnet_tools.weights import Array
+from retnet_tools.weights import Array, BlockSource
 from tests import tolerances
 from tests.exports import cpu_runner, export, run_steps, zero_states
 from tests.formats.cases import CONFORMANCE
@@ -139,6 +139,19 @@ def test_a_checkpoint_tells_its_layout_and_what_is_assumed(case: str) -> None:
         assert word in note
 
 
+@each_case
+def test_tensors_are_what_was_said_of_them_whole_and_in_blocks(case: str) -> None:
+    weights = open_checkpoint(CONFORMANCE / case).weights
+    assert isinstance(weights, BlockSource)
+    for name in weights.names():
+        array, info, region = weights.read(name), weights.info(name), weights.region(name)
+        assert (array.shape, array.dtype) == (info.shape, info.dtype)
+        blocks = np.concatenate([block.reshape(-1) for block in weights.blocks(name)])
+        np.testing.assert_array_equal(blocks, array.reshape(-1), err_msg=name, strict=True)
+        if region is not None:
+            assert region.path.read_bytes()[region.offset : region.offset + region.nbytes] == array.tobytes()
+
+
 @pytest.mark.parametrize(
     ("clamp", "suffix"), [("sum_of_abs", ""), ("abs_of_sum", "_before_2024")], ids=["since 2024", "before 2024"]
 )
@@ -205,6 +218,7 @@ def test_what_the_tensors_of_yet_another_retnet_do_not_tell_is_asked_for_by_name
         {"retnet_bottleneck": 8},
         {"hybrid_attention_layers": [1]},
         {"rotary_percentage": 0.4},
+        {"rotary_percentage": 2.0},
         {"use_lm_decay": True},
         {"decoder_normalize_before": False, "subln": True},
         {"parallel_residual": True, "decoder_normalize_before": False, "subln": False},
@@ -218,6 +232,71 @@ def test_what_is_not_supported_of_xatl_is_refused_by_name(change: dict[str, obje
     (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
     name, value = next(iter(change.items()))
     with pytest.raises(InputError, match=rf"has {name} = {re.escape(str(value))}; expected"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("case", ["xatl_stability", "syncdoth_october_post", "fla_2024_02", "fla_2024_04"])
+def test_a_tied_head_that_is_stored_must_be_the_embedding(case: str, tmp_path: Path) -> None:
+    state, document = read_folder(CONFORMANCE / case)
+    embedding = next(array for name, array in state.items() if "embed" in name and array.ndim == 2)
+    for name, head in (("same", embedding.copy()), ("other", embedding[::-1].copy())):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({**document, "tie_word_embeddings": True}))
+        save_file({**state, "lm_head.weight": head}, folder / "model.safetensors")
+    assert open_checkpoint(tmp_path / "same").config.tie_word_embeddings
+    with pytest.raises(InputError, match=r"ties the embeddings but 'lm_head\.weight' differs"):
+        open_checkpoint(tmp_path / "other")
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Array], dict[str, object]]:
+    document = json.loads((folder / "config.json").read_text())
+    if (file := folder / "model.safetensors").exists():
+        return load_file(file), document
+    state = torch.load(folder / "pytorch_model.bin")
+    return {name: tensor.numpy() for name, tensor in state.items()}, document
+
+
+@pytest.mark.parametrize("case", ["xatl_affine_rms", "xatl_stability", "syncdoth_october", "syncdoth_clamps"])
+def test_buffers_that_are_rounded_are_those_that_the_model_makes_and_noted(case: str, tmp_path: Path) -> None:
+    state, document = read_folder(CONFORMANCE / case)
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    half = {name: array.astype(np.float16) if "rel_pos" in name else array for name, array in state.items()}
+    save_file(half, tmp_path / "model.safetensors")
+    found, expected = open_checkpoint(tmp_path), open_checkpoint(CONFORMANCE / case)
+    np.testing.assert_allclose(found.config.decay, expected.config.decay, rtol=1e-6)
+    np.testing.assert_allclose(found.config.rotary_frequencies, expected.config.rotary_frequencies, rtol=1e-6)
+    assert any("rounded in the file" in note for note in found.notes)
+    other = {name: array * np.float32(0.5) if "rel_pos" in name else array for name, array in state.items()}
+    save_file(other, tmp_path / "model.safetensors")
+    found = open_checkpoint(tmp_path)
+    np.testing.assert_allclose(found.config.decay, np.array(expected.config.decay) * 0.5, rtol=1e-6)
+    np.testing.assert_allclose(found.config.rotary_frequencies, np.array(expected.config.rotary_frequencies) * 0.5)
+    assert any("used as stored" in note for note in found.notes)
+
+
+def test_names_of_transformers_mean_what_the_attribute_map_of_xatl_says(tmp_path: Path) -> None:
+    """`attribute_map` in its hf_retnet/configuration_retnet.py."""
+    names = {
+        "decoder_embed_dim": "hidden_size",
+        "decoder_ffn_embed_dim": "intermediate_size",
+        "decoder_retention_heads": "num_attention_heads",
+        "decoder_layers": "num_hidden_layers",
+    }
+    state, document = read_folder(CONFORMANCE / "xatl_affine_rms")
+    renamed = {names.get(name, name): value for name, value in document.items()}
+    assert renamed.keys() >= set(names.values())
+    (tmp_path / "config.json").write_text(json.dumps(renamed))
+    save_file(state, tmp_path / "model.safetensors")
+    assert open_checkpoint(tmp_path).config == open_checkpoint(CONFORMANCE / "xatl_affine_rms").config
+
+
+def test_training_files_of_xatl_have_values_of_the_size_of_keys(tmp_path: Path) -> None:
+    (file,) = (CONFORMANCE / "xatl_lit/lit").glob("*.pth")
+    document = json.loads((file.parent / "config.json").read_text())
+    (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({**document, "decoder_value_embed_dim": 48}))
+    with pytest.raises(InputError, match=r"decoder_value_embed_dim = 48; expected decoder_embed_dim in its"):
         open_checkpoint(tmp_path)
 
 
@@ -249,6 +328,33 @@ def test_the_keys_and_names_of_2024_mean_what_today_s_do(dialect: str, tmp_path:
     for form in ("parallel", "recurrent"):
         logits = run("fla_base", open_checkpoint(tmp_path), form, torch.float64).logits
         assert largest(logits, arrays[f"logits_{form}_f64"]) <= tolerances.GOLDEN_FLOAT64
+
+
+def test_the_first_release_of_fla_is_read_with_the_activation_that_its_code_had(tmp_path: Path) -> None:
+    """16 February 2024: gate and up projections apart, both of the blocks' activations by `hidden_act`."""
+    state, document = read_folder(CONFORMANCE / "fla_2024_02")
+    for name in [name for name in state if name.endswith("mlp.gate_proj.weight")]:
+        state[name], state[name.replace("gate_proj", "up_proj")] = map(np.ascontiguousarray, np.split(state[name], 2))
+    plain = {name.replace("g_norm_swish_gate", "g_norm"): array for name, array in state.items()}
+    for word, tensors in (("swish", state), ("gelu", plain)):
+        (tmp_path / word).mkdir()
+        (tmp_path / word / "config.json").write_text(json.dumps({**document, "hidden_act": word}))
+        save_file(tensors, tmp_path / word / "model.safetensors")
+    read = open_checkpoint(tmp_path / "swish")
+    assert read.config == open_checkpoint(CONFORMANCE / "fla_2024_02").config
+    with pytest.raises(InputError, match="hidden_act = 'gelu'; expected swish in the release of 16 February 2024"):
+        open_checkpoint(tmp_path / "gelu")
+
+
+def test_shared_heads_had_another_name_in_2024(tmp_path: Path) -> None:
+    source = CONFORMANCE / "fla_mqa_noaffine/hf_safetensors"
+    state, document = read_folder(source)
+    names = {"num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads", "norm_eps": "rms_norm_eps"}
+    renamed = {names.get(name, name): value for name, value in document.items()}
+    assert renamed["num_key_value_heads"] != renamed["num_attention_heads"]
+    (tmp_path / "config.json").write_text(json.dumps(renamed))
+    save_file(state, tmp_path / "model.safetensors")
+    assert open_checkpoint(tmp_path).config == open_checkpoint(source).config
 
 
 @pytest.mark.parametrize("case", EXPORTED)

@@ -80,3 +80,7 @@ def test_an_entry_of_a_safetensors_file(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(UsageError, match="entry 'ema' of model"):
         CheckpointFiles(tmp_path, entry="ema").tensors  # noqa: B018
+    (tmp_path / "model.safetensors").rename(tmp_path / "part.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "part.safetensors"}}))
+    with pytest.raises(UsageError, match=r"entry 'ema' of model\.safetensors\.index\.json"):
+        CheckpointFiles(tmp_path, entry="ema").tensors  # noqa: B018

@@ -22,7 +22,16 @@ from retnet_tools.model.retention import FORMS
 from retnet_tools.model.retnet import RetNetOutput, load_model
 from retnet_tools.paper import paper_decay, paper_rotary_frequencies
 from tests import tolerances
-from tests.formats.cases import SETTINGS, TORCHSCALE_FILES, case, case_id, golden, small_tensors, write_torchscale
+from tests.formats.cases import (
+    CONFORMANCE,
+    SETTINGS,
+    TORCHSCALE_FILES,
+    case,
+    case_id,
+    golden,
+    small_tensors,
+    write_torchscale,
+)
 
 EVERY_FILE = pytest.mark.parametrize("file", TORCHSCALE_FILES, ids=case_id)
 FLOAT16_FILES = [file for file in TORCHSCALE_FILES if "fp16" in file.parent.name]
@@ -147,6 +156,22 @@ def test_files_without_buffers_get_the_published_schedules(tmp_path: Path) -> No
     np.testing.assert_allclose(config.rotary_frequencies, paper_rotary_frequencies(4), rtol=1e-7)
 
 
+@pytest.mark.parametrize("missing", ["angle", "decay"])
+def test_of_two_buffers_the_one_that_is_stored_is_used(missing: str, tmp_path: Path) -> None:
+    tensors, name = small_tensors(), f"retnet_rel_pos.{missing}"
+    tensors["retnet_rel_pos.angle"] = np.array([0.5, 0.5, 0.25, 0.25], dtype=np.float32)
+    tensors["retnet_rel_pos.decay"] = np.array([-0.5, -0.25], dtype=np.float32)
+    published = small_tensors()[name]
+    expected = tensors | {name: published}
+    del tensors[name]
+    checkpoint = open_checkpoint(write_torchscale(tmp_path, tensors))
+    config = checkpoint.config
+    np.testing.assert_allclose(config.rotary_frequencies, expected["retnet_rel_pos.angle"][::2], rtol=1e-6)
+    np.testing.assert_allclose(config.decay, expected["retnet_rel_pos.decay"], rtol=1e-6)
+    assert len(checkpoint.notes) == 1
+    assert "used as stored" in checkpoint.notes[0]
+
+
 def test_a_file_that_does_not_tell_its_clamp_is_noted(tmp_path: Path) -> None:
     unsaid = {k: v for k, v in SETTINGS.items() if k != "torchscale_version"}
     checkpoint = open_checkpoint(write_torchscale(tmp_path / "unsaid", settings=unsaid))
@@ -168,6 +193,23 @@ def test_container_and_wrapper_do_not_matter(tmp_path: Path, name: str, prefix: 
     tensors = small_tensors()
     np.testing.assert_array_equal(weights.read("layers.1.ffn.gate_proj.weight"), tensors["layers.1.ffn.fc1.weight"])
     np.testing.assert_array_equal(weights.read("layers.1.ffn.up_proj.weight"), tensors["layers.1.ffn.gate.weight"])
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "module.decoder."])
+def test_a_tensor_outside_what_wraps_the_model_is_refused(prefix: str, tmp_path: Path) -> None:
+    beside = {"value_head.weight": np.ones((2, 2), np.float32)}
+    file = write_torchscale(tmp_path / "beside", small_tensors(prefix) | beside)
+    with pytest.raises(InputError, match=r"unknown tensor 'value_head\.weight'"):
+        open_checkpoint(file)
+    count = {"n_averaged": np.array(3)}
+    averaged = open_checkpoint(write_torchscale(tmp_path / "averaged", small_tensors(prefix) | count))
+    assert averaged.config == open_checkpoint(write_torchscale(tmp_path / "plain")).config
+
+
+def test_two_models_under_two_prefixes_are_named(tmp_path: Path) -> None:
+    file = write_torchscale(tmp_path, small_tensors("student.") | small_tensors("teacher."))
+    with pytest.raises(InputError, match=r"weights under 'student\.' and 'teacher\.'; expected one torchscale"):
+        open_checkpoint(file)
 
 
 @pytest.mark.parametrize("where", ["cfg_dict", "cfg_namespace", "args"])
@@ -229,6 +271,7 @@ def test_a_tied_projection_is_dropped_when_equal_and_refused_when_not(tmp_path: 
         {"multiway": True},
         {"no_output_layer": True},
         {"decoder_input_dim": 4},
+        {"decoder_output_dim": 4},
         {"activation_fn": "tanh"},
         {"vocab_size": 8},
         {"decoder_layers": "two"},
@@ -249,6 +292,43 @@ def test_unsupported_settings_are_refused_by_name(tmp_path: Path, change: dict[s
         open_checkpoint(write_torchscale(tmp_path, settings={**SETTINGS, **change}))
     assert caught.value.exit_code == 5
     assert "\n" not in str(caught.value)
+
+
+def test_the_size_of_v_is_fixed_before_october_2023(tmp_path: Path) -> None:
+    source = CONFORMANCE / "tsold_subln"
+    document = json.loads((source / "args.json").read_text())
+    (tmp_path / "model.pt").write_bytes((source / "model_bare.pt").read_bytes())
+    size = 2 * document["decoder_embed_dim"]
+    (tmp_path / "args.json").write_text(json.dumps({**document, "decoder_value_embed_dim": size}))
+    assert open_checkpoint(tmp_path).config.value_dim == size
+    (tmp_path / "args.json").write_text(json.dumps({**document, "decoder_value_embed_dim": size // 2}))
+    with pytest.raises(InputError, match=r"decoder_value_embed_dim = .*twice decoder_embed_dim"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_record_in_the_file_and_a_configuration_beside_it_are_read_together(tmp_path: Path) -> None:
+    def write(folder: Path, record: dict[str, object], **beside: object) -> Path:
+        state = {name: torch.from_numpy(value) for name, value in small_tensors().items()}
+        folder.mkdir()
+        torch.save({"model": state, "args": argparse.Namespace(**record)}, folder / "model.pt")
+        (folder / "args.json").write_text(json.dumps(beside))
+        return folder
+
+    told = {"layernorm_eps": 1e-3, "eos_token_id": 5}
+    checkpoint = open_checkpoint(write(tmp_path / "both", SETTINGS, **SETTINGS, **told))
+    assert checkpoint.config.block_norm.eps == 1e-3
+    assert [file.name for file in checkpoint.source_files] == ["args.json", "model.pt"]
+    assert checkpoint.settings["eos_token_id"] == 5
+    # fairseq's defaults hold for its own record, whatever lies beside it.
+    untold = {name: value for name, value in SETTINGS.items() if name != "activation_fn"}
+    assert open_checkpoint(write(tmp_path / "left out", untold, **untold)).config.feed_forward.activation == "silu"
+    differ = write(tmp_path / "differ", {**SETTINGS, "layernorm_eps": 1e-4}, **SETTINGS, **told)
+    with pytest.raises(InputError, match="differ in layernorm_eps; expected one; name it with --config"):
+        open_checkpoint(differ)
+    assert open_checkpoint(differ, config=differ / "args.json").config.block_norm.eps == 1e-3
+    (differ / "args.json").rename(tmp_path / "named.json")
+    assert open_checkpoint(differ).config.block_norm.eps == 1e-4
+    assert open_checkpoint(differ, config=tmp_path / "named.json").config.block_norm.eps == 1e-3
 
 
 def test_several_different_configurations_are_refused(tmp_path: Path) -> None:

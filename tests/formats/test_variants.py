@@ -27,6 +27,7 @@ from retnet_tools.weights import Array
 from tests.formats.cases import CONFORMANCE
 
 FLA, SYNCDOTH = CONFORMANCE / "fla_base/hf_safetensors", CONFORMANCE / "sd_base_gelu/hf_safetensors"
+OCTOBER = CONFORMANCE / "syncdoth_october"
 YAR, JAMIE = CONFORMANCE / "yar_base", CONFORMANCE / "js_base"
 
 
@@ -66,6 +67,8 @@ def changed(source: Path, folder: Path, change: dict[str, Any], tensors: dict[st
         (SYNCDOTH, {"activation_fn": "tanh"}, "activation_fn = 'tanh'"),
         (SYNCDOTH, {"decoder_retention_heads": 5}, "decoder_retention_heads = 5"),
         (SYNCDOTH, {"vocab_size": 98}, r"embed_tokens.*shape \[97, 48\]"),
+        (OCTOBER, {"use_glu": True}, "use_glu = True; expected no gate in a configuration with value_factor"),
+        (OCTOBER, {"decoder_value_embed_dim": 24}, "decoder_value_embed_dim = 24; expected value_factor times 24 = 48"),
         (YAR, {"activation": "tanh"}, "activation = 'tanh'"),
         (YAR, {"nhead": 5}, "nhead = 5"),
         (YAR, {"nhead": 6}, r"thetas' has shape \[16\]"),
@@ -109,12 +112,56 @@ def test_unsupported_tensors_are_refused_by_name(
     assert caught.value.exit_code == 5
 
 
+@pytest.mark.parametrize(
+    ("source", "names", "values", "match"),
+    [
+        (YAR, "decoder.layers.{}.retention.thetas", np.arange(16), "pairs of different angles"),
+        (YAR, "decoder.layers.1.retention.thetas", np.arange(16), r"layers\.1\.retention\.thetas' differs"),
+        (JAMIE, "retentions.{}.retentions.1.xpos.scale", np.full(6, 0.5), r"retentions\.1\.xpos\.scale' differs"),
+        (JAMIE, "retentions.1.retentions.0.xpos.scale", np.full(6, 0.5), r"retentions\.0\.xpos\.scale' differs"),
+    ],
+    ids=["pairs", "layer", "head", "layer and head"],
+)
+def test_buffers_of_no_such_model_are_refused(
+    source: Path, names: str, values: Array, match: str, tmp_path: Path
+) -> None:
+    tensors: dict[str, Array | None] = {names.format(i): values.astype(np.float32) for i in range(2)}
+    with pytest.raises(InputError, match=match):
+        open_checkpoint(changed(source, tmp_path / "x", {}, tensors))
+
+
+@pytest.mark.parametrize("name", ["lm_head.bias", "out_scale", "layers.0.extra.weight", "model.extra.weight"])
+@pytest.mark.parametrize(
+    "source",
+    [FLA, SYNCDOTH, OCTOBER, YAR, JAMIE, CONFORMANCE / "syncdoth_first_biases", CONFORMANCE / "xatl_affine_rms"],
+    ids=["fla", "syncdoth", "october", "yar", "jamie", "first", "xatl"],
+)
+def test_a_tensor_that_the_model_has_no_place_for_is_refused(source: Path, name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"tensor '{name}'"):
+        open_checkpoint(changed(source, tmp_path / "x", {}, {name: np.ones(3, np.float32)}))
+
+
 def test_a_state_dict_without_its_arguments(tmp_path: Path) -> None:
     shutil.copy(JAMIE / "model.pt", tmp_path)
     assert open_checkpoint(tmp_path).config == open_checkpoint(JAMIE).config
     shutil.copy(YAR / "model.pt", tmp_path)
     with pytest.raises(InputError, match=r"tells activation, norm_first, layer_norm_eps.*args\.json"):
         open_checkpoint(tmp_path)
+
+
+def test_values_of_twice_the_size_are_told_by_the_tensors(tmp_path: Path) -> None:
+    """`double_v_dim`: W_V of a head is `[D, 2K]`, W_G `[D, 2D]`, W_O `[2D, D]`."""
+    state, base = torch.load(JAMIE / "model.pt"), open_checkpoint(JAMIE).config
+    assert base.value_dim == base.hidden_size
+    for name, tensor in state.items():
+        if name.endswith(("W_V", "W_G")):
+            state[name] = torch.cat([tensor, tensor], dim=1)
+        elif "W_O" in name or "group_norm" in name:
+            state[name] = torch.cat([tensor, tensor])
+    torch.save(state, tmp_path / "model.pt")
+    checkpoint = open_checkpoint(tmp_path)
+    assert (checkpoint.config.value_dim, checkpoint.config.key_dim) == (2 * base.value_dim, base.key_dim)
+    assert checkpoint.weights.read("layers.0.retention.v_proj.weight").shape == (2 * base.hidden_size, base.hidden_size)
 
 
 def test_short_convolutions_that_the_model_ignores_are_ignored(tmp_path: Path) -> None:
