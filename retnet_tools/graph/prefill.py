@@ -75,11 +75,11 @@ class PrefillBuilder(DecoderBuilder):
             mask: `[B, T]` int64.
             counts: its sums n_b, `[B, 1]`.
         """
-        g = self.g
+        g, length = self.g, self.length()
         zero, one = (g.constant(name, np.array(i, dtype=np.int64)) for i, name in enumerate(("zero", "one")))
-        expected = g.cast(g.op("Less", g.op("Range", zero, self.length(), one), counts), "bool", "int64")
+        expected = g.cast(g.op("Less", g.op("Range", zero, length, one), counts), "bool", "int64")
         equal = g.cast(g.op("Equal", mask, expected), "bool", "int64")
-        right = g.op("Equal", g.op("ReduceSum", equal, g.integers(1), keepdims=1), self.length())
+        right = g.op("Equal", g.op("ReduceSum", equal, g.integers(1), keepdims=1), length)
         return g.op("Unsqueeze", right, g.integers(-1))
 
     def nan(self) -> ir.Value:

@@ -64,7 +64,7 @@ def test_what_would_leave_the_device_is_named(tmp_path: Path, cli) -> None:
     graphs = {graph["name"]: graph for graph in document["folder"]["graphs"]}
     assert graphs["step.onnx"]["on_cpu"] == graphs["prefill.onnx"]["on_cpu"] == {"Elu": 4}
     assert graphs["step.onnx"]["nodes"]["CPU"] == 4
-    assert graphs["prefill.onnx"]["nodes"]["CPU"] == 6
+    assert graphs["prefill.onnx"]["nodes"]["CPU"] == 7
     assert graphs["step.onnx"]["predicted"]
     assert document["self_test"] is None
 
