@@ -136,23 +136,6 @@ def stored_name(stored: StoredTensors, names: Sequence[str]) -> str | None:
     return found[0] if found else None
 
 
-def check_one_for_all(stored: StoredTensors, ending: str) -> None:
-    """Buffers that a format stores once a layer or head must be equal.
-
-    Args:
-        ending: of their names.
-
-    Raises:
-        InputError: two that differ.
-    """
-    first, *others = [name for name in stored.names() if name.endswith(ending)] or [""]
-    for name in others:
-        if not stored.same_data(first, name):
-            raise InputError(
-                f"tensor {name!r} differs from {first!r}", "the same in all layers and heads", "this is not supported"
-            )
-
-
 def expand_names(config: RetNetConfig, names: SplitTable) -> list[tuple[str, str, str]]:
     """A name table for this many layers and heads: stored name, canonical name, its template.
 

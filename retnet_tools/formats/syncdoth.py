@@ -101,7 +101,7 @@ def read(source: Source) -> Reading:
             differs from the embedding.
     """
     settings, stored = source.settings, source.stored
-    embed, heads = settings.size("decoder_embed_dim", 768), settings.size("decoder_retention_heads", 3)
+    embed, heads = settings.size("decoder_embed_dim", 768), _heads(settings)
     if embed % heads:
         raise settings.wrong("decoder_retention_heads", heads, f"a divisor of decoder_embed_dim = {embed}")
     log_decay = language_model_log_decay if settings.flag("use_lm_decay", False) else paper_log_decay
@@ -128,7 +128,7 @@ def resolve(settings: Settings, schedules: Schedules, *, tied: bool = False) -> 
     """The configuration, with syncdoth's defaults filled in and its flags settled as its code settles them."""
     revision = settings.has("value_factor")
     embed, layers = settings.size("decoder_embed_dim", 768), settings.size("decoder_layers", 12)
-    heads = settings.size("decoder_retention_heads", 3)
+    heads = _heads(settings)
     eps = settings.number("layernorm_eps", 1e-5 if revision else 1e-6)
     deepnorm, subln, pre = _norms(settings)
     clamp = settings.choice("score_clamp", CLAMPS, "abs_of_sum" if revision else "sum_of_abs")
@@ -156,7 +156,7 @@ def resolve(settings: Settings, schedules: Schedules, *, tied: bool = False) -> 
 
 
 def _heads(settings: Settings) -> int:
-    return settings.count("decoder_retention_heads", 2 if settings.has("value_factor") else 3)
+    return settings.size("decoder_retention_heads", 2 if settings.has("value_factor") else 3)
 
 
 def _is_tied(settings: Settings, stored: StoredTensors) -> bool:

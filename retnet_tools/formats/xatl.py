@@ -35,7 +35,6 @@ from retnet_tools.formats.schedules import (
 from retnet_tools.formats.settings import Keys, Only, Settings, words
 from retnet_tools.formats.spec import FormatSpec, Reading, Source, Transform
 from retnet_tools.formats.storage import StoredTensors
-from retnet_tools.formats.torchscale_buffers import buffer_notes, is_alike, read_buffer
 from retnet_tools.formats.transforms import head_part
 from retnet_tools.formats.xatl_names import ANGLES, DECAYS, EMBEDDING, HEAD, QKV, hugging_face_names, lit_names
 
