@@ -33,7 +33,7 @@ from retnet_tools.formats.torchscale import SYNCDOTH_KEYS
 from retnet_tools.formats.torchscale_buffers import Schedules, read_schedules
 from retnet_tools.formats.torchscale_releases import HEAD as TORCHSCALE_HEAD
 from retnet_tools.formats.torchscale_releases import OLD_NAMES
-from retnet_tools.formats.xatl import XATL_KEYS
+from retnet_tools.formats.xatl import XATL_KEYS, settled_norms
 
 PREFIX = "model."
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -130,7 +130,7 @@ def resolve(settings: Settings, schedules: Schedules, *, tied: bool = False) -> 
     embed, layers = settings.size("decoder_embed_dim", 768), settings.size("decoder_layers", 12)
     heads = _heads(settings)
     eps = settings.number("layernorm_eps", 1e-5 if revision else 1e-6)
-    deepnorm, subln, pre = _norms(settings)
+    deepnorm, subln, pre = settled_norms(settings)
     clamp = settings.choice("score_clamp", CLAMPS, "abs_of_sum" if revision else "sum_of_abs")
     return RetNetConfig(
         vocab_size=settings.size("vocab_size", 50257),
@@ -164,19 +164,6 @@ def _is_tied(settings: Settings, stored: StoredTensors) -> bool:
     tell."""
     default = settings.has("value_factor") and is_tied(stored, HEAD, EMBEDDING)
     return settings.flag("tie_word_embeddings", default)
-
-
-def _norms(settings: Settings) -> tuple[bool, bool, bool]:
-    """deepnorm, sub-norm, pre-norm. Its code turns two of them off by a third when a model is made, so that a stored
-    configuration never holds what it would turn off."""
-    deepnorm, subln = settings.flag("deepnorm", False), settings.flag("subln", not settings.flag("deepnorm", False))
-    before = settings.flag("decoder_normalize_before", not deepnorm)
-    for name, on in (("subln", subln), ("decoder_normalize_before", before)):
-        if deepnorm and on:
-            raise settings.wrong(name, True, "false, since deepnorm turns it off")
-    if subln and not before:
-        raise settings.wrong("decoder_normalize_before", False, "true, since subln turns it on")
-    return deepnorm, subln, before
 
 
 def _value_dim(settings: Settings, embed: int) -> int:

@@ -132,13 +132,12 @@ def resolve(settings: Settings, stored: StoredTensors) -> tuple[RetNetConfig, tu
     head_k_dim, layers = embed // heads, settings.size("decoder_layers", 12)
     eps, bias = settings.number("layernorm_eps", 1e-6), settings.flag("use_bias", False)
     norm: NormKind = "rms" if settings.flag("use_rms_norm", True) else "layer"
-    affine, deepnorm, stable = (
-        settings.flag(name, False) for name in ("groupnorm_affine", "deepnorm", "retnet_stability_update")
-    )
+    affine, stable = settings.flag("groupnorm_affine", False), settings.flag("retnet_stability_update", False)
     frequencies, decay, notes = _schedules(settings, stored, heads, head_k_dim)
     if ignored := [name for name in IGNORED_BY_KERNELS if settings.flag(name, False)]:
         notes = (*notes, KERNELS_NOTE.format(" and ".join(ignored)))
-    pre, subln = _norms(settings, deepnorm)
+    deepnorm, subln, pre = settled_norms(settings)
+    _check_residual(settings, pre)
     config = RetNetConfig(
         vocab_size=settings.size("vocab_size", 50257),
         hidden_size=embed,
@@ -166,8 +165,14 @@ def resolve(settings: Settings, stored: StoredTensors) -> tuple[RetNetConfig, tu
     return config, notes
 
 
-def _norms(settings: Settings, deepnorm: bool) -> tuple[bool, bool]:
-    """Pre-norm, and the norm inside the feed-forward network; its code turns some of them off when a model is made."""
+def settled_norms(settings: Settings) -> tuple[bool, bool, bool]:
+    """deepnorm, sub-norm, pre-norm. syncdoth's code turns two of them off by a third when a model is made, so that a
+    stored configuration never holds what it would turn off.
+
+    Raises:
+        InputError: one that does.
+    """
+    deepnorm = settings.flag("deepnorm", False)
     subln = settings.flag("subln", not deepnorm)
     before = settings.flag("decoder_normalize_before", not deepnorm)
     for name, on in (("subln", subln), ("decoder_normalize_before", before)):
@@ -175,12 +180,15 @@ def _norms(settings: Settings, deepnorm: bool) -> tuple[bool, bool]:
             raise settings.wrong(name, True, "false, since deepnorm turns it off")
     if subln and not before:
         raise settings.wrong("decoder_normalize_before", False, "true, since subln turns it on")
+    return deepnorm, subln, before
+
+
+def _check_residual(settings: Settings, pre: bool) -> None:
     parallel = settings.flag("parallel_residual", False)
     if settings.flag("shared_attention_norm", False) and not parallel:
         raise settings.wrong("shared_attention_norm", True, "parallel_residual with it", "this is not supported")
-    if parallel and not before:
+    if parallel and not pre:
         raise settings.wrong("parallel_residual", True, "decoder_normalize_before with it", "this is not supported")
-    return before, subln
 
 
 def _feed_forward(settings: Settings, sub_norm: BlockNorm | None) -> FeedForward:
