@@ -88,7 +88,15 @@ def test_several_state_dicts_are_named_and_one_can_be_chosen(tmp_path: Path) -> 
         CheckpointFiles(files.path, entry="teachr").tensors  # noqa: B018
 
 
-@pytest.mark.parametrize("key", ["model_ema", "ema", "modelEMA", "swa_model", "shadow_params", "averaged_model"])
+@pytest.mark.parametrize("name", ["adam", "adamw", "lion", "lamb", "muon", "adafactor", "adagrad", "rmsprop", "optim"])
+def test_an_optimizer_of_any_name_is_no_state_dict(name: str, tmp_path: Path) -> None:
+    assert_holds(save(tmp_path, {f"{name}_state": {"embed.weight": torch.ones(3, 4)}, "weights": STATE}), STATE)
+
+
+AVERAGES = ["model_ema", "ema", "modelEMA", "swa_model", "shadow_params", "averaged_model", "polyak", "avg", "averages"]
+
+
+@pytest.mark.parametrize("key", AVERAGES)
 def test_an_average_beside_the_weights_is_noted_and_can_be_chosen(tmp_path: Path, key: str) -> None:
     files = save(tmp_path, {key: OTHER, "model": STATE})
     assert_holds(files, STATE)
