@@ -116,8 +116,11 @@ def test_blocks_of_a_tensor_larger_than_one(tmp_path: Path, monkeypatch: pytest.
 
 def test_equal_tensors(tmp_path: Path) -> None:
     tree = {"a": torch.ones(4, 3), "b": torch.ones(4, 3), "c": torch.zeros(4, 3), "d": torch.ones(3, 4)}
+    tree |= {"half": (bits := torch.full((4, 3), 0x3C00, dtype=torch.int16)).view(torch.float16)}
+    tree |= {"brain": bits.clone().view(torch.bfloat16)}
     tensors = CheckpointFiles(save(tmp_path / "dcp", {"model": tree})).tensors
     assert [tensors.same_data("model.a", f"model.{name}") for name in "abcd"] == [True, True, False, False]
+    assert not tensors.same_data("model.half", "model.brain")
 
 
 @pytest.mark.slow
