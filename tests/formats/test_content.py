@@ -162,6 +162,12 @@ def test_one_named_configuration(tmp_path: Path) -> None:
         CheckpointFiles(tmp_path, config=tmp_path / "none.json").configs  # noqa: B018
 
 
+def test_a_configuration_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    write(tmp_path / "model.pt", "zip")
+    (tmp_path / "config.json").write_text('{"a": 1}', encoding="utf-8-sig")
+    assert CheckpointFiles(tmp_path).configs == {tmp_path / "config.json": {"a": 1}}
+
+
 def test_configurations_are_json_objects_of_any_name(tmp_path: Path) -> None:
     write(tmp_path / "model.pt", "zip")
     for name, content in {"z.json": {"z": 1}, "args.json": {"a": 1}, "list.json": [], "x.index.json": {}}.items():
