@@ -242,6 +242,8 @@ def test_boxes_that_fill_a_shape() -> None:
     assert fill_exactly([((0, 0), (3, 2)), ((3, 0), (5, 2)), ((0, 2), (5, 4)), ((5, 2), (3, 4))], (8, 6))
     assert not fill_exactly(columns[:-1], (8, 6))
     assert not fill_exactly([*columns[:-1], columns[0]], (8, 6))
+    assert fill_exactly([((0, 0), (8, 6))], (8, 6))
+    assert not fill_exactly([((2, 0), (8, 6))], (8, 6))
     assert fill_exactly([((), ())], ())
     assert not fill_exactly([((), ()), ((), ())], ())
     assert fill_exactly([], (0, 6))
