@@ -125,8 +125,16 @@ def test_a_tensor_that_ends_behind_its_storage_is_refused(tmp_path: Path, zipped
 
 
 class SomeStorage:
-    def __init__(self, count: int) -> None:
-        self.id = ("storage", torch.FloatStorage, "0", "cpu", count, None)
+    def __init__(self, count: int, view: tuple[str, int, int] | None = None) -> None:
+        self.id = ("storage", torch.FloatStorage, "0", "cpu", count, view)
+
+
+class SomeTensor:
+    def __init__(self, storage: SomeStorage, count: int) -> None:
+        self.arguments = (storage, 0, (count,), (1,), False, OrderedDict())
+
+    def __reduce__(self) -> Any:
+        return torch._utils._rebuild_tensor_v2, self.arguments
 
 
 class StoragePickler(pickle.Pickler):
@@ -149,6 +157,26 @@ def test_a_legacy_storage_of_two_sizes_is_refused(tmp_path: Path) -> None:
         read_torch(write(4, 8))
     with pytest.raises(InputError, match="its storages do not match its tensors"):
         read_torch(write(4, key="1"))
+
+
+def test_a_legacy_storage_that_is_part_of_another_begins_where_it_says(tmp_path: Path) -> None:
+    """Storages of torch before 0.4: (key, first element, elements) of a view."""
+
+    def write(view: tuple[str, int, int], count: int) -> Path:
+        with (tmp_path / "x").open("wb") as file:
+            for part in (LEGACY_MAGIC, LEGACY_PROTOCOL, {"little_endian": True}):
+                pickle.dump(part, file, protocol=2)
+            StoragePickler(file, protocol=2).dump({"a": SomeTensor(SomeStorage(6, view), count)})
+            pickle.dump(["0"], file, protocol=2)
+            file.write((6).to_bytes(8, "little") + np.arange(6, dtype=np.float32).tobytes())
+        return tmp_path / "x"
+
+    content = read_torch(write(("v", 2, 3), 3))
+    assert content.locate("a", content.tree["a"]).read().tolist() == [2, 3, 4]
+    with pytest.raises(InputError, match="in a storage of 3"):
+        (content := read_torch(write(("v", 2, 3), 4))).locate("a", content.tree["a"])
+    with pytest.raises(InputError, match="no part of its own"):
+        read_torch(write(("v", 4, 3), 3))
 
 
 def rezip(file: Path, change: Callable[[str, bytes], bytes | None], compression: int = zipfile.ZIP_STORED) -> None:
