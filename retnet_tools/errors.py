@@ -1,7 +1,7 @@
 """The errors a user can meet: each is one line, and each has its exit code.
 
 Exit codes: 0 done, 1 failure, 2 usage, 3 verification over its budget, 4 provider not available,
-5 unsafe or corrupt input.
+5 input that is missing, unsupported, unsafe or corrupt.
 """
 
 from __future__ import annotations

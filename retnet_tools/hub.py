@@ -15,7 +15,7 @@ from pathlib import Path
 from retnet_tools.errors import InputError, UsageError
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
-INSTALL = "pip install 'retnet-tools[hub]'"
+INSTALL = "pip install huggingface_hub"
 FILE_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".tar", ".distcp", ".h5", ".msgpack", ".gguf", ".npz"),
     *(".onnx", ".data", ".json", ".txt"),

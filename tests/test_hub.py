@@ -267,7 +267,7 @@ def test_without_the_library_it_says_what_to_install(nearby: Path, hub: Hub, mon
     with pytest.raises(InputError) as caught:
         local_checkpoint(NAME)
     assert "no huggingface_hub" in str(caught.value)
-    assert "pip install 'retnet-tools[hub]'" in str(caught.value)
+    assert "pip install huggingface_hub" in str(caught.value)
     assert f"https://mirror.example/{NAME}" in str(caught.value)
     assert local_checkpoint("./a") == Path("./a")
     assert hub.requests == []

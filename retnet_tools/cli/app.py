@@ -32,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done, 1 failure, 2 usage, 3 verification over its budget, 4 provider not available, "
-    "5 unsafe or corrupt input.",
+    "5 input that is missing, unsupported, unsafe or corrupt.",
 )
 
 COMMANDS = (

@@ -102,7 +102,8 @@ def open_checkpoint(
 def _with_clamp(reading: Reading, clamp: ScoreClamp) -> RetNetConfig:
     scores = reading.config.score_normalization
     if not reading.assumed_clamp and clamp != scores.clamp:
-        raise UsageError(f"--clamp {clamp}", f"{scores.clamp}, which {reading.version} uses", "leave --clamp out")
+        named, used = (name.replace("_", "-") for name in (clamp, scores.clamp))
+        raise UsageError(f"--clamp {named}", f"{used}, which {reading.version} uses", "leave --clamp out")
     return dataclasses.replace(reading.config, score_normalization=dataclasses.replace(scores, clamp=clamp))
 
 

@@ -70,10 +70,10 @@ class Kind(Enum):
     DCP = "dcp"
 
 
-def short_name(path: Path) -> str:
+def short_name(path: Path, limit: int = 48) -> str:
     """A file's name, short enough for an error of one line."""
-    name = path.name or path.absolute().name
-    return name if len(name) <= 48 else f"{name[:45]}..."
+    name = path.name or path.absolute().name or str(path)
+    return name if len(name) <= limit else f"{name[: limit - 3]}..."
 
 
 def quantized_error(path: Path, method: str, name: str = "") -> InputError:
@@ -121,6 +121,13 @@ def candidates(folder: Path) -> list[Path]:
     files = [path for path in files if not BESIDE_WEIGHTS.fullmatch(path.name)]
     # What is called weights and holds none is opened, and refused by what it is, where there is nothing better.
     return list(filter(_is_container, files)) or [path for path in files if path.suffix in WEIGHT_SUFFIXES]
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder holds a container of tensors by its content, or a file that stands for some."""
+    return any(
+        path.name == DCP_FILE or path.name.endswith(INDEX_SUFFIX) or _is_container(path) for path in candidates(folder)
+    )
 
 
 def _is_container(path: Path) -> bool:

@@ -19,7 +19,7 @@ from retnet_tools.formats.boxes import fill_exactly
 from retnet_tools.formats.content import quantized_error, short_name
 from retnet_tools.formats.pickles import unpickle
 from retnet_tools.formats.stand_ins import Global, Shell, Storage, TensorView, is_tensor
-from retnet_tools.formats.state_dicts import MAX_DEPTH, Choice, choose, is_beside_weights
+from retnet_tools.formats.state_dicts import MAX_DEPTH, Choice, averages_apart, choose, is_beside_weights
 from retnet_tools.formats.storage import BLOCK_BYTES, StoredTensors, TensorLocation, contiguous_strides
 from retnet_tools.formats.torch_files import DTYPES, read_torch
 from retnet_tools.weights import Array, FileRegion, TensorInfo
@@ -125,7 +125,8 @@ def open_dcp(metadata_file: Path, entry: str | None = None) -> tuple[ChunkedTens
         if not is_beside_weights(f"{group}.{name.split('.')[0]}") and isinstance(shape, tuple):
             groups.setdefault(group, {})[name] = TensorView(_NO_STORAGE, "", 0, shape, shape)
     matrices = {g: names for g, names in groups.items() if any(len(t.shape) > 1 for t in names.values())}
-    choice = choose(matrices or groups, f"{metadata_file.parent.name}/{metadata_file.name}", entry)
+    apart = {part: names for g, of_g in (matrices or groups).items() for part, names in averages_apart(g, of_g).items()}
+    choice = choose(apart, f"{metadata_file.parent.name}/{metadata_file.name}", entry)
     places = _places(metadata_file, metadata.get("storage_data"), choice.tensors.keys())
     tensors = {name: _tensor(metadata_file, name, described[name], places) for name in choice.tensors}
     return ChunkedTensors(metadata_file, tensors), choice

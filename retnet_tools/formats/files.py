@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from retnet_tools.errors import InputError, UsageError
 from retnet_tools.formats.content import INDEX_SUFFIX, Kind, candidates, kind_of, short_name
 from retnet_tools.formats.dcp import open_dcp
 from retnet_tools.formats.safetensors_files import open_safetensors, open_shards
-from retnet_tools.formats.state_dicts import Choice, choose_state_dict
+from retnet_tools.formats.state_dicts import Choice, averages_apart, choose, choose_state_dict
 from retnet_tools.formats.storage import StoredTensors, load_json
 from retnet_tools.formats.torch_files import read_torch
 
@@ -69,9 +68,11 @@ class CheckpointFiles:
             return self.path
         found = candidates(self.path)
         if len(found) > 1:
-            names = ", ".join(p.name for p in found)
+            names = ", ".join(map(short_name, found[:3])) + (", ..." if len(found) > 3 else "")
             raise InputError(
-                f"{self.path} holds several files of weights: {names}", "one", "name the file that you mean"
+                f"{short_name(self.path)} holds several files of weights: {names}",
+                "one",
+                "name the file that you mean",
             )
         return found[0] if found else None
 
@@ -113,7 +114,8 @@ class CheckpointFiles:
     def embedded(self) -> dict[str, dict[str, Any]]:
         """What a torch file holds beside its weights, plain values only; nothing where a configuration was named.
 
-        Every mapping and object by its dotted path, such as "cfg.model"; "" is the top of the file.
+        Every mapping and object by its dotted path, such as "cfg.model"; "" is the top of the file. Empty where the
+        configuration is named, which takes its place.
         """
         choice = self._opened[1]
         return {} if choice is None or self._config is not None else choice.embedded
@@ -128,18 +130,20 @@ class CheckpointFiles:
     def _opened(self) -> tuple[StoredTensors, Choice | None]:
         file = self.weights_file
         if file is None:
-            raise InputError(f"no weights in {self.folder}", "safetensors or a file of torch.save", "name its folder")
+            raise InputError(
+                f"no weights in {short_name(self.folder)}", "safetensors or a file of torch.save", "check the path"
+            )
         kind = kind_of(file)
-        if self._entry is not None and kind in (Kind.SAFETENSORS, Kind.INDEX):
+        if kind is Kind.DCP:
+            return open_dcp(file, self._entry)
+        if kind is Kind.TORCH:
+            return _open_torch(file, self._entry)
+        stored = open_safetensors(file) if kind is Kind.SAFETENSORS else open_shards(file, _open_shard)
+        parts = averages_apart("", stored.locations)
+        if self._entry is not None and len(parts) == 1:
             raise UsageError(f"entry {self._entry!r} of {short_name(file)}", "no entry", "it holds one state dict")
-        if kind is Kind.INDEX:
-            return open_shards(file, lambda shard: _open_file(shard, None)[0]), None
-        return open_dcp(file, self._entry) if kind is Kind.DCP else _open_file(file, self._entry)
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """What a torch file holds beside its state dict, at its top."""
-        return self.embedded.get("", {})
+        choice = choose(parts, short_name(file), self._entry)
+        return StoredTensors(choice.tensors, stored.metadata, stored.aliases), choice
 
     @property
     def weight_files(self) -> list[Path]:
@@ -158,10 +162,12 @@ class CheckpointFiles:
         return sorted({p for pattern in CARD_PATTERNS for p in self.folder.glob(pattern) if p.is_file()})
 
 
-def _open_file(file: Path, entry: str | None) -> tuple[StoredTensors, Choice | None]:
-    """The tensors of one file that is no index, and how they were chosen."""
-    if kind_of(file) is Kind.SAFETENSORS:
-        return open_safetensors(file), None
+def _open_shard(file: Path) -> StoredTensors:
+    return open_safetensors(file) if kind_of(file) is Kind.SAFETENSORS else _open_torch(file, None)[0]
+
+
+def _open_torch(file: Path, entry: str | None) -> tuple[StoredTensors, Choice]:
+    """The tensors of a torch file, and how they were chosen."""
     content = read_torch(file)
     choice = choose_state_dict(content.tree, short_name(file), entry)
     return StoredTensors({name: content.locate(name, tensor) for name, tensor in choice.tensors.items()}), choice

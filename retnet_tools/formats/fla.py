@@ -9,19 +9,19 @@ the former. Those of 2024 had other keys (`rms_norm_eps`, `num_attention_heads`)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from retnet_tools.config import Activation, BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
 from retnet_tools.formats import fla_writing
-from retnet_tools.formats.inert import HUGGING_FACE
+from retnet_tools.formats.inert import HUGGING_FACE, TRAINING
 from retnet_tools.formats.mapping import check_tie
 from retnet_tools.formats.schedules import floats, paper_log_decay, rope_frequencies
 from retnet_tools.formats.settings import Keys, Only, Settings, words
 from retnet_tools.formats.spec import FormatSpec, NameTable, Reading, Source, Transform, Writing
 from retnet_tools.formats.storage import StoredTensors
 from retnet_tools.formats.transforms import halves_to_pairs, row_range
+from retnet_tools.formats.xatl import XATL_KEYS
 
 ORIGIN = "flash-linear-attention"
 EMBEDDING, HEAD = "model.embeddings.weight", "lm_head.weight"
@@ -76,10 +76,11 @@ KEYS = Keys(
         "model_type": Only(("retnet",), "retnet"),
     },
     inert=HUGGING_FACE
+    | TRAINING
     | words(
         """
         attn_mode conv_size fuse_cross_entropy fuse_linear_cross_entropy fuse_swiglu rescale_prenorm_residual
-        prenorm_residual_strategy use_gk use_gv use_l2warp
+        prenorm_residual_strategy share_conv_kernel use_gk use_gv use_l2warp
         """
     ),
     aliases={
@@ -93,7 +94,8 @@ KEYS = Keys(
 def is_settings(document: Mapping[str, Any]) -> bool:
     """A configuration of model_type retnet that calls its size `hidden_size`, and its heads as no relative does."""
     heads = bool({"num_heads", "num_attention_heads"} & document.keys())
-    return document.get("model_type") == "retnet" and "hidden_size" in document and heads and "qk_dim" not in document
+    named = document.get("model_type", "retnet") == "retnet"  # an object that is pickled leaves it out
+    return named and "hidden_size" in document and heads and not {"qk_dim", *XATL_KEYS} & document.keys()
 
 
 def read(source: Source) -> Reading:
@@ -153,7 +155,7 @@ def write(config: RetNetConfig, assumed_clamp: bool) -> Writing:
 
 def resolve(settings: Settings) -> RetNetConfig:
     """The configuration, with flash-linear-attention's defaults filled in."""
-    hidden, heads = settings.count("hidden_size", 2048), settings.count("num_heads", 8)
+    hidden, heads = settings.size("hidden_size", 2048), settings.size("num_heads", 8)
     key_dim = _expanded(settings, "expand_k", 1.0, hidden, heads)
     value_dim = _expanded(settings, "expand_v", 2.0, hidden, heads)
     kv_heads = settings.count("num_kv_heads", heads)
@@ -164,9 +166,9 @@ def resolve(settings: Settings) -> RetNetConfig:
     affine = "elementwise_affine" not in settings.values or settings.flag("elementwise_affine", False)
     gate = settings.choice("hidden_act", ACTIVATIONS, "swish") if settings.flag("use_output_gate", True) else None
     return RetNetConfig(
-        vocab_size=settings.count("vocab_size", 32000),
+        vocab_size=settings.size("vocab_size", 32000),
         hidden_size=hidden,
-        num_layers=settings.count("num_hidden_layers", 24),
+        num_layers=settings.size("num_hidden_layers", 24),
         num_heads=heads,
         key_dim=key_dim,
         value_dim=value_dim,
@@ -184,9 +186,8 @@ def resolve(settings: Settings) -> RetNetConfig:
 
 
 def _expanded(settings: Settings, name: str, default: float, hidden: int, heads: int) -> int:
-    exact = hidden * settings.number(name, default)
-    size = round(exact)
-    if not math.isclose(exact, size) or not size or size % heads:
+    size = int(hidden * settings.number(name, default))
+    if not size or size % heads:
         raise settings.wrong(
             name,
             settings.raw(name),
@@ -196,8 +197,12 @@ def _expanded(settings: Settings, name: str, default: float, hidden: int, heads:
 
 
 def _ffn_dim(settings: Settings, hidden: int) -> int:
-    """`intermediate_size`, or 2/3 of hidden_ratio times the hidden size, up to a multiple of 256."""
-    ratio = settings.number("hidden_ratio", 4 if "hidden_ratio" in settings.values else 2)
+    """`intermediate_size`, or 2/3 of hidden_ratio times the hidden size, up to a multiple of 256.
+
+    A ratio of null is 4, as it was before there was one; then heads had another name.
+    """
+    null = "hidden_ratio" in settings.values or settings.given.get("num_heads") == "num_attention_heads"
+    ratio = settings.number("hidden_ratio", 4 if null else 2)
     derived = int(hidden * ratio * 2 / 3)
     return settings.count("intermediate_size", -(-derived // FFN_MULTIPLE) * FFN_MULTIPLE)
 
@@ -211,5 +216,7 @@ FLA = FormatSpec(
     marks=("model.layers.0.attn.q_proj.weight", "model.norm.weight"),
     names=(*name_table(fused=True), *name_table(fused=False), OLD_EMBEDDING),
     read=read,
+    base="model.",
+    outer_head={HEAD: HEAD},
     write=write,
 )

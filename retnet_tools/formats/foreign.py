@@ -6,20 +6,24 @@ its configuration or the names of its tensors.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from retnet_tools.errors import InputError
 from retnet_tools.formats.content import (
+    BESIDE_WEIGHTS,
     DCP_FILE,
     STANDARD_WEIGHTS,
     foreign_content,
+    holds_weights,
     kind_of,
     quantized_error,
     short_name,
 )
 from retnet_tools.formats.files import CheckpointFiles
+from retnet_tools.formats.settings import words
 
 # Files that tell what a folder is, most telling first.
 FOLDERS = (
@@ -44,25 +48,11 @@ QUANTIZED_ENDS = (
     (("._packed_params", "._packed_params._packed_params"), "torch"),
 )
 RETNET_MARKS = ("retention", "retnet", "reten.", ".msr.", "xpos", "g_proj")
-OTHER_ARCHITECTURES = frozenset(
-    (
-        *(
-            "llama",
-            "mistral",
-            "mixtral",
-            "qwen2",
-            "qwen3",
-            "gemma",
-            "gemma2",
-            "gemma3_text",
-            "phi",
-            "phi3",
-            "gpt2",
-            "bert",
-        ),
-        *("gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "falcon", "t5", "roberta", "distilbert", "mamba"),
-        *("rwkv", "rwkv5", "rwkv6", "rwkv7", "gla", "hgrn", "hgrn2", "delta_net", "mamba2", "bart", "bert"),
-    )
+OTHER_ARCHITECTURES = words(
+    """
+    bart bert bloom delta_net distilbert falcon gemma gemma2 gemma3_text gla gpt2 gpt_neo gpt_neox gptj hgrn hgrn2 llama
+    mamba mamba2 mistral mixtral opt phi phi3 qwen2 qwen3 roberta rwkv rwkv5 rwkv6 rwkv7 t5
+    """
 )
 
 
@@ -76,6 +66,13 @@ def refuse_foreign(files: CheckpointFiles) -> None:
     if files.path.is_dir():
         for name, what, action in FOLDERS:
             if (files.path / name).is_file():
+                weights = files.weights_file
+                if name.startswith("adapter_") and weights is not None and not weights.name.startswith("adapter_"):
+                    raise InputError(
+                        f"{short_name(files.path)} holds a model and an adapter (PEFT)",
+                        "one of them",
+                        f"name {short_name(weights)} for the model alone, or merge the adapter first",
+                    )
                 raise InputError(f"{short_name(files.path)} is {what}", "a checkpoint", action)
     if files.weights_file is None:
         _refuse_folder(files.path)
@@ -102,15 +99,28 @@ def _refuse_folder(folder: Path) -> None:
     inside = sorted(folder.iterdir())
     if not inside:
         raise InputError(f"{short_name(folder)} is an empty folder", "a checkpoint", "check the path")
+    if parts := _checkpoints_in(folder):
+        last = max(parts, key=lambda path: [int(part) for part in re.findall(r"\d+", path.name)])
+        where = last.relative_to(folder).parent / short_name(last)
+        raise InputError(f"{short_name(folder)} holds checkpoints in folders", "one of them", f"name {where} in it")
     for path in inside:
+        if BESIDE_WEIGHTS.fullmatch(path.name):
+            raise InputError(
+                f"{short_name(folder)} holds a trainer's state ({short_name(path)})", "weights", "save the model too"
+            )
         if path.is_file() and (found := foreign_content(path)) is not None:
             what, action = found
             raise InputError(f"{short_name(folder)} holds {what} ({short_name(path)})", "torch or safetensors", action)
-    parts = [path for path in inside if any((path / name).is_file() for name in (DCP_FILE, *STANDARD_WEIGHTS))]
-    if parts:
-        raise InputError(
-            f"{short_name(folder)} holds checkpoints in folders", "one of them", f"name {short_name(parts[-1])} in it"
-        )
+
+
+def _checkpoints_in(folder: Path) -> list[Path]:
+    """The folders in a folder that hold weights; those further down, as in runs of flame and caches of the hub, where
+    they are called as usual."""
+    if parts := [path for path in sorted(folder.iterdir()) if path.is_dir() and holds_weights(path)]:
+        return parts
+    patterns = [f"{depth}/{name}" for depth in ("*/*", "*/*/*") for name in (DCP_FILE, *STANDARD_WEIGHTS)]
+    marks = [mark for pattern in patterns for mark in folder.glob(pattern)]
+    return sorted({mark.parent for mark in marks if mark.is_file()})
 
 
 def _refuse_document(folder: Path, document: dict[str, Any]) -> None:

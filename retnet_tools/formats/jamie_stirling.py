@@ -17,7 +17,8 @@ import numpy as np
 
 from retnet_tools.config import BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
 from retnet_tools.errors import InputError
-from retnet_tools.formats.mapping import check_one_for_all
+from retnet_tools.formats.buffers import name_of_all
+from retnet_tools.formats.inert import TRAINING
 from retnet_tools.formats.schedules import floats, language_model_gammas
 from retnet_tools.formats.settings import Keys, Settings, words
 from retnet_tools.formats.spec import FormatSpec, NameTable, Reading, Source
@@ -28,7 +29,7 @@ from retnet_tools.formats.xpos import xpos_key_decay
 ORIGIN = "Jamie-Stirling"
 MARK = "retentions.0.retentions.0.W_Q"
 GATE, FFN = "retentions.0.W_G", "ffns.0.0.weight"
-SCALE = "retentions.0.retentions.0.xpos.scale"
+SCALE = "retentions.{i}.retentions.{h}.xpos.scale"
 EPS = 1e-5
 NAMES: NameTable = {
     "layer_norms_1.{i}.weight": "layers.{i}.retention_norm.weight",
@@ -46,10 +47,10 @@ NAMES: NameTable = {
     "ffns.{i}.0.bias": "layers.{i}.ffn.up_proj.bias",
     "ffns.{i}.2.weight": "layers.{i}.ffn.down_proj.weight",
     "ffns.{i}.2.bias": "layers.{i}.ffn.down_proj.bias",
-    "retentions.{i}.retentions.{h}.xpos.scale": None,
+    SCALE: None,
 }
 
-KEYS = Keys(read=words("double_v_dim ffn_size heads hidden_dim layers"))
+KEYS = Keys(read=words("double_v_dim ffn_size heads hidden_dim layers"), inert=TRAINING)
 
 
 def is_settings(document: Mapping[str, Any]) -> bool:
@@ -65,8 +66,7 @@ def read(source: Source) -> Reading:
     """
     settings, stored = source.settings, source.stored
     refuse_unsupported(stored)
-    check_one_for_all(stored, ".xpos.scale")
-    key_decay, notes = xpos_key_decay(stored, SCALE, stored.locations[MARK].shape[1])
+    key_decay, notes = xpos_key_decay(stored, name_of_all(stored, SCALE), stored.locations[MARK].shape[1])
     config = resolve(settings, stored, key_decay)
     heads = joined_heads(config.num_heads)
     transforms = {

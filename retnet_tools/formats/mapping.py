@@ -58,7 +58,7 @@ class MappedWeights:
             for name in names:
                 if name not in stored.locations:
                     raise InputError(
-                        f"no tensor {prefix + name!r}", f"it, for {canonical!r}", "the checkpoint is incomplete"
+                        f"no tensor {prefix + name!r}", f"it, for {canonical!r}", "file or configuration is incomplete"
                     )
                 _check_tensor(prefix + name, stored.info(name), transform.stored_shape(shape), canonical)
             self._entries[canonical] = _Entry(names, transform)
@@ -134,23 +134,6 @@ def stored_name(stored: StoredTensors, names: Sequence[str]) -> str | None:
     for other in found[1:]:
         check_tie(stored, other, found[0])
     return found[0] if found else None
-
-
-def check_one_for_all(stored: StoredTensors, ending: str) -> None:
-    """Buffers that a format stores once a layer or head must be equal.
-
-    Args:
-        ending: of their names.
-
-    Raises:
-        InputError: two that differ.
-    """
-    first, *others = [name for name in stored.names() if name.endswith(ending)] or [""]
-    for name in others:
-        if not stored.same_data(first, name):
-            raise InputError(
-                f"tensor {name!r} differs from {first!r}", "the same in all layers and heads", "this is not supported"
-            )
 
 
 def expand_names(config: RetNetConfig, names: SplitTable) -> list[tuple[str, str, str]]:

@@ -47,7 +47,7 @@ class PlannedFiles(CheckpointFiles):
         self.weights_file = _NOWHERE / weights_file
         self.configs = {_NOWHERE / name: dict(document) for name, document in documents.items()}
         self.tensors = PlannedTensors(tensors)
-        self._opened = self.tensors, None
+        self._opened, self._config = (self.tensors, None), None
         self.tokenizer_files = []
 
 

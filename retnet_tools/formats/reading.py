@@ -1,7 +1,6 @@
 """Finds out which format a checkpoint is, from its tensors and its configuration together, and reads it as that.
 
-Wrappers put prefixes before every name (`module.`, `_orig_mod.`, `model.`, `net.`, and chains of these): whatever makes
-a format's marks fit is the prefix, and comes off before the format sees a name.
+What wrappers put around the names comes off before the format sees one (see `wrappers`).
 """
 
 from __future__ import annotations
@@ -13,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from retnet_tools.errors import InputError
-from retnet_tools.formats.files import CheckpointFiles
+from retnet_tools.formats.content import short_name
+from retnet_tools.formats.files import CONFIG_NAMES, CheckpointFiles
 from retnet_tools.formats.foreign import refuse_foreign
 from retnet_tools.formats.settings import Settings
 from retnet_tools.formats.spec import FormatSpec, Reading, Source
 from retnet_tools.formats.storage import StoredTensors
-from retnet_tools.weights import Array, FileRegion
-
-INERT_TENSORS = frozenset({"n_averaged"})
-"""Counters of torch's averaged models, beside the weights."""
+from retnet_tools.formats.wrappers import base_prefixes, prefixes, unwrapped, without_words
 
 
 @dataclass(frozen=True)
@@ -49,10 +46,14 @@ def find_format(files: CheckpointFiles, formats: Sequence[FormatSpec]) -> Format
         InputError: none, with the nearest and the first thing that differs from it; or several.
     """
     refuse_foreign(files)
-    documents, names = list(_documents(files)), files.tensors.locations
-    found = [spec for spec in formats if _fits(spec, documents) and _prefixes(names, spec.marks)]
+    documents, names = list(_documents(files)), without_words(files.tensors).locations
+    told = [spec for spec in formats if _fits(spec, documents)]
+    found = [spec for spec in told if prefixes(names, spec.marks)] or [s for s in told if base_prefixes(names, s)]
     if len(found) > 1:
         found = [spec for spec in found if _named(spec, _kinds(names)) == 1.0] or found
+    if len(found) > 1:
+        lengths = [min(map(len, prefixes(names, spec.marks)), default=0) for spec in found]
+        found = [spec for spec, length in zip(found, lengths, strict=True) if length == min(lengths)]
     if len(found) == 1:
         return found[0]
     if found:
@@ -60,7 +61,7 @@ def find_format(files: CheckpointFiles, formats: Sequence[FormatSpec]) -> Format
         raise InputError(
             f"{files.path.name} could be {' or '.join(words)}", "one format", f"choose with --from {words[0]}"
         )
-    raise _not_found(files, documents, formats)
+    raise _not_found(files.path, names, documents, formats)
 
 
 def read_as(spec: FormatSpec, files: CheckpointFiles, ignore_keys: Collection[str] = ()) -> OpenedSource:
@@ -72,38 +73,12 @@ def read_as(spec: FormatSpec, files: CheckpointFiles, ignore_keys: Collection[st
     Raises:
         InputError: no configuration where the format needs one, and whatever the format refuses.
     """
-    prefix = _choose_prefix(files.tensors, spec)
-    stored = Unwrapped(files.tensors, prefix)
+    stored, prefix = unwrapped(without_words(files.tensors), spec)
     path, name, document = _choose_document(spec, files)
     settings = Settings.declared(spec.layout, document, spec.keys, ignore_keys)
     reading = spec.read(Source(stored, settings, name))
-    reading = replace(reading, notes=(*reading.notes, *settings.without_effect()))
+    reading = replace(reading, notes=(*reading.notes, *settings.notes()))
     return OpenedSource(reading, stored, prefix, document, path)
-
-
-class Unwrapped(StoredTensors):
-    """The tensors whose names start with a prefix, without it, and without counters."""
-
-    def __init__(self, stored: StoredTensors, prefix: str) -> None:
-        found = {n.removeprefix(prefix): place for n, place in stored.locations.items() if n.startswith(prefix)}
-        super().__init__({name: place for name, place in found.items() if name not in INERT_TENSORS}, stored.metadata)
-        self._stored, self._prefix = stored, prefix
-
-    def read(self, name: str) -> Array:
-        """The tensor's data, contiguous and owned by the caller."""
-        return self._stored.read(self._prefix + name)
-
-    def blocks(self, name: str) -> Iterator[Array]:
-        """The tensor in pieces of whole rows of about 16 MB."""
-        return self._stored.blocks(self._prefix + name)
-
-    def region(self, name: str) -> FileRegion | None:
-        """Where a contiguous tensor's bytes lie."""
-        return self._stored.region(self._prefix + name)
-
-    def same_data(self, first: str, second: str) -> bool:
-        """Whether two tensors share their storage or are equal byte for byte."""
-        return self._stored.same_data(self._prefix + first, self._prefix + second)
 
 
 def _documents(files: CheckpointFiles) -> Iterator[tuple[Path | None, str, dict[str, Any]]]:
@@ -118,14 +93,6 @@ def _fits(spec: FormatSpec, documents: Iterable[tuple[Path | None, str, dict[str
     return not spec.needs_settings or any(spec.is_settings(document) for _, _, document in documents)
 
 
-def _prefixes(names: Iterable[str], marks: Sequence[str]) -> list[str]:
-    """Every prefix with which all marks are among the names, the shortest first."""
-    known = set(names)
-    ends = [name.removesuffix(marks[0]) for name in known if name.endswith(marks[0])]
-    found = [p for p in ends if (not p or p.endswith(".")) and all(p + mark in known for mark in marks)]
-    return sorted(found, key=lambda prefix: (len(prefix), prefix))
-
-
 def _kinds(names: Iterable[str]) -> set[str]:
     """Names without their numbers, which layers and heads share."""
     return {re.sub(r"\d+", "{}", name) for name in names}
@@ -137,18 +104,9 @@ def _named(spec: FormatSpec, kinds: Collection[str]) -> float:
     return sum(any(k == t or k.endswith("." + t) for t in templates) for k in kinds) / max(1, len(kinds))
 
 
-def _choose_prefix(stored: StoredTensors, spec: FormatSpec) -> str:
-    prefixes = _prefixes(stored.names(), spec.marks)
-    if len(prefixes) > 1:
-        raise InputError(f"weights under {' and '.join(map(repr, prefixes))}", f"one {spec.layout}", "save one of them")
-    prefix = prefixes[0] if prefixes else ""  # without any the format says what it misses
-    for name in stored.names():
-        if not name.startswith(prefix) and name not in INERT_TENSORS:
-            raise InputError(f"unknown tensor {name!r}", f"names that start with {prefix!r}", "remove it")
-    return prefix
-
-
 def _choose_document(spec: FormatSpec, files: CheckpointFiles) -> tuple[Path | None, str, dict[str, Any]]:
+    """A format's configuration: its file, what to call it, and itself, of a record in the file of weights and a file
+    beside it together."""
     documents = list(_documents(files))
     found = [entry for entry in documents if spec.is_settings(entry[2])]
     if not found and len(files.configs) == 1 and not files.embedded and spec.needs_settings:
@@ -161,25 +119,33 @@ def _choose_document(spec: FormatSpec, files: CheckpointFiles) -> tuple[Path | N
                 "put it beside the weights, or name it with --config",
             )
         return None, "", {}
+    if any(name in CONFIG_NAMES for _, name, _ in found):
+        found = [entry for entry in found if entry[0] is None or entry[1] in CONFIG_NAMES]
     path, name, document = found[0]
     for other_path, other_name, other in found[1:]:
         # A trainer's own record may leave out what a file beside it says.
-        beside = (found[0][0] is None) != (other_path is None)
-        for key in sorted(spec.keys.read & (document.keys() & other.keys() if beside else spec.keys.read)):
-            if document.get(key) != other.get(key):
+        partial = (path is None) != (other_path is None)
+        for key in sorted(spec.keys.read):
+            values = document.get(key), other.get(key)
+            if values[0] != values[1] and not (partial and None in values):
                 raise InputError(
                     f"{name} and {other_name} of {files.path.name} differ in {key}", "one", "name it with --config"
                 )
-        if beside:
-            path, document = path or other_path, {**other, **document}
+    for other_path, _, other in found[1:]:
+        if path is None and other_path is not None:
+            path = other_path
+            document = {**other, **{k: v for k, v in document.items() if v is not None or k not in other}}
     return path, name, document
 
 
 def _not_found(
-    files: CheckpointFiles, documents: Sequence[tuple[Path | None, str, dict[str, Any]]], formats: Sequence[FormatSpec]
+    path: Path,
+    names: Collection[str],
+    documents: Sequence[tuple[Path | None, str, dict[str, Any]]],
+    formats: Sequence[FormatSpec],
 ) -> InputError:
     """The error that names the nearest format, and what differs from it first."""
-    kinds = _kinds(files.tensors.locations)
+    kinds = _kinds(names)
 
     def nearness(spec: FormatSpec) -> tuple[float, float]:
         named = _named(spec, kinds)
@@ -187,11 +153,20 @@ def _not_found(
         return named + keyed * any(spec.is_settings(doc) for _, _, doc in documents), keyed
 
     nearest = max(formats, key=nearness)
-    name = files.path.name or str(files.path)
+    name = short_name(path, 24)
     if nearness(nearest) == (0.0, 0.0):
         return InputError(f"no RetNet of a known layout in {name}", "one of docs/formats.md", "check the path")
+    mixed = [
+        spec.layout
+        for spec in (max(formats, key=lambda s: _named(s, kinds)), nearest)
+        if prefixes(names, spec.marks) or any(spec.is_settings(doc) for _, _, doc in documents)
+    ]
+    if len(set(mixed)) == 2:
+        return InputError(
+            f"{name} has tensors of {mixed[0]}, a configuration of {mixed[1]}", "one layout", "see --config"
+        )
     near = f"{name} is no known layout; the nearest is {nearest.layout}"
-    missing = next((mark for mark in nearest.marks if not _prefixes(files.tensors.locations, (mark,))), None)
+    missing = next((mark for mark in nearest.marks if not prefixes(names, (mark,))), None)
     if missing is not None:
         return InputError(near, f"the tensor {missing!r}", "see docs/formats.md")
-    return InputError(near, f"a configuration with {nearest.settings_words}", "name it with --config FILE")
+    return InputError(near, f"a configuration with {nearest.settings_words}", "name it: --config FILE")

@@ -12,11 +12,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from retnet_tools.errors import InputError, did_you_mean
+from retnet_tools.errors import InputError, UsageError, did_you_mean
 
 Choice = TypeVar("Choice")
 
 MAX_COUNT = 1 << 24
+MAX_SHOWN = 60
 MAX_NUMBER = sys.float_info.max
 
 
@@ -78,6 +79,7 @@ class Settings:
     keys: Keys | None = None
     given: Mapping[str, str] = field(default_factory=dict)
     _consulted: set[str] = field(default_factory=set, compare=False, repr=False)
+    _assumed: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def declared(cls, origin: str, document: Mapping[str, Any], keys: Keys, ignored: Collection[str] = ()) -> Settings:
@@ -88,15 +90,19 @@ class Settings:
 
         Raises:
             InputError: a key that is not known or holds what is not supported, or two names of one key that differ.
+            UsageError: a key to be ignored that the format reads.
         """
+        for name in ignored:
+            if name in keys.read | keys.aliases.keys():
+                raise UsageError(f"--ignore-key {name}", f"a key that {origin} does not read", "correct its value")
         values = {name: value for name, value in document.items() if name not in ignored}
         given: dict[str, str] = {}
         for old, new in keys.aliases.items():
-            if old not in values:
+            value = values.pop(old, None)
+            if value is None:
                 continue
             given.setdefault(new, old)
-            value = values.pop(old)
-            if values.get(new, value) != value:
+            if values.get(new) not in (None, value):
                 raise InputError(
                     f"the {origin} configuration has {old} = {reprlib.repr(value)} and {new} = "
                     f"{reprlib.repr(values[new])}",
@@ -115,11 +121,12 @@ class Settings:
         if only is not None and value is not None and value not in only.values:
             raise self.wrong(name, value, only.expected, "this kind of model is not supported")
         if only is None and name not in self.keys.read | self.keys.inert and not _is_neutral(value):
+            hint, ignore = did_you_mean(name, self.keys.read), f"--ignore-key {name[:MAX_SHOWN]}"
             raise self.wrong(
                 name,
                 value,
-                did_you_mean(name, self.keys.read) or "only keys that this format knows",
-                f"where it does not change the model, add --ignore-key {name}",
+                "only keys that this format knows",
+                f"{hint} or {ignore}" if hint else f"where it does not change the model, add {ignore}",
             )
 
     def count(self, name: str, default: int | None = None) -> int:
@@ -128,6 +135,12 @@ class Settings:
         if type(value) is not int or not 1 <= value <= MAX_COUNT:
             raise self.wrong(name, value, f"a positive integer, at most {MAX_COUNT}")
         return value
+
+    def size(self, name: str, default: int) -> int:
+        """A size of the model, for which the format's code has a default; that it is taken is noted."""
+        if not self.has(name):
+            self._assumed[name] = default
+        return self.count(name, default)
 
     def number(self, name: str, default: float) -> float:
         """A number that is not negative."""
@@ -168,10 +181,12 @@ class Settings:
         """Whether there is a value, other than None."""
         return self.raw(name) is not None
 
-    def without_effect(self) -> list[str]:
-        """What the reader never asked for, in this model's configuration, of the keys that it reads: one note a key."""
+    def notes(self) -> list[str]:
+        """Sizes that the configuration leaves to the format's code, and keys that do nothing in this model: one note
+        each."""
         read = frozenset() if self.keys is None else self.keys.read
-        return [
+        assumed = [f"{name} is not in the configuration: {default} assumed" for name, default in self._assumed.items()]
+        return assumed + [
             f"{self.given.get(name, name)} = {reprlib.repr(value)} in the configuration does nothing in this model"
             for name, value in self.values.items()
             if name in read and name not in self._consulted and not _is_neutral(value)
@@ -179,7 +194,7 @@ class Settings:
 
     def wrong(self, name: str, value: Any, expected: str, action: str = "correct it") -> InputError:
         """The error for a value that cannot be."""
-        shown = self.given.get(name, name)
+        shown = self.given.get(name, name)[:MAX_SHOWN]
         return InputError(f"the {self.origin} configuration has {shown} = {reprlib.repr(value)}", expected, action)
 
     def _value(self, name: str, default: Any) -> Any:

@@ -123,6 +123,9 @@ class FormatSpec:
         marks: stored names that tell it, without wrappers' prefixes; all must be there.
         names: every name that it may store, as templates.
         read: the configuration and the name table; reads no tensor data but small buffers.
+        base: what its names begin with that a model saved without its head leaves out ("model.").
+        outer_head: from the names of an output projection that a wrapper has itself, outside of its prefix, to those
+            that the format has.
         needs_settings: whether it cannot be read without a configuration.
         write: the same the other way, of a configuration whose clamp is assumed or not; best effort: what is written is
             read back before a tensor is; None where a format cannot be written.
@@ -136,6 +139,8 @@ class FormatSpec:
     marks: tuple[str, ...]
     names: Sequence[str]
     read: Callable[[Source], Reading]
+    base: str = ""
+    outer_head: Mapping[str, str] = field(default_factory=dict)
     needs_settings: bool = True
     write: Callable[[RetNetConfig, bool], Writing] | None = None
 

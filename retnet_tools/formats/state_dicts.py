@@ -43,7 +43,7 @@ class Choice:
         embedded: the other mappings and objects of the file by dotted path, plain values only.
     """
 
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Any]
     entry: str
     notes: list[str]
     embedded: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -63,7 +63,7 @@ def choose_state_dict(tree: Any, file: str, entry: str | None = None) -> Choice:
     return choice
 
 
-def choose(candidates: Mapping[str, Mapping[str, Tensor]], file: str, entry: str | None = None) -> Choice:
+def choose(candidates: Mapping[str, Mapping[str, Any]], file: str, entry: str | None = None) -> Choice:
     """One of several sets of tensors by name.
 
     Raises:
@@ -91,6 +91,17 @@ def choose(candidates: Mapping[str, Mapping[str, Tensor]], file: str, entry: str
     if tensors.pop(AVERAGE_COUNT, None) is not None:
         notes.append(f"these weights are an average of a training run's ({AVERAGE_COUNT})")
     return Choice(tensors, chosen[0], notes)
+
+
+def averages_apart(path: str, tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """A state dict of a trainer may hold a model and its average, under names that begin with `ema.` or the like."""
+    firsts = {name: name.split(".")[0] for name in tensors}
+    averages = {first for first in firsts.values() if AVERAGE_WORDS & _words(first) and first != AVERAGE_COUNT}
+    rest = {name: tensor for name, tensor in tensors.items() if firsts[name] not in averages}
+    if not averages or not any(map(_is_matrix, rest.values())):
+        return {path: dict(tensors)}
+    apart = {a: {n: t for n, t in tensors.items() if firsts[n] == a} for a in sorted(averages)}
+    return {path: rest, **{f"{path}.{a}".removeprefix("."): names for a, names in apart.items()}}
 
 
 def is_beside_weights(path: str) -> bool:
@@ -139,23 +150,13 @@ def _candidates(tree: Any) -> dict[str, tuple[Any, dict[str, Tensor]]]:
         if (contents := tuple(tensors.items())) in seen:
             continue
         seen.add(contents)
-        for part, names in _without_average(tensors).items():
-            found[".".join((*path, part) if part else path)] = owner, names
+        for part, names in averages_apart(".".join(path), tensors).items():
+            found[part] = owner, names
     matrices = {path: c for path, c in found.items() if any(map(_is_matrix, c[1].values()))}
     return matrices or found
 
 
-def _without_average(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """A state dict of a trainer may hold a model and its average, under names that begin with `ema.` or the like."""
-    firsts = {name: name.split(".")[0] for name in tensors}
-    averages = {first for first in firsts.values() if AVERAGE_WORDS & _words(first) and first != AVERAGE_COUNT}
-    rest = {name: tensor for name, tensor in tensors.items() if firsts[name] not in averages}
-    if not averages or not any(map(_is_matrix, rest.values())):
-        return {"": tensors}
-    return {"": rest, **{a: {n: t for n, t in tensors.items() if firsts[n] == a} for a in sorted(averages)}}
-
-
-def _is_matrix(tensor: Tensor) -> bool:
+def _is_matrix(tensor: Any) -> bool:
     return isinstance(tensor, StrangeTensor) or len(tensor.shape) > 1
 
 

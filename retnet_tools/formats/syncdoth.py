@@ -22,17 +22,18 @@ from retnet_tools.config import (
     ScoreNormalization,
 )
 from retnet_tools.formats import syncdoth_writing
-from retnet_tools.formats.inert import HUGGING_FACE
+from retnet_tools.formats.inert import HUGGING_FACE, TRAINING
 from retnet_tools.formats.mapping import check_tie, is_tied
 from retnet_tools.formats.schedules import language_model_log_decay, paper_log_decay
 from retnet_tools.formats.settings import Keys, Settings, words
 from retnet_tools.formats.spec import FormatSpec, NameTable, Reading, Source
 from retnet_tools.formats.storage import StoredTensors
 from retnet_tools.formats.torchscale import OWN_KEYS as TORCHSCALE_KEYS
+from retnet_tools.formats.torchscale import SYNCDOTH_KEYS
 from retnet_tools.formats.torchscale_buffers import Schedules, read_schedules
 from retnet_tools.formats.torchscale_releases import HEAD as TORCHSCALE_HEAD
 from retnet_tools.formats.torchscale_releases import OLD_NAMES
-from retnet_tools.formats.xatl import XATL_KEYS
+from retnet_tools.formats.xatl import XATL_KEYS, settled_norms
 
 PREFIX = "model."
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -79,6 +80,7 @@ KEYS = Keys(
         """
     ),
     inert=HUGGING_FACE
+    | TRAINING
     | words("activation_dropout drop_path_rate dropout forward_impl recurrent_chunk_size z_loss_coeff"),
 )
 
@@ -86,7 +88,9 @@ KEYS = Keys(
 def is_settings(document: Mapping[str, Any]) -> bool:
     """Its sizes by name, and none of the keys of its relatives."""
     relatives = (TORCHSCALE_KEYS | XATL_KEYS) & document.keys()
-    return document.get("model_type") == "retnet" and "decoder_embed_dim" in document and not relatives
+    named = document.get("model_type", "retnet") == "retnet"
+    own = "model_type" in document or bool(SYNCDOTH_KEYS & document.keys())
+    return named and own and "decoder_embed_dim" in document and not relatives
 
 
 def read(source: Source) -> Reading:
@@ -97,7 +101,7 @@ def read(source: Source) -> Reading:
             differs from the embedding.
     """
     settings, stored = source.settings, source.stored
-    embed, heads = settings.count("decoder_embed_dim", 768), _heads(settings)
+    embed, heads = settings.size("decoder_embed_dim", 768), _heads(settings)
     if embed % heads:
         raise settings.wrong("decoder_retention_heads", heads, f"a divisor of decoder_embed_dim = {embed}")
     log_decay = language_model_log_decay if settings.flag("use_lm_decay", False) else paper_log_decay
@@ -123,13 +127,13 @@ def _ffn_names(config: RetNetConfig) -> NameTable:
 def resolve(settings: Settings, schedules: Schedules, *, tied: bool = False) -> RetNetConfig:
     """The configuration, with syncdoth's defaults filled in and its flags settled as its code settles them."""
     revision = settings.has("value_factor")
-    embed, layers = settings.count("decoder_embed_dim", 768), settings.count("decoder_layers", 12)
+    embed, layers = settings.size("decoder_embed_dim", 768), settings.size("decoder_layers", 12)
     heads = _heads(settings)
     eps = settings.number("layernorm_eps", 1e-5 if revision else 1e-6)
-    deepnorm, subln, pre = _norms(settings)
+    deepnorm, subln, pre = settled_norms(settings)
     clamp = settings.choice("score_clamp", CLAMPS, "abs_of_sum" if revision else "sum_of_abs")
     return RetNetConfig(
-        vocab_size=settings.count("vocab_size", 50257),
+        vocab_size=settings.size("vocab_size", 50257),
         hidden_size=embed,
         num_layers=layers,
         num_heads=heads,
@@ -152,7 +156,7 @@ def resolve(settings: Settings, schedules: Schedules, *, tied: bool = False) -> 
 
 
 def _heads(settings: Settings) -> int:
-    return settings.count("decoder_retention_heads", 2 if settings.has("value_factor") else 3)
+    return settings.size("decoder_retention_heads", 2 if settings.has("value_factor") else 3)
 
 
 def _is_tied(settings: Settings, stored: StoredTensors) -> bool:
@@ -162,22 +166,9 @@ def _is_tied(settings: Settings, stored: StoredTensors) -> bool:
     return settings.flag("tie_word_embeddings", default)
 
 
-def _norms(settings: Settings) -> tuple[bool, bool, bool]:
-    """deepnorm, sub-norm, pre-norm. Its code turns two of them off by a third when a model is made, so that a stored
-    configuration never holds what it would turn off."""
-    deepnorm, subln = settings.flag("deepnorm", False), settings.flag("subln", not settings.flag("deepnorm", False))
-    before = settings.flag("decoder_normalize_before", not deepnorm)
-    for name, on in (("subln", subln), ("decoder_normalize_before", before)):
-        if deepnorm and on:
-            raise settings.wrong(name, True, "false, since deepnorm turns it off")
-    if subln and not before:
-        raise settings.wrong("decoder_normalize_before", False, "true, since subln turns it on")
-    return deepnorm, subln, before
-
-
 def _value_dim(settings: Settings, embed: int) -> int:
     if not settings.has("value_factor"):
-        return settings.count("decoder_value_embed_dim", 1280)
+        return settings.size("decoder_value_embed_dim", 1280)
     size = embed * settings.count("value_factor")
     if (stated := settings.count("decoder_value_embed_dim", size)) != size:
         raise settings.wrong("decoder_value_embed_dim", stated, f"value_factor times {embed} = {size}")
@@ -186,7 +177,7 @@ def _value_dim(settings: Settings, embed: int) -> int:
 
 def _feed_forward(settings: Settings, subln: bool, eps: float) -> FeedForward:
     revision = settings.has("value_factor")
-    dim = settings.count("decoder_ffn_embed_dim", 1536 if revision else 1280)
+    dim = settings.size("decoder_ffn_embed_dim", 1536 if revision else 1280)
     activation = settings.choice("activation_fn", ACTIVATIONS, "gelu")
     if settings.flag("use_glu", not revision):
         if revision:
@@ -206,5 +197,7 @@ SYNCDOTH = FormatSpec(
     marks=("model.layers.0.retention.q_proj.weight", EMBEDDING),
     names=tuple(dict.fromkeys((*NAMES, *GLU_NAMES, *PLAIN_NAMES, *REVISION_NAMES))),
     read=read,
+    base=PREFIX,
+    outer_head={HEAD: HEAD},
     write=lambda config, assumed: syncdoth_writing.write(config, assumed, NAMES, GLU_NAMES, PLAIN_NAMES),
 )

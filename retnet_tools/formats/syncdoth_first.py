@@ -14,20 +14,21 @@ import numpy as np
 
 from retnet_tools.config import BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
 from retnet_tools.errors import InputError
-from retnet_tools.formats.inert import HUGGING_FACE
-from retnet_tools.formats.mapping import check_one_for_all, check_tie, is_tied
+from retnet_tools.formats.buffers import holds, name_of_all, read_buffer
+from retnet_tools.formats.inert import HUGGING_FACE, TRAINING
+from retnet_tools.formats.mapping import check_tie, is_tied
 from retnet_tools.formats.schedules import floats, language_model_gammas
 from retnet_tools.formats.settings import Keys, Settings, words
 from retnet_tools.formats.spec import FormatSpec, Reading, Source, Transform
 from retnet_tools.formats.storage import StoredTensors
 from retnet_tools.formats.transforms import row_range
 from retnet_tools.formats.xpos import xpos_key_decay
-from retnet_tools.weights import Array
 
 EMBEDDING, HEAD = "model.embedding.weight", "lm_head.weight"
 BLOCK = "model.blocks.{i}"
 DECAY, SCALE = f"{BLOCK}.msr.decay", f"{BLOCK}.msr.xpos.scale"
 EPS = 1e-5
+SAME_GAMMAS = 1e-6
 QKV = tuple(f"layers.{{i}}.retention.{name}_proj" for name in "qkv")
 _LAYER = {
     "msr.gated": "retention.gate_proj",
@@ -56,13 +57,13 @@ KEYS = Keys(
         use_bias_in_msr_out use_default_gamma v_dim vocab_size
         """
     ),
-    inert=HUGGING_FACE | words("chunk_size forward_impl"),
+    inert=HUGGING_FACE | TRAINING | words("chunk_size forward_impl"),
 )
 
 
 def is_settings(document: Mapping[str, Any]) -> bool:
     """A configuration of model_type retnet with a size of q and k."""
-    return document.get("model_type") == "retnet" and {"qk_dim", "hidden_size"} <= document.keys()
+    return document.get("model_type", "retnet") == "retnet" and {"qk_dim", "hidden_size"} <= document.keys()
 
 
 def read(source: Source) -> Reading:
@@ -106,21 +107,19 @@ def _zero_biases(settings: Settings, config: RetNetConfig) -> frozenset[str]:
 
 def resolve(settings: Settings, stored: StoredTensors) -> tuple[RetNetConfig, tuple[str, ...]]:
     """The configuration, with the defaults of its classes filled in, and notes."""
-    heads, key_dim = settings.count("num_heads", 8), settings.count("qk_dim", 2048)
-    value_dim, layers = settings.count("v_dim", 4096), settings.count("num_layers", 24)
+    heads, key_dim = settings.size("num_heads", 8), settings.size("qk_dim", 2048)
+    value_dim, layers = settings.size("v_dim", 4096), settings.size("num_layers", 24)
     for name, size in (("qk_dim", key_dim), ("v_dim", value_dim)):
         if size % heads:
             raise settings.wrong(name, size, f"a multiple of num_heads = {heads}")
-    for buffer in (DECAY, SCALE):
-        check_one_for_all(stored, buffer.removeprefix(BLOCK))
     decay, notes = _decay(settings, stored, heads)
-    key_decay, scale_notes = xpos_key_decay(stored, SCALE.format(i=0), key_dim)
+    key_decay, scale_notes = xpos_key_decay(stored, name_of_all(stored, SCALE), key_dim)
     # Made at each call, in the dtype that torch defaults to.
     frequencies = 10000.0 ** -(np.arange(key_dim // 2) / (key_dim // 2))
     tied = settings.flag("tie_word_embeddings", is_tied(stored, HEAD, EMBEDDING))
     config = RetNetConfig(
-        vocab_size=settings.count("vocab_size", 50257),
-        hidden_size=settings.count("hidden_size", 2048),
+        vocab_size=settings.size("vocab_size", 50257),
+        hidden_size=settings.size("hidden_size", 2048),
         num_layers=layers,
         num_heads=heads,
         key_dim=key_dim,
@@ -132,7 +131,7 @@ def resolve(settings: Settings, stored: StoredTensors) -> tuple[RetNetConfig, tu
         head_norm=HeadNorm("layer", EPS),
         block_norm=BlockNorm("layer", EPS, bias=True),
         feed_forward=FeedForward(
-            "plain", settings.count("ffn_proj_size", 4096), "gelu", bias=settings.flag("use_bias_in_mlp", True)
+            "plain", settings.size("ffn_proj_size", 4096), "gelu", bias=settings.flag("use_bias_in_mlp", True)
         ),
         final_norm=False,
         projection_bias=settings.flag("use_bias_in_msr", False) or settings.flag("use_bias_in_msr_out", False),
@@ -146,25 +145,13 @@ def _decay(settings: Settings, stored: StoredTensors, heads: int) -> tuple[tuple
     published = [language_model_gammas(heads), (1 - 2.0 ** (-5.0 - np.arange(heads))).astype(np.float32)]
     default = settings.flag("use_default_gamma", False)
     named, other = published[::-1] if default else published
-    name = DECAY.format(i=0)
-    location = stored.locations.get(name)
-    if location is None:
-        return _logs(named), ()
-    if location.shape != (heads,):
-        raise InputError(f"tensor {name!r} has shape {list(location.shape)}", f"{[heads]}")
-    if location.dtype.name not in ("float32", "float64"):
-        return _logs(named), ("decay is rounded in the file: computed from the published schedule instead",)
-    gammas = stored.read(name)
-    if not np.allclose(gammas, named, rtol=1e-6) and np.allclose(gammas, other, rtol=1e-6):
+    name = name_of_all(stored, DECAY)
+    if holds(stored, name, other, rtol=SAME_GAMMAS) and not holds(stored, name, named, rtol=SAME_GAMMAS):
         raise settings.wrong("use_default_gamma", default, f"{not default}, as the stored {name!r} says")
+    gammas, notes = read_buffer(stored, name, named, rtol=SAME_GAMMAS)
     if not np.all((gammas > 0) & (gammas <= 1)):
         raise InputError(f"tensor {name!r} holds {gammas.tolist()}", "numbers in (0, 1]")
-    differs = not np.allclose(gammas, named, rtol=1e-6)
-    return _logs(gammas), ("decay in the file differs from the published schedules: used as stored",) * differs
-
-
-def _logs(gammas: Array) -> tuple[float, ...]:
-    return floats(np.log(gammas.astype(np.float64)))
+    return floats(np.log(gammas.astype(np.float64))), notes
 
 
 SYNCDOTH_FIRST = FormatSpec(
@@ -176,4 +163,6 @@ SYNCDOTH_FIRST = FormatSpec(
     marks=("model.blocks.0.msr.qkv.weight", EMBEDDING),
     names=tuple(NAMES),
     read=read,
+    base="model.",
+    outer_head={HEAD: HEAD},
 )

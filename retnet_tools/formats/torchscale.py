@@ -93,7 +93,7 @@ def read(source: Source) -> Reading:
         raise InputError(f"no tensor {EMBEDDING!r} or 'decoder.{EMBEDDING}'", "a torchscale RetNet decoder")
     release = find_release(stored)
     schedules = read_schedules(stored, "", *sizes_of_heads(settings))
-    clamp, assumed = _score_clamp(settings, release)
+    clamp, assumed = score_clamp(settings, release)
     config = resolve(
         settings,
         release,
@@ -213,7 +213,7 @@ def _vocab_size(settings: Settings, stored: StoredTensors) -> int:
     return shape[0]
 
 
-def _score_clamp(settings: Settings, release: Release) -> tuple[ScoreClamp, bool]:
+def score_clamp(settings: Settings, release: Release) -> tuple[ScoreClamp, bool]:
     """The clamp, and whether it is assumed: release 0.3.0 stores the same tensors and clamps |sum|, not sum of ||."""
     version = settings.text("torchscale_version", "")
     if release.clamp == "sum_of_abs" and version.split()[:1] == [PAPER_CLAMP_RELEASE]:
@@ -230,5 +230,6 @@ TORCHSCALE = FormatSpec(
     marks=("layers.0.retention.q_proj.weight", EMBEDDING),
     names=tuple(dict.fromkeys(name for release in RELEASES for name in release.names)),
     read=read,
+    outer_head={"lm_head.weight": HEAD, HEAD: HEAD},
     write=write,
 )

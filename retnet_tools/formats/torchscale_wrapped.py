@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from retnet_tools.config import BlockNorm, RetNetConfig
+from retnet_tools.config import BlockNorm
 from retnet_tools.errors import InputError
 from retnet_tools.formats.inert import HUGGING_FACE, TRAINING
 from retnet_tools.formats.mapping import stored_name
@@ -20,8 +20,8 @@ from retnet_tools.formats.settings import Keys, Only, Settings, words
 from retnet_tools.formats.spec import FormatSpec, NameTable, Reading, Source
 from retnet_tools.formats.storage import StoredTensors
 from retnet_tools.formats.torchscale import KEYS as TORCHSCALE_KEYS
-from retnet_tools.formats.torchscale import resolve, sizes_of_heads
-from retnet_tools.formats.torchscale_buffers import Schedules, read_schedules
+from retnet_tools.formats.torchscale import resolve, score_clamp, sizes_of_heads
+from retnet_tools.formats.torchscale_buffers import read_schedules
 from retnet_tools.formats.torchscale_releases import EMBEDDING, HEAD, RELEASES, find_release
 
 HUGGING_FACE_PREFIX, STUDENT_PREFIX = "model.decoder.", "decoder."
@@ -81,11 +81,8 @@ def read_hugging_face(source: Source) -> Reading:
     Raises:
         InputError: as torchscale's; names of one tensor that differ.
     """
-    config, names, schedules = _read(
-        source, source.settings, HUGGING_FACE_PREFIX, HUGGING_FACE_EMBEDDINGS, HUGGING_FACE_HEADS
-    )
     version = "torchscale (in Hugging Face's transformers)"
-    return Reading(config, version, names, notes=schedules.notes, assumed_clamp=True)
+    return _read(source, source.settings, version, HUGGING_FACE_PREFIX, HUGGING_FACE_EMBEDDINGS, HUGGING_FACE_HEADS)
 
 
 def read_student(source: Source) -> Reading:
@@ -110,16 +107,17 @@ def read_student(source: Source) -> Reading:
             "vocab_size": own.count("vocab_size"),
         },
     )
-    config, names, schedules = _read(source, settings, STUDENT_PREFIX, STUDENT_EMBEDDINGS, STUDENT_HEADS)
-    config = replace(config, output_norm=BlockNorm("layer", STUDENT_NORM_EPS, bias=True))
+    version = "torchscale (in a distillation project)"
+    reading = _read(source, settings, version, STUDENT_PREFIX, STUDENT_EMBEDDINGS, STUDENT_HEADS)
+    config = replace(reading.config, output_norm=BlockNorm("layer", STUDENT_NORM_EPS, bias=True))
     norm = {f"{STUDENT_NORM}.{part}": f"output_norm.{part}" for part in ("weight", "bias")}
-    return Reading(config, "torchscale (in a distillation project)", {**names, **norm}, notes=schedules.notes)
+    return replace(reading, config=config, names={**reading.names, **norm}, assumed_clamp=False)
 
 
 def _read(
-    source: Source, settings: Settings, prefix: str, embeddings: Sequence[str], heads: Sequence[str]
-) -> tuple[RetNetConfig, dict[str, str | None], Schedules]:
-    """The configuration by torchscale's rules, the name table, and the schedules.
+    source: Source, settings: Settings, version: str, prefix: str, embeddings: Sequence[str], heads: Sequence[str]
+) -> Reading:
+    """The configuration by torchscale's rules, and the name table.
 
     A tie that is not stated is told by the tensors, as transformers would have it.
     """
@@ -139,13 +137,14 @@ def _read(
     )
     release = find_release(plain)
     schedules = read_schedules(stored, prefix, *sizes_of_heads(settings))
+    clamp, assumed = score_clamp(settings, release)
     config = resolve(
         settings,
         release,
         plain,
         decay=schedules.decay,
         rotary_frequencies=schedules.rotary_frequencies,
-        clamp=release.clamp,
+        clamp=clamp,
         fairseq=False,
     )
     names: dict[str, str | None] = {prefix + name: to for name, to in release.names.items()}
@@ -153,7 +152,7 @@ def _read(
     names[embedding] = "embedding.weight"
     if not tied:
         names[head or heads[0]] = "lm_head.weight"
-    return config, names, schedules
+    return Reading(config, version, names, notes=schedules.notes, assumed_clamp=assumed)
 
 
 def _names(prefix: str, others: Sequence[str]) -> tuple[str, ...]:

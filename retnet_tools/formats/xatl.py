@@ -23,7 +23,8 @@ from retnet_tools.config import (
     RetNetConfig,
     ScoreNormalization,
 )
-from retnet_tools.formats.inert import HUGGING_FACE
+from retnet_tools.formats.buffers import holds, read_buffer
+from retnet_tools.formats.inert import HUGGING_FACE, TRAINING
 from retnet_tools.formats.mapping import check_tie
 from retnet_tools.formats.schedules import (
     floats,
@@ -34,7 +35,6 @@ from retnet_tools.formats.schedules import (
 from retnet_tools.formats.settings import Keys, Only, Settings, words
 from retnet_tools.formats.spec import FormatSpec, Reading, Source, Transform
 from retnet_tools.formats.storage import StoredTensors
-from retnet_tools.formats.torchscale_buffers import buffer_notes, is_alike, read_buffer
 from retnet_tools.formats.transforms import head_part
 from retnet_tools.formats.xatl_names import ANGLES, DECAYS, EMBEDDING, HEAD, QKV, hugging_face_names, lit_names
 
@@ -62,6 +62,7 @@ KEYS = Keys(
         "model_type": Only(("retnet",), "retnet"),
     },
     inert=HUGGING_FACE
+    | TRAINING
     | words(
         """
         activation_dropout drop_path_rate dropout forward_impl recurrent_chunk_size use_ffn_rms_norm z_loss_coeff
@@ -79,7 +80,7 @@ KEYS = Keys(
 def is_settings(document: Mapping[str, Any]) -> bool:
     """syncdoth's sizes, and one of the keys that only this relative has."""
     sizes = "decoder_embed_dim" in document or "hidden_size" in document
-    return document.get("model_type") == "retnet" and sizes and bool(XATL_KEYS & document.keys())
+    return document.get("model_type", "retnet") == "retnet" and sizes and bool(XATL_KEYS & document.keys())
 
 
 def read(source: Source) -> Reading:
@@ -125,26 +126,25 @@ def read_lit(source: Source) -> Reading:
 
 def resolve(settings: Settings, stored: StoredTensors) -> tuple[RetNetConfig, tuple[str, ...]]:
     """The configuration, with the defaults of RetNet-XATL filled in, and notes."""
-    embed, heads = settings.count("decoder_embed_dim", 768), settings.count("decoder_retention_heads", 3)
+    embed, heads = settings.size("decoder_embed_dim", 768), settings.size("decoder_retention_heads", 3)
     if embed % heads:
         raise settings.wrong("decoder_retention_heads", heads, f"a divisor of decoder_embed_dim = {embed}")
-    head_k_dim, layers = embed // heads, settings.count("decoder_layers", 12)
+    head_k_dim, layers = embed // heads, settings.size("decoder_layers", 12)
     eps, bias = settings.number("layernorm_eps", 1e-6), settings.flag("use_bias", False)
     norm: NormKind = "rms" if settings.flag("use_rms_norm", True) else "layer"
-    affine, deepnorm, stable = (
-        settings.flag(name, False) for name in ("groupnorm_affine", "deepnorm", "retnet_stability_update")
-    )
+    affine, stable = settings.flag("groupnorm_affine", False), settings.flag("retnet_stability_update", False)
     frequencies, decay, notes = _schedules(settings, stored, heads, head_k_dim)
     if ignored := [name for name in IGNORED_BY_KERNELS if settings.flag(name, False)]:
         notes = (*notes, KERNELS_NOTE.format(" and ".join(ignored)))
-    pre, subln = _norms(settings, deepnorm)
+    deepnorm, subln, pre = settled_norms(settings)
+    _check_residual(settings, pre)
     config = RetNetConfig(
-        vocab_size=settings.count("vocab_size", 50257),
+        vocab_size=settings.size("vocab_size", 50257),
         hidden_size=embed,
         num_layers=layers,
         num_heads=heads,
         key_dim=embed,
-        value_dim=settings.count("decoder_value_embed_dim", 1280),
+        value_dim=settings.size("decoder_value_embed_dim", 1280),
         decay=decay,
         rotary_frequencies=frequencies,
         score_normalization=ScoreNormalization(head_k_dim**-0.5, stable, "sum_of_abs" if stable else "none"),
@@ -165,8 +165,14 @@ def resolve(settings: Settings, stored: StoredTensors) -> tuple[RetNetConfig, tu
     return config, notes
 
 
-def _norms(settings: Settings, deepnorm: bool) -> tuple[bool, bool]:
-    """Pre-norm, and the norm inside the feed-forward network; its code turns some of them off when a model is made."""
+def settled_norms(settings: Settings) -> tuple[bool, bool, bool]:
+    """deepnorm, sub-norm, pre-norm. syncdoth's code turns two of them off by a third when a model is made, so that a
+    stored configuration never holds what it would turn off.
+
+    Raises:
+        InputError: one that does.
+    """
+    deepnorm = settings.flag("deepnorm", False)
     subln = settings.flag("subln", not deepnorm)
     before = settings.flag("decoder_normalize_before", not deepnorm)
     for name, on in (("subln", subln), ("decoder_normalize_before", before)):
@@ -174,16 +180,19 @@ def _norms(settings: Settings, deepnorm: bool) -> tuple[bool, bool]:
             raise settings.wrong(name, True, "false, since deepnorm turns it off")
     if subln and not before:
         raise settings.wrong("decoder_normalize_before", False, "true, since subln turns it on")
+    return deepnorm, subln, before
+
+
+def _check_residual(settings: Settings, pre: bool) -> None:
     parallel = settings.flag("parallel_residual", False)
     if settings.flag("shared_attention_norm", False) and not parallel:
         raise settings.wrong("shared_attention_norm", True, "parallel_residual with it", "this is not supported")
-    if parallel and not before:
+    if parallel and not pre:
         raise settings.wrong("parallel_residual", True, "decoder_normalize_before with it", "this is not supported")
-    return before, subln
 
 
 def _feed_forward(settings: Settings, sub_norm: BlockNorm | None) -> FeedForward:
-    dim = settings.count("decoder_ffn_embed_dim", 1280)
+    dim = settings.size("decoder_ffn_embed_dim", 1280)
     activation = settings.choice("activation_fn", ACTIVATIONS, "gelu")
     if settings.flag("use_glu", True):
         return FeedForward("glu", dim, activation)
@@ -201,14 +210,12 @@ def _schedules(
     language = settings.flag("use_lm_decay", False)
     decays = [xatl_log2_decay(heads), xatl_language_model_log2_decay(heads)]
     named, other = decays[::-1] if language else decays
-    angle = read_buffer(stored, ANGLES, linspace_frequencies(rotated) if rotated else np.zeros(0, np.float32))
-    log2_gamma = read_buffer(stored, DECAYS, named)
-    if not is_alike(log2_gamma, named) and is_alike(log2_gamma, other):
+    if holds(stored, DECAYS, other) and not holds(stored, DECAYS, named):
         raise settings.wrong("use_lm_decay", language, f"{not language}, as the stored {DECAYS!r} says")
-    same = is_alike(log2_gamma, named) and (not rotated or is_alike(angle, linspace_frequencies(rotated)))
-    notes = buffer_notes(stored, (ANGLES, DECAYS), same=same)
+    angle, angle_notes = read_buffer(stored, ANGLES, linspace_frequencies(rotated))
+    log2_gamma, decay_notes = read_buffer(stored, DECAYS, named)
     frequencies = floats(angle) + (0.0,) * ((head_k_dim - rotated) // 2)
-    return frequencies, floats(log2_gamma.astype(np.float64) * math.log(2)), notes
+    return frequencies, floats(log2_gamma.astype(np.float64) * math.log(2)), (*angle_notes, *decay_notes)
 
 
 XATL = FormatSpec(
@@ -216,17 +223,19 @@ XATL = FormatSpec(
     layout="syncdoth/RetNet-XATL",
     keys=KEYS,
     is_settings=is_settings,
-    settings_words='"model_type": "retnet", decoder_embed_dim and rotary_percentage',
+    settings_words='"model_type": "retnet" and rotary_percentage',
     marks=("model.layers.0.retention.q_proj.weight", EMBEDDING),
     names=(*hugging_face_names(glu=True), *hugging_face_names(glu=False)),
     read=read,
+    base="model.",
+    outer_head={HEAD: HEAD, "lm_head.bias": "lm_head.bias"},
 )
 XATL_LIT = FormatSpec(
     name="xatl-lit",
     layout="syncdoth/RetNet-XATL (lit)",
     keys=KEYS,
     is_settings=is_settings,
-    settings_words='"model_type": "retnet", decoder_embed_dim and rotary_percentage',
+    settings_words='"model_type": "retnet" and rotary_percentage',
     marks=("transformer.h.0.attn.reten.weight", "transformer.wte.weight"),
     names=(*lit_names(glu=True), *lit_names(glu=False)),
     read=read_lit,

@@ -8,38 +8,26 @@ from __future__ import annotations
 import numpy as np
 
 from retnet_tools.errors import InputError
+from retnet_tools.formats.buffers import read_buffer
 from retnet_tools.formats.schedules import floats
 from retnet_tools.formats.storage import StoredTensors
-from retnet_tools.weights import Array
 
 XPOS_BASE = 512
-ROUNDED = "the scales of xPos are rounded in the file: computed as its code does instead"
 
 
 def xpos_key_decay(stored: StoredTensors, name: str, key_dim: int) -> tuple[tuple[float, ...], tuple[str, ...]]:
-    """log(z) / 512 of each pair, as stored where it is not rounded to a half type, and notes.
+    """log(z) / 512 of each pair, and notes.
 
     Args:
         name: of the stored scales z, `[key_dim / 2]`.
         key_dim: dimensions that xPos runs over.
 
     Raises:
-        InputError: scales of another shape, or not above 0 and at most 1.
+        InputError: as `read_buffer`; scales that are not above 0 and at most 1.
     """
     size = np.float32(key_dim)
     z = (np.arange(0, size, 2, dtype=np.float32) + np.float32(0.4) * size) / (np.float32(1.4) * size)
-    location = stored.locations.get(name)
-    if location is None:
-        return _log(z), ()
-    if location.shape != z.shape:
-        raise InputError(f"tensor {name!r} has shape {list(location.shape)}", f"{list(z.shape)}")
-    if location.dtype.name not in ("float32", "float64"):
-        return _log(z), (ROUNDED,)
-    found = stored.read(name)
+    found, notes = read_buffer(stored, name, z)
     if not np.all((found > 0) & (found <= 1)):
         raise InputError(f"tensor {name!r} holds scales outside (0, 1]", "those of xPos")
-    return _log(found), ()
-
-
-def _log(z: Array) -> tuple[float, ...]:
-    return floats(np.log(z.astype(np.float64)) / XPOS_BASE)
+    return floats(np.log(found.astype(np.float64)) / XPOS_BASE), notes

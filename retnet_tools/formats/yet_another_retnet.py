@@ -15,11 +15,11 @@ import numpy as np
 
 from retnet_tools.config import Activation, BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
 from retnet_tools.errors import InputError
-from retnet_tools.formats.mapping import check_one_for_all
+from retnet_tools.formats.buffers import name_of_all, pairs_of, read_buffer
+from retnet_tools.formats.inert import TRAINING
 from retnet_tools.formats.schedules import floats, linspace_frequencies
 from retnet_tools.formats.settings import Keys, Settings, words
 from retnet_tools.formats.spec import FormatSpec, NameTable, Reading, Source
-from retnet_tools.formats.storage import StoredTensors, TensorLocation
 from retnet_tools.paper import language_model_decay
 
 ORIGIN = "yet-another-retnet"
@@ -49,12 +49,9 @@ NAMES: NameTable = {
     "out.bias": "lm_head.bias",
     ANGLES: None,
 }
-ROUNDED = "rotary angles are rounded in the file: computed from the published schedule instead"
-
-
 KEYS = Keys(
     read=words("activation d_model dim_feedforward layer_norm_eps nhead norm_first num_layers num_tokens"),
-    inert=frozenset({"device", "dropout", "dtype"}),
+    inert=TRAINING | {"dtype"},
 )
 UNTOLD = ("activation", "norm_first", "layer_norm_eps")
 
@@ -71,8 +68,7 @@ def read(source: Source) -> Reading:
         InputError: no arguments beside the weights, or ones that describe no model.
     """
     settings, stored = source.settings, source.stored
-    location = stored.locations.get(MARK)
-    if location is None:
+    if MARK not in stored.locations:
         raise InputError(f"no tensor {MARK!r}", "rotary angles: a model without relative positions is not supported")
     if not settings.values:
         raise InputError(
@@ -84,9 +80,9 @@ def read(source: Source) -> Reading:
     embed, heads = settings.count("d_model", sizes["d_model"]), settings.count("nhead", sizes["nhead"])
     if embed % heads:
         raise settings.wrong("nhead", heads, f"a divisor of d_model = {embed}")
-    check_one_for_all(stored, ".retention.thetas")
-    frequencies, notes = _frequencies(stored, location, embed // heads)
-    return Reading(resolve(settings, sizes, frequencies), ORIGIN, NAMES, notes=notes)
+    name_of_all(stored, ANGLES)
+    angles, notes = read_buffer(stored, MARK, np.repeat(linspace_frequencies(embed // heads), 2))
+    return Reading(resolve(settings, sizes, floats(pairs_of(angles, MARK))), ORIGIN, NAMES, notes=notes)
 
 
 def _sizes(source: Source) -> dict[str, int]:
@@ -132,20 +128,6 @@ def resolve(settings: Settings, sizes: Mapping[str, int], frequencies: tuple[flo
         projection_bias=True,
         head_bias=True,
     )
-
-
-def _frequencies(
-    stored: StoredTensors, location: TensorLocation, head_k_dim: int
-) -> tuple[tuple[float, ...], tuple[str, ...]]:
-    """The stored angles, each twice for its pair, or the published ones where a half type rounds them."""
-    if location.shape != (head_k_dim,):
-        raise InputError(f"tensor {MARK!r} has shape {list(location.shape)}", f"[{head_k_dim}], d_model / nhead")
-    if location.dtype.name not in ("float32", "float64"):
-        return floats(linspace_frequencies(head_k_dim)), (ROUNDED,)
-    angles = stored.read(MARK)
-    if not np.array_equal(angles[0::2], angles[1::2]):
-        raise InputError(f"tensor {MARK!r} has pairs of different angles", "each angle twice in a row")
-    return floats(angles[0::2]), ()
 
 
 YET_ANOTHER_RETNET = FormatSpec(

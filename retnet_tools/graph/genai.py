@@ -46,21 +46,26 @@ class GenaiBuilder(PrefillBuilder):
         """Padding is where position_ids is 0 in a column other than the first."""
         g = self.g
         tokens, position_ids, *self._conv_states = inputs
-        zero, one, padding = (
-            g.constant(name, np.array(i, dtype=np.int64))
-            for name, i in (("zero", 0), ("one", 1), ("padding_id", padding_id(self.config)))
+        numbers = {"zero": 0, "one": 1, "minus_one": -1, "padding_id": padding_id(self.config), "nowhere": 1 << 40}
+        zero, one, minus_one, padding, nowhere = (
+            g.constant(name, np.array(i, dtype=np.int64)) for name, i in numbers.items()
         )
         tokens = g.op("Where", g.op("Equal", tokens, padding), zero, tokens)
         length = g.op("Gather", g.op("Shape", position_ids), one, axis=0)
         first = g.op("Equal", g.op("Range", zero, length, one), zero)  # [T]
         real = g.op("Or", first, g.op("Greater", position_ids, zero))
+        # onnxruntime-genai's tokenizers give -1 for what they do not know, and a quantized embedding takes any id. The
+        # CPU refuses to look up a position that is nowhere; CUDA checks no lookup, and the row becomes NaN.
+        unknown = g.op("And", real, g.op("Or", g.op("Less", tokens, zero), g.op("Greater", tokens, padding)))
+        tokens, position_ids = g.op("Where", unknown, zero, tokens), g.op("Where", unknown, nowhere, position_ids)
         self._one_token = g.op("Equal", length, one)
         self._step = StepDecay(log_decay(self.config), position_ids)
-        return self.blank_padding(tokens, position_ids, g.cast(real, "bool", "int64"))
+        mask = g.op("Where", unknown, minus_one, g.cast(real, "bool", "int64"))
+        return self.blank_padding(tokens, position_ids, mask)
 
     def chunk_terms(self, log_gamma: Array, counts: ir.Value) -> ChunkDecay:
         """Several chunks of one length."""
-        self._chunks = Chunks(self.g, self._shape, self.length())
+        self._chunks = Chunks(self.g, self._shape, self._length)
         return chunk_decay(self.g, log_gamma, self._chunks.size, self._chunks.counts(self.g, counts))
 
     def retention(self, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value) -> tuple[ir.Value, ir.Value]:

@@ -60,7 +60,12 @@ def genai_notes(text: CarriedText, dtype: str) -> tuple[str, ...]:
     notes = []
     if text.tokenizer is None:
         notes.append(f"no {TOKENIZER_FILE}: onnxruntime-genai can run token ids only")
-    elif text.tokenizer.num_special_tokens_to_add(False):
+    elif TOKENIZER_FILE in text.made:
+        notes.append(
+            "onnxruntime-genai reads the tokenizer that was made otherwise than its library where a text has several "
+            "spaces or characters without a token: give it token ids"
+        )
+    if text.tokenizer is not None and text.tokenizer.num_special_tokens_to_add(False):
         notes.append("the tokenizer adds special tokens to a text, and onnxruntime-genai's encode does not")
     if dtype == "bfloat16":
         notes.append("bfloat16 needs CUDA: ONNX Runtime's CPU provider has no kernels for it")
@@ -117,7 +122,7 @@ def genai_config(
 def _without_padding(tokenizer: Any, padding: int) -> str:
     """The tokenizer with the token of this id, which the model has no row for, moved past all others.
 
-    As it is, a prompt with it would be taken for padding; with any other id past the embedding, the model refuses it.
+    As it is, a prompt with it would be taken for padding; any other id past the embedding the graph refuses.
     """
     data = json.loads(tokenizer.to_str())
     free = 1 + max(tokenizer.get_vocab().values())

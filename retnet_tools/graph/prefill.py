@@ -29,6 +29,7 @@ class PrefillBuilder(DecoderBuilder):
     name = "retnet_prefill"
     _decay: ChunkDecay | TokenDecay
     _shape: ir.Value
+    _length: ir.Value
     _last: ir.Value
 
     def input_specs(self) -> tuple[TensorSpec, ...]:
@@ -55,6 +56,7 @@ class PrefillBuilder(DecoderBuilder):
         g = self.g
         position_ids = g.op("Mul", position_ids, mask)
         self._shape = g.op("Concat", g.op("Shape", mask), g.integers(-1), axis=0)
+        self._length = g.op("Gather", self._shape, g.constant("one", np.array(1, dtype=np.int64)), axis=0)
         counts = g.op("ReduceSum", mask, g.integers(1), keepdims=1)  # [B, 1]
         zero, one = (g.constant(name, np.array(i, dtype=np.int64)) for i, name in enumerate(("zero", "one")))
         self._last = g.op("Max", g.op("Sub", counts, one), zero)
@@ -77,9 +79,9 @@ class PrefillBuilder(DecoderBuilder):
         """
         g = self.g
         zero, one = (g.constant(name, np.array(i, dtype=np.int64)) for i, name in enumerate(("zero", "one")))
-        expected = g.cast(g.op("Less", g.op("Range", zero, self.length(), one), counts), "bool", "int64")
+        expected = g.cast(g.op("Less", g.op("Range", zero, self._length, one), counts), "bool", "int64")
         equal = g.cast(g.op("Equal", mask, expected), "bool", "int64")
-        right = g.op("Equal", g.op("ReduceSum", equal, g.integers(1), keepdims=1), self.length())
+        right = g.op("Equal", g.op("ReduceSum", equal, g.integers(1), keepdims=1), self._length)
         return g.op("Unsqueeze", right, g.integers(-1))
 
     def nan(self) -> ir.Value:
@@ -116,9 +118,4 @@ class PrefillBuilder(DecoderBuilder):
 
     def chunk_terms(self, log_gamma: Array, counts: ir.Value) -> ChunkDecay:
         """All T tokens are one chunk."""
-        return chunk_decay(self.g, log_gamma, self.length(), counts)
-
-    def length(self) -> ir.Value:
-        """T, an int64 scalar."""
-        one = self.g.constant("one", np.array(1, dtype=np.int64))
-        return self.g.op("Gather", self._shape, one, axis=0)
+        return chunk_decay(self.g, log_gamma, self._length, counts)

@@ -95,9 +95,9 @@ class IdCodec:
         for word in words:
             if not word.isdecimal() or len(word) > _LONGEST_ID:
                 raise UsageError(
-                    f"{word!r} in the prompt",
-                    "token ids, since there is no tokenizer in use",
-                    "for example -p '12 7 300'",
+                    f"{word!r} where token ids are read, without a tokenizer",
+                    "numbers, such as 12 7 300",
+                    "give ids, or a model with a tokenizer and no --token-ids",
                 )
         return [int(word) for word in words]
 

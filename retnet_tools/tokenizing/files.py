@@ -22,6 +22,9 @@ TOKENIZER_FILE = "tokenizer.json"
 COMPANIONS = (TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE, "chat_template.jinja", "chat_template.json")
 """What belongs to a tokenizer.json: settings, and how a conversation is written."""
 _ADDED_FILE = "added_tokens.json"
+_ALONE = ("vocab.txt", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe")
+_TIKTOKEN = ".tiktoken"
+_LFS = b"version https://git-lfs"
 _TRANSFORMERS = (
     'pip install transformers sentencepiece; python -c "from transformers import AutoTokenizer as T; '
     "T.from_pretrained('FOLDER').save_pretrained('FOLDER')\" writes a tokenizer.json"
@@ -93,7 +96,7 @@ class TokenizerSearch:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know."""
-        unusable = (f"no tokenizer from {error}" for error in self.problems)
+        unusable = (f"no tokenizer: {error}" for error in self.problems)
         return (*unusable, *(() if self.found is None else self.found.notes))
 
 
@@ -125,6 +128,9 @@ def find_tokenizer(files: Iterable[Path], vocab_size: int) -> TokenizerSearch:
     """
     by_name = {file.name: file for file in files}
     problems: list[RetNetToolsError] = []
+    for name in [name for name, file in by_name.items() if _is_lfs_pointer(file)]:
+        del by_name[name]
+        problems.append(InputError(f"{name} is a Git-LFS pointer", "the file itself", "run git lfs pull in its folder"))
     for make in (_own, _fairseq, _sentence_piece, _byte_level, _other):
         try:
             found = make(by_name, vocab_size)
@@ -134,6 +140,11 @@ def find_tokenizer(files: Iterable[Path], vocab_size: int) -> TokenizerSearch:
         if found is not None:
             return TokenizerSearch(found, tuple(problems))
     return TokenizerSearch(None, tuple(problems))
+
+
+def _is_lfs_pointer(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(len(_LFS)) == _LFS
 
 
 def _own(files: Mapping[str, Path], vocab_size: int) -> FoundTokenizer | None:
@@ -196,8 +207,8 @@ def _byte_level(files: Mapping[str, Path], vocab_size: int) -> FoundTokenizer | 
 
 def _other(files: Mapping[str, Path], vocab_size: int) -> FoundTokenizer | None:
     if not {TOKENIZER_FILE, "dict.txt"} & files.keys() and _pair(files) is None and _piece_file(files) is None:
-        for name in ("vocab.txt", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe"):
-            if name in files:
+        for name in files:
+            if name in _ALONE or name.endswith(_TIKTOKEN):
                 raise InputError(f"{name} alone, which is no kind that is read here", TOKENIZER_FILE, _TRANSFORMERS)
     return None
 

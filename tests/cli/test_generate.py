@@ -110,7 +110,7 @@ def test_a_file_of_prompts_is_answered_and_resumed(folder: Path, tmp_path: Path,
     ("arguments", "code", "message"),
     [
         (["-p", "61"], 2, "token id 61; expected 0 to 60"),
-        (["-p", "one"], 2, "'one' in the prompt; expected token ids"),
+        (["-p", "one"], 2, "'one' where token ids are read"),
         (["-p", ""], 2, "an empty prompt"),
         (["-p", "1", "-n", "0"], 2, "--max-tokens 0"),
         (["-p", "1", "--temperature", "-1"], 2, "--temperature -1"),

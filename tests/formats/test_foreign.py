@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -13,9 +14,11 @@ import torch
 from safetensors.torch import save_file
 
 from retnet_tools.errors import InputError
+from retnet_tools.formats import FORMATS, open_checkpoint
 from retnet_tools.formats.files import CheckpointFiles
 from retnet_tools.formats.foreign import refuse_foreign
-from tests.formats.cases import CONFORMANCE
+from retnet_tools.formats.spec import FormatSpec
+from tests.formats.cases import CONFORMANCE, refusal
 
 RETNET = {"model_type": "retnet", "architectures": ["RetNetForCausalLM"], "quantization_config": None}
 STATE = {"model.layers.0.attn.q_proj.weight": torch.ones(2, 3), "lm_head.weight": torch.ones(4, 3)}
@@ -211,3 +214,56 @@ def test_folders_without_weights(tmp_path: Path) -> None:
     refuse_foreign(CheckpointFiles(tmp_path))
     (tmp_path / "step-8" / ".metadata").write_bytes(b"")
     refused(tmp_path, "holds checkpoints in folders; expected one of them; name step-8")
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        (["checkpoint-500/model.safetensors", "checkpoint-1000/model.safetensors"], "checkpoint-1000"),
+        (["checkpoint/step-9/.metadata", "checkpoint/step-10/.metadata"], "checkpoint/step-10"),
+        (["snapshots/0a1b/model.safetensors.index.json", "refs/main"], "snapshots/0a1b"),
+    ],
+    ids=["trainer", "flame", "hub"],
+)
+def test_a_folder_of_folders_names_the_last_checkpoint_in_it(tmp_path: Path, files: list[str], named: str) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    refused(tmp_path, f"holds checkpoints in folders; expected one of them; name {named} in it")
+
+
+@pytest.mark.parametrize("spec", FORMATS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("told", ["tensors", "configuration"])
+def test_what_is_nearest_is_said_in_a_line(spec: FormatSpec, told: str, tmp_path: Path) -> None:
+    folder = tmp_path / ("a-long-name" * 10)
+    folder.mkdir()
+    names = spec.marks if told == "tensors" else ("other." + name.format(i=0, h=0) for name in spec.names[-1:])
+    save_file({name: torch.ones(2, 2) for name in names}, folder / "model.safetensors")
+    with pytest.raises(InputError) as caught:
+        open_checkpoint(folder)
+    assert len(str(caught.value)) <= 200
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_beside_an_adapter_and_a_trainers_state_alone_are_told(tmp_path: Path) -> None:
+    both = tmp_path / "both"
+    shutil.copytree(CONFORMANCE / "fla_base/hf_safetensors", both)
+    (both / "adapter_config.json").write_text("{}")
+    refused(both, r"both holds a model and an adapter.*name model\.safetensors")
+    assert open_checkpoint(both / "model.safetensors").config.num_layers == 2
+    state = tmp_path / "state"
+    state.mkdir()
+    torch.save({"state": {}}, state / "optimizer.pt")
+    refused(state, r"state holds a trainer's state \(optimizer\.pt\)")
+
+
+def test_only_folders_that_hold_tensors_are_named(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.bin").write_bytes(bytes(range(256)))
+    refusal(tmp_path, "no weights in")
+
+
+def test_tensors_of_one_layout_beside_the_configuration_of_another(tmp_path: Path) -> None:
+    shutil.copy(CONFORMANCE / "fla_base/hf_safetensors/model.safetensors", tmp_path)
+    shutil.copy(CONFORMANCE / "sd_base_gelu/hf_safetensors/config.json", tmp_path)
+    refusal(tmp_path, "has tensors of flash-linear-attention, a configuration of syncdoth/RetNet")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from retnet_tools.errors import InputError
+from retnet_tools.errors import InputError, UsageError
 from retnet_tools.formats import FORMATS, Checkpoint, open_checkpoint
 from retnet_tools.formats.canonical import write_canonical
 from retnet_tools.formats.settings import Keys, Settings
@@ -197,11 +198,97 @@ def test_older_names_are_read_and_two_that_differ_are_refused(tmp_path: Path) ->
         open_checkpoint(config_file.parent)
 
 
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "canonical"])
+def test_what_a_trainer_keeps_beside_the_model_is_no_reason_to_refuse(name: str, tmp_path: Path) -> None:
+    config_file = example(name, tmp_path / "checkpoint")
+    document, base = json.loads(config_file.read_text()), model(open_checkpoint(config_file.parent))
+    options = {"lr": 1e-3, "batch_size": 8, "weight_decay": 0.1, "betas": [0.9, 0.98], "epochs": 3, "seed": 1}
+    made = {"_target_": "models.RetNet", "_class_path": "models.RetNet", "_instantiator": "lightning.pytorch.cli"}
+    config_file.write_text(json.dumps({**options, **made, **document}))
+    assert model(open_checkpoint(config_file.parent)) == base
+
+
+def test_a_near_key_is_suggested(tmp_path: Path) -> None:
+    config_file = example("fla", tmp_path / "checkpoint")
+    document = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps({**document, "expand_kk": 2}))
+    with pytest.raises(InputError, match=r"expand_kk = 2; expected only keys .*; did you mean 'expand_k'"):
+        open_checkpoint(config_file.parent)
+
+
+def test_an_older_name_without_a_value_is_no_second_value(tmp_path: Path) -> None:
+    config_file = example("fla", tmp_path / "checkpoint")
+    document, base = json.loads(config_file.read_text()), model(open_checkpoint(config_file.parent))
+    heads, eps = document["num_heads"], document["norm_eps"]
+    for more in ({"num_key_value_heads": None, "num_kv_heads": heads}, {"rms_norm_eps": eps, "norm_eps": None}):
+        config_file.write_text(json.dumps({**document, **more}))
+        assert model(open_checkpoint(config_file.parent)) == base
+
+
+@pytest.mark.parametrize("key", ["norm_eps", "rms_norm_eps"])
+def test_a_key_that_is_read_cannot_be_ignored(key: str, tmp_path: Path) -> None:
+    config_file = example("fla", tmp_path / "checkpoint")
+    with pytest.raises(UsageError, match=f"--ignore-key {key}; expected a key that flash-linear-attention does not"):
+        open_checkpoint(config_file.parent, ignore_keys=[key])
+
+
 def test_a_reader_that_asks_for_what_its_format_does_not_declare_is_found() -> None:
     settings = Settings.declared("made up", {"size": 3}, Keys(read=frozenset({"size"})))
     assert settings.count("size") == 3
     with pytest.raises(AssertionError, match="does not declare 'width'"):
         settings.count("width", 1)
+
+
+# What `PretrainedConfig().to_dict()` of transformers 4.47 holds, whole as some trainers store it, and what people add.
+LIBRARY: dict[str, Any] = {
+    **dict.fromkeys(("output_hidden_states", "output_attentions", "torchscript", "use_bfloat16"), False),
+    **dict.fromkeys(("tf_legacy_loss", "is_encoder_decoder", "add_cross_attention", "tie_encoder_decoder"), False),
+    **dict.fromkeys(("do_sample", "early_stopping", "output_scores", "return_dict_in_generate"), False),
+    **dict.fromkeys(("cross_attention_hidden_size", "forced_bos_token_id", "forced_eos_token_id", "prefix"), None),
+    **dict.fromkeys(("diversity_penalty", "chunk_size_feed_forward", "min_length", "no_repeat_ngram_size"), 0),
+    **dict.fromkeys(("temperature", "top_p", "typical_p", "repetition_penalty", "length_penalty"), 1.0),
+    **{"return_dict": True, "is_decoder": True, "pruned_heads": {}, "torch_dtype": "bfloat16", "dtype": "bfloat16"},
+    **{"max_length": 20, "num_beams": 1, "num_beam_groups": 1, "top_k": 50, "num_return_sequences": 1},
+    **{"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0}, "bad_words_ids": [[3]]},
+    **{
+        "architectures": ["X"],
+        "_name_or_path": "x/y",
+        "transformers_version": "4.47.0",
+        "auto_map": {"AutoModel": "x"},
+    },
+    **{"_attn_implementation_autoset": True, "eos_token_id": [1, 2], "bos_token_id": 0, "pad_token_id": None},
+    **{"max_new_tokens": 9, "use_cache": False, "max_seq_len": 2048, "seq_length": 2048, "model_max_length": 2048},
+    **{"attention_dropout": 0.1, "trust_remote_code": True, "license": "mit", "gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if spec_of(name).name in ("fla", "syncdoth", "xatl")])
+def test_what_a_library_writes_for_itself_is_no_reason_to_refuse(name: str, tmp_path: Path) -> None:
+    config_file = example(name, tmp_path / "checkpoint")
+    document, base = json.loads(config_file.read_text()), model(open_checkpoint(config_file.parent))
+    config_file.write_text(json.dumps({**LIBRARY, **document}))
+    assert model(open_checkpoint(config_file.parent)) == base
+
+
+@pytest.mark.parametrize("place", ["cfg.model", "args"])
+def test_the_whole_namespace_of_fairseq_is_read(place: str, tmp_path: Path) -> None:
+    """Releases without dataclasses store every option of the command line and what the architecture adds to them."""
+    tree = torch.load(CONFORMANCE / "ts_base_gelu/checkpoint_fairseq.pt", weights_only=False)
+    options = {
+        **{"arch": "retnet_base", "task": "language_modeling", "criterion": "cross_entropy", "optimizer": "adam"},
+        **{"max_sentences": 8, "max_sentences_valid": 8, "distributed_wrapper": "DDP", "raw_text": False, "seed": 1},
+        **{"adaptive_input": False, "adaptive_input_factor": 4, "adaptive_input_cutoff": None, "base_sublayers": 1},
+        **{"adaptive_softmax_dropout": 0, "adaptive_softmax_factor": 4, "base_layers": 0, "base_shuffle": False},
+        **{"decoder_layerdrop": 0, "decoder_layers_to_keep": None, "no_decoder_final_norm": False, "pad": 1, "eos": 2},
+        **{"no_token_positional_embeddings": False, "tie_adaptive_weights": False, "unk": 3, "bos": 0},
+        **{"character_embeddings": False, "max_source_positions": 1024, "tokens_per_sample": 512, "lr": [0.1]},
+    }
+    namespace = Namespace(**{**options, **tree["cfg"]["model"]})
+    tree["cfg"], tree["args"] = ({"model": namespace}, None) if place == "cfg.model" else (None, namespace)
+    torch.save(tree, tmp_path / "checkpoint.pt")
+    expected = open_checkpoint(CONFORMANCE / "ts_base_gelu/checkpoint_fairseq.pt")
+    found = open_checkpoint(tmp_path / "checkpoint.pt")
+    assert model(found) == model(expected)
 
 
 def test_keys_of_a_record_inside_the_file_are_held_to_the_same_rule(tmp_path: Path) -> None:
@@ -221,3 +308,12 @@ def test_keys_of_a_record_inside_the_file_are_held_to_the_same_rule(tmp_path: Pa
         else:
             with pytest.raises(InputError, match=match):
                 open_checkpoint(tmp_path / "checkpoint.pt")
+
+
+def test_a_size_that_the_configuration_leaves_out_is_said(tmp_path: Path) -> None:
+    config_file = example("syncdoth", tmp_path / "checkpoint")
+    document = json.loads(config_file.read_text())
+    assert document.pop("decoder_retention_heads") == 3
+    config_file.write_text(json.dumps(document))
+    notes = open_checkpoint(config_file.parent).notes
+    assert "decoder_retention_heads is not in the configuration: 3 assumed" in notes

@@ -167,7 +167,7 @@ def test_the_clamp_that_is_named_is_that_of_the_release(clamp: ScoreClamp, suffi
 
 
 def test_a_clamp_that_the_files_tell_is_not_replaced() -> None:
-    with pytest.raises(UsageError, match=r"--clamp sum_of_abs; expected abs_of_sum"):
+    with pytest.raises(UsageError, match=r"--clamp sum-of-abs; expected abs-of-sum"):
         open_checkpoint(CONFORMANCE / "syncdoth_october", clamp="sum_of_abs")
 
 

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from retnet_tools.config import BlockNorm, RetNetConfig
 from retnet_tools.errors import InputError
 from retnet_tools.formats import Checkpoint, open_checkpoint
+from retnet_tools.formats.fla import KEYS as FLA_KEYS
 from retnet_tools.formats.fla import resolve as resolve_fla
 from retnet_tools.formats.settings import Settings
 from retnet_tools.formats.storage import TensorLocation
@@ -194,6 +195,15 @@ def test_flash_linear_attention_defaults_and_nulls() -> None:
     assert fla(feature_map="relu").feature_map == "relu"
     assert fla(num_kv_heads=1).num_kv_groups == 3
     assert fla(expand_k=0.5, expand_v=1.5).head_k_dim == 8
+    assert fla(expand_v=1.7).value_dim == 81  # int(48 * 1.7), as its code has it
+
+
+def test_flash_linear_attention_of_2024_has_other_defaults_and_keys(tmp_path: Path) -> None:
+    old = Settings.declared("fla", {"hidden_size": 240, "num_attention_heads": 3}, FLA_KEYS)
+    assert resolve_fla(old).feed_forward.dim == 768
+    plain = open_checkpoint(FLA)
+    with_kernel = open_checkpoint(changed(FLA, tmp_path / "may", {"share_conv_kernel": True, "conv_size": 4}))
+    assert with_kernel.config == plain.config
 
 
 @pytest.mark.parametrize(

@@ -225,3 +225,30 @@ def test_memory_is_linear_in_the_prompt(tmp_path: Path) -> None:
         expected, states = run_genai(run, config, ids[:, start : start + 4000], states, position=start)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=GRAPH_FLOAT32)
     check_states(after, [torch.from_numpy(state) for state in states])
+
+
+@pytest.mark.parametrize("ops", OPS)
+@pytest.mark.parametrize("name", ["base", "key_decay"])
+def test_padding_before_or_between_tokens_is_nan(name: str, ops: str, tmp_path: Path) -> None:
+    config = ABLATIONS[name]
+    run = cpu_runner(genai_graph(config, random_source(config, 30), tmp_path / "out", ops=ops))
+    positions = np.array([[0, 1, 2, 3, 4], [0, 0, 0, 1, 2], [0, 1, 0, 2, 3], [0, 1, 2, 0, 0]])
+    feeds = {contract.INPUT_IDS: random_tokens(config, 4, 5, seed=31), contract.POSITION_IDS: positions}
+    for i, state in enumerate(zero_states(config, 4)):
+        feeds |= {contract.PAST_CONV_NAMES % i: np.zeros((4, 1, 1), np.float32), contract.past_name(i): state}
+    logits, *after = run(feeds)
+    for found in (logits[..., : config.vocab_size], *after[: config.num_layers]):
+        assert [bool(np.isnan(row).all()) for row in found] == [False, True, True, False]
+        assert np.isfinite(found[[0, 3]]).all()
+
+
+@pytest.mark.parametrize("ops", OPS)
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("wrong", [-1, -62, 62, 1 << 33])
+def test_an_id_that_the_model_lacks_is_refused(wrong: int, length: int, ops: str, tmp_path: Path) -> None:
+    """Also from the end of the embedding, where -1 is its last row to an ONNX lookup."""
+    run = cpu_runner(genai_graph(BASE, random_source(BASE, 30), tmp_path / "out", ops=ops))
+    ids = np.full((1, length), 3)
+    ids[0, -1] = wrong
+    with pytest.raises(Exception, match="out of data bounds"):
+        run_genai(run, BASE, ids, zero_states(BASE, 1))

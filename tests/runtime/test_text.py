@@ -71,9 +71,9 @@ def test_ids_go_in_and_out_without_a_tokenizer(tmp_path: Path, folder: Path) -> 
     assert codec.encode(" 12, 7\n300 ") == [12, 7, 300]
     stream = codec.stream()
     assert "".join(stream.push(token) for token in [12, 7, 300]) == "12 7 300"
-    with pytest.raises(UsageError, match="'x' in the prompt; expected token ids"):
+    with pytest.raises(UsageError, match="'x' where token ids are read"):
         codec.encode("1 x")
-    with pytest.raises(UsageError, match="expected token ids"):
+    with pytest.raises(UsageError, match="where token ids are read"):
         codec.encode("99999999999999999999")
 
 

@@ -46,7 +46,7 @@ def test_files_that_cannot_be_used_are_noted_and_not_listed(tmp_path: Path) -> N
     write_companions(tmp_path)
     text = carried(tmp_path, eos_token_id=2)
     assert (text.tokenizer, text.copies, text.tokenizer_files) == (None, (), ())
-    assert text.notes[0].startswith("no tokenizer from dict.txt")
+    assert text.notes[0].startswith("no tokenizer: dict.txt")
     assert json.loads(text.made["generation_config.json"]) == {"eos_token_id": 2}
 
 

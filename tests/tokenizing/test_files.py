@@ -108,7 +108,7 @@ def test_an_id_that_two_tokens_share_is_refused(tmp_path: Path) -> None:
 def test_a_file_of_no_kind_that_is_known_is_named(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("[UNK]\n")
     (note,) = search(tmp_path).notes
-    assert note.startswith(f"no tokenizer from {name} alone")
+    assert note.startswith(f"no tokenizer: {name} alone")
     assert "save_pretrained" in note
 
 
@@ -116,3 +116,22 @@ def test_no_file_is_no_tokenizer(tmp_path: Path) -> None:
     assert search(tmp_path) == TokenizerSearch(None, ())
     with pytest.raises(UsageError, match=r"a text, but no tokenizer\.json"):
         search(tmp_path).require("a text")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "vocab.tiktoken"])
+def test_a_pointer_of_git_lfs_is_named(name: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    search = find_tokenizer([file], 100)
+    assert search.found is None
+    assert search.notes == (
+        f"no tokenizer: {name} is a Git-LFS pointer; expected the file itself; run git lfs pull in its folder",
+    )
+
+
+def test_a_file_of_tiktoken_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "vocab.tiktoken"
+    file.write_text("IQ== 0\n")
+    (note,) = find_tokenizer([file], 100).notes
+    assert note.startswith("no tokenizer: vocab.tiktoken alone")
+    assert "AutoTokenizer" in note
