@@ -163,6 +163,21 @@ def test_what_belongs_to_text_and_licence_is_fetched_with_any_weights(weights: s
     assert {file.name for file in local_checkpoint("org/text").iterdir()} == wanted
 
 
+def test_torch_files_are_those_of_the_revision(nearby: Path, hub: Hub) -> None:
+    revisions = {COMMIT: {"config.json": b"{}", "model.pt": b"new"}, OLDER: {"config.json": b"{}", "model.pt": b"old"}}
+    hub.repositories["org/torch"] = Repository(revisions, {"main": COMMIT, "v0": OLDER})
+    assert [(local_checkpoint("org/torch", name) / "model.pt").read_bytes() for name in (None, "v0")] == [
+        b"new",
+        b"old",
+    ]
+
+
+def test_the_index_of_torch_shards_is_not_fetched_with_safetensors(nearby: Path, hub: Hub) -> None:
+    files = dict.fromkeys(("weights.safetensors", "pytorch_model.bin.index.json", "pytorch_model-1.bin"), b"{}")
+    hub.repositories["org/both"] = Repository({COMMIT: files}, {"main": COMMIT})
+    assert [file.name for file in local_checkpoint("org/both").iterdir()] == ["weights.safetensors"]
+
+
 def test_a_distributed_checkpoint_is_fetched_whole(nearby: Path, hub: Hub) -> None:
     files = dict.fromkeys((".metadata", "__0_0.distcp", "__1_0.distcp", "README.md"), b"-")
     hub.repositories["org/dcp"] = Repository({COMMIT: files}, {"main": COMMIT})

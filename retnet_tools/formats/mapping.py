@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import product
 
@@ -42,13 +42,14 @@ class MappedWeights:
         check_layer_count(reading.config, stored)
         self._shapes = canonical_shapes(reading.config)
         sources = expand_names(reading.config, reading.names)
-        _check_known(stored, reading, {name: canonical for name, canonical, _ in sources}, self._shapes, prefix)
+        zeros = {canonical for template in reading.zeros for canonical in expand_template(reading.config, template)}
+        places = {name: canonical for name, canonical, _ in sources}
+        _check_known(stored, reading, places, self._shapes.keys() - zeros, prefix)
         parts: dict[str, list[str]] = {}
         templates: dict[str, str] = {}
         for name, canonical, template in sources:
             parts.setdefault(canonical, []).append(name)
             templates[canonical] = template
-        zeros = {canonical for template in reading.zeros for canonical in expand_template(reading.config, template)}
         self._entries: dict[str, _Entry] = {}
         for canonical, shape in self._shapes.items():
             transform = reading.transforms.get(templates.get(canonical, ""), AS_STORED)
@@ -155,7 +156,7 @@ def expand_template(config: RetNetConfig, template: str) -> list[str]:
 
 
 def _check_known(
-    stored: StoredTensors, reading: Reading, places: Mapping[str, str], shapes: Mapping[str, Shape], prefix: str
+    stored: StoredTensors, reading: Reading, places: Mapping[str, str], filled: Set[str], prefix: str
 ) -> None:
     dropped = {
         name
@@ -164,7 +165,7 @@ def _check_known(
         for name in expand_template(reading.config, template)
     }
     for name in stored.names():
-        if name not in dropped and places.get(name) not in shapes:
+        if name not in dropped and places.get(name) not in filled:
             raise InputError(
                 f"unknown tensor {prefix + name!r}", f"the names of {reading.version}", _hint(places.get(name))
             )

@@ -108,7 +108,7 @@ def generation_document(folders: Iterable[Path], special: SpecialTokens) -> dict
     for folder in dict.fromkeys(folders):
         found |= read_json(folder / GENERATION_FILE)
     named = {f"{name}_token_id": ids[0] if len(ids) == 1 else list(ids) for name, ids in special.said.items()}
-    return found | {key: ids for key, ids in named.items() if found.get(key) in (None, [])}
+    return found | named
 
 
 def generation_notes(document: Mapping[str, Any]) -> list[str]:
@@ -132,7 +132,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error})", "a JSON object") from error
     if not isinstance(data, dict):

@@ -57,7 +57,7 @@ def test_legacy_files_of_every_protocol(tmp_path: Path, protocol: int) -> None:
     [
         *("optimizer.pt", "optimizer.bin", "optimizer_1.pt", "optim-00001.pt", "scheduler.pt", "rng_state.pth"),
         *("rng_state_3.pth", "training_args.bin", "scaler.pt", "random_states_0.pkl", "trainer_state.pt"),
-        *("zero_pp_rank_0_mp_rank_00_optim_states.pt", "sampler.bin"),
+        *("zero_pp_rank_0_mp_rank_00_optim_states.pt", "sampler.bin", "dl_state_dict-0.pt"),
     ],
 )
 def test_what_trainers_put_beside_weights_is_no_candidate(tmp_path: Path, beside: str) -> None:
@@ -71,7 +71,9 @@ def test_order_of_candidates(tmp_path: Path) -> None:
     write(tmp_path / "a", "safetensors")
     with pytest.raises(InputError, match=r"several files of weights: a, b\.ckpt"):
         CheckpointFiles(tmp_path).weights_file  # noqa: B018
-    for name in (".metadata", "x.index.json", "pytorch_model.bin", "model.safetensors"):
+    # The last four in the order in which transformers looks for them, from the last on.
+    usual = ("pytorch_model.bin.index.json", "pytorch_model.bin", "model.safetensors.index.json", "model.safetensors")
+    for name in (".metadata", "x.index.json", *usual):
         (tmp_path / name).write_bytes(b"")
         assert candidates(tmp_path) == [tmp_path / name]
 
@@ -158,6 +160,12 @@ def test_one_named_configuration(tmp_path: Path) -> None:
             CheckpointFiles(tmp_path, config=named).configs  # noqa: B018
     with pytest.raises(InputError, match="no such file"):
         CheckpointFiles(tmp_path, config=tmp_path / "none.json").configs  # noqa: B018
+
+
+def test_a_configuration_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    write(tmp_path / "model.pt", "zip")
+    (tmp_path / "config.json").write_text('{"a": 1}', encoding="utf-8-sig")
+    assert CheckpointFiles(tmp_path).configs == {tmp_path / "config.json": {"a": 1}}
 
 
 def test_configurations_are_json_objects_of_any_name(tmp_path: Path) -> None:

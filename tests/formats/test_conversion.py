@@ -25,7 +25,7 @@ from retnet_tools.formats.writer import write_checkpoint
 from retnet_tools.model.retention import FORMS
 from retnet_tools.model.retnet import load_model
 from retnet_tools.weights import WeightSource
-from tests.formats.cases import CONFORMANCE, TORCHSCALE_FILES, case_id
+from tests.formats.cases import CONFORMANCE, TORCHSCALE_FILES, case_id, small_tensors, write_torchscale
 from tests.helpers import ABLATIONS, BASE, random_source, random_tokens
 
 WRITABLE = [spec.name for spec in FORMATS if spec.write is not None]
@@ -394,6 +394,24 @@ def test_card_licences_and_tokenizer_travel(tmp_path: Path) -> None:
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {"eos_token_id": 1}
     assert (source / "README.md").read_text() == "# My model\n"
+
+
+@pytest.mark.parametrize("target", ["canonical", "torchscale"])
+def test_tensors_that_lie_otherwise_in_their_file_are_written_as_they_read(target: str, tmp_path: Path) -> None:
+    state = {name: torch.from_numpy(array) for name, array in small_tensors().items()}
+    for name, tensor in state.items():
+        if tensor.dim() == 2:
+            state[name] = tensor.t().contiguous().t()
+    assert not state["layers.0.ffn.fc1.weight"].is_contiguous()
+    plain = open_checkpoint(write_torchscale(tmp_path / "plain"))
+    torch.save(state, tmp_path / "plain" / "model.pt")
+    checkpoint = open_checkpoint(tmp_path / "plain")
+    back = open_checkpoint(convert(checkpoint.config, checkpoint.weights, target, tmp_path / "out"))
+    for name, array in small_tensors().items():
+        if "fc1" in name:
+            canonical = name.replace("fc1", "gate_proj")
+            np.testing.assert_array_equal(back.weights.read(canonical), array)
+    assert back.config == plain.config
 
 
 def test_an_unreadable_tensor_leaves_nothing(tmp_path: Path) -> None:

@@ -116,8 +116,11 @@ def test_blocks_of_a_tensor_larger_than_one(tmp_path: Path, monkeypatch: pytest.
 
 def test_equal_tensors(tmp_path: Path) -> None:
     tree = {"a": torch.ones(4, 3), "b": torch.ones(4, 3), "c": torch.zeros(4, 3), "d": torch.ones(3, 4)}
+    tree |= {"half": (bits := torch.full((4, 3), 0x3C00, dtype=torch.int16)).view(torch.float16)}
+    tree |= {"brain": bits.clone().view(torch.bfloat16)}
     tensors = CheckpointFiles(save(tmp_path / "dcp", {"model": tree})).tensors
     assert [tensors.same_data("model.a", f"model.{name}") for name in "abcd"] == [True, True, False, False]
+    assert not tensors.same_data("model.half", "model.brain")
 
 
 @pytest.mark.slow
@@ -203,7 +206,7 @@ def test_truncated_and_hostile_files(tmp_path: Path) -> None:
     part = next(folder.glob("*.distcp"))
     data = part.read_bytes()
     part.write_bytes(data[:-1])
-    refused(folder, "is truncated")
+    refused(folder, rf"is truncated: {len(data) - 1} bytes; expected .*as \.metadata says")
     part.write_bytes(bytes(len(data)))
     refused(folder, "truncated, corrupt or no torch file|a pickle")
     part.unlink()
@@ -239,6 +242,9 @@ def test_boxes_that_fill_a_shape() -> None:
     assert fill_exactly([((0, 0), (3, 2)), ((3, 0), (5, 2)), ((0, 2), (5, 4)), ((5, 2), (3, 4))], (8, 6))
     assert not fill_exactly(columns[:-1], (8, 6))
     assert not fill_exactly([*columns[:-1], columns[0]], (8, 6))
+    assert fill_exactly([((0, 0), (8, 6))], (8, 6))
+    assert not fill_exactly([((2, 0), (8, 6))], (8, 6))
+    assert not fill_exactly([((2, 0), (4, 6)), ((6, 0), (4, 6))], (8, 6))
     assert fill_exactly([((), ())], ())
     assert not fill_exactly([((), ()), ((), ())], ())
     assert fill_exactly([], (0, 6))

@@ -83,6 +83,12 @@ def test_a_wrapper_of_another_name_is_not_refused(tmp_path: Path) -> None:
     refuse_foreign(CheckpointFiles(folder(tmp_path, RETNET, STATE)))
 
 
+def test_a_configuration_of_another_model_beside_that_of_the_retnet_is_not_refused(tmp_path: Path) -> None:
+    made = folder(tmp_path, RETNET, STATE)
+    (made / "teacher.json").write_text(json.dumps({"model_type": "llama"}))
+    refuse_foreign(CheckpointFiles(made))
+
+
 @pytest.mark.parametrize(
     ("state", "match"),
     [

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from retnet_tools.errors import InputError
 from retnet_tools.formats import open_checkpoint
 from retnet_tools.formats.files import CheckpointFiles
-from retnet_tools.formats.torch_files import LEGACY_MAGIC, LEGACY_PROTOCOL
+from retnet_tools.formats.torch_files import LEGACY_MAGIC, LEGACY_PROTOCOL, read_torch
 from tests.formats.cases import refusal, small_tensors, write_torchscale
 
 
@@ -109,6 +110,73 @@ def test_a_tensor_larger_than_its_storage_is_refused(tmp_path: Path, zipped: boo
     torch.save(tensors, file, _use_new_zipfile_serialization=zipped)
     error = refusal(tmp_path, r"a tensor of shape \[2147483648, 8\] in a storage of 1 elements")
     assert "model.pt" in str(error)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_tensor_that_ends_behind_its_storage_is_refused(tmp_path: Path, zipped: bool) -> None:
+    torch.save({"a": torch.arange(6.0), "b": torch.ones(6)}, tmp_path / "x", _use_new_zipfile_serialization=zipped)
+    content = read_torch(tmp_path / "x")
+    view = content.tree["a"]
+    for offset, shape, stride, last in ((4, 2, 1, 5.0), (1, 3, 2, 5.0), (5, 1, 1, 5.0)):
+        located = content.locate("a", view._replace(offset=offset, shape=(shape,), strides=(stride,)))
+        assert located.read()[-1] == last
+        with pytest.raises(InputError, match="in a storage of 6"):
+            content.locate("a", view._replace(offset=offset + 1, shape=(shape,), strides=(stride,)))
+
+
+class SomeStorage:
+    def __init__(self, count: int, view: tuple[str, int, int] | None = None) -> None:
+        self.id = ("storage", torch.FloatStorage, "0", "cpu", count, view)
+
+
+class SomeTensor:
+    def __init__(self, storage: SomeStorage, count: int) -> None:
+        self.arguments = (storage, 0, (count,), (1,), False, OrderedDict())
+
+    def __reduce__(self) -> Any:
+        return torch._utils._rebuild_tensor_v2, self.arguments
+
+
+class StoragePickler(pickle.Pickler):
+    def persistent_id(self, obj: object) -> object:
+        return obj.id if isinstance(obj, SomeStorage) else None
+
+
+def test_a_legacy_storage_of_two_sizes_is_refused(tmp_path: Path) -> None:
+    def write(*counts: int, key: str = "0") -> Path:
+        with (tmp_path / "x").open("wb") as file:
+            for part in (LEGACY_MAGIC, LEGACY_PROTOCOL, {"little_endian": True}):
+                pickle.dump(part, file, protocol=2)
+            StoragePickler(file, protocol=2).dump([SomeStorage(count) for count in counts])
+            pickle.dump([key], file, protocol=2)
+            file.write((4).to_bytes(8, "little") + bytes(16))
+        return tmp_path / "x"
+
+    assert [storage.numel for storage in read_torch(write(4, 4)).tree] == [4, 4]
+    with pytest.raises(InputError, match="storage 0 of two sizes"):
+        read_torch(write(4, 8))
+    with pytest.raises(InputError, match="its storages do not match its tensors"):
+        read_torch(write(4, key="1"))
+
+
+def test_a_legacy_storage_that_is_part_of_another_begins_where_it_says(tmp_path: Path) -> None:
+    """Storages of torch before 0.4: (key, first element, elements) of a view."""
+
+    def write(view: tuple[str, int, int], count: int) -> Path:
+        with (tmp_path / "x").open("wb") as file:
+            for part in (LEGACY_MAGIC, LEGACY_PROTOCOL, {"little_endian": True}):
+                pickle.dump(part, file, protocol=2)
+            StoragePickler(file, protocol=2).dump({"a": SomeTensor(SomeStorage(6, view), count)})
+            pickle.dump(["0"], file, protocol=2)
+            file.write((6).to_bytes(8, "little") + np.arange(6, dtype=np.float32).tobytes())
+        return tmp_path / "x"
+
+    content = read_torch(write(("v", 2, 3), 3))
+    assert content.locate("a", content.tree["a"]).read().tolist() == [2, 3, 4]
+    with pytest.raises(InputError, match="in a storage of 3"):
+        (content := read_torch(write(("v", 2, 3), 4))).locate("a", content.tree["a"])
+    with pytest.raises(InputError, match="no part of its own"):
+        read_torch(write(("v", 4, 3), 3))
 
 
 def rezip(file: Path, change: Callable[[str, bytes], bytes | None], compression: int = zipfile.ZIP_STORED) -> None:

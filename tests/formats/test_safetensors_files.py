@@ -76,6 +76,15 @@ def test_dtypes_that_are_no_weights(tmp_path: Path, dtype: torch.dtype) -> None:
     assert "layers.0.w" in str(caught.value)
 
 
+def test_equal_bits_of_two_types_are_not_the_same_data(tmp_path: Path) -> None:
+    bits = torch.arange(6, dtype=torch.int16).reshape(2, 3) + 0x3C00
+    kinds = {"a": torch.float16, "b": torch.bfloat16, "same": torch.float16}
+    state = {name: bits.clone().view(dtype) for name, dtype in kinds.items()} | {"wide": torch.zeros(2, 3)}
+    save_file(state, tmp_path / "model.safetensors")
+    tensors = CheckpointFiles(tmp_path).tensors
+    assert [tensors.same_data("a", name) for name in ("same", "b", "wide")] == [True, False, False]
+
+
 def test_an_entry_of_a_safetensors_file(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(UsageError, match="entry 'ema' of model"):

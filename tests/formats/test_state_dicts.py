@@ -88,7 +88,15 @@ def test_several_state_dicts_are_named_and_one_can_be_chosen(tmp_path: Path) -> 
         CheckpointFiles(files.path, entry="teachr").tensors  # noqa: B018
 
 
-@pytest.mark.parametrize("key", ["model_ema", "ema", "modelEMA", "swa_model", "shadow_params", "averaged_model"])
+@pytest.mark.parametrize("name", ["adam", "adamw", "lion", "lamb", "muon", "adafactor", "adagrad", "rmsprop", "optim"])
+def test_an_optimizer_of_any_name_is_no_state_dict(name: str, tmp_path: Path) -> None:
+    assert_holds(save(tmp_path, {f"{name}_state": {"embed.weight": torch.ones(3, 4)}, "weights": STATE}), STATE)
+
+
+AVERAGES = ["model_ema", "ema", "modelEMA", "swa_model", "shadow_params", "averaged_model", "polyak", "avg", "averages"]
+
+
+@pytest.mark.parametrize("key", AVERAGES)
 def test_an_average_beside_the_weights_is_noted_and_can_be_chosen(tmp_path: Path, key: str) -> None:
     files = save(tmp_path, {key: OTHER, "model": STATE})
     assert_holds(files, STATE)
@@ -226,6 +234,37 @@ def test_settings_in_omegaconf_are_its_contents(tmp_path: Path) -> None:
     embedded = save(tmp_path, tree).embedded
     assert embedded["cfg.model"] == {"embed": 8, "name": "retnet"}
     assert embedded["cfg"] == {"model": {"embed": 8, "name": "retnet"}, "seed": 1}
+
+
+class Made:
+    """Pickled as a call of a function."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def test_numbers_of_numpy_are_read_as_they_are_or_not_at_all(tmp_path: Path) -> None:
+    scalar = np.float64(1.0).__reduce__()[0]
+    settings = {
+        "native": np.float64(1.5),
+        "little": Made(scalar, np.dtype("<f8"), np.array(2.5, "<f8").tobytes()),
+        "big": Made(scalar, np.dtype(">f8"), np.array(3.5, ">f8").tobytes()),
+        "short": np.int16(-3),
+    }
+    read = save(tmp_path, {"args": settings, "model": STATE}).embedded["args"]
+    assert read == {"native": 1.5, "little": 2.5, "short": -3}
+
+
+def test_a_tensor_of_a_device_is_read_where_it_keeps_its_type(tmp_path: Path) -> None:
+    rebuild, values = torch._utils._rebuild_device_tensor_from_cpu_tensor, torch.ones(3, 4)
+    same = {"a.weight": Made(rebuild, values, torch.float32, "cpu", False)}
+    assert_holds(save(tmp_path, same), {"a.weight": values})
+    other = {"a.weight": Made(rebuild, values, torch.bfloat16, "cpu", False)}
+    with pytest.raises(InputError, match=r"'a\.weight' in other\.pt is a device's own"):
+        save(tmp_path, other, "other.pt").tensors  # noqa: B018
 
 
 def test_settings_that_contain_themselves(tmp_path: Path) -> None:

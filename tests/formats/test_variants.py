@@ -141,6 +141,26 @@ def test_a_tensor_that_the_model_has_no_place_for_is_refused(source: Path, name:
         open_checkpoint(changed(source, tmp_path / "x", {}, {name: np.ones(3, np.float32)}))
 
 
+@pytest.mark.parametrize(
+    ("source", "name", "shape"),
+    [
+        (SYNCDOTH, "model.layernorm_embedding.weight", (48,)),
+        (CONFORMANCE / "xatl_stability", "lm_head.bias", (31,)),
+        (CONFORMANCE / "xatl_stability", "model.layers.0.retention.q_proj.bias", (24,)),
+        (CONFORMANCE / "xatl_stability", "model.layers.0.retention.group_norm.weight", (9,)),
+        (CONFORMANCE / "syncdoth_first_tied", "model.blocks.0.msr.qkv.bias", (88,)),
+        (FLA, "model.layers.0.attn.g_norm.weight", (16,)),
+        (OCTOBER, "model.layers.0.ffn.gate.weight", (32, 24)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_tensor_that_the_format_has_and_the_configuration_leaves_out_is_refused(
+    source: Path, name: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=rf"unknown tensor '{name}'"):
+        open_checkpoint(changed(source, tmp_path / "x", {}, {name: np.ones(shape, np.float32)}))
+
+
 def test_a_state_dict_without_its_arguments(tmp_path: Path) -> None:
     shutil.copy(JAMIE / "model.pt", tmp_path)
     assert open_checkpoint(tmp_path).config == open_checkpoint(JAMIE).config

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+from retnet_tools.errors import InputError
 from retnet_tools.formats import Checkpoint, open_checkpoint
 from retnet_tools.weights import Array
 from tests.formats.cases import CONFORMANCE, refusal, small_tensors, write_torchscale
@@ -71,6 +72,20 @@ def test_keys_of_transformers_mean_torchscale_s(tied: bool, tmp_path: Path) -> N
     assert_same(open_checkpoint(hugging_face(tmp_path / "names", names)), own)
     both = head | {"lm_head.weight": tensors[HEAD].copy(), "model.embed_tokens.weight": tensors[EMBEDDING].copy()}
     assert_same(open_checkpoint(hugging_face(tmp_path / "both", both)), own)
+
+
+def test_of_two_layouts_that_fit_the_one_that_knows_every_tensor_is_read(tmp_path: Path) -> None:
+    tensors = small_tensors()
+    folder = hugging_face(tmp_path / "x", {"lm_head.weight": tensors[HEAD]})
+    (folder / "args.json").write_text(json.dumps(OWN))
+    assert open_checkpoint(folder).format == "torchscale (in Hugging Face's transformers)"
+    with pytest.raises(InputError, match=r"could be torchscale or torchscale-hf; .*choose with --from torchscale"):
+        open_checkpoint(write_both(tmp_path / "y"))
+
+
+def write_both(folder: Path) -> Path:
+    (hugging_face(folder) / "args.json").write_text(json.dumps(OWN))
+    return folder
 
 
 def test_a_head_that_is_nowhere_is_the_embedding(tmp_path: Path) -> None:

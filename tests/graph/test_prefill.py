@@ -191,6 +191,39 @@ def test_padding_never_leaks(name: str, ops: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ops", OPS)
+@pytest.mark.parametrize("name", ["base", "key_decay", *OTHER_LAYERS])
+def test_a_row_that_is_padded_elsewhere_is_no_number(name: str, ops: str, tmp_path: Path) -> None:
+    config, source = ABLATIONS[name], random_source(ABLATIONS[name], seed=19)
+    run = cpu_runner(export(config, source, tmp_path / "out", ops=ops) / contract.PREFILL_FILE)
+    ids, states = random_tokens(config, 4, 6, seed=20), random_states(config, 4, seed=21)
+    masks = np.array([[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1], [1, 0, 1, 1, 0, 0], [1, 1, 1, 1, 0, 1]])
+    positions = np.tile(np.arange(6), (4, 1))
+    feeds = {contract.INPUT_IDS: ids, contract.POSITION_IDS: positions, contract.ATTENTION_MASK: masks}
+    logits, *after = run({**feeds, **{contract.past_name(i): state for i, state in enumerate(states)}})
+    expected, expected_after = run_prefill(run, ids, states, np.array([4, 4, 4, 4]))
+    np.testing.assert_allclose(logits[0, 0], expected[0], rtol=0, atol=GRAPH_FLOAT32)
+    assert np.isnan(logits[1:]).all()
+    for state, reference in zip(after, expected_after, strict=True):
+        np.testing.assert_allclose(state[0], reference[0], rtol=0, atol=GRAPH_FLOAT32)
+        assert np.isnan(state[1:]).all()
+
+
+@pytest.mark.parametrize("ops", OPS)
+def test_padding_is_exact_however_short_the_memory(ops: str, tmp_path: Path) -> None:
+    """gamma^(n - T) of the padded tokens is beyond float32 from T = 11 on for log(gamma) = -9."""
+    config = without_clamp(replace(BASE, decay=(-9.0, -5.0, -1.0, 0.0)))
+    source, position = random_source(config, seed=19), np.array([0, 100, 7])
+    run = cpu_runner(export(config, source, tmp_path / "out", ops=ops) / contract.PREFILL_FILE)
+    ids, states, lengths = (
+        random_tokens(config, 3, 40, seed=20),
+        random_states(config, 3, seed=21),
+        np.array([40, 3, 1]),
+    )
+    chunk = run_prefill(run, ids, states, lengths, position)
+    check_rows(config, source, chunk, ids, lengths, states, position)
+
+
+@pytest.mark.parametrize("ops", OPS)
 @pytest.mark.parametrize("name", ["base", "key_decay", "one_key_value_head", *OTHER_LAYERS])
 def test_a_codeword_in_one_row_changes_no_other(name: str, ops: str, tmp_path: Path) -> None:
     config, source = ABLATIONS[name], random_source(ABLATIONS[name], seed=22)

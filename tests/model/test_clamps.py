@@ -76,6 +76,16 @@ def test_a_wrong_model_fails_under_both_clamps(assumed, changed):
         require_agreement(report)
 
 
+@each_clamp
+def test_a_clamp_under_which_the_outputs_are_no_numbers_does_not_fit(assumed):
+    def parallel(*arguments, score_clamp, **options):
+        y, state = retention_parallel(*arguments, score_clamp="none", **options)
+        return (y * float("nan") if score_clamp == assumed else y), state
+
+    report = compare_both(with_clamp(assumed, 1e-5), forms={"parallel": parallel, "recurrent": retention_recurrent})
+    assert report.clamp == next(clamp for clamp in CLAMPS if clamp != assumed)
+
+
 def test_without_the_parallel_form_there_is_nothing_to_choose():
     config, forms = with_clamp("sum_of_abs", 1e-3), select_forms(("recurrent", "chunkwise"), chunk_size=7)
     assert compare_both(config, forms) == compare(config, forms)

@@ -148,3 +148,13 @@ def test_initialization_depends_on_the_seed_alone():
 @pytest.mark.parametrize("kind", ["rms", "layer", "none"])
 def test_a_zero_vector_stays_zero_without_epsilon(kind):
     assert torch.equal(normalize(torch.zeros(2, 4), kind, 0.0), torch.zeros(2, 4))
+
+
+def test_the_initial_distribution_is_that_of_torchscale():
+    """xavier_uniform_ with gain 2^-2.5 for q, k, v and the gate (`reset_parameters` of its multiscale_retention.py)."""
+    for name, parameter in initialize(RetNet(BASE), 1).named_parameters():
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "retention.gate_proj.weight")):
+            bound = 2**-2.5 * (6 / sum(parameter.shape)) ** 0.5
+            assert 0.95 * bound < parameter.abs().max() <= bound
+        elif name.endswith("embedding.weight"):
+            assert abs(float(parameter.detach().std()) * BASE.hidden_size**0.5 - 1) < 0.1

@@ -38,7 +38,7 @@ def test_pieces_have_the_ids_of_the_dictionary(model_type: str, fallback: bool, 
     lines = [f"{piece} {i}" for i, piece in enumerate(kept)] + ["madeupword0000 0", "<mask> 0"]
     (tmp_path / "dict.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (tmp_path / "sentencepiece.bpe.model").write_bytes(model)
-    ids, size = rule(lines), 4 + len(lines)
+    ids, size = rule(lines), 4 + len(lines) + 8  # embeddings are padded: what has no word lies behind them all
     record, tokenizer = found(tmp_path, size)
     assert record.special_ids == {"bos": 0, "pad": 1, "eos": 2}
     assert record.notes[0].startswith(f"dict.txt lacks {len(pieces) - 3 - len(kept)} pieces of sentencepiece.bpe.model")
@@ -67,7 +67,7 @@ def test_gpt2_words_are_its_ids_in_decimal(tmp_path: Path) -> None:
     (tmp_path / "merges.txt").rename(tmp_path / "vocab.bpe")
     lines = [f"{i} 9" for i in range(399, -1, -1) if i != 300] + ["madeupword0000 0"]
     (tmp_path / "dict.txt").write_text("\n".join(lines) + "\n")
-    ids, size = rule(lines), 4 + len(lines)
+    ids, size = rule(lines), 4 + len(lines) + 8
     record, tokenizer = found(tmp_path, size)
     assert record.notes[0].startswith(f"dict.txt lacks 1 pieces of encoder.json, such as {gpt2.id_to_token(300)!r}")
 
@@ -79,6 +79,23 @@ def test_gpt2_words_are_its_ids_in_decimal(tmp_path: Path) -> None:
 
     check()
     assert tokenizer.decode([ids[str(n)] for n in gpt2.encode("to be").ids]) == "to be"
+
+
+def test_of_two_models_beside_a_dictionary_its_words_tell_which_made_it(tmp_path: Path) -> None:
+    gpt2 = ByteLevelBPETokenizer()
+    gpt2.train_from_iterator([TEXT.read_text(encoding="utf-8")[:50_000]], 400)
+    gpt2.save_model(str(tmp_path))
+    (tmp_path / "vocab.json").rename(tmp_path / "encoder.json")
+    (tmp_path / "merges.txt").rename(tmp_path / "vocab.bpe")
+    (tmp_path / "sentencepiece.bpe.model").write_bytes(train())
+    pieces = processor(train())
+    words = {
+        "sentencepiece.bpe.model": [pieces.id_to_piece(i) for i in range(3, len(pieces))],
+        "encoder.json": [str(i) for i in range(400)],
+    }
+    for name, lines in words.items():
+        (tmp_path / "dict.txt").write_text("".join(f"{word} 1\n" for word in lines), encoding="utf-8")
+        assert name in [file.name for file in found(tmp_path, 500)[0].files]
 
 
 def test_a_dictionary_is_read_as_fairseq_reads_it(tmp_path: Path) -> None:

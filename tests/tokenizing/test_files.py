@@ -56,6 +56,8 @@ def test_a_sentence_piece_model_of_any_usual_name_is_one(name: str, tmp_path: Pa
         ({"tokenizer_class": "LlamaTokenizer"}, [1], []),
         ({"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": False}, [], []),
         ({"tokenizer_class": "LlamaTokenizer", "add_eos_token": True}, [1], [2]),
+        ({"tokenizer_class": "CodeLlamaTokenizer"}, [1], []),
+        ({"tokenizer_class": "GemmaTokenizer"}, [1], []),
         ({"tokenizer_class": "T5Tokenizer"}, [], [2]),
         ({"add_bos_token": True, "bos_token": {"content": "</s>"}}, [2], []),
         ({"tokenizer_class": "PreTrainedTokenizerFast"}, [], []),
@@ -65,6 +67,13 @@ def test_tokens_around_a_text_follow_its_settings(
     settings: dict[str, Any], before: list[int], after: list[int], tmp_path: Path
 ) -> None:
     assert encode(write_pieces(tmp_path, **settings), "To be") == [*before, *processor(MODEL).encode("To be"), *after]
+
+
+def test_the_map_of_special_tokens_says_what_the_settings_leave_out(tmp_path: Path) -> None:
+    """As transformers reads them: tokenizer_config.json decides."""
+    write_pieces(tmp_path, add_bos_token=True, add_eos_token=True, bos_token="<s>", eos_token=None)
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "</s>", "eos_token": "<s>"}))
+    assert encode(tmp_path, "To be") == [1, *processor(MODEL).encode("To be"), 1]
 
 
 def test_added_tokens_keep_their_ids(tmp_path: Path) -> None:

@@ -86,6 +86,11 @@ def test_ids_that_are_no_numbers_are_refused_by_their_place(value: Any, place: s
         special_tokens([tmp_path], 40, settings=settings)
 
 
+def test_a_document_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 5}', encoding="utf-8-sig")
+    assert special_tokens([tmp_path], 40).ids == {"eos": (5,)}
+
+
 def test_other_generation_settings_stay_in_the_document(tmp_path: Path) -> None:
     write(tmp_path, generation_config={"temperature": 0.7, "eos_token_id": None})
     found = special_tokens([tmp_path], 40, settings={"eos_token_id": 5})
