@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from retnet_tools.errors import InputError
 from retnet_tools.formats import Checkpoint, open_checkpoint
 from retnet_tools.weights import Array
 from tests.formats.cases import CONFORMANCE, refusal, small_tensors, write_torchscale
@@ -74,18 +73,12 @@ def test_keys_of_transformers_mean_torchscale_s(tied: bool, tmp_path: Path) -> N
     assert_same(open_checkpoint(hugging_face(tmp_path / "both", both)), own)
 
 
-def test_of_two_layouts_that_fit_the_one_that_knows_every_tensor_is_read(tmp_path: Path) -> None:
-    tensors = small_tensors()
-    folder = hugging_face(tmp_path / "x", {"lm_head.weight": tensors[HEAD]})
+@pytest.mark.parametrize("head", [f"model.decoder.{HEAD}", "lm_head.weight"])
+def test_of_two_layouts_that_fit_the_one_is_read_that_knows_every_tensor_and_prefix(head: str, tmp_path: Path) -> None:
+    folder = hugging_face(tmp_path / "x", {head: small_tensors()[HEAD]})
     (folder / "args.json").write_text(json.dumps(OWN))
     assert open_checkpoint(folder).format == "torchscale (in Hugging Face's transformers)"
-    with pytest.raises(InputError, match=r"could be torchscale or torchscale-hf; .*choose with --from torchscale"):
-        open_checkpoint(write_both(tmp_path / "y"))
-
-
-def write_both(folder: Path) -> Path:
-    (hugging_face(folder) / "args.json").write_text(json.dumps(OWN))
-    return folder
+    assert open_checkpoint(folder, "torchscale-hf").config == open_checkpoint(folder).config
 
 
 def test_a_head_that_is_nowhere_is_the_embedding(tmp_path: Path) -> None:
