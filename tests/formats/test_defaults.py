@@ -9,6 +9,7 @@ and at 770af37 (its first layout), syncdoth/RetNet-XATL `hf_retnet/configuration
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ import pytest
 import torch
 
 from retnet_tools.config import RetNetConfig
-from retnet_tools.formats import fla, open_checkpoint, syncdoth, syncdoth_first, xatl, yet_another_retnet
+from retnet_tools.formats import fla, open_checkpoint, syncdoth, syncdoth_first, torchscale, xatl, yet_another_retnet
 from retnet_tools.formats.settings import Settings
 from retnet_tools.formats.storage import StoredTensors
 from retnet_tools.formats.torchscale_buffers import read_schedules
+from retnet_tools.model.retnet import ACTIVATIONS
 from tests.formats.cases import SETTINGS, small_tensors, write_torchscale
 
 NOTHING = StoredTensors({})
@@ -123,3 +125,26 @@ def test_torchscale_trained_by_fairseq(tmp_path: Path) -> None:
     torch.save({"args": namespace, "model": state}, tmp_path / "checkpoint_best.pt")
     config = open_checkpoint(tmp_path).config
     assert (config.feed_forward.activation, config.embedding_scale) == ("silu", config.hidden_size**0.5)
+
+
+X = np.linspace(-3, 3, 25)
+TANH_GELU = X / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (X + 0.044715 * X**3)))
+GELU = X / 2 * (1 + np.array([math.erf(x / 2**0.5) for x in X]))
+WORDS = {
+    **dict.fromkeys(("swish", "silu"), X / (1 + np.exp(-X))),
+    **dict.fromkeys(("gelu", "gelu_python"), GELU),
+    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), TANH_GELU),
+    "relu": np.maximum(X, 0),
+    "relu2": np.maximum(X, 0) ** 2,
+    "leaky_relu": np.where(X < 0, 0.01 * X, X),
+    "elu": np.where(X < 0, np.exp(X) - 1, X),
+    "sigmoid": 1 / (1 + np.exp(-X)),
+    "tanh": np.tanh(X),
+}
+
+
+@pytest.mark.parametrize("format", [fla, xatl, syncdoth, torchscale, yet_another_retnet], ids=lambda f: f.__name__[21:])
+def test_words_of_activations_mean_what_transformers_says(format: Any) -> None:
+    for word, activation in format.ACTIVATIONS.items():
+        found = ACTIVATIONS[activation](torch.from_numpy(X)).numpy()
+        np.testing.assert_allclose(found, WORDS[word], rtol=1e-12, atol=1e-15, err_msg=word)
