@@ -28,7 +28,7 @@ import onnxruntime as ort
 from large_checkpoint import machine
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from retnet_tools.reports.benchmark.floor import Reader, read_sizes
+from retnet_tools.bench.floor import Reader, read_sizes
 
 K = 2048
 SIZES = {"cache": (1024, 1), "memory": (4096, 24)}

@@ -26,12 +26,12 @@ from large_checkpoint import write_exports
 from record import day, environment, tree
 from torchscale_engine import TorchscaleSpec
 
+from retnet_tools.bench.options import BenchOptions, Case
+from retnet_tools.bench.results import libraries
+from retnet_tools.bench.specs import RetNetSpec
+from retnet_tools.bench.worker import Worker
 from retnet_tools.machine import this_machine
 from retnet_tools.paper import VOCABULARY_SIZE, model_size
-from retnet_tools.reports.benchmark.options import BenchOptions, Case
-from retnet_tools.reports.benchmark.results import libraries
-from retnet_tools.reports.benchmark.specs import RetNetSpec
-from retnet_tools.reports.benchmark.worker import Worker
 from retnet_tools.runtime.providers import Device
 
 OFFICIAL = "torchscale 0.3.0, float32"

@@ -17,30 +17,31 @@ PACKAGE = Path(retnet_tools.__file__).parent
 ROWS = {
     "": 0,
     "errors": 0,
-    "hub": 1,
-    "fields": 1,
-    "dtypes": 1,
-    "provenance": 1,
-    "staging": 1,
-    "texts": 1,
-    "tokens": 1,
-    "tokenizing": 1,
+    "fields": 0,
+    "dtypes": 0,
+    "staging": 0,
+    "machine": 0,
+    "console": 0,
+    "plotting": 0,
     "config": 1,
     "paper": 1,
     "weights": 1,
     "random_weights": 1,
-    "machine": 1,
     "distributions": 1,
+    "tokenizing": 1,
     "formats": 2,
     "model": 3,
-    "graph": 4,
-    "quantize": 5,
-    "runtime": 6,
+    "graph": 3,
+    "quantize": 4,
+    "runtime": 4,
+    "evaluate": 5,
+    "jobs": 6,
+    "bench": 6,
     "reports": 7,
     "cli": 8,
 }
-TORCH_FILES = {"quantize/gptq.py"}
-TORCH_ROOMS = {"formats", "model"}
+TORCH_FILES = {"formats/containers.py", "quantize/gptq.py"}
+TORCH_ROOMS = {"model", "bench"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

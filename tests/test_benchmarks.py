@@ -14,11 +14,11 @@ from types import ModuleType
 import pytest
 import typer
 
+from retnet_tools.bench.options import Case
+from retnet_tools.bench.results import benchmark_document
 from retnet_tools.cli.app import app
 from retnet_tools.cli.benching import options
-from retnet_tools.reports.benchmark.options import Case
-from retnet_tools.reports.benchmark.results import benchmark_document
-from tests.reports.benchmark.reports import GRID, report, row
+from tests.bench.reports import GRID, report, row
 
 ROOT = Path(__file__).parent.parent
 

@@ -57,15 +57,15 @@ def bench(
 
     A model that is no export yet is written to a temporary folder first.
     """
+    from retnet_tools.bench.models import ModelOptions, make_model
+    from retnet_tools.bench.plot import write_plot
+    from retnet_tools.bench.profile import measure_profile
+    from retnet_tools.bench.results import benchmark_document
+    from retnet_tools.bench.run import run_benchmark
+    from retnet_tools.bench.text import comma_separated, markdown, parse_format, render_benchmark
     from retnet_tools.dtypes import parse_dtype
     from retnet_tools.errors import UsageError
-    from retnet_tools.reports.benchmark.models import ModelOptions, make_model
-    from retnet_tools.reports.benchmark.plot import write_plot
-    from retnet_tools.reports.benchmark.profile import measure_profile
-    from retnet_tools.reports.benchmark.results import benchmark_document
-    from retnet_tools.reports.benchmark.run import run_benchmark
-    from retnet_tools.reports.benchmark.text import comma_separated, markdown, parse_format, render_benchmark
-    from retnet_tools.reports.plotting import check_plot
+    from retnet_tools.plotting import check_plot
     from retnet_tools.runtime.providers import parse_device, usable_device
 
     target, form = parse_device(device, cpu_fallback=cpu_fallback), "json" if as_json else parse_format(output)
@@ -88,7 +88,7 @@ def bench(
         measured = make_model(chosen, scratch, progress, copies=options.copies)
         report = run_benchmark(measured, options, target, scratch, progress)
         if flat:
-            from retnet_tools.reports.benchmark.flat import measure_flat
+            from retnet_tools.bench.flat import measure_flat
 
             report = dataclasses.replace(report, flat=measure_flat(measured, options, target, progress))
         if profile:

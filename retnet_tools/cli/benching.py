@@ -10,7 +10,7 @@ import typer
 from retnet_tools.cli import common
 
 if TYPE_CHECKING:
-    from retnet_tools.reports.benchmark.options import BenchOptions
+    from retnet_tools.bench.options import BenchOptions
 
 Size = Annotated[str | None, typer.Option("--size", help="Random weights of a published size: 300m, 1.3b, 6.7b, ...")]
 Prompts = Annotated[
@@ -66,7 +66,7 @@ def options(
     Raises:
         UsageError: a list that is none, or a value that cannot be measured.
     """
-    from retnet_tools.reports.benchmark.options import QUICK, BenchOptions
+    from retnet_tools.bench.options import QUICK, BenchOptions
 
     default = QUICK if quick else BenchOptions()
     return BenchOptions(

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retnet_tools import texts
 from retnet_tools.cli import common
 from retnet_tools.errors import UsageError
+from retnet_tools.tokenizing import text_files
 
 if TYPE_CHECKING:
     from retnet_tools.graph.export import ExportPlan
@@ -74,7 +74,7 @@ def run(
     scheme: SchemeOptions,
     learning: LearningOptions,
     out: Path,
-    held_out: texts.Text | None,
+    held_out: text_files.Text | None,
     *,
     force: bool,
     dry_run: bool,

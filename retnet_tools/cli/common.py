@@ -1,4 +1,4 @@
-"""What the commands share: consoles, JSON, prompts and texts."""
+"""What the commands share: consoles, JSON, prompts and text_files."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retnet_tools import texts
 from retnet_tools.errors import InputError, UsageError
+from retnet_tools.tokenizing import text_files
 
 MAX_THREADS = max(64, 4 * (os.cpu_count() or 1))
 """More CPU threads than this are a slip of the finger, and would stop the machine."""
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+    from retnet_tools.evaluate.logits import LogitsSource
     from retnet_tools.formats.source import CheckpointSource
-    from retnet_tools.reports.logits import LogitsSource
     from retnet_tools.runtime.session import DecoderSession
     from retnet_tools.runtime.text import IdCodec, TextCodec
 
@@ -146,7 +146,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         ) from error
 
 
-def read_text(file: Path | None) -> texts.Text:
+def read_text(file: Path | None) -> text_files.Text:
     """The text of a file, or of stdin for `-`.
 
     Raises:
@@ -160,10 +160,10 @@ def read_text(file: Path | None) -> texts.Text:
             "a play that the shipped model has not seen is fixtures/shakespeare/heldout.txt in the source tree",
         )
     if str(file) != "-":
-        return texts.read_text(file)
+        return text_files.read_text(file)
     if sys.stdin is None:
         raise UsageError("no stdin", "--text FILE")
-    return texts.read_stream(sys.stdin.buffer, "stdin")
+    return text_files.read_stream(sys.stdin.buffer, "stdin")
 
 
 def open_logits(
@@ -182,7 +182,7 @@ def open_logits(
         InputError, ProviderError: as the exported folder and the checkpoint.
     """
     from retnet_tools.dtypes import parse_dtype
-    from retnet_tools.reports.logits import ExportLogits, is_export
+    from retnet_tools.evaluate.logits import ExportLogits, is_export
     from retnet_tools.runtime.providers import parse_device
 
     target, number_type = parse_device(device, cpu_fallback=cpu_fallback), parse_dtype(dtype)

@@ -64,14 +64,14 @@ def perplexity(
 
     Names and definitions are those of llama-perplexity. A checkpoint runs in torch, an exported folder without it.
     """
+    from retnet_tools.evaluate.logits import is_export
+    from retnet_tools.evaluate.perplexity import measure_perplexity
+    from retnet_tools.evaluate.scored_text import read_tokens
+    from retnet_tools.evaluate.windows import Windows
     from retnet_tools.formats.source import CheckpointSource
-    from retnet_tools.reports.logits import is_export
-    from retnet_tools.reports.perplexity import measure_perplexity
+    from retnet_tools.plotting import check_plot
     from retnet_tools.reports.perplexity_plot import write_plot
     from retnet_tools.reports.perplexity_text import perplexity_document, render_perplexity
-    from retnet_tools.reports.plotting import check_plot
-    from retnet_tools.reports.scored_text import read_tokens
-    from retnet_tools.reports.windows import Windows
 
     windows = Windows(context, stride)
     if plot is not None:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retnet_tools import texts
 from retnet_tools.cli import common
 from retnet_tools.errors import UsageError
+from retnet_tools.tokenizing import text_files
 
 if TYPE_CHECKING:
     from retnet_tools.formats.source import CheckpointSource
@@ -75,14 +75,14 @@ def check_output(out: Path, source: Path, kind: WeightType | HalfType | None, *,
 
 def read_text(
     file: Path | None, limit: int | None, plan: ExportPlan, kind: WeightType | HalfType | None
-) -> texts.Text | None:
+) -> text_files.Text | None:
     """The text to measure on, if there is one, and if what is planned can be measured on it.
 
     Raises:
         UsageError: a limit without a text, besides what `check_measurable` raises.
         InputError: a text that cannot be read.
     """
-    from retnet_tools.reports.quality import check_measurable
+    from retnet_tools.evaluate.quality import check_measurable
 
     if file is None:
         if limit is not None:
@@ -93,9 +93,9 @@ def read_text(
     return text
 
 
-def measure(folder: Path, baseline: CheckpointSource, text: texts.Text, limit: int | None) -> Quality:
+def measure(folder: Path, baseline: CheckpointSource, text: text_files.Text, limit: int | None) -> Quality:
     """Measure a quantized folder against its float parent, with a progress bar."""
-    from retnet_tools.reports.quality import measure_quality
+    from retnet_tools.evaluate.quality import measure_quality
 
     parent = common.open_logits(baseline, "cpu", None)
     with common.step_progress() as progress:

@@ -53,8 +53,8 @@ def checkpoint_source(
         UsageError: a clamp that does not exist, a revision of a path.
         InputError: a name on the hub that cannot be had.
     """
+    from retnet_tools.formats.hub import local_checkpoint
     from retnet_tools.formats.source import CheckpointSource
-    from retnet_tools.hub import local_checkpoint
 
     kind = None if clamp is None else parse_clamp(clamp)
     if name is None and revision is not None:

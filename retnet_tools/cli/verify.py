@@ -59,7 +59,7 @@ def verify(
     from retnet_tools.model.agreement import compare_forms, require_agreement, select_forms, use_threads
     from retnet_tools.model.clamps import compare_clamps
     from retnet_tools.reports.agreement import AgreementContext, agreement_document, render_agreement
-    from retnet_tools.tokens import choose_tokens
+    from retnet_tools.tokenizing.token_ids import choose_tokens
 
     number_type = parse_dtype(dtype)
     forms = select_forms(modes.split(","), chunk_size)

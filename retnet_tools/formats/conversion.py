@@ -16,10 +16,10 @@ from retnet_tools.errors import ConfigError, InputError, UsageError
 from retnet_tools.formats.containers import PlannedTensor
 from retnet_tools.formats.mapping import MappedWeights, expand_names
 from retnet_tools.formats.planned import PlannedFiles
+from retnet_tools.formats.provenance import provenance_section
 from retnet_tools.formats.reading import read_as
 from retnet_tools.formats.spec import AS_STORED, Checkpoint, FormatSpec, Transform, Writing
 from retnet_tools.formats.writer import DEFAULT_SHARD_SIZE, INDEX_FILE, CheckpointLayout, shard
-from retnet_tools.provenance import provenance_section
 from retnet_tools.tokenizing.carried import carried_text
 from retnet_tools.weights import (
     Array,

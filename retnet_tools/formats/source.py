@@ -7,7 +7,7 @@ from pathlib import Path
 
 from retnet_tools.config import ScoreClamp
 from retnet_tools.formats import Checkpoint, open_checkpoint
-from retnet_tools.hub import local_checkpoint
+from retnet_tools.formats.hub import local_checkpoint
 
 
 @dataclass(frozen=True)

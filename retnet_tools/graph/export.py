@@ -11,6 +11,8 @@ from typing import Any
 from retnet_tools import __version__
 from retnet_tools.errors import InputError
 from retnet_tools.formats import Checkpoint
+from retnet_tools.formats.hub import hub_origin
+from retnet_tools.formats.provenance import SourceHasher, provenance
 from retnet_tools.graph import contract
 from retnet_tools.graph.cuda_kernels import cpu_nodes, kernel_version
 from retnet_tools.graph.devices import operator_set, target_device
@@ -20,8 +22,6 @@ from retnet_tools.graph.stored import StoredTensor
 from retnet_tools.graph.targets import TARGET_FILES, ExportTarget, export_target
 from retnet_tools.graph.weighted import BuiltGraph
 from retnet_tools.graph.writer import BlockReader, file_bytes, float_blocks, write_graph, write_weights
-from retnet_tools.hub import hub_origin
-from retnet_tools.provenance import SourceHasher, provenance
 from retnet_tools.staging import check_target, staged_folder
 from retnet_tools.tokenizing.carried import CarriedText, carried_text
 from retnet_tools.tokenizing.special import GENERATION_FILE

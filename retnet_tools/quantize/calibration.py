@@ -18,9 +18,9 @@ import numpy as np
 from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import UsageError
 from retnet_tools.graph.quantization import Calibration
-from retnet_tools.texts import text_pieces
 from retnet_tools.tokenizing.files import find_tokenizer
-from retnet_tools.tokens import check_vocabulary
+from retnet_tools.tokenizing.text_files import text_pieces
+from retnet_tools.tokenizing.token_ids import check_vocabulary
 from retnet_tools.weights import Array
 
 SEQUENCE = 512

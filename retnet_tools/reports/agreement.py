@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from retnet_tools.console import print_line, result_console, result_table, verdict
 from retnet_tools.model.agreement import AgreementReport, Comparison, Handoff
 from retnet_tools.model.budgets import CAUSES
-from retnet_tools.reports.render import print_line, result_console, result_table, verdict
 
 SCHEMA_VERSION = 1
 

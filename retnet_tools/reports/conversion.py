@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from retnet_tools.console import print_line, result_console, result_table
 from retnet_tools.formats.conversion import Conversion
 from retnet_tools.formats.spec import Checkpoint
-from retnet_tools.reports.render import print_line, result_console, result_table
 
 
 def conversion_document(

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from retnet_tools.evaluate.quality import quality_text
 from retnet_tools.graph.contract import state_shape
 from retnet_tools.graph.export import ExportPlan, kernel_notes
 from retnet_tools.graph.nodes import ELEMENT_TYPES
@@ -14,7 +15,6 @@ from retnet_tools.graph.quantization import Quality
 from retnet_tools.graph.stored import stored_bytes
 from retnet_tools.quantize.card import coarse_text
 from retnet_tools.quantize.scheme import HALF_TYPES, scheme_text
-from retnet_tools.reports.quality import quality_text
 from retnet_tools.runtime.bulk import BulkSummary
 from retnet_tools.runtime.decode import Generations
 

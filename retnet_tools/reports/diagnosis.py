@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from retnet_tools.reports.render import print_line, result_console, result_table, verdict
+from retnet_tools.console import print_line, result_console, result_table, verdict
 from retnet_tools.runtime.diagnosis import Diagnosis, FolderDiagnosis, prediction_basis
 from retnet_tools.runtime.providers import Device
 from retnet_tools.runtime.selftest import SelfTest

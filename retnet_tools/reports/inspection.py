@@ -13,14 +13,14 @@ import numpy as np
 
 from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import InputError, RetNetToolsError
+from retnet_tools.evaluate.horizon import HeadMemory, head_memories
+from retnet_tools.evaluate.lint import SEVERITIES, Finding, counted, lint_config, lint_tokenizer
+from retnet_tools.evaluate.weight_lint import lint_weights
 from retnet_tools.formats.source import CheckpointSource
 from retnet_tools.graph.contract import MANIFEST_FILE, WEIGHTS_FILE, state_shape
 from retnet_tools.graph.manifest import SCHEMA_VERSION as MANIFEST_VERSION
 from retnet_tools.graph.manifest import Manifest, read_manifest
 from retnet_tools.graph.reader import read_graphs
-from retnet_tools.reports.horizon import HeadMemory, head_memories
-from retnet_tools.reports.lint import SEVERITIES, Finding, counted, lint_config, lint_tokenizer
-from retnet_tools.reports.weight_lint import lint_weights
 from retnet_tools.weights import WeightSource, canonical_shapes
 
 SCHEMA_VERSION = 1

@@ -9,12 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from retnet_tools.console import print_line, result_console, result_table
+from retnet_tools.evaluate.horizon import gamma_text
+from retnet_tools.evaluate.lint import Severity, counted
 from retnet_tools.graph.contract import WEIGHTS_FILE
 from retnet_tools.quantize.scheme import scheme_text
-from retnet_tools.reports.horizon import gamma_text
 from retnet_tools.reports.inspection import Inspection, count_findings
-from retnet_tools.reports.lint import Severity, counted
-from retnet_tools.reports.render import print_line, result_console, result_table
 
 _COLOURS: dict[Severity, str] = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from retnet_tools.reports.estimates import Estimate
-from retnet_tools.reports.perplexity import PerplexityReport
+from retnet_tools.evaluate.estimates import Estimate
+from retnet_tools.evaluate.perplexity import PerplexityReport
+from retnet_tools.evaluate.positions import ByPosition
+from retnet_tools.plotting import COLOURS, check_plot, save_figure
 from retnet_tools.reports.perplexity_text import estimate_text, trend_text
-from retnet_tools.reports.plotting import COLOURS, check_plot, save_figure
-from retnet_tools.reports.positions import ByPosition
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ def write_plot(report: PerplexityReport, path: Path, *, force: bool) -> None:
 
     Raises:
         ValueError: a report without figures by position.
-        RetNetToolsError, UsageError, OutputError: as `retnet_tools.reports.plotting.save_figure`.
+        RetNetToolsError, UsageError, OutputError: as `retnet_tools.plotting.save_figure`.
     """
     check_plot(path, force=force)
     save_figure(draw(report), path, force=force)

@@ -9,11 +9,11 @@ from typing import Any
 
 from rich.console import Console
 
-from retnet_tools.reports.divergence import Divergence
-from retnet_tools.reports.estimates import INDEPENDENCE, Estimate
-from retnet_tools.reports.perplexity import Perplexity, PerplexityReport
-from retnet_tools.reports.positions import CONFIDENCE, LEAST_CLUSTERS, ByPosition, PositionBin, Trend
-from retnet_tools.reports.render import print_line, result_console, result_table
+from retnet_tools.console import print_line, result_console, result_table
+from retnet_tools.evaluate.divergence import Divergence
+from retnet_tools.evaluate.estimates import INDEPENDENCE, Estimate
+from retnet_tools.evaluate.perplexity import Perplexity, PerplexityReport
+from retnet_tools.evaluate.positions import CONFIDENCE, LEAST_CLUSTERS, ByPosition, PositionBin, Trend
 
 SCHEMA_VERSION = 1
 _SHOWN_KLD = {1.0: "Maximum KLD", 0.999: "99.9% KLD", 0.99: "99% KLD", 0.9: "90% KLD", 0.5: "Median KLD"}

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from retnet_tools.console import print_line, result_console, result_table
 from retnet_tools.errors import VerificationError
-from retnet_tools.reports.render import print_line, result_console, result_table
 from retnet_tools.runtime.state_file import StateFile
 from retnet_tools.weights import Array
 

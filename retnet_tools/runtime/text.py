@@ -11,7 +11,7 @@ from typing import Any
 from retnet_tools.errors import InputError, UsageError
 from retnet_tools.tokenizing.files import TOKENIZER_FILE, load_tokenizer
 from retnet_tools.tokenizing.special import special_tokens
-from retnet_tools.tokens import check_vocabulary
+from retnet_tools.tokenizing.token_ids import check_vocabulary
 
 _LONGEST_ID = 18
 """Digits of the longest number that is surely an int64."""

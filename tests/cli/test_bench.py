@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from retnet_tools.bench.results import BenchRow, Flatness, ModelSummary, StepProfile
+from retnet_tools.bench.traffic import retnet_traffic
 from retnet_tools.fields import from_json
 from retnet_tools.machine import Machine
-from retnet_tools.reports.benchmark.results import BenchRow, Flatness, ModelSummary, StepProfile
-from retnet_tools.reports.benchmark.traffic import retnet_traffic
 from tests.exports import export
 from tests.helpers import ABLATIONS, BASE, random_source
 
@@ -229,8 +229,8 @@ def test_a_stack_without_a_vocabulary_is_refused(tmp_path: Path, cli) -> None:
 
 
 def test_results_are_printed_before_a_plot_that_fails(tmp_path: Path, folder: Path, monkeypatch, cli) -> None:
+    from retnet_tools.bench import plot
     from retnet_tools.errors import OutputError
-    from retnet_tools.reports.benchmark import plot
 
     def fail(*arguments: object, **options: object) -> None:
         raise OutputError("cannot write it")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from retnet_tools.evaluate.logits import is_export
 from retnet_tools.formats import open_checkpoint
-from retnet_tools.reports.logits import is_export
 from tests.formats.cases import SETTINGS, small_tensors
 
 UNTOLD = {name: value for name, value in SETTINGS.items() if name != "torchscale_version"}

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retnet_tools import texts
 from retnet_tools.errors import InputError, UsageError
 from retnet_tools.quantize.calibration import SEQUENCE, CalibrationOptions, draw_sequences, read_calibration
+from retnet_tools.tokenizing import text_files
 from retnet_tools.tokenizing.files import load_tokenizer
 from tests.helpers import ABLATIONS, BASE
 from tests.quantize.calibrated import FIXTURE, fixture
@@ -64,7 +64,7 @@ def test_a_text_in_pieces_gives_the_same_tokens(size: int, tmp_path: Path, monke
     # Lines of spaces and several empty ones, which a token may reach across.
     text = tmp_path / "text"
     text.write_bytes(TEXT.read_bytes().replace(b"\n\n", b"\n\n\n  \n\n")[:150_000])
-    monkeypatch.setattr(texts, "PIECE", size)
+    monkeypatch.setattr(text_files, "PIECE", size)
     found = read_calibration(CalibrationOptions(text), checkpoint.config, checkpoint.tokenizer_files)
     ids = load_tokenizer(FIXTURE / "tokenizer.json").encode(text.read_bytes().decode()).ids
     count = len(ids) // SEQUENCE
@@ -78,7 +78,7 @@ def test_newlines_of_another_system_stay_as_they_are(tmp_path: Path) -> None:
     found = read_calibration(CalibrationOptions(text), checkpoint.config, checkpoint.tokenizer_files)
     ids = load_tokenizer(FIXTURE / "tokenizer.json").encode(text.read_bytes().decode()).ids
     np.testing.assert_array_equal(found.sequences[0], ids[:SEQUENCE])
-    assert texts.read_text(text) == texts.Text("text", found.record.sha256, text.read_bytes().decode())
+    assert text_files.read_text(text) == text_files.Text("text", found.record.sha256, text.read_bytes().decode())
 
 
 def test_the_held_out_play_is_no_part_of_the_text() -> None:

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from retnet_tools.errors import OutputError, RetNetToolsError, UsageError
-from retnet_tools.reports.perplexity import PerplexityReport, measure_perplexity
+from retnet_tools.evaluate.perplexity import PerplexityReport, measure_perplexity
+from retnet_tools.evaluate.scored_text import ScoredText
+from retnet_tools.evaluate.windows import Windows
+from retnet_tools.plotting import check_plot
 from retnet_tools.reports.perplexity_plot import draw, write_plot
-from retnet_tools.reports.plotting import check_plot
-from retnet_tools.reports.scored_text import ScoredText
-from retnet_tools.reports.windows import Windows
 from tests.sources import MarkovLogits
 
 TEXT = ScoredText(np.random.default_rng(0).integers(0, 30, 800), None)

@@ -1,0 +1,52 @@
+"""Where the time of a step goes, by operator, from ONNX Runtime's own profile."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from retnet_tools.bench.models import Model
+from retnet_tools.bench.options import WARM_UP_STEPS, BenchOptions, Case
+from retnet_tools.bench.results import OperatorTime, StepProfile
+from retnet_tools.bench.specs import RetNetSpec
+from retnet_tools.bench.worker import Worker
+from retnet_tools.runtime.providers import Device
+
+PROFILED_STEPS = 16
+
+
+def measure_profile(model: Model, options: BenchOptions, device: Device, scratch: Path) -> StepProfile:
+    """Profile steps of the first batch size, depth and number of threads, in a session of its own."""
+    test = Case("decode", PROFILED_STEPS, options.depths[0], options.batches[0])
+    threads = options.threads[0]
+    spec = RetNetSpec(model.folder, device, threads, options.chunk_size, profile=scratch / "profile")
+    with Worker("retnet", spec) as worker:
+        file = Path(worker.call("profile", test))
+        ran_on = worker.call("device").kind
+    ms, operators = operator_times(json.loads(file.read_text(encoding="utf-8")), skip=WARM_UP_STEPS)
+    outside = ms - sum(operator.ms for operator in operators)
+    return StepProfile(test.name, test.batch, threads, ran_on, ms, outside, operators)
+
+
+def operator_times(events: list[dict[str, Any]], *, skip: int) -> tuple[float, tuple[OperatorTime, ...]]:
+    """ms of a step, and time by operator, most first.
+
+    Args:
+        events: of a profile.
+        skip: steps at the start that do not count.
+    """
+    runs = sorted((event["ts"], event["dur"]) for event in events if event.get("name") == "model_run")
+    counted = runs[skip:]
+    whole = sum(duration for _, duration in counted)
+    microseconds: defaultdict[str, int] = defaultdict(int)
+    calls: defaultdict[str, int] = defaultdict(int)
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time") and event["ts"] >= counted[0][0]:
+            microseconds[event["args"]["op_name"]] += event["dur"]
+            calls[event["args"]["op_name"]] += 1
+    return whole / len(counted) / 1e3, tuple(
+        OperatorTime(name, calls[name] / len(counted), time / len(counted) / 1e3, time / whole if whole else 0.0)
+        for name, time in sorted(microseconds.items(), key=lambda item: -item[1])
+    )

@@ -1,0 +1,172 @@
+"""Repetitions of all tests of a kind: implementations take turns, and the device is measured beside them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from retnet_tools.bench.crew import Crew
+from retnet_tools.bench.implementations import Implementation
+from retnet_tools.bench.models import Progress
+from retnet_tools.bench.options import RETNET, Case
+from retnet_tools.bench.probe_graphs import ProductShape
+from retnet_tools.bench.results import BenchRow, SkippedTest
+from retnet_tools.bench.rows import Observed, Repetition, Sample, make_row
+from retnet_tools.bench.specs import ProbeSpec
+from retnet_tools.bench.worker import MemoryShortageError, Worker, WorkerError
+from retnet_tools.errors import RetNetToolsError
+from retnet_tools.runtime.providers import Device
+
+MEMORY_MARGIN = 1 << 28
+"""Bytes that stay free when a test is checked against the memory there is."""
+Key = tuple[str, Case]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a round is run.
+
+    Attributes:
+        probes: the folder of the graphs that measure the device.
+        shape: of the product there.
+        quick: small buffers in these measurements.
+    """
+
+    repetitions: int
+    probes: Path
+    shape: ProductShape
+    quick: bool
+
+
+class Round:
+    """All tests of one kind on one number of threads.
+
+    Every repetition has new processes: what differs from one process to another is in the deviation. Those of one
+    repetition are open together and take turns.
+
+    Args:
+        implementations: RetNet first.
+    """
+
+    def __init__(
+        self,
+        implementations: Sequence[Implementation],
+        tests: Sequence[Case],
+        threads: int | None,
+        setting: Setting,
+    ) -> None:
+        self._implementations, self._tests, self._threads = list(implementations), list(tests), threads
+        self._setting = setting
+        self._seen: defaultdict[Key, dict[int, Repetition]] = defaultdict(dict)
+        self._judged: set[Key] = set()
+        self._skipped: dict[Key, str] = {}
+
+    @property
+    def skipped(self) -> list[SkippedTest]:
+        """What was not run, or not as often as it should have been."""
+        return [
+            SkippedTest(name, test.name, test.batch, self._threads, reason, len(self._seen[name, test]))
+            for (name, test), reason in self._skipped.items()
+        ]
+
+    def run(self, progress: Progress, done: int, total: int) -> int:
+        """Measure; returns how many steps of progress are done then.
+
+        Raises:
+            RetNetToolsError: RetNet cannot be opened, or fails for another reason than memory. An alternative that
+                fails, and a test that memory does not suffice for, is skipped from then on.
+        """
+
+        def say(what: str, number: int = 0) -> None:
+            progress(f"repetition {repetition + 1}: {what}", done + number, total)
+
+        with ExitStack() as stack:
+            probe: Worker | None = None
+            for repetition in range(self._setting.repetitions):
+                with Crew(self._pending(), self._tests[0].kind, self._threads, say) as crew:
+                    self._give_up(crew)
+                    if crew.device is not None:
+                        if probe is None:
+                            probe = stack.enter_context(Worker("the probes", self._probe(crew.device)))
+                        self._repeat(repetition, crew, probe, say)
+                        self._give_up(crew)
+                done += len(self._tests)
+        return done
+
+    def rows(self) -> Iterable[BenchRow]:
+        """A row for each test and implementation that ran it."""
+        for test in self._tests:
+            for implementation in self._implementations:
+                if seen := self._seen.get((implementation.name, test)):
+                    beside: Observed | None = self._seen[RETNET, test] if implementation.name != RETNET else None
+                    yield make_row(implementation.subject, test, self._threads, seen, beside)
+
+    def _repeat(self, repetition: int, crew: Crew, probe: Worker, say: Callable[[str, int], None]) -> None:
+        decode = self._tests[0].kind == "decode"
+        product_rate = None if decode else float(probe.call("product_rate"))
+        # Small tests first: what ONNX Runtime keeps of a large one would be counted to them.
+        for number, test in enumerate(sorted(self._tests, key=lambda test: test.batch * test.room)):
+            if all((i.name, test) in self._skipped for i in self._implementations):
+                continue
+            samples: dict[str, Sample] = {}
+            say(f"{test.name}, batch {test.batch}, {self._threads or 'all'} threads", number)
+            before = probe.call("bandwidth")
+            # Whoever goes first in one repetition goes last in the next, so that a drift favours nobody.
+            for implementation in self._implementations[:: -1 if repetition % 2 else 1]:
+                if (sample := self._sample(crew, implementation, test)) is not None:
+                    samples[implementation.name] = sample
+            bandwidth = (before + probe.call("bandwidth")) / 2
+            for name, sample in samples.items():
+                self._seen[name, test][repetition] = Repetition(sample, bandwidth, product_rate)
+
+    def _sample(self, crew: Crew, implementation: Implementation, test: Case) -> Sample | None:
+        """One repetition; None where the test is skipped, from now on."""
+        name = implementation.name
+        worker = None if (name, test) in self._skipped else crew.worker(implementation)
+        if worker is None:
+            return None
+        try:
+            if (name, test) not in self._judged:
+                self._judged.add((name, test))
+                if reason := _too_large(implementation, worker, test):
+                    self._skipped[name, test] = reason
+                    return None
+            sample: Sample = worker.call("run", test)
+        except (WorkerError, MemoryShortageError) as error:
+            # Only this test; the next one gets a new process.
+            crew.dismiss(name)
+            self._skipped[name, test] = str(error)
+            return None
+        except RetNetToolsError as error:
+            if name == RETNET:
+                raise
+            self._skipped[name, test] = str(error)
+            return None
+        return sample
+
+    def _pending(self) -> list[Implementation]:
+        """Those that still have a test to run."""
+        return [i for i in self._implementations if any((i.name, test) not in self._skipped for test in self._tests)]
+
+    def _give_up(self, crew: Crew) -> None:
+        """Skip what cannot be opened: RetNet must open once."""
+        for name, error in crew.closed.items():
+            if name == RETNET and not any(self._seen[RETNET, test] for test in self._tests):
+                raise error
+            for test in self._tests:
+                self._skipped.setdefault((name, test), str(error))
+
+    def _probe(self, device: Device) -> ProbeSpec:
+        setting = self._setting
+        return ProbeSpec(device, self._threads, setting.probes, setting.shape, setting.quick)
+
+
+def _too_large(implementation: Implementation, worker: Worker, test: Case) -> str | None:
+    """Why a test does not fit into the memory there is; None where it does, or where that is not known."""
+    needed, room = implementation.bytes_needed(test), worker.call("room")
+    if room is None or needed + MEMORY_MARGIN <= room:
+        return None
+    return f"it needs {needed / 1e9:.1f} GB beside its weights, and {room / 1e9:.1f} GB are free"
