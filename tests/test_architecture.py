@@ -22,6 +22,7 @@ ROWS = {
     "staging": 0,
     "machine": 0,
     "console": 0,
+    "progress": 0,
     "plotting": 0,
     "config": 1,
     "paper": 1,

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from retnet_tools.bench.engines import placed_states
-from retnet_tools.bench.models import Model, Progress
+from retnet_tools.bench.models import Model
 from retnet_tools.bench.options import BenchOptions, Case
 from retnet_tools.bench.results import Flatness, PlacedPosition
 from retnet_tools.bench.specs import RetNetSpec
@@ -15,6 +15,7 @@ from retnet_tools.bench.torch_decoder import reference_logits
 from retnet_tools.bench.worker import Worker
 from retnet_tools.evaluate.estimates import student_t
 from retnet_tools.graph.contract import state_scale
+from retnet_tools.progress import Progress
 from retnet_tools.runtime.providers import Device
 from retnet_tools.weights import Array
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from retnet_tools.graph.quantization import Scheme
 from retnet_tools.graph.weighted import BuiltGraph
 from retnet_tools.graph.writer import file_bytes, float_blocks, write_graph, write_weights
 from retnet_tools.paper import VOCABULARY_SIZE, model_size
+from retnet_tools.progress import Progress
 from retnet_tools.quantize.contents import QuantizedContents
 from retnet_tools.quantize.methods import RoundToNearest
 from retnet_tools.quantize.plan import plan_target, write_quantized
@@ -39,7 +40,6 @@ from retnet_tools.random_weights import RandomWeights
 from retnet_tools.staging import staged_folder
 from retnet_tools.weights import WeightSource, canonical_shapes
 
-Progress = Callable[[str, int, int], None]
 EXPORT_FOLDER, TRANSFORMER_FOLDER, PROBE_FOLDER = "retnet", "transformer", "probes"
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from retnet_tools.bench.crew import Crew
 from retnet_tools.bench.implementations import Implementation
-from retnet_tools.bench.models import Progress
 from retnet_tools.bench.options import RETNET, Case
 from retnet_tools.bench.probe_graphs import ProductShape
 from retnet_tools.bench.results import BenchRow, SkippedTest
@@ -18,6 +17,7 @@ from retnet_tools.bench.rows import Observed, Repetition, Sample, make_row
 from retnet_tools.bench.specs import ProbeSpec
 from retnet_tools.bench.worker import MemoryShortageError, Worker, WorkerError
 from retnet_tools.errors import RetNetToolsError
+from retnet_tools.progress import Progress
 from retnet_tools.runtime.providers import Device
 
 MEMORY_MARGIN = 1 << 28

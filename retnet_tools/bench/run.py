@@ -8,7 +8,7 @@ from retnet_tools.bench.file_bytes import bytes_read_whole
 from retnet_tools.bench.floor import last_cache_bytes
 from retnet_tools.bench.implementations import alternative, retnet
 from retnet_tools.bench.memory import device_name
-from retnet_tools.bench.models import PROBE_FOLDER, Model, Progress, write_probes
+from retnet_tools.bench.models import PROBE_FOLDER, Model, write_probes
 from retnet_tools.bench.options import KINDS, BenchOptions
 from retnet_tools.bench.probe_graphs import ProductShape
 from retnet_tools.bench.results import BenchReport, BenchRow, ModelSummary, SkippedTest
@@ -17,6 +17,7 @@ from retnet_tools.bench.rows import with_measured_memory
 from retnet_tools.bench.traffic import Traffic
 from retnet_tools.errors import RetNetToolsError, UsageError
 from retnet_tools.machine import this_machine
+from retnet_tools.progress import Progress
 from retnet_tools.runtime.providers import Device
 
 _PRODUCT_ROWS = (2048, 8192)

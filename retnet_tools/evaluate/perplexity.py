@@ -10,8 +10,9 @@ from retnet_tools.evaluate.estimates import Estimate, mean, ratio
 from retnet_tools.evaluate.logits import LogitsSource
 from retnet_tools.evaluate.positions import ByPosition, by_position
 from retnet_tools.evaluate.scored_text import ScoredText
-from retnet_tools.evaluate.scoring import DEFAULT_BATCH, Progress, score_text
+from retnet_tools.evaluate.scoring import DEFAULT_BATCH, score_text
 from retnet_tools.evaluate.windows import Windows
+from retnet_tools.progress import Progress
 from retnet_tools.weights import Array
 
 

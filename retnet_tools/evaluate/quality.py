@@ -10,12 +10,12 @@ from retnet_tools.errors import UsageError
 from retnet_tools.evaluate.logits import ExportLogits, LogitsSource
 from retnet_tools.evaluate.perplexity import measure_perplexity
 from retnet_tools.evaluate.scored_text import read_tokens
-from retnet_tools.evaluate.scoring import Progress
 from retnet_tools.evaluate.windows import Windows
 from retnet_tools.graph.contract import STEP_FILE
 from retnet_tools.graph.export import ExportPlan
 from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.graph.quantization import HalfType, Quality, WeightType
+from retnet_tools.progress import Progress
 from retnet_tools.quantize.card import update_record
 from retnet_tools.quantize.scheme import HALF_TYPES
 from retnet_tools.tokenizing.text_files import Text

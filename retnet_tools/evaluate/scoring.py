@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,13 +12,13 @@ from retnet_tools.distributions import TokenDivergence, compare_logits, token_nl
 from retnet_tools.errors import InputError, UsageError
 from retnet_tools.evaluate.logits import LogitsSource
 from retnet_tools.evaluate.windows import Row, Windows
+from retnet_tools.progress import Progress
 from retnet_tools.weights import Array
 
 DEFAULT_BATCH = 16
 _BLOCK_ELEMENTS = 1 << 22
 _LONGEST_BLOCK = 128
 _COLUMNS = ("index", "row", "context", "scored", "apart", "nll")
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from typing import Any
 from retnet_tools.config import RetNetConfig
 from retnet_tools.dtypes import FloatName
 from retnet_tools.errors import InputError
-from retnet_tools.formats.containers import Progress
 from retnet_tools.formats.conversion import plan_conversion
 from retnet_tools.formats.mapping import check_layer_count
 from retnet_tools.formats.settings import Keys, Only
 from retnet_tools.formats.spec import FormatSpec, Reading, Source, Writing
 from retnet_tools.formats.storage import ArrayWeights
 from retnet_tools.formats.writer import CONFIG_FILE, DEFAULT_SHARD_SIZE, write_checkpoint
+from retnet_tools.progress import ByteProgress
 from retnet_tools.weights import Array, WeightSource, canonical_shapes
 
 FORMAT_NAME = "retnet-tools"
@@ -61,7 +61,7 @@ def write_canonical(
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     force: bool = False,
     extra_files: Sequence[Path] = (),
-    progress: Progress | None = None,
+    progress: ByteProgress | None = None,
 ) -> list[Path]:
     """Write a checkpoint in our own format; see `plan_conversion` and `write_checkpoint` for arguments and errors.
 

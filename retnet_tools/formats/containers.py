@@ -23,6 +23,7 @@ import numpy as np
 from retnet_tools.errors import InputError
 from retnet_tools.formats.safetensors_files import SAFETENSORS_DTYPES
 from retnet_tools.formats.storage import contiguous_strides
+from retnet_tools.progress import ByteProgress
 from retnet_tools.weights import Array, FileRegion, TensorInfo
 
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -33,7 +34,6 @@ _TORCH_STORAGES = {
     "float64": "DoubleStorage",
 }
 _NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def planned(name: str, array: Array) -> PlannedTensor:
 def write_safetensors(
     file: Path,
     tensors: Sequence[PlannedTensor],
-    progress: Progress | None = None,
+    progress: ByteProgress | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """One safetensors file.
@@ -89,7 +89,7 @@ def write_safetensors(
                 progress(tensor.info.nbytes)
 
 
-def write_torch(file: Path, tensors: Sequence[PlannedTensor], progress: Progress | None) -> None:
+def write_torch(file: Path, tensors: Sequence[PlannedTensor], progress: ByteProgress | None) -> None:
     """A state dict as `torch.save` writes it: an OrderedDict in data.pkl, each storage a stored zip entry."""
     keys: dict[str, str] = {}
     for tensor in tensors:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from retnet_tools.errors import OutputError, UsageError
-from retnet_tools.formats.containers import PlannedTensor, Progress, write_safetensors, write_torch
+from retnet_tools.formats.containers import PlannedTensor, write_safetensors, write_torch
+from retnet_tools.progress import ByteProgress
 from retnet_tools.staging import staged_folder
 
 CONFIG_FILE = "config.json"
@@ -75,7 +76,7 @@ def shard(tensors: Sequence[PlannedTensor], limit: int) -> tuple[dict[str, list[
     return files, {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
-def write_checkpoint(path: Path, layout: CheckpointLayout, *, force: bool, progress: Progress | None) -> list[Path]:
+def write_checkpoint(path: Path, layout: CheckpointLayout, *, force: bool, progress: ByteProgress | None) -> list[Path]:
     """Write a checkpoint folder; other files that are in it stay.
 
     Memory: one block of a tensor (16 MB), or a whole one where its format transforms it.

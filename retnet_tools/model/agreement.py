@@ -33,7 +33,8 @@ from retnet_tools.model.differences import Difference, max_abs_difference
 from retnet_tools.model.memory import check_memory
 from retnet_tools.model.retention import FORMS, RetentionForm, retention_chunkwise
 from retnet_tools.model.retnet import RetNet, load_model
-from retnet_tools.model.runs import Pair, Progress, Steps, require_finite, run_forms, without_epsilon
+from retnet_tools.model.runs import Pair, Steps, require_finite, run_forms, without_epsilon
+from retnet_tools.progress import Progress
 from retnet_tools.weights import FiniteWeights, WeightSource
 
 DEFAULT_CHUNK_SIZE = 48

@@ -21,7 +21,7 @@ from retnet_tools.config import RetNetConfig, ScoreClamp
 from retnet_tools.dtypes import FloatName
 from retnet_tools.model.agreement import AgreementReport, ClampFit, compare_forms
 from retnet_tools.model.retention import RetentionForm
-from retnet_tools.model.runs import Progress
+from retnet_tools.progress import Progress
 from retnet_tools.weights import WeightSource
 
 CLAMPS: tuple[ScoreClamp, ...] = ("abs_of_sum", "sum_of_abs")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -13,8 +13,8 @@ from retnet_tools.errors import InputError
 from retnet_tools.model.differences import Difference, difference, max_abs
 from retnet_tools.model.retention import RetentionForm
 from retnet_tools.model.retnet import RetNet
+from retnet_tools.progress import Progress
 
-Progress = Callable[[str, int, int], None]
 Pair = tuple[str, str]
 
 

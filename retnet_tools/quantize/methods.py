@@ -15,12 +15,11 @@ import numpy as np
 from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import UsageError, did_you_mean
 from retnet_tools.graph.quantization import BlockFormat
+from retnet_tools.progress import Progress
 from retnet_tools.quantize.blockwise import QuantizedRows, quantize_rows
 from retnet_tools.quantize.calibration import CalibrationText
 from retnet_tools.quantize.unfinished import Workplace
 from retnet_tools.weights import Array, WeightSource
-
-Progress = Callable[[str, int, int], None]
 
 
 class Method(Protocol):

@@ -26,9 +26,10 @@ from retnet_tools.graph.quantization import (
     TensorRule,
     WeightType,
 )
+from retnet_tools.progress import Progress
 from retnet_tools.quantize.budget import Budget, Choice, fill_budget, matrix_bytes
 from retnet_tools.quantize.calibration import CalibrationText
-from retnet_tools.quantize.methods import MethodTask, Progress
+from retnet_tools.quantize.methods import MethodTask
 from retnet_tools.quantize.plan import plan_quantization
 from retnet_tools.quantize.scheme import matrix_formats
 from retnet_tools.quantize.sensitivity import Sensitivity, Trial

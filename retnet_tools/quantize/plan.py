@@ -17,10 +17,11 @@ from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.graph.quantization import BlockFormat, HalfScheme, HalfType, Quantization, Scheme, WeightType
 from retnet_tools.graph.targets import find_target
 from retnet_tools.graph.writer import float_blocks
+from retnet_tools.progress import Progress, no_progress
 from retnet_tools.quantize.calibration import CalibrationText
 from retnet_tools.quantize.card import check_card, model_card
 from retnet_tools.quantize.contents import QuantizedContents
-from retnet_tools.quantize.methods import Method, MethodTask, Progress, find_method
+from retnet_tools.quantize.methods import Method, MethodTask, find_method
 from retnet_tools.quantize.rewrite import quantize_graph
 from retnet_tools.quantize.scheme import NO_OPTIONS, TARGET_WORDS, SchemeOptions, make_scheme, matrix_formats
 from retnet_tools.quantize.unfinished import Workplace, unfinished_folder
@@ -86,7 +87,7 @@ def plan_target(plan: ExportPlan, target: WeightType | HalfType, options: Scheme
 
 
 def make_method(
-    plan: ExportPlan, text: CalibrationText | None = None, *, work: Workplace, progress: Progress = lambda *step: None
+    plan: ExportPlan, text: CalibrationText | None = None, *, work: Workplace, progress: Progress = no_progress
 ) -> Method | None:
     """The method of a plan; a calibrated one does its work here. None for a plan without matrices in blocks.
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from retnet_tools.errors import UsageError
 from retnet_tools.graph.export import ExportPlan
 from retnet_tools.graph.quantization import HalfType, WeightType
+from retnet_tools.progress import Progress
 from retnet_tools.quantize.budget import Budget
 from retnet_tools.quantize.calibration import CalibrationOptions, CalibrationText, read_calibration
-from retnet_tools.quantize.methods import Progress, find_method
+from retnet_tools.quantize.methods import find_method
 from retnet_tools.quantize.plan import plan_quantization, plan_target
 from retnet_tools.quantize.scheme import SchemeOptions, make_scheme
 from retnet_tools.quantize.unfinished import Workplace

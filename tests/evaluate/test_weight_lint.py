@@ -9,9 +9,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from retnet_tools.evaluate import weight_lint
 from retnet_tools.evaluate.lint import Finding
 from retnet_tools.evaluate.weight_lint import lint_weights, scan
-from retnet_tools.evaluate import weight_lint
 from retnet_tools.weights import Array
 from tests.helpers import ABLATIONS, BASE, MemorySource, random_source
 

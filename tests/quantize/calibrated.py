@@ -10,9 +10,10 @@ import numpy as np
 from retnet_tools.config import RetNetConfig
 from retnet_tools.formats import Checkpoint, open_checkpoint
 from retnet_tools.graph.quantization import BlockFormat, Calibration, Scheme
+from retnet_tools.progress import Progress
 from retnet_tools.quantize.blockwise import QuantizedRows, dequantize_rows
 from retnet_tools.quantize.calibration import CalibrationText
-from retnet_tools.quantize.methods import Method, MethodTask, Progress
+from retnet_tools.quantize.methods import Method, MethodTask
 from retnet_tools.quantize.scheme import matrix_formats
 from retnet_tools.quantize.unfinished import Workplace
 from retnet_tools.tokenizing.files import load_tokenizer
