@@ -1,5 +1,5 @@
 # `make demo` runs the main job on the shipped checkpoint; `make test` runs lint, types and all tests.
-# `make bench` and `make bench-gpu` measure what README says of speed and memory, on a quiet machine, and rewrite it.
+# `make bench` and `make bench-gpu` measure what docs/benchmarks.md says of speed and memory, on a quiet machine, and rewrite it.
 # They make their environment first: .venv, with the tested versions of constraints.txt; `make bench-gpu` takes PYTHON
 # where there is no .venv, and also runs the tests marked cuda and writes benchmarks/gpu/.
 
@@ -39,13 +39,13 @@ out/torchscale: .venv/.installed
 bench: .venv/.installed out/torchscale
 	$(BIN)/python benchmarks/record.py --device cpu
 	$(BIN)/python benchmarks/torchscale_step.py --torchscale out/torchscale -o benchmarks/torchscale_step.json
-	$(BIN)/python benchmarks/readme_tables.py
+	$(BIN)/python benchmarks/docs_tables.py
 
 # What fails stops nothing behind it, and is the exit code in the end.
 bench-gpu: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 bench-gpu:
 	@status=0; \
-	for part in gpu.py 'record.py --device cuda' readme_tables.py; do \
+	for part in gpu.py 'record.py --device cuda' docs_tables.py; do \
 		echo "benchmarks/$$part"; $(GPU_PYTHON) benchmarks/$$part || status=1; \
 	done; exit $$status
 

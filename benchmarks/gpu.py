@@ -6,13 +6,13 @@
     python benchmarks/gpu.py --only doctor,float16    some steps
     python benchmarks/gpu.py --from prefill-256       a step and those behind it
     python benchmarks/gpu.py --quick                  small models: whether everything runs
-    python benchmarks/gpu.py --unpack gpu.json        records for README.md out of results from another machine
+    python benchmarks/gpu.py --unpack gpu.json        records for docs/benchmarks.md out of results from another machine
 
 A step is a process of its own. What came of it is written to STATE/steps/ as soon as it ends, and all of that so far to
 one file, RESULTS/gpu.json; what succeeded is not run again by a later call. Models are written once to STATE/models/,
 by the first step that needs them. A step that fails or runs out of time stops none behind it; the exit code says
 whether any did. Results of `retnet-tools bench` are also written to benchmarks/bench/, whose records
-`benchmarks/readme_tables.py` reads.
+`benchmarks/docs_tables.py` reads.
 
 On a lent host whose commands end after 10 minutes, with an onnxruntime-gpu that is carried in .ort:
 
@@ -163,7 +163,7 @@ def write_model(name: str, state: Path, *, quick: bool) -> None:
 
 
 def unpack(pack: Path, records: Path) -> list[Path]:
-    """Write the benchmarks among results as records that `readme_tables.py` reads; what was quick or failed is left."""
+    """Write the benchmarks among results as records that `docs_tables.py` reads; what was quick or failed is left."""
     document, written = json.loads(pack.read_text()), []
     records.mkdir(parents=True, exist_ok=True)
     for result in document["steps"]:

@@ -110,7 +110,7 @@ class Step:
 
     @property
     def record(self) -> str | None:
-        """The command as README.md shows it, for a step that is a `retnet-tools bench`."""
+        """The command as docs/benchmarks.md shows it, for a step that is a `retnet-tools bench`."""
         if self.model is None:
             return None
         words = [word for word in self.command[len(CLI) + 2 :] if word not in ("--json", "--folder", "{scratch}")]

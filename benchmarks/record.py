@@ -6,8 +6,8 @@
     python benchmarks/record.py --device cpu --list          what would run
 
 Each run is a `retnet-tools bench` in a process of its own; its command stands in its JSON. Nothing else should run on
-the machine; rows that vary by more than 5% are marked as noisy. Afterwards `python benchmarks/readme_tables.py` puts
-the figures into README.md. Models take up to 12 GB on the disk at a time for the CPU, and 40 GB for a GPU.
+the machine; rows that vary by more than 5% are marked as noisy. Afterwards `python benchmarks/docs_tables.py` puts
+the figures into docs/benchmarks.md. Models take up to 12 GB on the disk at a time for the CPU, and 40 GB for a GPU.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The benchmarks of record: their commands are ones that `bench` takes, and README's tables are made of the records."""
+"""The benchmarks of record: their commands are ones it takes, and docs/benchmarks.md has the tables of the records."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def document(*, flat: bool = False, **changes: object) -> dict[str, object]:
 
 @pytest.fixture
 def tables(scripts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    module = scripts("readme_tables")
+    module = scripts("docs_tables")
     monkeypatch.setattr(module, "FOLDER", tmp_path)
     monkeypatch.setattr(module, "ROOT", tmp_path)
     return module
@@ -150,25 +150,26 @@ def test_torchscale_is_a_section_with_its_machine(tables: ModuleType, scripts, t
     assert "\nold\n" in section(tables, "cuda-official")
 
 
-def test_check_says_whether_the_readme_is_what_the_records_say(
+def test_check_says_whether_the_page_is_what_the_records_say(
     tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    readme = tmp_path / "README.md"
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "benchmarks.md"
     old = "<!-- bench:cpu-decode -->\nold\n<!-- /bench:cpu-decode -->"
-    readme.write_text(old)
+    page.write_text(old)
     (tmp_path / "cpu-int8.json").write_text(json.dumps(document()))
 
     def run(*arguments: str) -> object:
-        monkeypatch.setattr("sys.argv", ["readme_tables.py", *arguments])
+        monkeypatch.setattr("sys.argv", ["docs_tables.py", *arguments])
         try:
             return tables.main()
         except SystemExit as stop:
             return stop.code
 
-    assert run("--check") == "README.md is not what benchmarks/bench/ says: run benchmarks/readme_tables.py"
-    assert readme.read_text() == old
+    assert run("--check") == "docs/benchmarks.md is not what benchmarks/bench/ says: run benchmarks/docs_tables.py"
+    assert page.read_text() == old
     assert run() is None
-    assert "| RetNet | float32 |" in readme.read_text()
+    assert "| RetNet | float32 |" in page.read_text()
     assert run("--check") == 0
 
 
@@ -213,9 +214,9 @@ def test_a_section_without_records_stays_and_an_unknown_one_is_named(tables: Mod
         tables.rewritten("<!-- bench:cpu-other -->\n<!-- /bench:cpu-other -->")
 
 
-def test_readme_has_markers_of_sections_that_exist(scripts) -> None:
-    tables = scripts("readme_tables")
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_page_has_markers_of_sections_that_exist(scripts) -> None:
+    tables = scripts("docs_tables")
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     assert text.count("<!-- bench:") == text.count("<!-- /bench:") >= 6
     assert tables.rewritten(text).count("<!-- bench:") == text.count("<!-- bench:")
 

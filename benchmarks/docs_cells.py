@@ -1,4 +1,4 @@
-"""Words and cells of the tables that `readme_tables.py` makes of records."""
+"""Words and cells of the tables that `docs_tables.py` makes of records."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Puts the recorded benchmarks into README.md, between its markers.
+"""Puts the recorded benchmarks into docs/benchmarks.md, between its markers.
 
-    python benchmarks/readme_tables.py            rewrite README.md
-    python benchmarks/readme_tables.py --check    exit code 1 where it is not what the records say
+    python benchmarks/docs_tables.py            rewrite docs/benchmarks.md
+    python benchmarks/docs_tables.py --check    exit code 1 where it is not what the records say
 
 `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` enclose what NAME of `SECTIONS` makes of the records in
 benchmarks/bench/ (`benchmarks/record.py`). A section whose records are not there is left as it is.
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from readme_cells import (
+from docs_cells import (
     ALTERNATIVES,
     Document,
     deviating,
@@ -35,6 +35,7 @@ from readme_cells import (
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks" / "bench"
+PAGE = "docs/benchmarks.md"
 SCHEMA_VERSION = 3
 TYPES = ("float32", "float16", "int8", "int4")
 LONG_CONTEXT = 8192
@@ -154,7 +155,7 @@ def contexts(device: str) -> str | None:
     headings = ["context", "batch", "RetNet tokens/s", "GB"]
     for name in others:
         headings += [f"{ALTERNATIVES[name]} tokens/s", "GB"]
-    picture = f"![Latency, throughput and memory against context and batch](benchmarks/bench/{device}-context.svg)"
+    picture = f"![Latency, throughput and memory against context and batch](../benchmarks/bench/{device}-context.svg)"
     return "\n\n".join(filter(None, (picture, table(headings, lines), skipped(document), origin(document))))
 
 
@@ -243,12 +244,12 @@ SECTIONS |= {"recorded": ("", recorded)}
 
 
 def rewritten(text: str) -> str:
-    """README with every section that can be made."""
+    """The page with every section that can be made."""
 
     def section(match: re.Match[str]) -> str:
         name = match[1]
         if name not in SECTIONS:
-            sys.exit(f"README.md has a marker bench:{name}; there are {', '.join(SECTIONS)}")
+            sys.exit(f"{PAGE} has a marker bench:{name}; there are {', '.join(SECTIONS)}")
         device, part = SECTIONS[name]
         content = part(device)
         return match[0] if content is None else f"<!-- bench:{name} -->\n{content}\n<!-- /bench:{name} -->"
@@ -258,14 +259,14 @@ def rewritten(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only say whether README.md is up to date")
+    parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
     arguments = parser.parse_args()
-    readme = ROOT / "README.md"
-    old = readme.read_text(encoding="utf-8")
+    page = ROOT / PAGE
+    old = page.read_text(encoding="utf-8")
     new = rewritten(old)
     if arguments.check:
-        sys.exit(0 if old == new else "README.md is not what benchmarks/bench/ says: run benchmarks/readme_tables.py")
-    readme.write_text(new, encoding="utf-8")
+        sys.exit(0 if old == new else f"{PAGE} is not what benchmarks/bench/ says: run benchmarks/docs_tables.py")
+    page.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":
