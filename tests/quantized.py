@@ -13,8 +13,8 @@ from onnx import numpy_helper
 from onnx.external_data_helper import load_external_data_for_model
 
 from retnet_tools.config import RetNetConfig
-from retnet_tools.graph.exported import plan_of_export
 from retnet_tools.graph.quantization import WeightType
+from retnet_tools.graph.replan import plan_of_export
 from retnet_tools.quantize.plan import plan_quantization, write_quantized
 from retnet_tools.quantize.scheme import SchemeOptions, make_scheme
 from retnet_tools.weights import Array, canonical_shapes

@@ -65,9 +65,8 @@ def export(
     genai_config.json, each with weights.data and retnet.json.
     """
     from retnet_tools.dtypes import parse_dtype
-    from retnet_tools.graph.devices import target_device
     from retnet_tools.graph.export import default_output, plan_export
-    from retnet_tools.graph.targets import export_target
+    from retnet_tools.graph.targets import export_target, target_device
     from retnet_tools.reports.decoding import export_document, export_text
 
     options = quantizing.options(block_size, symmetric, accuracy_level, method, exclude, tensor_type)

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from retnet_tools.config import BlockNorm, RetNetConfig
 from retnet_tools.graph.contract import FLOAT16_STATE_LIMIT, TensorSpec, state_scale
 from retnet_tools.graph.nodes import epsilon, graph_value, tensor_type
-from retnet_tools.graph.positions import PositionTerms, position_terms
+from retnet_tools.graph.positions import PositionValues, position_values
 from retnet_tools.graph.standard_ops import NormWeights, StandardOps
 from retnet_tools.graph.weighted import BuiltGraph, WeightedBuilder
 from retnet_tools.weights import canonical_shapes
@@ -92,7 +92,7 @@ class DecoderBuilder(WeightedBuilder, ABC):
         self.g.scope = "inputs"
         entry, past = self.read(inputs[:-layers]), inputs[-layers:]
         self.g.scope = "positions"
-        terms = position_terms(self.g, self.config, entry.position_ids, self.table, entry.key_mask)
+        terms = position_values(self.g, self.config, entry.position_ids, self.table, entry.key_mask)
         x, present = self._layers(self._embed(entry.tokens), terms, past)
         outputs = [self.logits(x), *present, *self.further_outputs()]
         return self.finish(self.name, inputs, outputs, (self.input_specs(), self.output_specs()))
@@ -108,7 +108,7 @@ class DecoderBuilder(WeightedBuilder, ABC):
         x = g.scale(x, config.embedding_scale, self.dtype)
         return self.ops.norm(g, x, self._norm("embedding_norm")) if config.embedding_norm else x
 
-    def _layers(self, x: ir.Value, terms: PositionTerms, past: Sequence[ir.Value]) -> tuple[ir.Value, list[ir.Value]]:
+    def _layers(self, x: ir.Value, terms: PositionValues, past: Sequence[ir.Value]) -> tuple[ir.Value, list[ir.Value]]:
         config, present = self.config, []
         pre = config.norm_order == "pre"
         # Pre-norm: Y = MSR(LN(X)) + X. Each sum is made together with the norm that follows it.
@@ -173,7 +173,7 @@ class DecoderBuilder(WeightedBuilder, ABC):
         total, normed = self.ops.add_norm(self.g, x, y, self._norm(following if order == "pre" else own))
         return (total, normed) if order == "pre" else (normed, normed)
 
-    def _retention(self, name: str, x: ir.Value, terms: PositionTerms, past: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def _retention(self, name: str, x: ir.Value, terms: PositionValues, past: ir.Value) -> tuple[ir.Value, ir.Value]:
         g, config = self.g, self.config
         parts = ("q_proj", "k_proj", "v_proj", "gate_proj")[: 3 if config.gate is None else 4]
         names = tuple(f"{name}.{part}" for part in parts)
@@ -208,7 +208,7 @@ class DecoderBuilder(WeightedBuilder, ABC):
         return g.op("Mul", q, g.constant("state_scale_inverse", (1 / scale).astype(np.float32))), k, v
 
     def _rotate(self, x: ir.Value, cos: ir.Value, sin: ir.Value, heads: int) -> ir.Value:
-        """q or k `[B, T, H*K]` by phases as `PositionTerms` has them."""
+        """q or k `[B, T, H*K]` by phases as `PositionValues` has them."""
         g, config = self.g, self.config
         if not config.has_head_rotation:
             return g.op("RotaryEmbedding", x, cos, sin, interleaved=1, num_heads=heads)
@@ -226,7 +226,7 @@ class DecoderBuilder(WeightedBuilder, ABC):
         x = g.op("Expand", x, g.integers(1, 1, 1, groups, 1))
         return g.reshape(x, 0, 0, self.config.num_heads * size)
 
-    def _head_norm(self, name: str, y: ir.Value, terms: PositionTerms) -> ir.Value:
+    def _head_norm(self, name: str, y: ir.Value, terms: PositionValues) -> ir.Value:
         g, config = self.g, self.config
         norm, heads, size = config.head_norm, config.num_heads, config.head_v_dim
         y = g.reshape(y, 0, 0, heads, size)  # [B, T, H*V] -> [B, T, H, V]

@@ -11,12 +11,12 @@ import numpy as np
 import onnx_ir as ir
 
 from retnet_tools.config import Activation
-from retnet_tools.graph.blocked import BlockedMatrix, by_arithmetic, dequantized_rows
 from retnet_tools.graph.cuda_retention import step_form, tokens_form
 from retnet_tools.graph.decay import StepDecay, TokenDecay
 from retnet_tools.graph.nodes import GraphBuilder
 from retnet_tools.graph.ops import FusedOps
 from retnet_tools.graph.standard_ops import StandardOps
+from retnet_tools.graph.weight_tensors import BlockedMatrix, by_arithmetic, dequantized_rows
 from retnet_tools.weights import Array
 
 

@@ -58,7 +58,7 @@ Kernel = Literal["columns", "warps", "shared"]
 
 
 @dataclass(frozen=True)
-class RetentionForm:
+class KernelForm:
     """The form of retention in a graph for CUDA.
 
     Attributes:
@@ -72,23 +72,23 @@ class RetentionForm:
     kernel: Kernel | None = None
 
 
-def step_form(head_k_dim: int, head_v_dim: int) -> RetentionForm:
+def step_form(head_k_dim: int, head_v_dim: int) -> KernelForm:
     """The form for one token."""
     if parts := _column_parts(head_k_dim, head_v_dim):
-        return RetentionForm(True, parts, "columns")
+        return KernelForm(True, parts, "columns")
     if head_k_dim in _WARP_KEYS:
-        return RetentionForm(True, 1, "warps")
-    return RetentionForm(False)
+        return KernelForm(True, 1, "warps")
+    return KernelForm(False)
 
 
-def tokens_form(head_k_dim: int, head_v_dim: int) -> RetentionForm:
+def tokens_form(head_k_dim: int, head_v_dim: int) -> KernelForm:
     """The form for many tokens, one after another."""
     if parts := _column_parts(head_k_dim, head_v_dim):
-        return RetentionForm(True, parts, "columns")
+        return KernelForm(True, parts, "columns")
     for parts in range(1, head_k_dim + 1):
         if head_k_dim % parts == 0 and _fits(head_k_dim // parts, head_v_dim):
-            return RetentionForm(True, parts, "shared")
-    return RetentionForm(False)
+            return KernelForm(True, parts, "shared")
+    return KernelForm(False)
 
 
 def step_kernel(head_k_dim: int, head_v_dim: int, shared_bytes: int = SHARED_BYTES) -> Kernel | None:

@@ -15,11 +15,10 @@ from retnet_tools.formats.hub import hub_origin
 from retnet_tools.formats.provenance import SourceHasher, provenance
 from retnet_tools.graph import contract
 from retnet_tools.graph.cuda_kernels import cpu_nodes, kernel_version
-from retnet_tools.graph.devices import operator_set, target_device
 from retnet_tools.graph.manifest import Manifest, read_manifest
 from retnet_tools.graph.quantization import Quantization
-from retnet_tools.graph.stored import StoredTensor
-from retnet_tools.graph.targets import TARGET_FILES, ExportTarget, export_target
+from retnet_tools.graph.targets import TARGET_FILES, ExportTarget, export_target, operator_set, target_device
+from retnet_tools.graph.weight_tensors import WeightTensor
 from retnet_tools.graph.weighted import BuiltGraph
 from retnet_tools.graph.writer import BlockReader, file_bytes, float_blocks, write_graph, write_weights
 from retnet_tools.staging import check_target, staged_folder
@@ -57,7 +56,7 @@ class ExportPlan:
     device: str = "cpu"
 
     @property
-    def tensors(self) -> dict[str, StoredTensor]:
+    def tensors(self) -> dict[str, WeightTensor]:
         """The tensors of weights.data, which all graphs share."""
         return {name: tensor for graph in self.graphs.values() for name, tensor in graph.stored.items()}
 

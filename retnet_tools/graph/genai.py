@@ -1,20 +1,42 @@
-"""The graph for onnxruntime-genai: one for prompt and decoding, logits after the last real token of each row."""
+"""model.onnx and genai_config.json for onnxruntime-genai: one graph for prompt and decoding.
+
+What goes wrong there without a word, and so has to be known:
+
+- Beam search gives wrong texts (`num_beams` must be 1): the states of the beams are not reordered.
+- Before `append_tokens` after `generate_next_token`, call `get_logits`, or the last token never reaches the state.
+- Padding on the left is never right, nor is a row without a token.
+
+What onnxruntime-genai refuses itself: `rewind_to(k)` for k > 0 without `snapshot_state()` at k, `append_tokens` twice
+in a batch, `chunk_size` for a batch, batches of more than 32, and its `Engine`, which wants attention it can page.
+Found with onnxruntime-genai 0.18.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from retnet_tools.config import RetNetConfig
+from retnet_tools.errors import UsageError
+from retnet_tools.graph import contract
 from retnet_tools.graph.builder import TokenInputs
-from retnet_tools.graph.chunks import Chunks
 from retnet_tools.graph.contract import TensorSpec, genai_inputs, genai_outputs, padding_id
-from retnet_tools.graph.decay import ChunkDecay, StepDecay, TokenDecay, chunk_decay
+from retnet_tools.graph.decay import ChunkDecay, Chunks, StepDecay, TokenDecay, chunk_decay
+from retnet_tools.graph.decoders import PrefillBuilder
 from retnet_tools.graph.nodes import if_else
-from retnet_tools.graph.prefill import PrefillBuilder
-from retnet_tools.graph.tables import log_decay
+from retnet_tools.graph.positions import log_decay
+from retnet_tools.tokenizing.carried import CarriedText
+from retnet_tools.tokenizing.files import TOKENIZER_FILE
+from retnet_tools.tokenizing.special import TOKENIZER_CONFIG_FILE
 from retnet_tools.weights import Array
+
+DEFAULT_MAX_LENGTH = 4096
+"""`max_length` where a program names none, so that a generation ends; the prompt counts too."""
+PROVIDER_OPTIONS = {"enable_cuda_graph": "0", "use_tf32": "0"}
 
 
 class GenaiBuilder(PrefillBuilder):
@@ -88,3 +110,117 @@ class GenaiBuilder(PrefillBuilder):
     def further_outputs(self) -> list[ir.Value]:
         """conv_state, which RetNet has none of; onnxruntime-genai finds no recurrent_state without it."""
         return [self.g.op("Identity", state) for state in self._conv_states]
+
+
+def genai_files(config: RetNetConfig, text: CarriedText, provider: str | None = None) -> dict[str, str]:
+    """genai_config.json, and a tokenizer_config.json where tokenizer.json lies alone, which is not read otherwise.
+
+    Args:
+        config: the model.
+        text: its tokenizer and special tokens.
+        provider: as `genai_config`.
+
+    Raises:
+        UsageError: a stack without vocabulary.
+    """
+    if not config.has_vocabulary:
+        raise UsageError(
+            "--to genai of a stack without embedding and head",
+            "a model with a vocabulary, since onnxruntime-genai feeds token ids",
+            "use --to onnx",
+        )
+    end_ids, start_ids = text.special.ids.get("eos", ()), text.special.ids.get("bos", ())
+    files = {contract.GENAI_CONFIG_FILE: genai_config(config, end_ids, start_ids[0] if start_ids else None, provider)}
+    if text.tokenizer is not None:
+        if TOKENIZER_CONFIG_FILE not in text.tokenizer_files:
+            files[TOKENIZER_CONFIG_FILE] = "{}\n"
+        if text.tokenizer.id_to_token(contract.padding_id(config)) is not None:
+            files[TOKENIZER_FILE] = _without_padding(text.tokenizer, contract.padding_id(config))
+    return files
+
+
+def genai_notes(text: CarriedText, dtype: str) -> tuple[str, ...]:
+    """What the user should know about running this model there."""
+    notes = []
+    if text.tokenizer is None:
+        notes.append(f"no {TOKENIZER_FILE}: onnxruntime-genai can run token ids only")
+    elif TOKENIZER_FILE in text.made:
+        notes.append(
+            "onnxruntime-genai reads the tokenizer that was made otherwise than its library where a text has several "
+            "spaces or characters without a token: give it token ids"
+        )
+    if text.tokenizer is not None and text.tokenizer.num_special_tokens_to_add(False):
+        notes.append("the tokenizer adds special tokens to a text, and onnxruntime-genai's encode does not")
+    if dtype == "bfloat16":
+        notes.append("bfloat16 needs CUDA: ONNX Runtime's CPU provider has no kernels for it")
+    return tuple(notes)
+
+
+def genai_config(
+    config: RetNetConfig, end_ids: tuple[int, ...], start_id: int | None, provider: str | None = None
+) -> str:
+    """The document as JSON.
+
+    Args:
+        config: a model with a vocabulary.
+        end_ids: tokens that end a text. Without any the padding token stands in, which is never generated.
+        start_id: the token that starts a text, where it is known.
+        provider: where it runs, in onnxruntime-genai's words; None for the CPU. A graph with branches and loops cannot
+            be captured as a CUDA graph; products stay float32.
+    """
+    padding = contract.padding_id(config)
+    ends = list(end_ids) or [padding]
+    model = {
+        "type": "decoder",
+        "vocab_size": config.vocab_size + 1,
+        "context_length": contract.MAX_POSITION + 1,
+        "eos_token_id": ends if len(ends) > 1 else ends[0],
+        "pad_token_id": padding,
+        **({} if start_id is None else {"bos_token_id": start_id}),
+        "decoder": {
+            "filename": contract.GENAI_FILE,
+            "hidden_size": config.hidden_size,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_heads,
+            "num_key_value_heads": config.num_kv_heads,
+            "head_size": config.head_k_dim,
+            "session_options": {"provider_options": [] if provider is None else [{provider: PROVIDER_OPTIONS}]},
+            "inputs": {
+                "input_ids": contract.INPUT_IDS,
+                "position_ids": contract.POSITION_IDS,
+                "past_conv_names": contract.PAST_CONV_NAMES,
+                "past_recurrent_names": contract.PAST_NAMES,
+            },
+            "outputs": {
+                "logits": contract.LOGITS,
+                "present_conv_names": contract.PRESENT_CONV_NAMES,
+                "present_recurrent_names": contract.PRESENT_NAMES,
+            },
+        },
+    }
+    # One buffer for both states would have to be read to its end before it is written.
+    search = {"do_sample": False, "num_beams": 1, "max_length": DEFAULT_MAX_LENGTH, "past_present_share_buffer": False}
+    return json.dumps({"model": model, "search": search}, indent=1) + "\n"
+
+
+def _without_padding(tokenizer: Any, padding: int) -> str:
+    """The tokenizer with the token of this id, which the model has no row for, moved past all others.
+
+    As it is, a prompt with it would be taken for padding; any other id past the embedding the graph refuses.
+    """
+    data = json.loads(tokenizer.to_str())
+    free = 1 + max(tokenizer.get_vocab().values())
+    for token in data["added_tokens"]:
+        token["id"] = free if token["id"] == padding else token["id"]
+    # Ids of added tokens are counted when the file is read, but for those that the vocabulary names.
+    ids = {token["content"]: token["id"] for token in data["added_tokens"]}
+    vocab = data["model"]["vocab"]
+    if isinstance(vocab, dict):
+        vocab |= ids | {tokenizer.id_to_token(padding): free}
+    else:
+        lowest = min(score for _, score in vocab)
+        vocab += [[f" {number}", lowest] for number in range(len(vocab), free + 1)]
+        vocab[padding], vocab[free] = [f" {padding}", lowest], [tokenizer.id_to_token(padding), vocab[padding][1]]
+        for word, number in ids.items():
+            vocab[number] = [word, vocab[number][1]]
+    return json.dumps(data, ensure_ascii=False)

@@ -12,9 +12,9 @@ from typing import Any
 from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import ConfigError, InputError
 from retnet_tools.graph.contract import MANIFEST_FILE, MAX_POSITION, TensorSpec, state_scale
-from retnet_tools.graph.devices import TARGET_DEVICES
 from retnet_tools.graph.ops import OPERATOR_SETS
 from retnet_tools.graph.quantization import Quantization
+from retnet_tools.graph.targets import TARGET_DEVICES
 
 SCHEMA_VERSION = 1
 FLOATS = ("float32", "float16", "bfloat16")

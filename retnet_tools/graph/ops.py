@@ -13,10 +13,10 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from retnet_tools.config import Activation
-from retnet_tools.graph.blocked import BlockedMatrix
 from retnet_tools.graph.decay import StepDecay, TokenDecay
 from retnet_tools.graph.nodes import GraphBuilder, epsilon
 from retnet_tools.graph.standard_ops import OPSET, NormWeights, StandardOps
+from retnet_tools.graph.weight_tensors import BlockedMatrix
 
 MICROSOFT = "com.microsoft"
 LOOKUPS = ("Gather", "GatherBlockQuantized")

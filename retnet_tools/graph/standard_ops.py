@@ -10,10 +10,9 @@ import numpy as np
 import onnx_ir as ir
 
 from retnet_tools.config import Activation, BlockNorm
-from retnet_tools.graph.blocked import BlockedMatrix, dequantized_rows, stored_integer
-from retnet_tools.graph.chunks import Chunks
-from retnet_tools.graph.decay import ChunkDecay, StepDecay, TokenDecay
+from retnet_tools.graph.decay import ChunkDecay, Chunks, StepDecay, TokenDecay
 from retnet_tools.graph.nodes import GraphBuilder, epsilon, scan
+from retnet_tools.graph.weight_tensors import BlockedMatrix, dequantized_rows, stored_integer
 
 OPSET = 23
 """The first ai.onnx opset with RMSNormalization and RotaryEmbedding; ONNX Runtime runs both on CPU and CUDA."""

@@ -1,4 +1,4 @@
-"""What `export` can write: one row a target."""
+"""What `export` can write, and the devices that it writes for: one row each."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import InputError, UsageError, did_you_mean
 from retnet_tools.graph import contract
 from retnet_tools.graph.builder import DecoderBuilder
-from retnet_tools.graph.genai import GenaiBuilder
-from retnet_tools.graph.genai_config import genai_files, genai_notes
-from retnet_tools.graph.prefill import PrefillBuilder
-from retnet_tools.graph.step import StepBuilder
+from retnet_tools.graph.cuda_ops import CudaFusedOps, CudaStandardOps
+from retnet_tools.graph.decoders import PrefillBuilder, StepBuilder
+from retnet_tools.graph.genai import GenaiBuilder, genai_files, genai_notes
+from retnet_tools.graph.ops import OPERATOR_SETS
+from retnet_tools.graph.standard_ops import StandardOps
 from retnet_tools.tokenizing.carried import CarriedText
 
 
@@ -72,3 +73,50 @@ def find_target(graphs: Iterable[str]) -> ExportTarget:
             return target
     known = " | ".join(", ".join(target.graphs) for target in TARGETS.values())
     raise InputError(f"an export of {', '.join(sorted(names)) or 'no graphs'}", known, "export the checkpoint again")
+
+
+@dataclass(frozen=True)
+class TargetDevice:
+    """A device to export for. Graphs for one run on the others too, with the same results.
+
+    Attributes:
+        operators: its operator sets by name; each names the same for every device.
+        genai_provider: what onnxruntime-genai calls it in genai_config.json; None for the CPU, its default.
+    """
+
+    name: str
+    operators: Mapping[str, StandardOps]
+    genai_provider: str | None = None
+
+
+TARGET_DEVICES: dict[str, TargetDevice] = {
+    device.name: device
+    for device in (
+        TargetDevice("cpu", OPERATOR_SETS),
+        TargetDevice("cuda", {ops.name: ops for ops in (CudaStandardOps(), CudaFusedOps())}, genai_provider="cuda"),
+    )
+}
+
+
+def target_device(name: str) -> TargetDevice:
+    """The device of a name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in TARGET_DEVICES:
+        known = ", ".join(TARGET_DEVICES)
+        raise UsageError(f"--device {name!r}", f"one of {known} to export for", did_you_mean(name, TARGET_DEVICES))
+    return TARGET_DEVICES[name]
+
+
+def operator_set(ops: str, device: str) -> StandardOps:
+    """The operators of a set as a device uses them.
+
+    Raises:
+        UsageError: a set or a device that does not exist.
+    """
+    operators = target_device(device).operators
+    if ops not in operators:
+        raise UsageError(f"--ops {ops!r}", f"one of {', '.join(operators)}", did_you_mean(ops, operators))
+    return operators[ops]

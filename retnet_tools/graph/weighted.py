@@ -11,7 +11,7 @@ from retnet_tools.config import BlockNorm
 from retnet_tools.graph.contract import TensorSpec
 from retnet_tools.graph.nodes import GraphBuilder, tensor_type
 from retnet_tools.graph.standard_ops import NormWeights, StandardOps
-from retnet_tools.graph.stored import StoredTensor
+from retnet_tools.graph.weight_tensors import WeightTensor
 from retnet_tools.weights import Array
 
 
@@ -22,7 +22,7 @@ class BuiltGraph:
     graph: ir.Graph
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    stored: dict[str, StoredTensor]
+    stored: dict[str, WeightTensor]
 
 
 class WeightedBuilder:
@@ -37,7 +37,7 @@ class WeightedBuilder:
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtype: str, ops: StandardOps) -> None:
         self.shapes, self.dtype, self.ops = shapes, dtype, ops
         self.g = GraphBuilder()
-        self.stored: dict[str, StoredTensor] = {}
+        self.stored: dict[str, WeightTensor] = {}
 
     def linear(self, x: ir.Value, name: str, sources: tuple[str, ...], bias: bool) -> ir.Value:
         """y = x W^T + b; several sources are merged along their outputs."""
@@ -56,7 +56,7 @@ class WeightedBuilder:
 
     def table(self, name: str, table: Array) -> ir.Value:
         """A computed table."""
-        return self._declare(StoredTensor(name, table.dtype.name, table.shape, table=table))
+        return self._declare(WeightTensor(name, table.dtype.name, table.shape, table=table))
 
     def finish(
         self,
@@ -80,9 +80,9 @@ class WeightedBuilder:
 
     def _merged(self, name: str, sources: tuple[str, ...]) -> ir.Value:
         rows = sum(self.shapes[source][0] for source in sources)
-        return self._declare(StoredTensor(name, self.dtype, (rows, *self.shapes[sources[0]][1:]), sources))
+        return self._declare(WeightTensor(name, self.dtype, (rows, *self.shapes[sources[0]][1:]), sources))
 
-    def _declare(self, tensor: StoredTensor) -> ir.Value:
+    def _declare(self, tensor: WeightTensor) -> ir.Value:
         if tensor.name not in self.stored:
             self.stored[tensor.name] = tensor
             self.g.initializers[tensor.name] = ir.Value(

@@ -14,7 +14,7 @@ from retnet_tools.dtypes import convert
 from retnet_tools.errors import InputError
 from retnet_tools.graph.contract import WEIGHTS_FILE
 from retnet_tools.graph.nodes import ELEMENT_TYPES
-from retnet_tools.graph.stored import StoredTensor, stored_bytes
+from retnet_tools.graph.weight_tensors import WeightTensor, stored_bytes
 from retnet_tools.graph.weighted import BuiltGraph
 from retnet_tools.weights import Array, WeightSource, read_blocks
 
@@ -25,14 +25,14 @@ ALIGNMENT = 4096
 
 
 @dataclass(frozen=True)
-class Placement:
+class FilePlace:
     """Where a tensor lies in weights.data, in bytes."""
 
     offset: int
     length: int
 
 
-BlockReader = Callable[[StoredTensor], Iterable[Array]]
+BlockReader = Callable[[WeightTensor], Iterable[Array]]
 """The content of a tensor of weights.data, in pieces, in order."""
 
 
@@ -43,7 +43,7 @@ def float_blocks(source: WeightSource) -> BlockReader:
         source: where canonical tensors are read from.
     """
 
-    def read(tensor: StoredTensor) -> Iterator[Array]:
+    def read(tensor: WeightTensor) -> Iterator[Array]:
         if tensor.table is not None:
             yield tensor.table
         for name in tensor.sources:
@@ -53,7 +53,7 @@ def float_blocks(source: WeightSource) -> BlockReader:
     return read
 
 
-def file_bytes(tensors: Iterable[StoredTensor]) -> int:
+def file_bytes(tensors: Iterable[WeightTensor]) -> int:
     """Size of a weights.data that holds these, each at the next multiple of `ALIGNMENT`."""
     end = 0
     for tensor in tensors:
@@ -63,8 +63,8 @@ def file_bytes(tensors: Iterable[StoredTensor]) -> int:
 
 
 def write_weights(
-    path: Path, tensors: Iterable[StoredTensor], read: BlockReader, progress: Callable[[int], None]
-) -> dict[str, Placement]:
+    path: Path, tensors: Iterable[WeightTensor], read: BlockReader, progress: Callable[[int], None]
+) -> dict[str, FilePlace]:
     """Write weights.data, one block of a tensor in memory at a time.
 
     Args:
@@ -80,7 +80,7 @@ def write_weights(
         InputError: a finite value that becomes infinite in the stored type, or content of another length than the
             tensor has, by tensor name.
     """
-    places: dict[str, Placement] = {}
+    places: dict[str, FilePlace] = {}
     tensors = list(tensors)
     with path.open("wb") as file:
         for tensor in tensors:
@@ -90,7 +90,7 @@ def write_weights(
             file.seek(offset)
             for block in read(tensor):
                 _write_array(file, block)
-            places[tensor.name] = Placement(offset, file.tell() - offset)
+            places[tensor.name] = FilePlace(offset, file.tell() - offset)
             if places[tensor.name].length != stored_bytes(tensor):
                 raise InputError(
                     f"{places[tensor.name].length} bytes for tensor {tensor.name!r}",
@@ -103,7 +103,7 @@ def write_weights(
     return places
 
 
-def write_graph(path: Path, built: BuiltGraph, places: dict[str, Placement], *, producer_version: str) -> None:
+def write_graph(path: Path, built: BuiltGraph, places: dict[str, FilePlace], *, producer_version: str) -> None:
     """Write a graph whose stored tensors are references into weights.data beside it."""
     for name, tensor in built.stored.items():
         place = places[name]

@@ -8,7 +8,7 @@ import numpy as np
 
 from retnet_tools.dtypes import convert
 from retnet_tools.graph.nodes import ELEMENT_TYPES
-from retnet_tools.graph.stored import PartName, QuantizedPart, StoredTensor
+from retnet_tools.graph.weight_tensors import PartName, QuantizedPart, WeightTensor
 from retnet_tools.graph.writer import float_blocks
 from retnet_tools.quantize.blockwise import QuantizedRows, count_coarse_blocks, join_rows
 from retnet_tools.quantize.methods import Method
@@ -38,7 +38,7 @@ class QuantizedContents:
         self.coarse_blocks = 0
         self._waiting: dict[tuple[tuple[str, ...], PartName], Array] = {}
 
-    def __call__(self, tensor: StoredTensor) -> Iterator[Array]:
+    def __call__(self, tensor: WeightTensor) -> Iterator[Array]:
         """The content of a tensor, in pieces, in order.
 
         Raises:

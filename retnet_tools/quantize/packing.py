@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from retnet_tools.graph.quantization import BlockFormat
-from retnet_tools.graph.stored import Layout
+from retnet_tools.graph.weight_tensors import Layout
 from retnet_tools.quantize.blockwise import QuantizedRows
 from retnet_tools.weights import Array
 

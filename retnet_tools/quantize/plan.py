@@ -10,12 +10,11 @@ from pathlib import Path
 
 from retnet_tools.errors import InputError, RangeError, UsageError
 from retnet_tools.graph.contract import CARD_FILE
-from retnet_tools.graph.devices import operator_set
 from retnet_tools.graph.export import ExportPlan, plan_export, write_export
 from retnet_tools.graph.manifest import Manifest
 from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.graph.quantization import BlockFormat, HalfScheme, HalfType, Quantization, Scheme, WeightType
-from retnet_tools.graph.targets import find_target
+from retnet_tools.graph.targets import find_target, operator_set
 from retnet_tools.graph.writer import float_blocks
 from retnet_tools.progress import Progress, no_progress
 from retnet_tools.quantize.calibration import CalibrationText

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from retnet_tools.graph.blocked import BlockedMatrix
 from retnet_tools.graph.nodes import GraphBuilder, tensor_type
 from retnet_tools.graph.quantization import AccuracyLevel, BlockFormat
 from retnet_tools.graph.standard_ops import StandardOps
-from retnet_tools.graph.stored import StoredTensor
+from retnet_tools.graph.weight_tensors import BlockedMatrix, WeightTensor
 from retnet_tools.graph.weighted import BuiltGraph
 
 _PART_ORDER = ("codes", "scales", "zero_points")
@@ -109,11 +108,11 @@ class _Rewriting:
                 self.graph.initializers[name] = value
         return BuiltGraph(self.graph, self.built.inputs, self.built.outputs, _in_order(self._stored))
 
-    def _start(self, node: ir.Node, weight: ir.Value) -> StoredTensor:
+    def _start(self, node: ir.Node, weight: ir.Value) -> WeightTensor:
         self._g.nodes, self._g.scope = [], node.name or node.op_type
         return self.built.stored[weight.name or ""]
 
-    def _products(self, tensor: StoredTensor) -> list[_Product]:
+    def _products(self, tensor: WeightTensor) -> list[_Product]:
         formats = [self._formats[source] for source in tensor.sources]
         if len(set(formats)) == 1:
             return [_Product(tensor.name, tensor.sources, formats[0])]
@@ -122,7 +121,7 @@ class _Rewriting:
     def _product(self, x: ir.Value, product: _Product, dtype: str, bias: ir.Value | None) -> ir.Value:
         if product.format is not None:
             return self._ops.linear_blocked(self._g, x, self._matrix(product, product.format, dtype), bias)
-        weight = self._declare(StoredTensor(product.name, dtype, self._shapes[product.name], product.sources))
+        weight = self._declare(WeightTensor(product.name, dtype, self._shapes[product.name], product.sources))
         return self._g.op("Gemm", x, weight, *([] if bias is None else [bias]), transB=1)
 
     def _matrix(self, product: _Product, format: BlockFormat, dtype: str) -> BlockedMatrix:
@@ -139,7 +138,7 @@ class _Rewriting:
             declare=self._declare,
         )
 
-    def _declare(self, tensor: StoredTensor) -> ir.Value:
+    def _declare(self, tensor: WeightTensor) -> ir.Value:
         initializers = self._g.initializers
         if tensor.name not in self._stored:
             self._stored[tensor.name] = tensor
@@ -156,7 +155,7 @@ def _input(node: ir.Node, index: int) -> ir.Value:
     return value
 
 
-def _in_order(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _in_order(stored: Mapping[str, WeightTensor]) -> dict[str, WeightTensor]:
     """The parts of each matrix one after another, where the first of them stood."""
     places: dict[tuple[str, ...], int] = {}
     keys = {}

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from retnet_tools.graph.cuda_retention import RetentionForm, step_form, step_kernel, tokens_form
+from retnet_tools.graph.cuda_retention import KernelForm, step_form, step_kernel, tokens_form
 from tests.fake_gpu import FakeGpu, needs_fake_gpu
 
 PAPER_HEADS = [(256, 512), (256, 432)]
@@ -21,20 +21,20 @@ def shared_memory(k: int, v: int) -> int:
 @pytest.mark.parametrize(
     ("heads", "form"),
     [
-        ((64, 64), RetentionForm(True, 1, "columns")),
-        ((128, 256), RetentionForm(True, 1, "columns")),
-        ((256, 512), RetentionForm(True, 2, "columns")),
-        ((512, 1024), RetentionForm(True, 4, "columns")),
-        ((192, 384), RetentionForm(True, 3, "columns")),
-        ((256, 432), RetentionForm(True, 1, "warps")),
-        ((128, 200), RetentionForm(True, 1, "warps")),
-        ((64, 54), RetentionForm(True, 1, "warps")),
-        ((160, 320), RetentionForm(False)),
-        ((32, 64), RetentionForm(False)),
-        ((8, 12), RetentionForm(False)),
+        ((64, 64), KernelForm(True, 1, "columns")),
+        ((128, 256), KernelForm(True, 1, "columns")),
+        ((256, 512), KernelForm(True, 2, "columns")),
+        ((512, 1024), KernelForm(True, 4, "columns")),
+        ((192, 384), KernelForm(True, 3, "columns")),
+        ((256, 432), KernelForm(True, 1, "warps")),
+        ((128, 200), KernelForm(True, 1, "warps")),
+        ((64, 54), KernelForm(True, 1, "warps")),
+        ((160, 320), KernelForm(False)),
+        ((32, 64), KernelForm(False)),
+        ((8, 12), KernelForm(False)),
     ],
 )
-def test_one_token(heads: tuple[int, int], form: RetentionForm) -> None:
+def test_one_token(heads: tuple[int, int], form: KernelForm) -> None:
     assert step_form(*heads) == form
 
 

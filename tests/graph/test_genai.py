@@ -15,7 +15,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 
 from retnet_tools.graph import contract
-from retnet_tools.graph.chunks import CHUNK_SIZE
+from retnet_tools.graph.decay import CHUNK_SIZE
 from retnet_tools.graph.ops import OPERATOR_SETS
 from retnet_tools.model.retention import retention_chunkwise, retention_parallel, retention_recurrent
 from tests.exports import cpu_runner, export, run_genai, zero_states

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from retnet_tools.graph.contract import MAX_POSITION
-from retnet_tools.graph.tables import decay_sum_tables, phase_tables
+from retnet_tools.graph.positions import decay_sum_tables, phase_tables
 from tests.helpers import ABLATIONS, BASE
 
 POSITIONS = [0, 1, 4095, 4096, 10_000, 999_999, MAX_POSITION]

@@ -20,7 +20,7 @@ QUANTIZE = (
     + """
 import sys
 from pathlib import Path
-from retnet_tools.graph.exported import plan_of_export
+from retnet_tools.graph.replan import plan_of_export
 from retnet_tools.quantize.plan import plan_quantization, write_quantized
 from retnet_tools.quantize.scheme import make_scheme
 plan = plan_of_export(Path(sys.argv[1]))

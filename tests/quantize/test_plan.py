@@ -16,11 +16,11 @@ import pytest
 from retnet_tools.errors import InputError, OutputError, UsageError
 from retnet_tools.graph import contract
 from retnet_tools.graph.export import plan_export, write_export
-from retnet_tools.graph.exported import plan_of_export
 from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.graph.quantization import BlockFormat, Calibration, HalfScheme, Quality, Quantization, Scheme
 from retnet_tools.graph.reader import read_graphs
-from retnet_tools.graph.stored import StoredTensor, stored_bytes
+from retnet_tools.graph.replan import plan_of_export
+from retnet_tools.graph.weight_tensors import WeightTensor, stored_bytes
 from retnet_tools.quantize import methods
 from retnet_tools.quantize.blockwise import QuantizedRows
 from retnet_tools.quantize.calibration import CalibrationText
@@ -274,7 +274,7 @@ def test_a_tensor_of_another_shape_than_the_manifest_says_is_refused(tmp_path: P
 def test_codes_from_elsewhere_can_be_written(tmp_path: Path) -> None:
     rng = np.random.default_rng(15)
 
-    def read(tensor: StoredTensor) -> Iterator[np.ndarray]:
+    def read(tensor: WeightTensor) -> Iterator[np.ndarray]:
         if tensor.table is not None:
             yield tensor.table
         elif tensor.part is None or tensor.part.name == "scales":
@@ -343,7 +343,7 @@ def test_weights_that_a_half_type_cannot_hold_are_refused_with_what_quantize_has
 def test_content_of_another_length_is_refused_by_name(tmp_path: Path) -> None:
     plan = plan_export(checkpoint(BASE, random_source(BASE, 9)), dtype="float32", ops="fused")
 
-    def short(tensor: StoredTensor) -> Iterator[np.ndarray]:
+    def short(tensor: WeightTensor) -> Iterator[np.ndarray]:
         yield np.zeros(stored_bytes(tensor) - (tensor.name == "final_norm.weight"), dtype=np.uint8)
 
     with pytest.raises(

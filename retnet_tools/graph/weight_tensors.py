@@ -1,20 +1,65 @@
-"""A quantized matrix inside a graph: where its parts lie in weights.data, and how a row of it is looked up with
-ai.onnx operators.
+"""What weights.data holds, tensor by tensor, known before any weight is read; quantized matrices among them, and how a
+row of one is looked up with ai.onnx operators.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from retnet_tools.graph.nodes import GraphBuilder
+from retnet_tools.graph.nodes import ELEMENT_TYPES, GraphBuilder
 from retnet_tools.graph.quantization import AccuracyLevel, BlockFormat
-from retnet_tools.graph.stored import Layout, PartName, QuantizedPart, StoredTensor
+from retnet_tools.weights import Array
 
+Layout = Literal["rows", "columns"]
+PartName = Literal["codes", "scales", "zero_points"]
 Dequantize = Callable[..., ir.Value]
+
+
+@dataclass(frozen=True)
+class QuantizedPart:
+    """Which part of a quantized matrix `[N, K]` a tensor holds.
+
+    Attributes:
+        layout: `rows` for MatMulNBits, `columns` for DequantizeLinear; see `retnet_tools.quantize.packing`.
+    """
+
+    name: PartName
+    format: BlockFormat
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class WeightTensor:
+    """A tensor of weights.data: canonical tensors one after another along the first axis, or a computed table.
+
+    Attributes:
+        sources: canonical names; empty for a table.
+        table: the data of a table.
+        part: what it holds of its sources, which are quantized then; None holds them as they are. The parts of a
+            matrix follow one another: codes, scales, zero points.
+        same_as: the tensor whose bytes it shares, under another shape or type.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    sources: tuple[str, ...] = ()
+    table: Array | None = None
+    part: QuantizedPart | None = None
+    same_as: str | None = None
+
+
+def stored_bytes(tensor: WeightTensor) -> int:
+    """Bytes of a tensor in weights.data; none of its own where it shares those of another."""
+    if tensor.same_as is not None:
+        return 0
+    return math.ceil(math.prod(tensor.shape) * ELEMENT_TYPES[tensor.dtype].itemsize)
 
 
 @dataclass(frozen=True)
@@ -37,7 +82,7 @@ class BlockedMatrix:
     dtype: str
     accuracy_level: AccuracyLevel | None
     shared: bool
-    declare: Callable[[StoredTensor], ir.Value]
+    declare: Callable[[WeightTensor], ir.Value]
 
     @property
     def blocks(self) -> int:
@@ -47,13 +92,13 @@ class BlockedMatrix:
     def part(self, part: PartName, layout: Layout, dtype: str, shape: tuple[int, ...]) -> ir.Value:
         """A part as it is stored."""
         content = QuantizedPart(part, self.format, layout)
-        return self.declare(StoredTensor(f"{self.name}.{part}", dtype, shape, self.sources, part=content))
+        return self.declare(WeightTensor(f"{self.name}.{part}", dtype, shape, self.sources, part=content))
 
     def view(self, part: PartName, layout: Layout, dtype: str, shape: tuple[int, ...]) -> ir.Value:
         """A part for the lookup, which may have another shape or type than the product's; the same bytes."""
         if not self.shared:
             return self.part(part, layout, dtype, shape)
-        return self.declare(StoredTensor(f"{self.name}.{part}.view", dtype, shape, same_as=f"{self.name}.{part}"))
+        return self.declare(WeightTensor(f"{self.name}.{part}.view", dtype, shape, same_as=f"{self.name}.{part}"))
 
     def scales(self, layout: Layout) -> ir.Value:
         """One scale a block."""

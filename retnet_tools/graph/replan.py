@@ -1,4 +1,4 @@
-"""An exported folder as what would write it again: its graphs, its weights under canonical names, its provenance."""
+"""An exported folder as a plan again: its graphs, its weights under canonical names, its provenance."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from retnet_tools.errors import InputError
 from retnet_tools.formats import Checkpoint
 from retnet_tools.formats.storage import StoredTensors, TensorLocation
 from retnet_tools.graph import contract
-from retnet_tools.graph.devices import operator_set
+from retnet_tools.graph.decoders import StepBuilder
 from retnet_tools.graph.export import ExportPlan, export_notes
 from retnet_tools.graph.manifest import Manifest, read_manifest
 from retnet_tools.graph.reader import EXPORT_AGAIN, load_graph, read_graphs
-from retnet_tools.graph.step import StepBuilder
-from retnet_tools.graph.stored import StoredTensor
-from retnet_tools.graph.targets import find_target
+from retnet_tools.graph.targets import find_target, operator_set
+from retnet_tools.graph.weight_tensors import WeightTensor
 from retnet_tools.graph.weighted import BuiltGraph
 from retnet_tools.tokenizing.carried import CarriedText
 from retnet_tools.tokenizing.files import TOKENIZER_FILE, load_tokenizer
@@ -78,7 +77,7 @@ def plan_of_export(folder: Path) -> ExportPlan:
 
 
 def canonical_weights(
-    config: RetNetConfig, stored: Mapping[str, StoredTensor], tensors: StoredTensors
+    config: RetNetConfig, stored: Mapping[str, WeightTensor], tensors: StoredTensors
 ) -> StoredTensors:
     """The float weights of an exported folder by canonical name: merged matrices are rows one after another."""
     shapes, locations = canonical_shapes(config), {}
@@ -90,7 +89,7 @@ def canonical_weights(
     return StoredTensors(locations)
 
 
-def _stored_tensors(folder: Path, manifest: Manifest, tensors: StoredTensors) -> dict[str, StoredTensor]:
+def _stored_tensors(folder: Path, manifest: Manifest, tensors: StoredTensors) -> dict[str, WeightTensor]:
     """What each tensor of weights.data is made of; those that belong to no weight are tables."""
     ops = operator_set(manifest.ops, manifest.device)
     built = StepBuilder(manifest.config, manifest.dtype, manifest.state_dtype, ops).build().stored
@@ -107,7 +106,7 @@ def _stored_tensors(folder: Path, manifest: Manifest, tensors: StoredTensors) ->
     for name in tensors.names():
         if name not in expected:
             table = tensors.read(name)
-            tables[name] = StoredTensor(name, table.dtype.name, table.shape, table=table)
+            tables[name] = WeightTensor(name, table.dtype.name, table.shape, table=table)
     return {name: expected.get(name) or tables[name] for name in tensors.names()}
 
 
