@@ -14,8 +14,8 @@ from retnet_tools.config import RetNetConfig
 from retnet_tools.graph.contract import state_shape
 from retnet_tools.random_weights import noise
 from retnet_tools.runtime.providers import Device
+from retnet_tools.runtime.recurrent_state import RecurrentState
 from retnet_tools.runtime.session import DecoderSession
-from retnet_tools.runtime.state import RecurrentState
 from retnet_tools.weights import Array
 
 

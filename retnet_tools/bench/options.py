@@ -8,7 +8,7 @@ from typing import Literal
 
 from retnet_tools.errors import UsageError, did_you_mean
 from retnet_tools.graph.contract import MAX_POSITION
-from retnet_tools.runtime.prompts import DEFAULT_CHUNK_SIZE
+from retnet_tools.runtime.prompts import PREFILL_CHUNK_SIZE
 
 Kind = Literal["prefill", "decode"]
 KINDS: tuple[Kind, ...] = ("prefill", "decode")
@@ -69,7 +69,7 @@ class BenchOptions:
     threads: tuple[int | None, ...] = (None,)
     repetitions: int = 5
     against: tuple[str, ...] = ()
-    chunk_size: int = DEFAULT_CHUNK_SIZE
+    chunk_size: int = PREFILL_CHUNK_SIZE
     cuda_graph: bool = True
     flat: bool = False
     quick: bool = False

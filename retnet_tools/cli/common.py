@@ -42,8 +42,7 @@ if TYPE_CHECKING:
 
     from retnet_tools.evaluate.logits import LogitsSource
     from retnet_tools.formats.source import CheckpointSource
-    from retnet_tools.runtime.session import DecoderSession
-    from retnet_tools.runtime.text import IdCodec, TextCodec
+    from retnet_tools.runtime.decoder import Decoder
 
 
 def stderr_console() -> Console:
@@ -100,22 +99,19 @@ def open_decoder(
     cpu_fallback: bool = False,
     no_cuda_graph: bool = False,
     prompts: bool = True,
-) -> tuple[DecoderSession, TextCodec | IdCodec]:
-    """An exported folder on a device, and what turns text into its tokens.
+) -> Decoder:
+    """An exported folder on a device, as its options name it."""
+    from retnet_tools.runtime.decoder import open_decoder
 
-    Args:
-        prompts: whether prompts will come, so that there must be room for both graphs.
-
-    Raises:
-        UsageError, InputError, ProviderError: as `DecoderSession` and `open_codec`.
-    """
-    from retnet_tools.runtime.providers import parse_device
-    from retnet_tools.runtime.session import DecoderSession
-    from retnet_tools.runtime.text import open_codec
-
-    target, graph = parse_device(device, cpu_fallback=cpu_fallback), False if no_cuda_graph else None
-    session = DecoderSession(folder, target, threads, cuda_graph=graph, prompts=prompts)
-    return session, open_codec(folder, session.manifest.config.vocab_size, token_ids=token_ids)
+    return open_decoder(
+        folder,
+        device,
+        threads=threads,
+        token_ids=token_ids,
+        cpu_fallback=cpu_fallback,
+        cuda_graph=False if no_cuda_graph else None,
+        prompts=prompts,
+    )
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:

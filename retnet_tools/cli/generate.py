@@ -14,8 +14,7 @@ from retnet_tools.errors import UsageError
 
 if TYPE_CHECKING:
     from retnet_tools.runtime.bulk import BulkOptions
-    from retnet_tools.runtime.session import DecoderSession
-    from retnet_tools.runtime.text import IdCodec, TextCodec
+    from retnet_tools.runtime.decoder import Decoder
 
 
 def generate(
@@ -54,7 +53,7 @@ def generate(
     from retnet_tools.reports.decoding import generation_document, generation_speed
     from retnet_tools.runtime.bulk import BulkOptions
     from retnet_tools.runtime.decode import Stopping, generate_from
-    from retnet_tools.runtime.prompts import DEFAULT_CHUNK_SIZE
+    from retnet_tools.runtime.prompts import PREFILL_CHUNK_SIZE
     from retnet_tools.runtime.sampling import Sampling
     from retnet_tools.runtime.sequences import Sequences
     from retnet_tools.runtime.state_file import capture, read_state, write_state
@@ -68,7 +67,7 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    stops, size = tuple(stop or ()), chunk_size or DEFAULT_CHUNK_SIZE
+    stops, size = tuple(stop or ()), chunk_size or PREFILL_CHUNK_SIZE
     Stopping(max_tokens, (), stops), Sampling(**chosen)
     if (prompts is None) != (output is None):
         raise UsageError("--prompts and -o belong together", "both or neither")
@@ -86,31 +85,32 @@ def generate(
     if prompts is not None and output is not None:
         if prompt is not None or file is not None or state_in or state_out or samples > 1:
             raise UsageError("--prompts with -p, --file, --samples or a state", "one job at a time")
-        session, codec = opened(prompts=True)
-        stopping = Stopping(max_tokens, () if ignore_end else codec.end_ids, stops)
-        options = BulkOptions(stopping, Sampling(**chosen), batch, size)
-        _answer(session, codec, prompts, output, options, force=force, as_json=as_json)
+        with opened(prompts=True) as decoder:
+            stopping = Stopping(max_tokens, () if ignore_end else decoder.codec.end_ids, stops)
+            options = BulkOptions(stopping, Sampling(**chosen), batch, size)
+            _answer(decoder, prompts, output, options, force=force, as_json=as_json)
         return
     goes_on = state_in is not None and prompt is None and file is None
     text = None if goes_on else common.read_prompt(prompt, file)
-    session, codec = opened(prompts=not goes_on)
-    if state_in is None:
-        sequences = Sequences.start(session, 1, Sampling(**chosen))
-    else:
-        sequences = read_state(state_in).sequences(session, chosen)
-    several = sequences.batch * samples > 1
-    result = generate_from(
-        sequences,
-        [] if text is None else [codec.encode(text)] * sequences.batch,
-        Stopping(max_tokens, () if ignore_end else codec.end_ids, stops),
-        samples=samples,
-        codec=codec,
-        on_token=None if several or as_json else lambda row, token, piece: print(piece, end="", flush=True),
-        chunk_size=size,
-        keep=state_out is not None,
-    )
-    if state_out is not None and result.sequences is not None:
-        write_state(state_out, capture(result.sequences), force=force)
+    with opened(prompts=not goes_on) as decoder:
+        session, codec = decoder.session, decoder.codec
+        if state_in is None:
+            sequences = Sequences.start(session, 1, Sampling(**chosen))
+        else:
+            sequences = read_state(state_in).sequences(session, chosen)
+        several = sequences.batch * samples > 1
+        result = generate_from(
+            sequences,
+            [] if text is None else [codec.encode(text)] * sequences.batch,
+            Stopping(max_tokens, () if ignore_end else codec.end_ids, stops),
+            samples=samples,
+            codec=codec,
+            on_token=None if several or as_json else lambda row, token, piece: print(piece, end="", flush=True),
+            chunk_size=size,
+            keep=state_out is not None,
+        )
+        if state_out is not None and result.sequences is not None:
+            write_state(state_out, capture(result.sequences), force=force)
     if as_json:
         common.print_json(generation_document(result))
     else:
@@ -118,19 +118,12 @@ def generate(
     print(generation_speed(result), file=sys.stderr)
 
 
-def _answer(
-    session: DecoderSession,
-    codec: TextCodec | IdCodec,
-    prompts: Path,
-    output: Path,
-    options: BulkOptions,
-    *,
-    force: bool,
-    as_json: bool,
-) -> None:
+def _answer(decoder: Decoder, prompts: Path, output: Path, options: BulkOptions, *, force: bool, as_json: bool) -> None:
     from retnet_tools.reports.decoding import bulk_document, bulk_text
     from retnet_tools.runtime.bulk import generate_bulk
 
     with common.step_progress() as progress:
-        summary = generate_bulk(session, codec, prompts, output, options, force=force, progress=progress)
+        summary = generate_bulk(
+            decoder.session, decoder.codec, prompts, output, options, force=force, progress=progress
+        )
     common.print_json(bulk_document(summary, output)) if as_json else typer.echo(bulk_text(summary, output))

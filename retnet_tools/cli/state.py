@@ -38,16 +38,17 @@ def save(
 ) -> None:
     """Read a prompt and write what it left: states, position, logits."""
     from retnet_tools.reports.states import render_state, state_document
-    from retnet_tools.runtime.prompts import DEFAULT_CHUNK_SIZE
+    from retnet_tools.runtime.prompts import PREFILL_CHUNK_SIZE
     from retnet_tools.runtime.sequences import Sequences
     from retnet_tools.runtime.state_file import capture, write_state
     from retnet_tools.staging import check_file
 
     check_file(output, force=force)
-    session, codec = common.open_decoder(folder, device, threads, token_ids=token_ids, cpu_fallback=cpu_fallback)
-    sequences = Sequences.start(session)
-    sequences.feed([codec.encode(common.read_prompt(prompt, file))], chunk_size=chunk_size or DEFAULT_CHUNK_SIZE)
-    state = capture(sequences)
+    with common.open_decoder(folder, device, threads, token_ids=token_ids, cpu_fallback=cpu_fallback) as decoder:
+        sequences = Sequences.start(decoder.session)
+        tokens = decoder.codec.encode(common.read_prompt(prompt, file))
+        sequences.feed([tokens], chunk_size=chunk_size or PREFILL_CHUNK_SIZE)
+        state = capture(sequences)
     write_state(output, state, force=force)
     document = state_document(output, state)
     common.print_json(document) if as_json else render_state(document)
@@ -69,9 +70,10 @@ def load(
     from retnet_tools.runtime.state_file import read_state
 
     found = read_state(state)
-    session, codec = common.open_decoder(folder, device, threads, token_ids=token_ids, cpu_fallback=cpu_fallback)
-    found.check(session)
-    words = [[(token, codec.decode([token]), p) for token, p in likeliest(row, count)] for row in found.logits]
+    with common.open_decoder(folder, device, threads, token_ids=token_ids, cpu_fallback=cpu_fallback) as decoder:
+        found.check(decoder.session)
+        decode = decoder.codec.decode
+    words = [[(token, decode([token]), p) for token, p in likeliest(row, count)] for row in found.logits]
     document = next_tokens_document(found, words)
     common.print_json(document) if as_json else render_next_tokens(document)
 

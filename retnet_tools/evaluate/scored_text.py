@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from retnet_tools.errors import InputError, UsageError
-from retnet_tools.runtime.text import IdCodec
+from retnet_tools.runtime.codec import IdCodec
 from retnet_tools.tokenizing.files import TokenizerSearch, find_tokenizer
 from retnet_tools.tokenizing.token_ids import check_vocabulary
 from retnet_tools.weights import Array

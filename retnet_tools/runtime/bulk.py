@@ -27,12 +27,12 @@ from typing import IO, Any
 
 from retnet_tools.errors import InputError, OutputError, ProviderError, RetNetToolsError, UsageError
 from retnet_tools.graph.contract import MAX_POSITION
+from retnet_tools.runtime.codec import Codec
 from retnet_tools.runtime.decode import Generation, Stopping, generate_from
-from retnet_tools.runtime.prompts import DEFAULT_CHUNK_SIZE
+from retnet_tools.runtime.prompts import PREFILL_CHUNK_SIZE
 from retnet_tools.runtime.sampling import Sampling
 from retnet_tools.runtime.sequences import Sequences
 from retnet_tools.runtime.session import DecoderSession
-from retnet_tools.runtime.text import Codec
 from retnet_tools.staging import appended_file
 
 DEFAULT_BATCH = 8
@@ -51,7 +51,7 @@ class BulkOptions:
     stopping: Stopping
     sampling: Sampling
     batch: int = DEFAULT_BATCH
-    chunk_size: int = DEFAULT_CHUNK_SIZE
+    chunk_size: int = PREFILL_CHUNK_SIZE
 
     def __post_init__(self) -> None:
         if self.batch < 1:

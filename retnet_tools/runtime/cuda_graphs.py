@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from retnet_tools.runtime.binding import Binding
 from retnet_tools.runtime.buffers import Buffer
-from retnet_tools.runtime.state import RecurrentState
+from retnet_tools.runtime.recurrent_state import RecurrentState
 from retnet_tools.weights import Array
 
 if TYPE_CHECKING:
@@ -123,17 +123,21 @@ class StepGraphs:
             # Its own buffers become the pair.
             pair = _Pair((state.current, state.spare), (next(self._ids), next(self._ids)))
         self._pairs[state] = pair
-        self._finalizers[state] = weakref.finalize(state, self._give_back, pair, state.batch)
+        self._finalizers[state] = weakref.finalize(state, _give_back, weakref.ref(self), pair, state.batch)
         self._finalizers[state].atexit = False
-
-    def _give_back(self, pair: _Pair, batch: int) -> None:
-        free = self._free.setdefault(batch, [])
-        if len(free) < FREE_PAIRS:
-            free.append(pair)
-            return
-        self._release(pair)
 
     def _release(self, pair: _Pair) -> None:
         """Drop a pair; its graphs are never replayed again, whether the provider lets them go or not."""
         for number in pair.ids:
             self._session.release_captured_graph(number)
+
+
+def _give_back(reference: weakref.ref[StepGraphs], pair: _Pair, batch: int) -> None:
+    """Take the buffers of a state that is gone, where the steps of its session are still there."""
+    if (graphs := reference()) is None:
+        return
+    free = graphs._free.setdefault(batch, [])
+    if len(free) < FREE_PAIRS:
+        free.append(pair)
+    else:
+        graphs._release(pair)

@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from retnet_tools.errors import UsageError
 from retnet_tools.graph.contract import MAX_POSITION
-from retnet_tools.runtime.prompts import DEFAULT_CHUNK_SIZE
+from retnet_tools.runtime.codec import Codec, IdStream, StopMatcher, TextStream
+from retnet_tools.runtime.prompts import PREFILL_CHUNK_SIZE
 from retnet_tools.runtime.sampling import Sampling
 from retnet_tools.runtime.sequences import Sequences
 from retnet_tools.runtime.session import DecoderSession
-from retnet_tools.runtime.text import Codec, IdStream, StopMatcher, TextStream
 
 StopReason = Literal["end-of-text", "stop-string", "length"]
 OnToken = Callable[[int, int | None, str], None]
+_UNFED: tuple[StopReason, ...] = ("end-of-text",)
+"""Reasons whose last token is not fed."""
+
+
+class Piece(NamedTuple):
+    """A token as it is chosen, and the text that became certain with it.
+
+    Attributes:
+        row: of the batch.
+        token: None where only text that was held back for a stop string comes free.
+        text: empty without a codec, and within a character that spans tokens.
+    """
+
+    row: int
+    token: int | None
+    text: str
 
 
 @dataclass(frozen=True)
@@ -101,7 +117,7 @@ class _Row:
     text: str = ""
     reason: StopReason | None = None
 
-    def take(self, token: int, stopping: Stopping, on_token: OnToken | None) -> None:
+    def take(self, token: int, stopping: Stopping) -> Piece | None:
         """Add a token, or end at it."""
         piece = ""
         if token in stopping.end_ids:
@@ -116,8 +132,8 @@ class _Row:
         if self.reason is not None:
             piece += self.matcher.rest()
         self.text += piece
-        if on_token is not None and (self.reason != "end-of-text" or piece):
-            on_token(self.number, None if self.reason == "end-of-text" else token, piece)
+        ended = self.reason == "end-of-text"
+        return None if ended and not piece else Piece(self.number, None if ended else token, piece)
 
 
 def generate(
@@ -131,7 +147,7 @@ def generate(
     stop: Collection[str] = (),
     end_ids: Collection[int] | None = None,
     on_token: OnToken | None = None,
-    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    chunk_size: int = PREFILL_CHUNK_SIZE,
 ) -> Generations:
     """Continue each prompt until it ends; all run as one batch, and a row that has ended is dropped from it.
 
@@ -144,16 +160,13 @@ def generate(
         codec: turns tokens into text; None leaves the text empty.
         stop: strings that end a text; need a codec.
         end_ids: tokens that end a text; None takes the codec's.
-        on_token: called as `(row, token, text)` with each token as it is chosen and the text that became certain;
-            the token is None where only text that was held back for a stop string comes free.
+        on_token: called with the parts of each `Piece` as it comes.
         chunk_size: tokens of the prompts to run at once.
 
     Raises:
         UsageError: an empty prompt, a token outside the vocabulary, a number below 1, stop strings without a codec.
         InputError: logits that are not finite.
     """
-    if samples < 1:
-        raise UsageError(f"--samples {samples}", "at least 1")
     ids = (codec.end_ids if codec is not None else ()) if end_ids is None else end_ids
     stopping = Stopping(max_tokens, frozenset(ids), tuple(stop))
     sequences = Sequences.start(session, len(prompts), sampling)
@@ -170,10 +183,32 @@ def generate_from(
     samples: int = 1,
     codec: Codec | None = None,
     on_token: OnToken | None = None,
-    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    chunk_size: int = PREFILL_CHUNK_SIZE,
     keep: bool = False,
 ) -> Generations:
-    """Feed a prompt to each sequence and continue it, as `generate` does.
+    """Feed a prompt to each sequence and continue it, as `generate` does; arguments and errors of `stream_from`."""
+    pieces = stream_from(sequences, prompts, stopping, samples=samples, codec=codec, chunk_size=chunk_size, keep=keep)
+    while True:
+        try:
+            piece = next(pieces)
+        except StopIteration as end:
+            result: Generations = end.value
+            return result
+        if on_token is not None:
+            on_token(*piece)
+
+
+def stream_from(
+    sequences: Sequences,
+    prompts: Sequence[Sequence[int]],
+    stopping: Stopping,
+    *,
+    samples: int = 1,
+    codec: Codec | None = None,
+    chunk_size: int = PREFILL_CHUNK_SIZE,
+    keep: bool = False,
+) -> Generator[Piece, None, Generations]:
+    """What `generate_from` does, piece by piece: nothing runs before the next piece is asked for.
 
     Args:
         sequences: used up.
@@ -181,20 +216,36 @@ def generate_from(
         keep: return the sequences after their last token.
 
     Raises:
-        UsageError, InputError: as `generate`.
+        UsageError: as `generate`, at once.
+        InputError: as `generate`, with the piece that cannot be had.
     """
+    if samples < 1:
+        raise UsageError(f"--samples {samples}", "at least 1")
     if stopping.strings and codec is None:
         raise UsageError("stop strings without a codec", "a codec, to know the text")
     prompts = list(prompts)
     if not all(hasattr(prompt, "__len__") for prompt in prompts):
         raise UsageError("a prompt that is one number", "token ids for each row")
     lengths = list(map(len, prompts))
-    count, starts = sum(lengths), sequences.state.position.tolist()
+    starts = sequences.state.position.tolist()
     longest = max(map(sum, zip_longest(starts, lengths, fillvalue=0))) + stopping.max_tokens
     if longest > MAX_POSITION + 1:
         raise UsageError(f"a sequence of {longest} tokens", f"at most {MAX_POSITION + 1}", "lower --max-tokens")
     if max(lengths, default=0) > 1:
         sequences.session.open_prefill()
+    return _stream(sequences, prompts, stopping, samples, codec, chunk_size, keep)
+
+
+def _stream(
+    sequences: Sequences,
+    prompts: Sequence[Sequence[int]],
+    stopping: Stopping,
+    samples: int,
+    codec: Codec | None,
+    chunk_size: int,
+    keep: bool,
+) -> Generator[Piece, None, Generations]:
+    """Read the prompts, then sample and step until every row has ended."""
     began = time.perf_counter()
     if prompts:
         sequences.feed(prompts, chunk_size=chunk_size)
@@ -205,37 +256,21 @@ def generate_from(
         _Row(number, codec.stream() if codec is not None else None, StopMatcher(stopping.strings))
         for number in range(sequences.batch)
     ]
-    kept = _decode(sequences, rows, stopping, on_token, keep=keep)
-    ended = time.perf_counter()
-    results = tuple(Generation(tuple(row.tokens), row.text, row.reason or "length") for row in rows)
-    return Generations(results, count, prefilled - began, ended - prefilled, kept)
-
-
-def _decode(
-    sequences: Sequences, rows: Sequence[_Row], stopping: Stopping, on_token: OnToken | None, *, keep: bool
-) -> Sequences | None:
-    """Sample and step until every row has ended."""
     batch, parked = _Batch(sequences, list(rows)), dict[int, Sequences]()
     while batch.rows:
         tokens = batch.sample()
         for row, token in zip(batch.rows, tokens, strict=True):
-            if row.reason is None:
-                row.take(int(token), stopping, on_token)
+            if row.reason is None and (piece := row.take(int(token), stopping)) is not None:
+                yield piece
         # The token that ended a text is not fed, every other is.
-        tokens = batch.park(parked, tokens, _met_end) if keep else batch.shrink(tokens)
+        tokens = batch.park(parked, tokens, _UNFED) if keep else batch.shrink(tokens)
         if batch.rows:
             batch.sequences.append(tokens)
         if keep:
-            batch.park(parked, tokens, _has_ended)
-    return Sequences.join([parked[row.number] for row in rows]) if keep else None
-
-
-def _met_end(row: _Row) -> bool:
-    return row.reason == "end-of-text"
-
-
-def _has_ended(row: _Row) -> bool:
-    return row.reason is not None
+            batch.park(parked, tokens, get_args(StopReason))
+    results = tuple(Generation(tuple(row.tokens), row.text, row.reason or "length") for row in rows)
+    kept = Sequences.join([parked[row.number] for row in rows]) if keep else None
+    return Generations(results, sum(map(len, prompts)), prefilled - began, time.perf_counter() - prefilled, kept)
 
 
 @dataclass
@@ -263,12 +298,12 @@ class _Batch:
                 self.sequences.state.position[i] = tokens[i] = 0
         return tokens
 
-    def park(self, parked: dict[int, Sequences], tokens: Any, ended: Callable[[_Row], bool]) -> Any:
-        """Move rows out of the batch as they are now."""
+    def park(self, parked: dict[int, Sequences], tokens: Any, reasons: Collection[StopReason]) -> Any:
+        """Move rows that ended for these reasons out of the batch as they are now."""
         for i, row in enumerate(self.rows):
-            if ended(row):
+            if row.reason in reasons:
                 parked[row.number] = self.sequences.select([i])
-        return self._keep([i for i, row in enumerate(self.rows) if not ended(row)], tokens)
+        return self._keep([i for i, row in enumerate(self.rows) if row.reason not in reasons], tokens)
 
     def _live(self) -> list[int]:
         return [i for i, row in enumerate(self.rows) if row.reason is None]

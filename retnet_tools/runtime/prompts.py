@@ -11,7 +11,7 @@ import numpy as np
 from retnet_tools.errors import UsageError
 from retnet_tools.weights import Array
 
-DEFAULT_CHUNK_SIZE = 256
+PREFILL_CHUNK_SIZE = 256
 """Tokens of a prompt that are run at once: on the CPU a tenth faster than 128, from 45 million to 1.3 billion
 parameters, and hardly slower than anything larger, which takes more memory (`benchmarks/prefill.py`)."""
 

@@ -6,7 +6,7 @@ import copy
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -51,6 +51,17 @@ class Sampling:
             raise UsageError(f"--repetition-penalty {self.repetition_penalty}", "a number > 0; 1 changes nothing")
         if self.seed < 0:
             raise UsageError(f"--seed {self.seed}", "0 or more")
+
+
+class SamplingFields(TypedDict, total=False):
+    """The fields of `Sampling`, as keyword arguments."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int
 
 
 class Sampler:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from retnet_tools.errors import UsageError
-from retnet_tools.runtime.prompts import DEFAULT_CHUNK_SIZE
+from retnet_tools.runtime.prompts import PREFILL_CHUNK_SIZE
+from retnet_tools.runtime.recurrent_state import RecurrentState
 from retnet_tools.runtime.sampling import Sampler, Sampling
 from retnet_tools.runtime.session import DecoderSession
-from retnet_tools.runtime.state import RecurrentState
 from retnet_tools.weights import Array
 
 NO_TOKENS = hashlib.sha256(b"retnet-tools tokens").digest()
@@ -63,7 +63,7 @@ class Sequences:
         """Number of sequences."""
         return self.state.batch
 
-    def feed(self, prompts: Sequence[Any], *, chunk_size: int = DEFAULT_CHUNK_SIZE) -> None:
+    def feed(self, prompts: Sequence[Any], *, chunk_size: int = PREFILL_CHUNK_SIZE) -> None:
         """Feed a prompt to each row, by chunks.
 
         Raises:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import gc
+import weakref
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from retnet_tools.graph.contract import (
     PREFILL_FILE,
     STEP_FILE,
     WEIGHTS_FILE,
+    TensorSpec,
     past_name,
     prefill_inputs,
     present_name,
@@ -31,9 +32,9 @@ from retnet_tools.runtime.buffers import Buffer
 from retnet_tools.runtime.cuda_graphs import StepGraphs
 from retnet_tools.runtime.device_memory import chunk_bytes
 from retnet_tools.runtime.opening import GraphOpener
-from retnet_tools.runtime.prompts import DEFAULT_CHUNK_SIZE, Prompts
+from retnet_tools.runtime.prompts import PREFILL_CHUNK_SIZE, Prompts
 from retnet_tools.runtime.providers import Device
-from retnet_tools.runtime.state import RecurrentState
+from retnet_tools.runtime.recurrent_state import RecurrentState
 from retnet_tools.weights import Array
 
 if TYPE_CHECKING:
@@ -54,7 +55,10 @@ class DecoderSession:
             must be room for both before anything is loaded. Else prefill.onnx loads its own when it is opened.
         profile: where ONNX Runtime writes a profile of step.onnx when `end_profile` is called: the start of its name.
 
+    It is closed at the end of a `with` block, by `close`, or when nothing refers to it any more.
+
     Attributes:
+        closed: whether `close` was called.
         device: where it runs; the CPU where `device.cpu_fallback` allowed it and there was no other way.
         eager_reason: why steps run kernel by kernel; None where they are replayed as CUDA graphs. A capture that fails
             sets it, and `EagerStepsWarning` says so.
@@ -88,7 +92,7 @@ class DecoderSession:
         for name in (STEP_FILE, PREFILL_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
                 raise InputError(f"{folder} has no {name}", "a complete export", "export the checkpoint again")
-        self.threads = threads
+        self.threads, self.closed = threads, False
         if in_place and cuda_graph:
             raise UsageError("CUDA graphs of steps in place", "one of them: a capture runs a step several times")
         border = (self.manifest.config, self.manifest.state_dtype)
@@ -105,16 +109,37 @@ class DecoderSession:
         self._step = self._opener.open_step(self._inputs, profile, beside=(PREFILL_FILE,) if prompts else ())
         self.device, self.eager_reason = self._opener.device, self._opener.eager_reason
         self.in_place = self.device.kind == "cpu" if in_place is None else in_place
-        self._graphs = None if self.eager_reason else StepGraphs(self._step, self._bind_captured)
+        self._states: weakref.WeakSet[RecurrentState] = weakref.WeakSet()
+        # Not a method of this session, which would then live until the next garbage collection.
+        bind = partial(_bind, self._step, self._output, self.device)
+        self._graphs = None if self.eager_reason else StepGraphs(self._step, bind)
+
+    def close(self) -> None:
+        """Give back the graphs and their memory; states keep theirs. Nothing runs any more."""
+        if self._graphs is not None:
+            self._graphs.close()
+        for state in self._states:
+            state.bindings.clear()
+        self.closed, self._graphs = True, None
+        for name in ("_step", "_prefill", "_opener"):
+            self.__dict__.pop(name, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def new_state(self, batch: int = 1) -> RecurrentState:
         """The state before the first token of `batch` sequences."""
+        self._check_open()
         if self._graphs is not None:
             self._graphs.keep_only(batch)
         return RecurrentState.zeros(self.manifest, batch, self.device)
 
     def open_prefill(self) -> None:
         """Open prefill.onnx now rather than with the first prompt of several tokens."""
+        self._check_open()
         _ = self._prefill
 
     def step(self, input_ids: Array, state: RecurrentState, *, logits: bool = True) -> Array | None:
@@ -131,6 +156,7 @@ class DecoderSession:
         Raises:
             UsageError: ids outside the vocabulary, a wrong batch size, or a position past the last one.
         """
+        self._check_open()
         ids = np.asarray(input_ids, dtype=self._input.dtype)
         expected = (state.batch, *self._input.shape[2:])
         if ids.shape != expected:
@@ -149,7 +175,7 @@ class DecoderSession:
         state: RecurrentState,
         *,
         lengths: Array | Sequence[int] | None = None,
-        chunk_size: int = DEFAULT_CHUNK_SIZE,
+        chunk_size: int = PREFILL_CHUNK_SIZE,
     ) -> Array:
         """Feed a prompt to each row, chunk by chunk (Eq. 7), from wherever its state stands. Moves `state` on.
 
@@ -171,6 +197,7 @@ class DecoderSession:
             UsageError: an empty prompt, ids outside the vocabulary, a wrong batch size, a position past the last one,
                 or a chunk size below 1. Nothing has run then.
         """
+        self._check_open()
         width = tuple(int(size) for size in self._input.shape[2:])
         prompts = Prompts.of(input_ids, lengths, dtype=self._input.dtype, width=width)
         if len(prompts.lengths) != state.batch:
@@ -193,7 +220,8 @@ class DecoderSession:
                 key = (chunk.mask.shape, id(state.current))
                 if key not in bindings:
                     needed = chunk_bytes(self.manifest.config, self.manifest.dtype, *chunk.mask.shape)
-                    bindings[key] = self._bind(self._prefill, feeds, state.current, state.spare, needed=needed)
+                    graph, past, present = self._prefill, state.current, state.spare
+                    bindings[key] = _bind(graph, self._output, self.device, feeds, past, present, needed=needed)
                 logits = bindings[key].run(feeds, fetch=fetch)
                 state.advance(chunk.counts, swap=True)
             if logits is not None:
@@ -226,7 +254,6 @@ class DecoderSession:
         # All that refers to the session, so that its memory is free for the next one.
         self._graphs = None
         del self._step
-        gc.collect()
         self._step = self._opener.open_eager_step(self._inputs, f"a step could not be captured ({failure})")
         self.device, self.eager_reason = self._opener.device, self._opener.eager_reason
 
@@ -234,31 +261,10 @@ class DecoderSession:
         key = (self._step, id(state.current))
         if key not in state.bindings:
             present = state.current if self.in_place else state.spare
-            state.bindings[key] = self._bind(self._step, feeds, state.current, present)
+            state.bindings[key] = _bind(self._step, self._output, self.device, feeds, state.current, present)
+            self._states.add(state)
         binding: Binding = state.bindings[key]
         return binding
-
-    def _bind(
-        self,
-        graph: onnxruntime.InferenceSession,
-        feeds: Mapping[str, Array],
-        past: Sequence[Buffer],
-        present: Sequence[Buffer],
-        graph_id: int | None = None,
-        needed: int | None = None,
-    ) -> Binding:
-        read = {past_name(i): value for i, value in enumerate(past)}
-        written = {present_name(i): value for i, value in enumerate(present)}
-        return Binding(graph, feeds, read, written, self._output, self.device, graph_id, needed)
-
-    def _bind_captured(
-        self,
-        feeds: Mapping[str, Array],
-        past: Sequence[Buffer],
-        present: Sequence[Buffer],
-        graph_id: int,
-    ) -> Binding:
-        return self._bind(self._step, feeds, past, present, graph_id)
 
     @cached_property
     def _prefill(self) -> onnxruntime.InferenceSession:
@@ -283,6 +289,10 @@ class DecoderSession:
             raise UsageError("an empty prompt", "at least one token")
         self._check_ids(np.array(tokens, dtype=object))
 
+    def _check_open(self) -> None:
+        if self.closed:
+            raise UsageError(f"the session of {self.folder} is closed", "an open one")
+
     def _check_ids(self, ids: Array) -> None:
         vocab = self.manifest.config.vocab_size
         if vocab and (ids.min() < 0 or ids.max() >= vocab):
@@ -291,3 +301,18 @@ class DecoderSession:
     def _check_positions(self, last: Array) -> None:
         if last.max() > MAX_POSITION:
             raise UsageError(f"position {int(last.max())}", f"at most {MAX_POSITION}, the last the graph can place")
+
+
+def _bind(
+    graph: onnxruntime.InferenceSession,
+    output: TensorSpec,
+    device: Device,
+    feeds: Mapping[str, Array],
+    past: Sequence[Buffer],
+    present: Sequence[Buffer],
+    graph_id: int | None = None,
+    needed: int | None = None,
+) -> Binding:
+    read = {past_name(i): value for i, value in enumerate(past)}
+    written = {present_name(i): value for i, value in enumerate(present)}
+    return Binding(graph, feeds, read, written, output, device, graph_id, needed)

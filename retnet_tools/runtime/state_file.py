@@ -27,10 +27,10 @@ from retnet_tools.formats.containers import planned, write_safetensors
 from retnet_tools.formats.safetensors_files import open_safetensors
 from retnet_tools.formats.storage import StoredTensors
 from retnet_tools.graph.contract import MAX_POSITION, state_shape
+from retnet_tools.runtime.recurrent_state import RecurrentState
 from retnet_tools.runtime.sampling import Sampler, Sampling
 from retnet_tools.runtime.sequences import Sequences
 from retnet_tools.runtime.session import DecoderSession
-from retnet_tools.runtime.state import RecurrentState
 from retnet_tools.staging import staged_file
 from retnet_tools.weights import Array
 

@@ -48,7 +48,7 @@ def test_steps_and_prompts_are_timed_in_a_process_of_its_own(folder: Path) -> No
 
 def test_logits_at_positions_are_those_of_the_session(folder: Path) -> None:
     from retnet_tools.random_weights import noise
-    from retnet_tools.runtime.state import RecurrentState
+    from retnet_tools.runtime.recurrent_state import RecurrentState
 
     positions, ids = np.array([5, 70_000]), np.array([3, 60])
     with Worker("retnet", spec(folder)) as worker:

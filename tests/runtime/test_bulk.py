@@ -17,10 +17,10 @@ from retnet_tools.errors import InputError, ProviderError, UsageError
 from retnet_tools.formats import open_checkpoint
 from retnet_tools.runtime import bulk
 from retnet_tools.runtime.bulk import BulkOptions, BulkSummary, generate_bulk
+from retnet_tools.runtime.codec import IdCodec
 from retnet_tools.runtime.decode import Stopping, generate
 from retnet_tools.runtime.sampling import Sampling
 from retnet_tools.runtime.session import DecoderSession
-from retnet_tools.runtime.text import IdCodec
 from retnet_tools.staging import appended_file
 from tests.exports import export
 from tests.helpers import BASE, random_source

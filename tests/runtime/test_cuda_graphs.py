@@ -307,7 +307,7 @@ def test_states_are_copied_on_the_device_and_swapped_with_their_logits(folder: P
     code = (
         STEPS
         + """
-from retnet_tools.runtime.state import RecurrentState
+from retnet_tools.runtime.recurrent_state import RecurrentState
 shape = (3, *session.new_state().current[0].shape[1:])
 arrays = [np.arange(np.prod(shape), dtype="f4").reshape(shape) + 1000 * i for i in range(2)]
 state = RecurrentState(arrays, np.array([5, 6, 7]), session.device)

@@ -13,11 +13,11 @@ from retnet_tools.errors import InputError, ProviderError, UsageError
 from retnet_tools.graph import contract
 from retnet_tools.model.retention import retention_recurrent
 from retnet_tools.model.retnet import load_model
+from retnet_tools.runtime.codec import IdCodec, open_codec
 from retnet_tools.runtime.decode import Stopping, generate, generate_from
 from retnet_tools.runtime.sampling import Sampling
 from retnet_tools.runtime.sequences import NO_TOKENS, Sequences, hash_tokens
 from retnet_tools.runtime.session import DecoderSession
-from retnet_tools.runtime.text import IdCodec, open_codec
 from tests.exports import export
 from tests.helpers import ABLATIONS, BASE, random_source, random_tokens
 from tests.tolerances import GRAPH_FLOAT32

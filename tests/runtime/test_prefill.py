@@ -16,8 +16,8 @@ from retnet_tools.model.retention import retention_parallel, retention_recurrent
 from retnet_tools.model.retnet import load_model
 from retnet_tools.runtime import opening
 from retnet_tools.runtime.decode import generate
+from retnet_tools.runtime.recurrent_state import RecurrentState
 from retnet_tools.runtime.session import DecoderSession
-from retnet_tools.runtime.state import RecurrentState
 from retnet_tools.weights import Array
 from tests.exports import export
 from tests.helpers import ABLATIONS, BASE, OTHER_LAYERS, random_source, random_tokens

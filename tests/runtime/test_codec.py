@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from retnet_tools.errors import InputError, UsageError
-from retnet_tools.runtime.text import IdCodec, StopMatcher, TextCodec, open_codec
+from retnet_tools.runtime.codec import IdCodec, StopMatcher, TextCodec, open_codec
 
 END = "<|endoftext|>"
 

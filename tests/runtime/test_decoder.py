@@ -1,0 +1,160 @@
+"""The decoder of the Python API: text in, pieces of text out, and nothing left when it is closed."""
+
+from __future__ import annotations
+
+import doctest
+import gc
+import weakref
+from pathlib import Path
+
+import pytest
+
+from retnet_tools.errors import UsageError
+from retnet_tools.formats import open_checkpoint
+from retnet_tools.runtime import Sampling, decoder, generate, open_decoder
+from retnet_tools.runtime.decoder import Decoder
+from retnet_tools.runtime.session import DecoderSession
+from tests.exports import export
+from tests.fake_gpu import FakeGpu, needs_fake_gpu
+from tests.helpers import BASE, random_source
+
+CHECKPOINT = Path(__file__).parents[2] / "ckpt"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped model with its tokenizer."""
+    checkpoint = open_checkpoint(CHECKPOINT)
+    out = export(checkpoint.config, checkpoint.weights, tmp_path_factory.mktemp("decoder") / "out")
+    for file in checkpoint.tokenizer_files:
+        (out / file.name).write_bytes(file.read_bytes())
+    return out
+
+
+@pytest.fixture(scope="module")
+def opened(folder: Path) -> Decoder:
+    return open_decoder(folder, threads=1)
+
+
+def test_the_examples_of_the_documentation_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    failed, tried = doctest.testmod(decoder)
+    assert tried > 5
+    assert failed == 0
+
+
+def test_a_stream_is_what_generate_gives(opened: Decoder) -> None:
+    sampling = {"temperature": 0.8, "seed": 3, "top_k": 50, "repetition_penalty": 1.1}
+    pieces = list(opened.stream("ROMEO. ", max_tokens=20, **sampling))
+    tokens = [opened.codec.encode("ROMEO. ")]
+    row = generate(opened.session, tokens, max_tokens=20, sampling=Sampling(**sampling), codec=opened.codec).rows[0]
+    assert len(pieces) > 5
+    assert all(pieces)
+    assert "".join(pieces) == row.text == opened.generate("ROMEO. ", max_tokens=20, **sampling).rows[0].text
+
+
+def test_a_stream_stops_before_a_stop_string(opened: Decoder) -> None:
+    text = "".join(opened.stream("ROMEO. ", max_tokens=40))
+    stop = text[len(text) // 2 :][:5]
+    assert "".join(opened.stream("ROMEO. ", max_tokens=40, stop=stop)) == text[: text.index(stop)]
+
+
+def test_a_token_is_computed_when_it_is_asked_for(opened: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran, step, prefill = [], DecoderSession.step, DecoderSession.prefill
+    monkeypatch.setattr(DecoderSession, "step", lambda *a, **k: ran.append("step") or step(*a, **k))
+    monkeypatch.setattr(DecoderSession, "prefill", lambda *a, **k: ran.append("prompt") or prefill(*a, **k))
+    stream = opened.stream("ROMEO. To be", max_tokens=100)
+    assert ran == []
+    next(stream)
+    assert ran[0] == "prompt"
+    steps = len(ran)
+    next(stream)
+    assert len(ran) > steps
+    steps = len(ran)
+    stream.close()
+    assert len(ran) == steps
+
+
+def test_wrong_input_is_refused_before_anything_runs(opened: Decoder) -> None:
+    with pytest.raises(UsageError, match="an empty prompt"):
+        opened.stream("")
+    with pytest.raises(UsageError, match="--max-tokens 0"):
+        opened.stream("a", max_tokens=0)
+    with pytest.raises(UsageError, match="--temperature -1"):
+        opened.stream("a", temperature=-1)
+    with pytest.raises(UsageError, match="--samples 0"):
+        opened.generate("a", samples=0)
+
+
+def test_token_ids_are_read_and_written_where_they_are_asked_for(folder: Path) -> None:
+    with open_decoder(folder, threads=1, token_ids=True) as ids:
+        assert all(word.isdecimal() for word in "".join(ids.stream("4 5 6", max_tokens=4)).split())
+
+
+def test_a_closed_session_runs_nothing(folder: Path) -> None:
+    with open_decoder(folder, threads=1) as decoder:
+        state = decoder.session.new_state()
+        decoder.session.step([3], state)
+        stream = decoder.stream("ROMEO. ", max_tokens=40)
+        next(stream)
+    assert decoder.session.closed
+    session = decoder.session
+    for run in (session.new_state, session.open_prefill, lambda: session.step([3], state), lambda: next(stream)):
+        with pytest.raises(UsageError, match=r"the session of .* is closed"):
+            run()
+    assert (state.position.tolist(), len(state.numpy())) == ([1], session.manifest.config.num_layers)
+    decoder.close()
+
+
+GONE = """
+import gc, json, sys, weakref
+from pathlib import Path
+import numpy as np
+from retnet_tools.runtime import DecoderSession, Device, Sequences, Stopping, generate_from
+gc.collect()
+gc.disable()
+
+def used(session):
+    '''References to all that holds memory of a GPU.'''
+    state = session.new_state(2)
+    session.prefill(np.zeros((2, 5), dtype=int), state)
+    for _ in range(5):
+        session.step(np.zeros(2, dtype=int), state)
+    generate_from(Sequences.start(session), [[3, 4]], Stopping(6), keep=True)
+    held = [session, session._step, session._prefill]
+    return state, [weakref.ref(value) for value in held]
+
+found = []
+for closed in (False, True):
+    session = DecoderSession(Path(sys.argv[1]), Device(sys.argv[2]), prompts=True)
+    state, references = used(session)
+    if closed:
+        # States may outlive a session that is closed; what is bound to them may not.
+        session.close()
+        found.append([reference() is None for reference in references[1:]])
+    else:
+        del state
+    del session
+    found.append([reference() is None for reference in references])
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("environment", [{}, {"FAKE_CUDA_CAPTURE": "901"}])
+@needs_fake_gpu
+def test_no_cycle_keeps_a_session_alive_on_a_gpu(environment: dict[str, str], tmp_path: Path) -> None:
+    out = export(BASE, random_source(BASE, 1), tmp_path / "out", device="cuda")
+    assert FakeGpu(environment=environment).evaluate(GONE, out, "cuda") == [[True] * 3, [True] * 2, [True] * 3]
+
+
+def test_no_cycle_keeps_a_session_alive_on_the_cpu(tmp_path: Path) -> None:
+    session = DecoderSession(export(BASE, random_source(BASE, 1), tmp_path / "out"), threads=1)
+    state = session.new_state()
+    session.prefill([[3, 4, 5]], state)
+    references = [weakref.ref(value) for value in (session, session._step, session._prefill)]
+    gc.disable()
+    try:
+        del session, state
+        assert [reference() for reference in references] == [None] * 3
+    finally:
+        gc.enable()
