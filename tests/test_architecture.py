@@ -41,8 +41,8 @@ ROWS = {
     "reports": 7,
     "cli": 8,
 }
-TORCH_FILES = {"formats/containers.py", "quantize/gptq.py"}
-TORCH_ROOMS = {"model", "bench"}
+TORCH_FILES = {"formats/containers.py", "quantize/gptq.py", "bench/torch_decoder.py"}
+TORCH_ROOMS = {"model"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -78,6 +78,12 @@ def test_no_arrow_runs_back(file: Path) -> None:
         assert other in ROWS, f"give {other} a row"
         allowed = other == own or ROWS[other] < ROWS[own] or (ROWS[other] == ROWS[own] <= 1)
         assert allowed, f"{own} (row {ROWS[own]}) imports {imported} (row {ROWS[other]})"
+
+
+def test_nothing_imports_the_bench_but_its_command() -> None:
+    outside = [file for file in MODULES if module_room(file) != "bench"]
+    users = [file.relative_to(PACKAGE).as_posix() for file in outside if "bench" in map(room, imports(file))]
+    assert users == ["cli/bench.py"]
 
 
 @pytest.mark.parametrize("file", MODULES, ids=lambda f: str(f.relative_to(PACKAGE)))

@@ -17,7 +17,7 @@ import typer
 from retnet_tools.bench.options import Case
 from retnet_tools.bench.results import benchmark_document
 from retnet_tools.cli.app import app
-from retnet_tools.cli.benching import options
+from retnet_tools.cli.bench import bench_options
 from tests.bench.reports import GRID, report, row
 
 ROOT = Path(__file__).parent.parent
@@ -43,7 +43,7 @@ def test_every_command_of_record_is_one(device: str, scripts) -> None:
     for run in runs:
         found = parsed(run.options.format(size="1.3b"))
         names = ("prompts", "tokens", "depths", "batches", "threads", "repetitions", "against")
-        options(*(found[name] for name in names), quick=False, flat=found["flat"])
+        bench_options(*(found[name] for name in names), quick=False, flat=found["flat"])
         assert found["size"] in ("1.3b", "6.7b")
 
 

@@ -21,14 +21,17 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from retnet_tools.bench.probe_graphs import COPY_FILE, PRODUCT_FILE, ProductShape
-from retnet_tools.bench.specs import ProbeSpec
+from retnet_tools.graph.contract import TensorSpec
+from retnet_tools.graph.nodes import graph_value
+from retnet_tools.graph.ops import FusedOps
+from retnet_tools.graph.weighted import BuiltGraph, WeightedBuilder
 from retnet_tools.machine import available_memory, this_machine
 from retnet_tools.runtime.buffers import Buffer, buffer_of, spare_buffer
 from retnet_tools.runtime.providers import Device, open_session
@@ -37,6 +40,9 @@ from retnet_tools.weights import Array
 if TYPE_CHECKING:
     import onnxruntime
 
+PRODUCT_FILE = "product.onnx"
+COPY_FILE = "copy.onnx"
+PRODUCT_WEIGHT = "product.weight"
 READ_SIZES = (1 << 27, 1 << 28, 1 << 29)
 QUICK_READ_SIZES = (1 << 26,)
 COPY_SIZE, QUICK_COPY_SIZE = 1 << 29, 1 << 26
@@ -48,6 +54,37 @@ _QUEUED_RUNS = 16
 ROWS = {"cpu": (128, 256, 512), "cuda": (1024, 4096, 8192)}
 QUICK_ROWS = (128,)
 _CACHES = Path("/sys/devices/system/cpu")
+
+
+@dataclass(frozen=True)
+class ProductShape:
+    """The weight `[rows, columns]` of a product, and the type of what it is multiplied with."""
+
+    rows: int
+    columns: int
+    input_dtype: str
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The weight by name."""
+        return {PRODUCT_WEIGHT: (self.rows, self.columns)}
+
+
+@dataclass(frozen=True)
+class ProbeSpec:
+    """What measures the device itself.
+
+    Attributes:
+        folder: of the graphs.
+        shape: of the weight there.
+        quick: small buffers and few sizes.
+    """
+
+    device: Device
+    threads: int | None
+    folder: Path
+    shape: ProductShape
+    quick: bool
 
 
 class Probes:
@@ -118,7 +155,7 @@ class Copier:
     """Negates a buffer into another on a device.
 
     Args:
-        folder: where the graphs of `retnet_tools.bench.probe_graphs` are.
+        folder: where the graphs are.
         size: bytes of each buffer.
     """
 
@@ -137,7 +174,7 @@ class Products:
     """y = x W^T on a device.
 
     Args:
-        folder: where the graphs of `retnet_tools.bench.probe_graphs` are.
+        folder: where the graphs are.
         shape: of the weight there.
         rows: numbers of rows of x.
     """
@@ -179,6 +216,28 @@ class _Queue:
     def _run(self) -> None:
         for options in self._options:
             self._session.run_with_iobinding(self._binding, options)
+
+
+def product_graph(shape: ProductShape) -> BuiltGraph:
+    """y = x W^T for x `[M, columns]`."""
+    builder = WeightedBuilder(shape.shapes, shape.input_dtype, FusedOps())
+    specs = (
+        (TensorSpec("x", shape.input_dtype, ("m", shape.columns)),),
+        (TensorSpec("y", shape.input_dtype, ("m", shape.rows)),),
+    )
+    builder.g.scope = "product"
+    x = graph_value(specs[0][0])
+    y = builder.linear(x, "product", ("product",), bias=False)
+    return builder.finish("product", [x], [y], specs)
+
+
+def copy_graph() -> BuiltGraph:
+    """y = -x, float32."""
+    builder = WeightedBuilder({}, "float32", FusedOps())
+    specs = ((TensorSpec("x", "float32", ("n",)),), (TensorSpec("y", "float32", ("n",)),))
+    builder.g.scope = "copy"
+    x = graph_value(specs[0][0])
+    return builder.finish("copy", [x], [builder.g.op("Neg", x)], specs)
 
 
 def read_sizes(*, quick: bool) -> tuple[int, ...]:

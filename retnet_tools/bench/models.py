@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from retnet_tools import __version__
-from retnet_tools.bench.probe_graphs import COPY_FILE, PRODUCT_FILE, ProductShape, copy_graph, product_graph
+from retnet_tools.bench.floor import COPY_FILE, PRODUCT_FILE, ProductShape, copy_graph, product_graph
 from retnet_tools.bench.transformer_graph import (
     TRANSFORMER_FILE,
     TransformerBuilder,

@@ -1,4 +1,8 @@
-"""Repetitions of all tests of a kind: implementations take turns, and the device is measured beside them."""
+"""Repetitions of all tests of a kind: implementations take turns, and the device is measured beside them.
+
+Each implementation runs in a process of its own. Those of one repetition are a crew: open together, each opened again
+where it was lost.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +11,24 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
-from retnet_tools.bench.crew import Crew
+from retnet_tools.bench.floor import ProbeSpec, ProductShape
 from retnet_tools.bench.implementations import Implementation
-from retnet_tools.bench.options import RETNET, Case
-from retnet_tools.bench.probe_graphs import ProductShape
+from retnet_tools.bench.options import RETNET, Case, Kind
 from retnet_tools.bench.results import BenchRow, SkippedTest
 from retnet_tools.bench.rows import Observed, Repetition, Sample, make_row
-from retnet_tools.bench.specs import ProbeSpec
 from retnet_tools.bench.worker import MemoryShortageError, Worker, WorkerError
 from retnet_tools.errors import RetNetToolsError
+from retnet_tools.machine import available_memory
 from retnet_tools.progress import Progress
 from retnet_tools.runtime.providers import Device
 
 MEMORY_MARGIN = 1 << 28
 """Bytes that stay free when a test is checked against the memory there is."""
 Key = tuple[str, Case]
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,88 @@ class Setting:
     probes: Path
     shape: ProductShape
     quick: bool
+
+
+class Crew:
+    """An open process for each implementation.
+
+    Args:
+        implementations: in the order in which they are opened.
+        kind: of the tests.
+        threads: of each.
+        say: told which model loads.
+
+    Attributes:
+        device: where the first one runs; None where it could not be opened. Others must run there too.
+        closed: those that cannot be opened, and why.
+    """
+
+    def __init__(self, implementations: Sequence[Implementation], kind: Kind, threads: int | None, say: Say) -> None:
+        self._implementations, self._kind, self._threads, self._say = implementations, kind, threads, say
+        self._workers: dict[str, Worker] = {}
+        self.device: Device | None = None
+        self.closed: dict[str, RetNetToolsError] = {}
+
+    def __enter__(self) -> Self:
+        # Processes start side by side; models load one after another.
+        starting = [self._start(implementation) for implementation in self._implementations]
+        try:
+            for implementation, worker in zip(self._implementations, starting, strict=True):
+                self._open(implementation, worker)
+        except BaseException:
+            for worker in starting:
+                worker.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for name in list(self._workers):
+            self.dismiss(name)
+
+    def worker(self, implementation: Implementation) -> Worker | None:
+        """The process of an implementation, opened again where it is gone; None where that cannot be."""
+        if implementation.name not in self._workers and implementation.name not in self.closed:
+            self._open(implementation, self._start(implementation))
+        return self._workers.get(implementation.name)
+
+    def dismiss(self, name: str) -> None:
+        """End a process."""
+        self._workers.pop(name).close()
+
+    def _start(self, implementation: Implementation) -> Worker:
+        return Worker(implementation.name, implementation.spec(self._threads, self._kind))
+
+    def _open(self, implementation: Implementation, worker: Worker) -> None:
+        name = implementation.name
+        self._say(f"loading {name}")
+        try:
+            self._check_weights(implementation)
+            worker.__enter__()
+            self._workers[name] = worker
+            self._check_device(name, worker)
+        except RetNetToolsError as error:
+            self._workers.pop(name, None)
+            worker.close()
+            self.closed[name] = error
+
+    def _check_weights(self, implementation: Implementation) -> None:
+        """Refuse weights that do not fit beside those that are open; on a GPU, opening them does."""
+        spec = implementation.spec(self._threads, self._kind)
+        needed, free = implementation.weights(self._kind), available_memory()
+        if spec.device.kind == "cpu" and free is not None and needed > free:
+            raise RetNetToolsError(
+                f"the weights of {implementation.name} need {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
+                action="measure a smaller model, --quantize it, or fewer alternatives at once",
+            )
+
+    def _check_device(self, name: str, worker: Worker) -> None:
+        device: Device = worker.call("device")
+        if self.device is None:
+            self.device = device
+        elif device.kind != self.device.kind:
+            raise RetNetToolsError(f"{name} runs on {device}, and what it is measured against on {self.device}")
 
 
 class Round:

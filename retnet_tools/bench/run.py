@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from retnet_tools.bench.file_bytes import bytes_read_whole
-from retnet_tools.bench.floor import last_cache_bytes
+from retnet_tools.bench.floor import ProductShape, last_cache_bytes
 from retnet_tools.bench.implementations import alternative, retnet
 from retnet_tools.bench.memory import device_name
 from retnet_tools.bench.models import PROBE_FOLDER, Model, write_probes
 from retnet_tools.bench.options import KINDS, BenchOptions
-from retnet_tools.bench.probe_graphs import ProductShape
 from retnet_tools.bench.results import BenchReport, BenchRow, ModelSummary, SkippedTest
 from retnet_tools.bench.rounds import Round, Setting
 from retnet_tools.bench.rows import with_measured_memory
-from retnet_tools.bench.traffic import Traffic
+from retnet_tools.bench.traffic import Traffic, bytes_read_whole
 from retnet_tools.errors import RetNetToolsError, UsageError
 from retnet_tools.machine import this_machine
 from retnet_tools.progress import Progress

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from retnet_tools.bench.probe_graphs import ProductShape
 from retnet_tools.bench.transformer_graph import TransformerConfig
 from retnet_tools.config import RetNetConfig
 from retnet_tools.dtypes import FloatName
@@ -55,29 +54,11 @@ class TransformerSpec:
 class TorchSpec:
     """Our torch recurrent form, with random weights."""
 
-    engine: ClassVar[str] = "retnet_tools.bench.torch_engine:TorchEngine"
+    engine: ClassVar[str] = "retnet_tools.bench.torch_decoder:TorchEngine"
     config: RetNetConfig
     dtype: FloatName
     threads: int | None
     device: Device = field(default_factory=lambda: Device("cpu"))
 
 
-@dataclass(frozen=True)
-class ProbeSpec:
-    """What measures the device itself.
-
-    Attributes:
-        folder: of the graphs of `retnet_tools.bench.probe_graphs`.
-        shape: of the weight there.
-        quick: small buffers and few sizes.
-    """
-
-    device: Device
-    threads: int | None
-    folder: Path
-    shape: ProductShape
-    quick: bool
-
-
 EngineSpec = RetNetSpec | TransformerSpec | TorchSpec
-Spec = EngineSpec | ProbeSpec

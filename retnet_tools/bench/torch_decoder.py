@@ -1,4 +1,7 @@
-"""Torch's recurrent form one token at a time: to measure against, and in float64 as what is right."""
+"""Torch's recurrent form one token at a time: to measure against, and in float64 as what is right.
+
+The only file of the bench that imports torch.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from retnet_tools.bench.engines import empty_states, placed_states
+from retnet_tools.bench.specs import TorchSpec
 from retnet_tools.config import RetNetConfig
 from retnet_tools.dtypes import FloatName
 from retnet_tools.errors import UsageError
 from retnet_tools.model.agreement import TORCH_DTYPES, use_threads
 from retnet_tools.model.retention import retention_recurrent
 from retnet_tools.model.retnet import RetNet, load_model, to_torch
+from retnet_tools.random_weights import RandomWeights
 from retnet_tools.weights import Array, WeightSource, canonical_shapes
 
 
@@ -52,6 +58,32 @@ class RecurrentDecoder:
         self._position += input_ids.shape[1]
         logits: Array = output.logits[:, -1].float().cpu().numpy()
         return logits
+
+
+class TorchEngine:
+    """Steps in torch; states are float32."""
+
+    captured: bool | None = None
+    prompt_at_once: int | None = 1
+
+    def __init__(self, spec: TorchSpec) -> None:
+        weights = RandomWeights(canonical_shapes(spec.config))
+        self._config, self.device = spec.config, spec.device
+        self._decoder = RecurrentDecoder(spec.config, weights, spec.dtype, spec.threads, str(spec.device))
+        self.vocab_size = spec.config.vocab_size
+
+    def place(self, batch: int, depth: int | Array, room: int) -> None:
+        """Random states at a position, or zero states at position 0."""
+        make = placed_states if depth else empty_states
+        self._decoder.place(list(make(self._config, batch, "float32")), int(depth))
+
+    def feed(self, input_ids: Array) -> Array:
+        """Token by token."""
+        return self._decoder.feed(input_ids)
+
+    def release(self) -> None:
+        """Drop the states."""
+        self._decoder.place([], 0)
 
 
 def has_device(device: str) -> bool:

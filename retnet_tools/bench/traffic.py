@@ -10,12 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
 
 from retnet_tools.bench.transformer_graph import TransformerConfig, transformer_shapes
 from retnet_tools.config import RetNetConfig
-from retnet_tools.graph.contract import state_shape
+from retnet_tools.graph.contract import STEP_FILE, state_shape
 from retnet_tools.graph.nodes import ELEMENT_TYPES
+from retnet_tools.graph.ops import LOOKUPS
 from retnet_tools.graph.quantization import BlockFormat, Scheme
+from retnet_tools.graph.reader import load_graph
 from retnet_tools.weights import canonical_shapes
 
 _FLOAT32 = 4
@@ -125,6 +130,22 @@ def weight_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: str, scheme: Sche
             continue
         format = scheme.format_of(name) if scheme is not None and len(shape) == 2 else None
         total += math.prod(shape) * _itemsize(dtype) if format is None else _blocked_bytes(shape, dtype, format)
+    return total
+
+
+def bytes_read_whole(folder: Path, graph: str = STEP_FILE) -> int:
+    """Bytes of the stored tensors that one run of a graph reads from end to end.
+
+    Left out are those that it only looks rows up in: an embedding, and the tables of positions.
+
+    Raises:
+        InputError: the graph cannot be read.
+    """
+    total = 0
+    for value in load_graph(folder / graph).initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and any(use.node.op_type not in LOOKUPS for use in value.uses()):
+            total += math.ceil(math.prod(tensor.shape.numpy()) * tensor.dtype.itemsize)
     return total
 
 

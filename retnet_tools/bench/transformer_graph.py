@@ -24,8 +24,8 @@ import onnx_ir as ir
 from retnet_tools.config import Activation, BlockNorm, RetNetConfig
 from retnet_tools.errors import UsageError
 from retnet_tools.graph.contract import INPUT_IDS, LOGITS, TensorSpec
-from retnet_tools.graph.nodes import ELEMENT_TYPES, graph_value
-from retnet_tools.graph.ops import FusedOps, KeyValueCache
+from retnet_tools.graph.nodes import ELEMENT_TYPES, GraphBuilder, graph_value
+from retnet_tools.graph.ops import MICROSOFT, FusedOps
 from retnet_tools.graph.weighted import BuiltGraph, WeightedBuilder
 from retnet_tools.weights import Array, canonical_shapes
 
@@ -153,6 +153,48 @@ def rotary_tables(config: TransformerConfig, dtype: str) -> dict[str, Array]:
     return {"positions.cos": np.cos(angles).astype(kind), "positions.sin": np.sin(angles).astype(kind)}
 
 
+@dataclass(frozen=True)
+class KeyValueCache:
+    """The cache of one layer of a Transformer, as graph values.
+
+    Attributes:
+        keys, values: `[B, kv_heads, N, D]`, N at least the tokens of the longest row.
+        last: position of the last new token of each row, `[B]` int32.
+        total: of the longest row with the new tokens, an int32 scalar.
+        cos, sin: of position times frequency, `[positions, D/2]`.
+    """
+
+    keys: ir.Value
+    values: ir.Value
+    last: ir.Value
+    total: ir.Value
+    cos: ir.Value
+    sin: ir.Value
+
+
+def cached_attention(
+    g: GraphBuilder, qkv: ir.Value, cache: KeyValueCache, *, heads: int, kv_heads: int
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """GroupQueryAttention: causal softmax(Q K^T / sqrt(D)) V over a cache, q and k rotated by their positions.
+
+    Args:
+        qkv: `[B, T, (heads + 2 kv_heads) * D]`, the three projections side by side.
+
+    Returns:
+        Output `[B, T, heads * D]`, and keys and values `[B, kv_heads, N, D]` with the new tokens in them.
+    """
+    output, keys, values = g.node(
+        "GroupQueryAttention",
+        *(qkv, None, None, cache.keys, cache.values, cache.last, cache.total, cache.cos, cache.sin),
+        domain=MICROSOFT,
+        outputs=3,
+        num_heads=heads,
+        kv_num_heads=kv_heads,
+        do_rotary=1,
+    )
+    return output, keys, values
+
+
 class TransformerBuilder(WeightedBuilder):
     """X' = X + Attention(Norm(X)), X'' = X' + FFN(Norm(X')) in every layer.
 
@@ -201,9 +243,7 @@ class TransformerBuilder(WeightedBuilder):
         g, config = self.g, self.config
         merged = self.linear(x, f"{name}.qkv_proj", tuple(f"{name}.{p}_proj" for p in "qkv"), bias=False)
         merged = g.op("Reshape", merged, shape)  # [rows, N] -> [B, T, N]
-        y, keys, values = FusedOps().cached_attention(
-            g, merged, cache, heads=config.num_heads, kv_heads=config.num_kv_heads
-        )
+        y, keys, values = cached_attention(g, merged, cache, heads=config.num_heads, kv_heads=config.num_kv_heads)
         y = g.reshape(y, -1, config.hidden_size)  # [B, T, D] -> [rows, D]
         return self.linear(y, f"{name}.out_proj", (f"{name}.out_proj",), bias=False), keys, values
 

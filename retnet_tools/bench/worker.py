@@ -21,13 +21,14 @@ from types import TracebackType
 from typing import Any, Self
 
 import retnet_tools
-from retnet_tools.bench.floor import Probes
+from retnet_tools.bench.floor import Probes, ProbeSpec
 from retnet_tools.bench.measurements import Measurements
-from retnet_tools.bench.specs import ProbeSpec, Spec
+from retnet_tools.bench.specs import EngineSpec
 from retnet_tools.errors import RetNetToolsError
 from retnet_tools.runtime.providers import is_out_of_memory
 
 _MODULE = "retnet_tools.bench.worker"
+Spec = EngineSpec | ProbeSpec
 
 
 class Worker:

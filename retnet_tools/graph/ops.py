@@ -7,7 +7,6 @@ know which one they use.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -21,25 +20,6 @@ from retnet_tools.graph.weight_tensors import BlockedMatrix
 MICROSOFT = "com.microsoft"
 LOOKUPS = ("Gather", "GatherBlockQuantized")
 """Operators that read some rows of a stored tensor."""
-
-
-@dataclass(frozen=True)
-class KeyValueCache:
-    """The cache of one layer of a Transformer, as graph values.
-
-    Attributes:
-        keys, values: `[B, kv_heads, N, D]`, N at least the tokens of the longest row.
-        last: position of the last new token of each row, `[B]` int32.
-        total: of the longest row with the new tokens, an int32 scalar.
-        cos, sin: of position times frequency, `[positions, D/2]`.
-    """
-
-    keys: ir.Value
-    values: ir.Value
-    last: ir.Value
-    total: ir.Value
-    cos: ir.Value
-    sin: ir.Value
 
 
 class FusedOps(StandardOps):
@@ -128,28 +108,6 @@ class FusedOps(StandardOps):
             kv_num_heads=decay.heads,
         )
         return output, present
-
-    def cached_attention(
-        self, g: GraphBuilder, qkv: ir.Value, cache: KeyValueCache, *, heads: int, kv_heads: int
-    ) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """GroupQueryAttention: causal softmax(Q K^T / sqrt(D)) V over a cache, q and k rotated by their positions.
-
-        Args:
-            qkv: `[B, T, (heads + 2 kv_heads) * D]`, the three projections side by side.
-
-        Returns:
-            Output `[B, T, heads * D]`, and keys and values `[B, kv_heads, N, D]` with the new tokens in them.
-        """
-        output, keys, values = g.node(
-            "GroupQueryAttention",
-            *(qkv, None, None, cache.keys, cache.values, cache.last, cache.total, cache.cos, cache.sin),
-            domain=MICROSOFT,
-            outputs=3,
-            num_heads=heads,
-            kv_num_heads=kv_heads,
-            do_rotary=1,
-        )
-        return output, keys, values
 
 
 def _zero_points(matrix: BlockedMatrix) -> list[ir.Value | None]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from retnet_tools.errors import ProviderError
 from retnet_tools.weights import Array
 
 _WINDOWS = sys.platform == "win32"
-_DRIVER_FOLDERS = (Path("/usr/local/nvidia/lib64"), Path("/usr/lib/wsl/lib"))
 _NO_DEVICE = 100
 _HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3
 # CUdevice_attribute
@@ -68,7 +68,8 @@ def find_libraries(names: Iterable[str], folders: Sequence[Path] = ()) -> dict[s
 
 
 def library_folders() -> list[Path]:
-    """Where libraries lie that the loader does not know of: the driver of a container, and what pip installed.
+    """Where libraries lie that the loader does not know of: the toolkit that CUDA_PATH or CUDA_HOME names, and what pip
+    installed.
 
     NVIDIA's packages share the namespace `nvidia`, wherever on the path each of them is: nvidia/cudnn/lib,
     nvidia/cu13/lib and, on Windows, nvidia/cu13/bin/x86_64. onnxruntime looks for them beside itself only.
@@ -77,7 +78,8 @@ def library_folders() -> list[Path]:
     roots = [Path(root) for root in (spec and spec.submodule_search_locations) or ()]
     patterns = ("*/bin", "*/bin/x86_64") if _WINDOWS else ("*/lib",)
     found = (folder for root in roots for pattern in patterns for folder in sorted(root.glob(pattern)))
-    return [*_DRIVER_FOLDERS, *found]
+    toolkits = (Path(path) for name in ("CUDA_PATH", "CUDA_HOME") if (path := os.environ.get(name)))
+    return [*(toolkit / ("bin" if _WINDOWS else "lib64") for toolkit in toolkits), *found]
 
 
 def _loads(place: str) -> bool:

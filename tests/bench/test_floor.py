@@ -13,10 +13,17 @@ import onnxruntime
 import pytest
 
 from retnet_tools.bench import floor
-from retnet_tools.bench.floor import Copier, Probes, Products, Reader, last_cache_bytes, read_sizes
+from retnet_tools.bench.floor import (
+    Copier,
+    Probes,
+    ProbeSpec,
+    Products,
+    ProductShape,
+    Reader,
+    last_cache_bytes,
+    read_sizes,
+)
 from retnet_tools.bench.models import Precision, write_probes
-from retnet_tools.bench.probe_graphs import ProductShape
-from retnet_tools.bench.specs import ProbeSpec
 from retnet_tools.graph.quantization import Scheme
 from retnet_tools.runtime.buffers import buffer_of
 from retnet_tools.runtime.providers import Device

@@ -10,10 +10,10 @@ from typing import ClassVar
 
 import numpy as np
 
+from retnet_tools.bench.floor import ProductShape
 from retnet_tools.bench.implementations import Implementation
 from retnet_tools.bench.models import Precision, write_probes
 from retnet_tools.bench.options import Case
-from retnet_tools.bench.probe_graphs import ProductShape
 from retnet_tools.bench.rounds import Round, Setting
 from retnet_tools.runtime.providers import Device
 from tests.bench.reports import subject

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from retnet_tools.bench.floor import ProductShape
 from retnet_tools.bench.implementations import alternative, retnet
 from retnet_tools.bench.models import Model, ModelOptions, Precision, make_model, write_probes
 from retnet_tools.bench.options import BenchOptions, Case
-from retnet_tools.bench.probe_graphs import ProductShape
 from retnet_tools.bench.specs import RetNetSpec, TorchSpec, TransformerSpec
 from retnet_tools.errors import ProviderError, UsageError
 from retnet_tools.formats.source import CheckpointSource

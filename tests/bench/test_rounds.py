@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from retnet_tools.bench import crew, rounds
+from retnet_tools.bench import rounds
+from retnet_tools.bench.floor import ProbeSpec, ProductShape
 from retnet_tools.bench.implementations import Implementation
 from retnet_tools.bench.options import Case
-from retnet_tools.bench.probe_graphs import ProductShape
 from retnet_tools.bench.rounds import MEMORY_MARGIN, Round, Setting
 from retnet_tools.bench.rows import Sample
-from retnet_tools.bench.specs import ProbeSpec, TorchSpec
+from retnet_tools.bench.specs import TorchSpec
 from retnet_tools.bench.worker import MemoryShortageError, WorkerError
 from retnet_tools.errors import RetNetToolsError
 from retnet_tools.runtime.providers import Device
@@ -102,9 +102,8 @@ class Processes:
 @pytest.fixture
 def processes(monkeypatch: pytest.MonkeyPatch) -> Processes:
     found = Processes()
-    for module in (rounds, crew):
-        monkeypatch.setattr(module, "Worker", found.worker())
-    monkeypatch.setattr(crew, "available_memory", lambda: 10**9)
+    monkeypatch.setattr(rounds, "Worker", found.worker())
+    monkeypatch.setattr(rounds, "available_memory", lambda: 10**9)
     return found
 
 
@@ -206,7 +205,7 @@ def test_what_does_not_fit_into_memory_is_not_tried_and_asked_once(processes: Pr
 
 
 def test_weights_that_do_not_fit_are_not_loaded(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crew, "available_memory", lambda: 999)
+    monkeypatch.setattr(rounds, "available_memory", lambda: 999)
     with pytest.raises(RetNetToolsError, match="the weights of retnet need"):
         processes.run("retnet")
     assert processes.calls == []

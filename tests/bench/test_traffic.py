@@ -9,9 +9,8 @@ import numpy as np
 import onnx
 import pytest
 
-from retnet_tools.bench.file_bytes import bytes_read_whole
 from retnet_tools.bench.models import Precision, write_transformer
-from retnet_tools.bench.traffic import retnet_traffic, transformer_traffic
+from retnet_tools.bench.traffic import bytes_read_whole, retnet_traffic, transformer_traffic
 from retnet_tools.bench.transformer_graph import TRANSFORMER_FILE, matching_transformer
 from retnet_tools.config import RetNetConfig
 from retnet_tools.graph.contract import PREFILL_FILE, STEP_FILE

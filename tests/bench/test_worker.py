@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from retnet_tools.bench.floor import ProbeSpec, ProductShape
 from retnet_tools.bench.measurements import Measurements
 from retnet_tools.bench.models import Precision, write_probes
 from retnet_tools.bench.options import Case
-from retnet_tools.bench.probe_graphs import ProductShape
-from retnet_tools.bench.specs import ProbeSpec, RetNetSpec, TorchSpec
+from retnet_tools.bench.specs import RetNetSpec, TorchSpec
 from retnet_tools.bench.worker import MemoryShortageError, Worker, WorkerError, _attempt
 from retnet_tools.errors import InputError, RetNetToolsError
 from retnet_tools.runtime import device_memory
