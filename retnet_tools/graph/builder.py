@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from retnet_tools.config import BlockNorm, RetNetConfig
-from retnet_tools.graph.contract import FLOAT16_STATE_LIMIT, TensorSpec, state_scale
+from retnet_tools.graph.contract import FLOAT16_STATE_LIMIT, state_scale, step_inputs, step_outputs
 from retnet_tools.graph.nodes import epsilon, graph_value, tensor_type
 from retnet_tools.graph.positions import PositionValues, position_values
 from retnet_tools.graph.standard_ops import NormWeights, StandardOps
@@ -24,21 +23,9 @@ from retnet_tools.graph.weighted import BuiltGraph, WeightedBuilder
 from retnet_tools.weights import canonical_shapes
 
 WIDE = "float32"
-
-
-@dataclass(frozen=True)
-class TokenInputs:
-    """The inputs of a graph but for the states.
-
-    Attributes:
-        tokens: ids `[B, T]` or embeddings `[B, T, D]`.
-        position_ids: `[B, T]`.
-        key_mask: `[B, T, 1]` float32, 1 at real tokens and 0 at padding; None where every token is real.
-    """
-
-    tokens: ir.Value
-    position_ids: ir.Value
-    key_mask: ir.Value | None = None
+TokenInputs = tuple[ir.Value, ir.Value, ir.Value | None]
+"""Ids `[B, T]` or embeddings `[B, T, D]`, positions `[B, T]`, and a mask of keys `[B, T, 1]` float32: 1 at real tokens,
+0 at padding; None where every token is real."""
 
 
 class DecoderBuilder(WeightedBuilder, ABC):
@@ -52,18 +39,12 @@ class DecoderBuilder(WeightedBuilder, ABC):
     """
 
     name: ClassVar[str]
+    input_specs = staticmethod(step_inputs)
+    output_specs = staticmethod(step_outputs)
 
     def __init__(self, config: RetNetConfig, dtype: str, state_dtype: str, ops: StandardOps) -> None:
         super().__init__(canonical_shapes(config), dtype, ops)
         self.config, self.state_dtype = config, state_dtype
-
-    @abstractmethod
-    def input_specs(self) -> tuple[TensorSpec, ...]:
-        """Inputs of the graph: tokens, what goes with them, and one state a layer."""
-
-    @abstractmethod
-    def output_specs(self) -> tuple[TensorSpec, ...]:
-        """Outputs of the graph: logits, one state a layer, and `further_outputs`."""
 
     @abstractmethod
     def read(self, inputs: Sequence[ir.Value]) -> TokenInputs:
@@ -87,15 +68,15 @@ class DecoderBuilder(WeightedBuilder, ABC):
 
     def build(self) -> BuiltGraph:
         """The graph, without weights."""
-        inputs = [graph_value(spec) for spec in self.input_specs()]
+        specs = (self.input_specs(self.config, self.state_dtype), self.output_specs(self.config, self.state_dtype))
+        inputs = [graph_value(spec) for spec in specs[0]]
         layers = self.config.num_layers
         self.g.scope = "inputs"
-        entry, past = self.read(inputs[:-layers]), inputs[-layers:]
+        tokens, position_ids, key_mask = self.read(inputs[:-layers])
         self.g.scope = "positions"
-        terms = position_values(self.g, self.config, entry.position_ids, self.table, entry.key_mask)
-        x, present = self._layers(self._embed(entry.tokens), terms, past)
-        outputs = [self.logits(x), *present, *self.further_outputs()]
-        return self.finish(self.name, inputs, outputs, (self.input_specs(), self.output_specs()))
+        terms = position_values(self.g, self.config, position_ids, self.table, key_mask)
+        x, present = self._layers(self._embed(tokens), terms, inputs[-layers:])
+        return self.finish(self.name, inputs, [self.logits(x), *present, *self.further_outputs()], specs)
 
     def _embed(self, tokens: ir.Value) -> ir.Value:
         g, config = self.g, self.config
@@ -139,14 +120,7 @@ class DecoderBuilder(WeightedBuilder, ABC):
         return normed, present
 
     def _parallel_input(self, norm: str, x: ir.Value, normed: ir.Value, last: bool) -> ir.Value:
-        """What the feed-forward network reads where it reads the layer's input x: LN_2 X, or LN_1 X.
-
-        Args:
-            norm: its own, where it has one.
-            x: of the last layer only the last rows.
-            normed: LN_1 X, all rows.
-            last: whether this is the last layer.
-        """
+        """What the feed-forward network reads where it reads the layer's input x: LN_2 X, or the layer's LN_1 X."""
         if not self.config.shared_block_norm:
             return self.ops.norm(self.g, x, self._norm(norm))
         return self.last_rows(normed) if last else normed
@@ -159,10 +133,8 @@ class DecoderBuilder(WeightedBuilder, ABC):
         """The residual stream after a block gave y, and what the next block reads.
 
         Args:
-            x: the stream before it times alpha, `[rows, D]`.
-            y: `[rows, D]`.
-            own: the norm of the block that gave y.
-            following: the norm of the next block, or `final_norm`.
+            x: the stream before it times alpha, `[rows, D]`, as y.
+            own, following: the norms of the block that gave y and of the next one (`final_norm` after the last).
         """
         order = self.config.norm_order
         if order == "branch":
@@ -235,10 +207,8 @@ class DecoderBuilder(WeightedBuilder, ABC):
         if norm.kind == "none":
             return y
         ones = g.constant("head_norm.ones", np.ones(size, dtype=np.float32))
-        if norm.kind == "rms":
-            y = g.op("RMSNormalization", y, ones, axis=-1, epsilon=epsilon(norm.eps))
-        else:
-            y = g.op("LayerNormalization", y, ones, axis=-1, epsilon=epsilon(norm.eps))
+        operator = "RMSNormalization" if norm.kind == "rms" else "LayerNormalization"
+        y = g.op(operator, y, ones, axis=-1, epsilon=epsilon(norm.eps))
         for part, op_type in (("weight", "Mul"), ("bias", "Add")):
             if f"{name}.{part}" in self.shapes:
                 parameter = g.cast(self.weight(f"{name}.{part}"), self.dtype, WIDE)

@@ -30,7 +30,7 @@ class CudaStandardOps(StandardOps):
         """
         x = g.cast(x, dtype, "float32")
         if feature_map == "elu":
-            zero, one = (g.constant(f"elu_{n}", np.array(n, dtype=np.float32)) for n in (0, 1))
+            zero, one = g.float32("elu_0", 0), g.float32("elu_1", 1)
             return g.op("Add", g.op("Relu", x), g.op("Sub", g.op("Exp", g.op("Min", x, zero)), one))
         return x if feature_map is None else self.activate(g, feature_map, x)
 
@@ -46,14 +46,11 @@ class CudaFusedOps(FusedOps, CudaStandardOps):
         self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value, decay: StepDecay
     ) -> tuple[ir.Value, ir.Value]:
         """LinearAttention over one token, with split keys where that meets a better kernel, or matrix products."""
-        head_k_dim, head_v_dim = _head_sizes(past)
-        form = step_form(head_k_dim, head_v_dim)
+        form = step_form(*_head_sizes(past))
         if not form.operator:
             return StandardOps.retention_step(self, g, q, k, v, past, decay)
         split = StepDecay(_split_log_gamma(decay.log_gamma, form.key_splits), decay.position_ids)
-        tokens = TokenDecay(len(decay.log_gamma), g.once("log_gamma_rows", split.log_gamma_rows))
-        if form.key_splits == 1:
-            return super().retention_tokens(g, q, k, v, past, tokens)
+        tokens = replace(split.tokens(g), heads=len(decay.log_gamma))
         return self.split_keys(g, q, k, v, past, tokens, form.key_splits)
 
     def retention_tokens(
@@ -66,8 +63,6 @@ class CudaFusedOps(FusedOps, CudaStandardOps):
         form = tokens_form(*_head_sizes(past))
         if not form.operator:
             return StandardOps.retention_tokens(self, g, q, k, v, past, decay)
-        if form.key_splits == 1:
-            return super().retention_tokens(g, q, k, v, past, decay)
         return self.split_keys(g, q, k, v, past, decay, form.key_splits)
 
     def split_keys(
@@ -75,13 +70,13 @@ class CudaFusedOps(FusedOps, CudaStandardOps):
     ) -> tuple[ir.Value, ir.Value]:
         """q S = sum_s q_s S_s: each head is `parts` heads of K / parts that share v.
 
-        Args:
-            q, k: `[B, T, H*K]`; v: `[B, T, H*V]`; past: `[B, H, K, V]`.
-            decay: of the H heads; its log_gamma is `[B, T, H*parts]` or `[B, T, H*K]`.
+        Of q, k `[B, T, H*K]`, v `[B, T, H*V]` and the past S `[B, H, K, V]`: o `[B, T, H*V]` and the last S.
 
-        Returns:
-            o `[B, T, H*V]` and S `[B, H, K, V]`.
+        Args:
+            decay: of the H heads; its log_gamma is `[B, T, H*parts]` or `[B, T, H*K]`.
         """
+        if parts == 1:
+            return super().retention_tokens(g, q, k, v, past, decay)
         heads, (head_k_dim, head_v_dim) = decay.heads, _head_sizes(past)
         value = g.reshape(v, 0, 0, heads, 1, head_v_dim)  # [B, T, H*V] -> [B, T, H, 1, V]
         value = g.op("Expand", value, g.integers(1, 1, 1, parts, 1))
@@ -104,7 +99,5 @@ def _head_sizes(past: ir.Value) -> tuple[int, int]:
 
 
 def _split_log_gamma(log_gamma: Array, parts: int) -> Array:
-    """log(gamma) of each part: `[H]` repeated; `[H, K]` is cut up as it stands, `[H, parts, K/parts]`."""
-    if log_gamma.ndim == 1:
-        return np.repeat(log_gamma, parts)
-    return log_gamma.reshape(len(log_gamma) * parts, -1)
+    """log(gamma) of each part: `[H]` repeated; `[H, K]` is cut up as it stands, `[H * parts, K/parts]`."""
+    return np.repeat(log_gamma, parts) if log_gamma.ndim == 1 else log_gamma.reshape(len(log_gamma) * parts, -1)

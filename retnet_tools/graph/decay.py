@@ -1,4 +1,4 @@
-"""Powers of gamma inside a graph: for one token, for a chunk of matrix products, for a walk over tokens.
+"""Powers of gamma inside a graph: for one token, for chunks of matrix products, for a walk over tokens.
 
 All are float32 exponentials of x = n log(gamma) <= 0. Rounding log(gamma) and the product moves e^x by at most
 2 |x| e^x 2^-24 < 2^-24: float32 is enough at any chunk size and any memory.
@@ -19,6 +19,14 @@ CHUNK_SIZE = 128
 
 
 @dataclass(frozen=True)
+class TokenDecay:
+    """log(gamma) of every token as a graph value, `[B, T, H]` or `[B, T, H*K]`; 0 at padded tokens."""
+
+    heads: int
+    log_gamma: ir.Value
+
+
+@dataclass(frozen=True)
 class StepDecay:
     """log(gamma) `[H]` or `[H, K]`, and the graph's position_ids `[B, T]`, which tell operators the batch size."""
 
@@ -31,13 +39,9 @@ class StepDecay:
         zeros = g.op("Sub", self.position_ids, self.position_ids)
         return g.op("Gather", table, zeros, axis=0)
 
-
-@dataclass(frozen=True)
-class TokenDecay:
-    """log(gamma) of every token as a graph value, `[B, T, H]` or `[B, T, H*K]`; 0 at padded tokens."""
-
-    heads: int
-    log_gamma: ir.Value
+    def tokens(self, g: GraphBuilder) -> TokenDecay:
+        """The same as graph values, made once for all layers."""
+        return TokenDecay(len(self.log_gamma), g.once("log_gamma_rows", self.log_gamma_rows))
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def chunk_decay(g: GraphBuilder, log_gamma: Array, length: ir.Value, counts: ir.
     """
     heads = len(log_gamma)
     logs = g.constant("log_gamma_heads", log_gamma.astype(np.float32).reshape(heads, 1, 1))
-    zero, one = (g.constant(name, np.array(i, dtype=np.int64)) for i, name in enumerate(("zero", "one")))
+    zero, one = g.int64("zero", 0), g.int64("one", 1)
 
     def powers(exponents: ir.Value) -> ir.Value:
         """gamma^n for int64 exponents `[..., 1, N, M]` as `[..., H, N, M]`."""
@@ -88,7 +92,7 @@ def chunk_decay(g: GraphBuilder, log_gamma: Array, length: ir.Value, counts: ir.
 
 
 class Chunks:
-    """N chunks of C tokens: C = min(T, 128), N = ceil(T / C). The last one is filled up with zeros.
+    """A sequence of any length cut into N chunks of C = min(T, 128) tokens; the last one is filled up with zeros.
 
     Args:
         g: the outermost graph, which gets what all layers share.
@@ -100,8 +104,8 @@ class Chunks:
     """
 
     def __init__(self, g: GraphBuilder, shape: ir.Value, length: ir.Value) -> None:
-        one = g.constant("one", np.array(1, dtype=np.int64))
-        self.size = g.op("Min", length, g.constant("chunk_size", np.array(CHUNK_SIZE, dtype=np.int64)))
+        one = g.int64("one", 1)
+        self.size = g.op("Min", length, g.int64("chunk_size", CHUNK_SIZE))
         self._number = g.op("Div", g.op("Add", length, g.op("Sub", self.size, one)), self.size)
         self._length, size, number = (g.op("Unsqueeze", x, g.integers(0)) for x in (length, self.size, self._number))
         batch = g.op("Gather", shape, g.integers(0), axis=0)
@@ -112,7 +116,7 @@ class Chunks:
 
     def counts(self, g: GraphBuilder, counts: ir.Value) -> ir.Value:
         """Real tokens of each row in each chunk, `[N, B, 1]`, from those of the row, `[B, 1]`."""
-        zero, one = (g.constant(name, np.array(i, dtype=np.int64)) for i, name in enumerate(("zero", "one")))
+        zero, one = g.int64("zero", 0), g.int64("one", 1)
         starts = g.op("Mul", g.op("Range", zero, self._number, one), self.size)
         left = g.op("Sub", counts, g.op("Unsqueeze", starts, g.integers(1, 2)))
         return g.op("Min", g.op("Max", left, zero), self.size)

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from retnet_tools.graph.builder import DecoderBuilder, TokenInputs
-from retnet_tools.graph.contract import TensorSpec, prefill_inputs, prefill_outputs, step_inputs, step_outputs
+from retnet_tools.graph.contract import prefill_inputs
 from retnet_tools.graph.decay import ChunkDecay, StepDecay, TokenDecay, chunk_decay
 from retnet_tools.graph.positions import log_decay
 from retnet_tools.weights import Array
@@ -20,19 +20,11 @@ class StepBuilder(DecoderBuilder):
     name = "retnet_step"
     _decay: StepDecay
 
-    def input_specs(self) -> tuple[TensorSpec, ...]:
-        """Inputs of step.onnx."""
-        return step_inputs(self.config, self.state_dtype)
-
-    def output_specs(self) -> tuple[TensorSpec, ...]:
-        """Outputs of step.onnx."""
-        return step_outputs(self.config, self.state_dtype)
-
     def read(self, inputs: Sequence[ir.Value]) -> TokenInputs:
         """Every token is real."""
         tokens, position_ids = inputs
         self._decay = StepDecay(log_decay(self.config), position_ids)
-        return TokenInputs(tokens, position_ids)
+        return tokens, position_ids, None
 
     def token_axis(self, x: ir.Value) -> ir.Value:
         """One row is one sequence."""
@@ -60,23 +52,15 @@ class PrefillBuilder(DecoderBuilder):
     """
 
     name = "retnet_prefill"
+    input_specs = staticmethod(prefill_inputs)
     _decay: ChunkDecay | TokenDecay
     _shape: ir.Value
     _length: ir.Value
     _last: ir.Value
 
-    def input_specs(self) -> tuple[TensorSpec, ...]:
-        """Inputs of prefill.onnx."""
-        return prefill_inputs(self.config, self.state_dtype)
-
-    def output_specs(self) -> tuple[TensorSpec, ...]:
-        """Outputs of prefill.onnx."""
-        return prefill_outputs(self.config, self.state_dtype)
-
     def read(self, inputs: Sequence[ir.Value]) -> TokenInputs:
         """Padding is where attention_mask is 0."""
-        tokens, position_ids, mask = inputs
-        return self.blank_padding(tokens, position_ids, mask)
+        return self.blank_padding(*inputs)
 
     def blank_padding(self, tokens: ir.Value, position_ids: ir.Value, mask: ir.Value) -> TokenInputs:
         """Padding blanked, and what depends on the mask made once for all layers.
@@ -89,37 +73,39 @@ class PrefillBuilder(DecoderBuilder):
         g = self.g
         position_ids = g.op("Mul", position_ids, mask)
         self._shape = g.op("Concat", g.op("Shape", mask), g.integers(-1), axis=0)
-        self._length = g.op("Gather", self._shape, g.constant("one", np.array(1, dtype=np.int64)), axis=0)
+        self._length = g.op("Gather", self._shape, g.int64("one", 1), axis=0)
         counts = g.op("ReduceSum", mask, g.integers(1), keepdims=1)  # [B, 1]
-        zero, one = (g.constant(name, np.array(i, dtype=np.int64)) for i, name in enumerate(("zero", "one")))
+        zero, one = g.int64("zero", 0), g.int64("one", 1)
         self._last = g.op("Max", g.op("Sub", counts, one), zero)
         column = g.op("Unsqueeze", mask, g.integers(-1))  # [B, T] -> [B, T, 1]
-        key_mask = g.op("Where", self.right_padded(mask, counts), g.cast(column, "int64", "float32"), self.nan())
-        self._decay = self.decay_terms(position_ids, counts, key_mask)
+        # NaN in all keys of a row, and so in all that follows from them, is visibly wrong.
+        nan = g.float32("nan", np.nan)
+        key_mask = g.op("Where", self._right_padded(mask, counts), g.cast(column, "int64", "float32"), nan)
+        log_gamma = log_decay(self.config)
+        if log_gamma.ndim == 2:
+            rows = StepDecay(log_gamma, position_ids).log_gamma_rows(g)
+            self._decay = TokenDecay(self.config.num_heads, g.op("Mul", rows, key_mask))
+        else:
+            self._decay = self.chunk_terms(log_gamma, counts)
         if self.config.has_vocabulary:
             tokens = g.op("Mul", tokens, mask)
         else:
-            blank = g.constant("blank", np.array(0, dtype=np.float32))
+            blank = g.float32("blank", 0)
             tokens = g.op("Where", g.op("Equal", column, one), tokens, blank)
-        return TokenInputs(tokens, position_ids, key_mask)
+        return tokens, position_ids, key_mask
 
-    def right_padded(self, mask: ir.Value, counts: ir.Value) -> ir.Value:
-        """Whether each row is n_b ones, then zeros, `[B, 1, 1]`.
-
-        Args:
-            mask: `[B, T]` int64.
-            counts: its sums n_b, `[B, 1]`.
-        """
+    def _right_padded(self, mask: ir.Value, counts: ir.Value) -> ir.Value:
+        """Whether each row of a mask with the sums n_b `[B, 1]` is n_b ones, then zeros, `[B, 1, 1]`."""
         g = self.g
-        zero, one = (g.constant(name, np.array(i, dtype=np.int64)) for i, name in enumerate(("zero", "one")))
-        expected = g.cast(g.op("Less", g.op("Range", zero, self._length, one), counts), "bool", "int64")
+        numbers = g.op("Range", g.int64("zero", 0), self._length, g.int64("one", 1))
+        expected = g.cast(g.op("Less", numbers, counts), "bool", "int64")
         equal = g.cast(g.op("Equal", mask, expected), "bool", "int64")
         right = g.op("Equal", g.op("ReduceSum", equal, g.integers(1), keepdims=1), self._length)
         return g.op("Unsqueeze", right, g.integers(-1))
 
-    def nan(self) -> ir.Value:
-        """What makes a row's keys, and so all that follows from them, visibly wrong."""
-        return self.g.constant("nan", np.array(np.nan, dtype=np.float32))
+    def chunk_terms(self, log_gamma: Array, counts: ir.Value) -> ChunkDecay:
+        """Powers of gamma: all T tokens, of which `counts` `[B, 1]` are real, are one chunk."""
+        return chunk_decay(self.g, log_gamma, self._length, counts)
 
     def token_axis(self, x: ir.Value) -> ir.Value:
         """Rows are the tokens of one sequence after another."""
@@ -134,21 +120,3 @@ class PrefillBuilder(DecoderBuilder):
     def last_rows(self, x: ir.Value) -> ir.Value:
         """Row n_b - 1 of sequence b, and row 0 of one that is padding alone."""
         return self.g.op("GatherND", self.token_axis(x), self._last, batch_dims=1)  # [B*T, D] -> [B, D]
-
-    def decay_terms(self, position_ids: ir.Value, counts: ir.Value, key_mask: ir.Value) -> ChunkDecay | TokenDecay:
-        """Powers of gamma for `retention`.
-
-        Args:
-            position_ids: `[B, T]`.
-            counts: real tokens of each row, `[B, 1]` int64.
-            key_mask: `[B, T, 1]` float32.
-        """
-        g, log_gamma = self.g, log_decay(self.config)
-        if log_gamma.ndim == 2:
-            rows = StepDecay(log_gamma, position_ids).log_gamma_rows(g)
-            return TokenDecay(self.config.num_heads, g.op("Mul", rows, key_mask))
-        return self.chunk_terms(log_gamma, counts)
-
-    def chunk_terms(self, log_gamma: Array, counts: ir.Value) -> ChunkDecay:
-        """All T tokens are one chunk."""
-        return chunk_decay(self.g, log_gamma, self._length, counts)

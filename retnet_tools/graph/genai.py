@@ -24,10 +24,9 @@ from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import UsageError
 from retnet_tools.graph import contract
 from retnet_tools.graph.builder import TokenInputs
-from retnet_tools.graph.contract import TensorSpec, genai_inputs, genai_outputs, padding_id
+from retnet_tools.graph.contract import genai_inputs, genai_outputs, padding_id
 from retnet_tools.graph.decay import ChunkDecay, Chunks, StepDecay, TokenDecay, chunk_decay
 from retnet_tools.graph.decoders import PrefillBuilder
-from retnet_tools.graph.nodes import if_else
 from retnet_tools.graph.positions import log_decay
 from retnet_tools.tokenizing.carried import CarriedText
 from retnet_tools.tokenizing.files import TOKENIZER_FILE
@@ -56,22 +55,15 @@ class GenaiBuilder(PrefillBuilder):
     _chunks: Chunks
     _conv_states: list[ir.Value]
 
-    def input_specs(self) -> tuple[TensorSpec, ...]:
-        """Inputs of model.onnx."""
-        return genai_inputs(self.config, self.state_dtype)
-
-    def output_specs(self) -> tuple[TensorSpec, ...]:
-        """Outputs of model.onnx."""
-        return genai_outputs(self.config, self.state_dtype)
+    input_specs = staticmethod(genai_inputs)
+    output_specs = staticmethod(genai_outputs)
 
     def read(self, inputs: Sequence[ir.Value]) -> TokenInputs:
         """Padding is where position_ids is 0 in a column other than the first."""
         g = self.g
         tokens, position_ids, *self._conv_states = inputs
         numbers = {"zero": 0, "one": 1, "minus_one": -1, "padding_id": padding_id(self.config), "nowhere": 1 << 40}
-        zero, one, minus_one, padding, nowhere = (
-            g.constant(name, np.array(i, dtype=np.int64)) for name, i in numbers.items()
-        )
+        zero, one, minus_one, padding, nowhere = (g.int64(name, i) for name, i in numbers.items())
         tokens = g.op("Where", g.op("Equal", tokens, padding), zero, tokens)
         length = g.op("Gather", g.op("Shape", position_ids), one, axis=0)
         first = g.op("Equal", g.op("Range", zero, length, one), zero)  # [T]
@@ -95,16 +87,21 @@ class GenaiBuilder(PrefillBuilder):
         decay = self._decay
         if isinstance(decay, TokenDecay):
             return super().retention(q, k, v, past)
-        return if_else(
-            self.g,
+        g, ops = self.g, self.ops
+        y, present = g.node(
+            "If",
             self._one_token,
-            lambda g: self.ops.retention_step(g, q, k, v, past, self._step),
-            lambda g: self.ops.retention_chunks(g, q, k, v, past, self._chunks, decay),
+            outputs=2,
+            then_branch=g.subgraph("then", 0, lambda body, _: ops.retention_step(body, q, k, v, past, self._step)),
+            else_branch=g.subgraph(
+                "else", 0, lambda body, _: ops.retention_chunks(body, q, k, v, past, decay, self._chunks)
+            ),
         )
+        return y, present
 
     def logits(self, x: ir.Value) -> ir.Value:
         """Logits `[B, 1, vocab + 1]`."""
-        lowest = self.g.constant("lowest", np.array(np.finfo(np.float32).min, dtype=np.float32))
+        lowest = self.g.float32("lowest", float(np.finfo(np.float32).min))
         return self.g.op("Pad", super().logits(x), self.g.integers(0, 1), lowest, self.g.integers(-1))
 
     def further_outputs(self) -> list[ir.Value]:

@@ -47,10 +47,10 @@ class GraphBuilder:
         parent: the builder of the graph around this one, whose constants and shared values a subgraph uses too.
     """
 
-    def __init__(self, parent: GraphBuilder | None = None) -> None:
+    def __init__(self, parent: GraphBuilder | None = None, scope: str = "") -> None:
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
-        self.scope = ""
+        self.scope = scope
         self._root: GraphBuilder = parent._root if parent else self
         self._names: dict[str, int] = {}
         self._shared: dict[str, ir.Value] = {}
@@ -59,7 +59,10 @@ class GraphBuilder:
         self, op_type: str, *inputs: ir.Value | None, domain: str = "", outputs: int = 1, **attributes: Any
     ) -> list[ir.Value]:
         """Append a node; returns its outputs."""
-        name = self._unique(f"{self.scope}/{op_type}")
+        name = f"{self.scope}/{op_type}"
+        count = self._names.get(name, 0)
+        self._names[name] = count + 1
+        name = f"{name}_{count}" if count else name
         node = ir.node(op_type, list(inputs), attributes, domain=domain, num_outputs=outputs, name=name)
         for i, value in enumerate(node.outputs):
             value.name = f"{name}:{i}" if outputs > 1 else f"{name}:out"
@@ -79,6 +82,14 @@ class GraphBuilder:
                 name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
             )
         return initializers[name]
+
+    def int64(self, name: str, value: int) -> ir.Value:
+        """A scalar constant."""
+        return self.constant(name, np.array(value, dtype=np.int64))
+
+    def float32(self, name: str, value: float) -> ir.Value:
+        """A scalar constant."""
+        return self.constant(name, np.array(value, dtype=np.float32))
 
     def integers(self, *values: int) -> ir.Value:
         """A vector of int64, for shapes and axes."""
@@ -110,10 +121,16 @@ class GraphBuilder:
             root._shared[key] = make(root)
         return root._shared[key]
 
-    def _unique(self, name: str) -> str:
-        count = self._names.get(name, 0)
-        self._names[name] = count + 1
-        return f"{name}_{count}" if count else name
+    def subgraph(
+        self, name: str, count: int, make: Callable[[GraphBuilder, list[ir.Value]], tuple[ir.Value, ...]]
+    ) -> ir.Graph:
+        """A graph inside a node: `count` float32 inputs, float32 outputs."""
+        body = GraphBuilder(self, f"{self.scope}/{name}")
+        inputs = [ir.Value(name=f"{body.scope}/in_{i}", type=tensor_type("float32")) for i in range(count)]
+        outputs = make(body, inputs)
+        for value in outputs:
+            value.type = tensor_type("float32")
+        return ir.Graph(inputs, outputs, nodes=body.nodes, name=body.scope)
 
 
 def scan(
@@ -122,56 +139,13 @@ def scan(
     state: ir.Value,
     sequences: list[ir.Value],
 ) -> tuple[ir.Value, ir.Value]:
-    """A Scan along the first axis of float32 sequences.
+    """A Scan along the first axis of float32 sequences: the last state, and the outputs `[T, ...]`.
 
     Args:
-        g: the graph that gets the node.
         step: maps a state and one slice of each sequence to the next state and an output.
         state: before the first slice.
         sequences: `[T, ...]` each.
-
-    Returns:
-        The last state, and the outputs `[T, ...]`.
     """
-    body = _subgraph(g, "body", len(sequences) + 1, lambda b, inputs: step(b, inputs[0], inputs[1:]))
+    body = g.subgraph("body", len(sequences) + 1, lambda b, inputs: step(b, inputs[0], inputs[1:]))
     final, stacked = g.node("Scan", state, *sequences, outputs=2, body=body, num_scan_inputs=len(sequences))
     return final, stacked
-
-
-def if_else(
-    g: GraphBuilder,
-    condition: ir.Value,
-    then: Callable[[GraphBuilder], tuple[ir.Value, ir.Value]],
-    otherwise: Callable[[GraphBuilder], tuple[ir.Value, ir.Value]],
-) -> tuple[ir.Value, ir.Value]:
-    """Two float32 values, made by one of two subgraphs that read the graph around them.
-
-    Args:
-        g: the graph that gets the node.
-        condition: a bool scalar.
-        then, otherwise: make the values in the builder that they are given.
-    """
-    a, b = g.node(
-        "If",
-        condition,
-        outputs=2,
-        then_branch=_subgraph(g, "then", 0, lambda body, _: then(body)),
-        else_branch=_subgraph(g, "else", 0, lambda body, _: otherwise(body)),
-    )
-    return a, b
-
-
-def _subgraph(
-    g: GraphBuilder,
-    name: str,
-    count: int,
-    make: Callable[[GraphBuilder, list[ir.Value]], tuple[ir.Value, ...]],
-) -> ir.Graph:
-    """A graph inside a node: `count` float32 inputs, float32 outputs."""
-    body = GraphBuilder(g)
-    body.scope = f"{g.scope}/{name}"
-    inputs = [ir.Value(name=f"{body.scope}/in_{i}", type=tensor_type("float32")) for i in range(count)]
-    outputs = make(body, inputs)
-    for value in outputs:
-        value.type = tensor_type("float32")
-    return ir.Graph(inputs, outputs, nodes=body.nodes, name=body.scope)

@@ -1,7 +1,6 @@
 """The sets of operators that graphs are built from: `standard` (ai.onnx only) and `fused` (with com.microsoft).
 
-This is the only file that names com.microsoft operators. Both sets have the same methods, so that the builders do not
-know which one they use.
+Both have the same methods, so that the builders do not know which one they use.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import onnx_ir as ir
 from retnet_tools.config import Activation
 from retnet_tools.graph.decay import StepDecay, TokenDecay
 from retnet_tools.graph.nodes import GraphBuilder, epsilon
-from retnet_tools.graph.standard_ops import OPSET, NormWeights, StandardOps
+from retnet_tools.graph.standard_ops import OPSET, Fragment, NormWeights, StandardOps, given
 from retnet_tools.graph.weight_tensors import BlockedMatrix
 
 MICROSOFT = "com.microsoft"
@@ -31,22 +30,19 @@ class FusedOps(StandardOps):
 
     name = "fused"
     opsets: ClassVar[Mapping[str, int]] = {"": OPSET, MICROSOFT: 1}
-
-    def activate(self, g: GraphBuilder, activation: Activation, x: ir.Value) -> ir.Value:
-        """Silu is QuickGelu with alpha 1."""
-        if activation == "silu":
-            return g.op("QuickGelu", x, domain=MICROSOFT, alpha=1.0)
-        return super().activate(g, activation, x)
+    activations: ClassVar[Mapping[Activation, Fragment]] = {
+        **StandardOps.activations,
+        "silu": lambda g, x: g.op("QuickGelu", x, domain=MICROSOFT, alpha=1.0),
+    }
 
     def add_norm(self, g: GraphBuilder, x: ir.Value, y: ir.Value, weights: NormWeights) -> tuple[ir.Value, ir.Value]:
         """Skip(Simplified)LayerNormalization: norm and sum in one node."""
-        if weights.norm.kind == "rms" and weights.bias is not None:
+        norm, bias = weights.norm, weights.bias
+        if norm.kind == "rms" and bias is not None:
             return super().add_norm(g, x, y, weights)
-        name = {"rms": "SkipSimplifiedLayerNormalization", "layer": "SkipLayerNormalization"}[weights.norm.kind]
-        inputs = [x, y, weights.weight] + ([weights.bias] if weights.bias is not None else [])
-        normed, mean, deviation, total = g.node(
-            name, *inputs, domain=MICROSOFT, outputs=4, epsilon=epsilon(weights.norm.eps)
-        )
+        name = {"rms": "SkipSimplifiedLayerNormalization", "layer": "SkipLayerNormalization"}[norm.kind]
+        inputs = (x, y, weights.weight, *given(bias))
+        normed, mean, deviation, total = g.node(name, *inputs, domain=MICROSOFT, outputs=4, epsilon=epsilon(norm.eps))
         mean.name = deviation.name = ""
         return total, normed
 
@@ -90,8 +86,7 @@ class FusedOps(StandardOps):
         self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value, decay: StepDecay
     ) -> tuple[ir.Value, ir.Value]:
         """LinearAttention over one token."""
-        rows = g.once("log_gamma_rows", decay.log_gamma_rows)
-        return self.retention_tokens(g, q, k, v, past, TokenDecay(len(decay.log_gamma), rows))
+        return self.retention_tokens(g, q, k, v, past, decay.tokens(g))
 
     def retention_tokens(
         self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value, decay: TokenDecay

@@ -51,7 +51,7 @@ def position_values(
         table: declares a stored table.
         key_mask: `[B, T, 1]` float32, 1 at real tokens and 0 at padding; None where every token is real.
     """
-    radix = g.constant("position_radix", np.array(POSITION_RADIX, dtype=np.int64))
+    radix = g.int64("position_radix", POSITION_RADIX)
     high = g.op("Div", position_ids, radix)
     low = g.op("Sub", position_ids, g.op("Mul", high, radix))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -17,14 +17,12 @@ from retnet_tools.graph.weight_tensors import BlockedMatrix, dequantized_rows, s
 OPSET = 23
 """The first ai.onnx opset with RMSNormalization and RotaryEmbedding; ONNX Runtime runs both on CPU and CUDA."""
 
-_ACTIVATION_OPS: dict[Activation, str] = {
-    "gelu": "Gelu",
-    "relu": "Relu",
-    "leaky_relu": "LeakyRelu",
-    "elu": "Elu",
-    "sigmoid": "Sigmoid",
-    "tanh": "Tanh",
-}
+Fragment = Callable[[GraphBuilder, ir.Value], ir.Value]
+
+
+def _relu2(g: GraphBuilder, x: ir.Value) -> ir.Value:
+    y = g.op("Relu", x)
+    return g.op("Mul", y, y)
 
 
 @dataclass(frozen=True)
@@ -41,33 +39,33 @@ class StandardOps:
 
     name = "standard"
     opsets: ClassVar[Mapping[str, int]] = {"": OPSET}
+    activations: ClassVar[Mapping[Activation, Fragment]] = {
+        "gelu": lambda g, x: g.op("Gelu", x),
+        "gelu_tanh": lambda g, x: g.op("Gelu", x, approximate="tanh"),
+        "silu": lambda g, x: g.op("Mul", x, g.op("Sigmoid", x)),
+        "relu": lambda g, x: g.op("Relu", x),
+        "relu2": _relu2,
+        "leaky_relu": lambda g, x: g.op("LeakyRelu", x),
+        "elu": lambda g, x: g.op("Elu", x),
+        "sigmoid": lambda g, x: g.op("Sigmoid", x),
+        "tanh": lambda g, x: g.op("Tanh", x),
+    }
 
     def activate(self, g: GraphBuilder, activation: Activation, x: ir.Value) -> ir.Value:
         """Any activation of the configuration."""
-        if activation == "silu":
-            return g.op("Mul", x, g.op("Sigmoid", x))
-        if activation == "relu2":
-            y = g.op("Relu", x)
-            return g.op("Mul", y, y)
-        if activation == "gelu_tanh":
-            return g.op("Gelu", x, approximate="tanh")
-        return g.op(_ACTIVATION_OPS[activation], x)
+        return self.activations[activation](g, x)
 
     def wide_features(self, g: GraphBuilder, feature_map: Activation | None, x: ir.Value, dtype: str) -> ir.Value:
-        """The feature map of q or k, where there is one, in float32.
-
-        Args:
-            dtype: of x.
-        """
+        """The feature map of q or k, where there is one, of x in `dtype`, in float32."""
         return g.cast(x if feature_map is None else self.activate(g, feature_map, x), dtype, "float32")
 
     def norm(self, g: GraphBuilder, x: ir.Value, weights: NormWeights) -> ir.Value:
         """RMSNorm or LayerNorm over the last dimension, accumulated in float32."""
+        eps, bias = epsilon(weights.norm.eps), weights.bias
         if weights.norm.kind == "rms":
-            y = g.op("RMSNormalization", x, weights.weight, axis=-1, epsilon=epsilon(weights.norm.eps))
-            return y if weights.bias is None else g.op("Add", y, weights.bias)
-        inputs = [x, weights.weight] + ([weights.bias] if weights.bias is not None else [])
-        return g.op("LayerNormalization", *inputs, axis=-1, epsilon=epsilon(weights.norm.eps))
+            y = g.op("RMSNormalization", x, weights.weight, axis=-1, epsilon=eps)
+            return y if bias is None else g.op("Add", y, bias)
+        return g.op("LayerNormalization", x, weights.weight, *given(bias), axis=-1, epsilon=eps)
 
     def add_norm(self, g: GraphBuilder, x: ir.Value, y: ir.Value, weights: NormWeights) -> tuple[ir.Value, ir.Value]:
         """x + y, and the norm of it, for `[rows, D]`."""
@@ -79,13 +77,12 @@ class StandardOps:
 
         ONNX Runtime makes one MatMulNBits of these nodes, since blocks run along the first axis.
         """
-        format, columns = matrix.format, matrix.shape[::-1]
-        kind = stored_integer(format)
-        inputs = [matrix.part("codes", "columns", kind, columns), matrix.scales("columns")]
-        if not format.symmetric:
+        kind = stored_integer(matrix.format)
+        inputs = [matrix.part("codes", "columns", kind, matrix.shape[::-1]), matrix.scales("columns")]
+        if not matrix.format.symmetric:
             inputs.append(matrix.part("zero_points", "columns", kind, (matrix.blocks, matrix.shape[0])))
-        weight = g.op("DequantizeLinear", *inputs, axis=0, block_size=format.block_size)
-        return g.op("Gemm", x, weight, *([] if bias is None else [bias]))
+        weight = g.op("DequantizeLinear", *inputs, axis=0, block_size=matrix.format.block_size)
+        return g.op("Gemm", x, weight, *given(bias))
 
     def gather_blocked(self, g: GraphBuilder, matrix: BlockedMatrix, ids: ir.Value) -> ir.Value:
         """Rows of a quantized matrix `[N, K]`: `[B, T]` int64 to `[B, T, K]`."""
@@ -96,11 +93,7 @@ class StandardOps:
     ) -> tuple[ir.Value, ir.Value]:
         """S_n = gamma S_(n-1) + k_n^T v_n, o_n = q_n S_n (Eq. 6) for one token, in float32.
 
-        Args:
-            q, k: `[B, 1, H*K]`; v: `[B, 1, H*V]`; past: `[B, H, K, V]`.
-
-        Returns:
-            o `[B, 1, H*V]` and S_n `[B, H, K, V]`.
+        Of q, k `[B, 1, H*K]`, v `[B, 1, H*V]` and the past S `[B, H, K, V]`: o `[B, 1, H*V]` and S_n.
         """
         heads = len(decay.log_gamma)
         gamma = g.constant("gamma", np.exp(decay.log_gamma).astype(np.float32).reshape(1, heads, -1, 1))
@@ -115,11 +108,7 @@ class StandardOps:
     ) -> tuple[ir.Value, ir.Value]:
         """O = (Q K^T * D) V + (Q * xi) R, R' = (K * zeta)^T V + gamma^n R (Eq. 7, corrected), in float32.
 
-        Args:
-            q, k: `[B, T, H*K]`, k zero at padded tokens; v: `[B, T, H*V]`; past: `[B, H, K, V]`, R.
-
-        Returns:
-            O `[B, T, H*V]` and R' `[B, H, K, V]`.
+        Of q, k `[B, T, H*K]`, k zero at padded tokens, v `[B, T, H*V]` and R `[B, H, K, V]`: O `[B, T, H*V]` and R'.
         """
         query, value = (
             g.op("Transpose", g.reshape(x, 0, 0, decay.heads, -1), perm=[0, 2, 1, 3])  # [B, H, T, K or V]
@@ -135,24 +124,12 @@ class StandardOps:
         return g.reshape(output, 0, 0, -1), present
 
     def retention_chunks(
-        self,
-        g: GraphBuilder,
-        q: ir.Value,
-        k: ir.Value,
-        v: ir.Value,
-        past: ir.Value,
-        chunks: Chunks,
-        decay: ChunkDecay,
+        self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value, decay: ChunkDecay, chunks: Chunks
     ) -> tuple[ir.Value, ir.Value]:
         """`retention_chunk` over one chunk after another in a Scan: time and memory linear in T.
 
         Args:
-            q, k: `[B, T, H*K]`, k zero at padded tokens; v: `[B, T, H*V]`; past: `[B, H, K, V]`.
-            chunks: how T is cut.
-            decay: of all chunks: zeta and carried have the chunks as their first axis.
-
-        Returns:
-            O `[B, T, H*V]` and the last R `[B, H, K, V]`.
+            chunks: how T is cut; zeta and carried of the decay have the chunks as their first axis.
         """
 
         def step(body: GraphBuilder, state: ir.Value, chunk: list[ir.Value]) -> tuple[ir.Value, ir.Value]:
@@ -170,14 +147,8 @@ class StandardOps:
     ) -> tuple[ir.Value, ir.Value]:
         """S_n = diag(gamma_n) S_(n-1) + k_n^T v_n, o_n = q_n S_n (Eq. 6), token by token in a Scan, in float32.
 
-        For a gamma of each key dimension. As matrix products it would need gamma^(n-c) on q and gamma^(c-m) on k,
-        and no c keeps both within float32 for every decay and chunk.
-
-        Args:
-            q, k: `[B, T, H*K]`, k zero at padded tokens; v: `[B, T, H*V]`; past: `[B, H, K, V]`.
-
-        Returns:
-            O `[B, T, H*V]` and the last S `[B, H, K, V]`.
+        For a gamma of each key dimension; shapes as those of `retention_chunk`. As matrix products it would need
+        gamma^(n-c) on q and gamma^(c-m) on k, and no c keeps both within float32 for every decay and chunk.
         """
         heads = decay.heads
         gamma = g.once("gamma_rows", lambda root: _time_first(root, root.op("Exp", decay.log_gamma)))
@@ -192,6 +163,11 @@ class StandardOps:
 
         present, outputs = scan(g, step, past, [*(_time_first(g, x) for x in (q, k, v)), gamma])
         return _time_first(g, outputs), present
+
+
+def given(value: ir.Value | None) -> list[ir.Value]:
+    """An optional input at the end of a node's."""
+    return [] if value is None else [value]
 
 
 def _time_first(g: GraphBuilder, x: ir.Value) -> ir.Value:

@@ -156,7 +156,7 @@ def _integers(g: GraphBuilder, matrix: BlockedMatrix, part: PartName, rows: int,
     pairs = matrix.view(part, "columns", "uint8", (-(-rows * columns // 2),))
     starts = g.constant(f"starts_{rows}_{columns}", np.arange(rows, dtype=np.int64) * columns)
     place = g.op("Add", g.op("Unsqueeze", ids, g.integers(-1)), starts)  # [B, T] -> [B, T, rows]
-    two, sixteen = (g.constant(f"int64_{n}", np.array(n, dtype=np.int64)) for n in (2, 16))
+    two, sixteen = (g.int64(f"int64_{n}", n) for n in (2, 16))
     byte = g.cast(g.op("Gather", pairs, g.op("Div", place, two)), "uint8", "int64")
     # The low half at even places. In whole numbers, since CUDA has no kernels for bits.
     unit = g.op("Gather", g.integers(1, 16), g.op("Mod", place, two))
