@@ -13,7 +13,7 @@ from retnet_tools.formats.conversion import plan_conversion
 from retnet_tools.formats.mapping import check_layer_count
 from retnet_tools.formats.settings import Keys, Only
 from retnet_tools.formats.spec import FormatSpec, Reading, Source, Writing
-from retnet_tools.formats.storage import ArrayWeights
+from retnet_tools.formats.storage import StoredTensors, planned
 from retnet_tools.formats.writer import CONFIG_FILE, DEFAULT_SHARD_SIZE, write_checkpoint
 from retnet_tools.progress import ByteProgress
 from retnet_tools.weights import Array, WeightSource, canonical_shapes
@@ -70,9 +70,10 @@ def write_canonical(
     Returns:
         The files written.
     """
-    source = ArrayWeights(weights) if isinstance(weights, Mapping) else weights
+    if isinstance(weights, Mapping):
+        weights = StoredTensors({name: planned(name, array) for name, array in weights.items()})
     plan = plan_conversion(
-        config, source, CANONICAL, dtype=dtype, max_shard_size=max_shard_size, copies=tuple(extra_files)
+        config, weights, CANONICAL, dtype=dtype, max_shard_size=max_shard_size, copies=tuple(extra_files)
     )
     return write_checkpoint(path, plan.layout, force=force, progress=progress)
 

@@ -13,18 +13,17 @@ import numpy as np
 from retnet_tools.config import RetNetConfig
 from retnet_tools.dtypes import NUMPY_DTYPES, FloatName, convert, parse_dtype
 from retnet_tools.errors import ConfigError, InputError, UsageError
-from retnet_tools.formats.containers import PlannedTensor
 from retnet_tools.formats.mapping import MappedWeights, expand_names
 from retnet_tools.formats.planned import PlannedFiles
 from retnet_tools.formats.provenance import provenance_section
 from retnet_tools.formats.reading import read_as
 from retnet_tools.formats.spec import AS_STORED, Checkpoint, FormatSpec, Transform, Writing
+from retnet_tools.formats.storage import PlannedTensor, planned
 from retnet_tools.formats.writer import DEFAULT_SHARD_SIZE, INDEX_FILE, CheckpointLayout, shard
 from retnet_tools.tokenizing.carried import carried_text
 from retnet_tools.weights import (
     Array,
     BlockSource,
-    TensorInfo,
     WeightSource,
     canonical_shapes,
     check_weights,
@@ -101,7 +100,7 @@ def plan_conversion(
     layout = CheckpointLayout(files, documents, texts or {}, copies)
     largest = (
         max(weights.info(name).nbytes for name in weights.names()),
-        max(tensor.info.nbytes for tensor in tensors),
+        max(tensor.nbytes for tensor in tensors),
     )
     return Conversion(layout, names, largest, notes)
 
@@ -159,14 +158,14 @@ def _stored_tensors(
         region = None
         if transform is AS_STORED and target == info.dtype and isinstance(weights, BlockSource):
             region = weights.region(canonical)
-        tensors.append(PlannedTensor(name, TensorInfo(transform.stored_shape(shapes[canonical]), target), read, region))
+        tensors.append(PlannedTensor(transform.stored_shape(shapes[canonical]), target, name, read, region))
         names[name] = canonical
     by_name = {tensor.name: tensor for tensor in tensors}
     for name, original in writing.ties.items():
         tensors.append(replace(by_name[original], name=name, same_as=original))
         names[name] = names[original]
     for name, buffer in writing.buffers.items():
-        tensors.append(PlannedTensor(name, TensorInfo(buffer.shape, buffer.dtype), partial(iter, (buffer,))))
+        tensors.append(planned(name, buffer))
         names[name] = None
     return tensors, names
 

@@ -1,6 +1,6 @@
 """Reads a pickle without running anything that it names: a machine for the opcodes of protocols 0 to 5.
 
-What globals, calls and objects become is told in `pickle_calls`. The memo and the stack grow with the file alone, no
+What globals, calls and objects become is told in `stand_ins`. The memo and the stack grow with the file alone, no
 operation copies what is there already, and nothing is hashed but names and numbers, so that a small hostile file costs
 little time and memory.
 """
@@ -15,14 +15,14 @@ from typing import IO, Any
 
 from retnet_tools.errors import InputError
 from retnet_tools.formats.content import short_name
-from retnet_tools.formats.pickle_calls import call, look_up, new_object
-from retnet_tools.formats.pickle_values import MAX_INTEGER_BYTES, integer, pairs, quoted, text, unicode
-from retnet_tools.formats.stand_ins import Global, Shell, UnsafeGlobalError, is_tensor
+from retnet_tools.formats.stand_ins import Global, Shell, UnsafeGlobalError, call, is_tensor, look_up, new_object
 
 INT32, UINT8, UINT32, UINT64 = map(struct.Struct, ("<i", "<B", "<I", "<Q"))
 FLOAT64 = struct.Struct(">d")
 MAX_LINE = 1 << 20
+MAX_INTEGER_BYTES = 1 << 10
 MAX_MEMO_INDEX = 1 << 28
+SIMPLE_KEYS = (str, int, float, bool, bytes, type(None), Shell, Global)
 
 
 def unpickle(file: IO[bytes], path: Path, find_storage: Callable[[Any], Any] | None = None) -> Any:
@@ -58,12 +58,8 @@ def unpickle(file: IO[bytes], path: Path, find_storage: Callable[[Any], Any] | N
 
 def corrupt(path: Path, why: str) -> InputError:
     """The error for a file that torch.save did not write so."""
-    size = path.stat().st_size
-    return InputError(
-        f"{short_name(path)} ({size} bytes) is truncated, corrupt or no torch file ({why})",
-        "a file of torch.save",
-        "fetch it again",
-    )
+    found = f"{short_name(path)} ({path.stat().st_size} bytes) is truncated, corrupt or no torch file ({why})"
+    return InputError(found, "a file of torch.save", "fetch it again")
 
 
 class _Machine:
@@ -159,10 +155,6 @@ class _Machine:
         self.stack.pop()
         self.new()
 
-    def instance(self) -> None:
-        kind = self.find(self.name(), self.name())
-        self.push(new_object(kind, tuple(self.pop_mark())))
-
     def object(self) -> None:
         kind, *arguments = self.pop_mark()
         self.push(new_object(kind, tuple(arguments)))
@@ -192,12 +184,54 @@ class _Machine:
         target.update(pairs(items))
 
 
-def _long(machine: _Machine, count: int) -> Any:
-    data = machine.take(count)
-    return int.from_bytes(data, "little", signed=True) if count <= MAX_INTEGER_BYTES else Shell("int")
+def pairs(items: list[Any]) -> dict[Any, Any]:
+    """Keys and values in turn, as a dict."""
+    names = [name if type(name) is str else key(name) for name in items[::2]]
+    return dict(zip(names, items[1::2], strict=True))
 
 
-# The operations that pickles are made of almost wholly, without a call inside: they decide how long reading takes.
+def key(value: Any) -> Any:
+    """A key that is cheap to hash: nested tuples take exponential time, so that they become keys of their own."""
+    if isinstance(value, tuple):
+        flat = all(isinstance(part, str | int | float | bool | None) for part in value)
+        return value if flat else Shell("key")
+    return value if isinstance(value, SIMPLE_KEYS) else Shell("key")
+
+
+def integer(text: str) -> Any:
+    """An integer or truth value of protocol 0."""
+    if text in ("00", "01"):
+        return text == "01"
+    if len(text) > MAX_INTEGER_BYTES:
+        raise ValueError("an integer of many digits")
+    return int(text.rstrip("L") or "0")
+
+
+def long(data: bytes) -> Any:
+    """An integer in bytes."""
+    return int.from_bytes(data, "little", signed=True) if len(data) <= MAX_INTEGER_BYTES else Shell("int")
+
+
+def text(data: bytes) -> str | bytes:
+    """A string of Python 2, which may be bytes."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return data
+
+
+def quoted(line: bytes) -> str | bytes:
+    """A string of protocol 0."""
+    if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in b"\"'":
+        raise ValueError("a string without quotes")
+    return text(line[1:-1].decode("unicode_escape").encode("latin1"))
+
+
+def unicode(data: bytes) -> str:
+    """Text in UTF-8, halves of pairs allowed, as pickle does."""
+    return data.decode("utf-8", "surrogatepass")
+
+
 def _memoize(machine: _Machine) -> None:
     machine.memo[len(machine.memo)] = machine.stack[-1]
 
@@ -206,31 +240,12 @@ def _put_byte(machine: _Machine) -> None:
     machine.memo[machine.read(1)[0]] = machine.stack[-1]
 
 
-def _get_byte(machine: _Machine) -> None:
-    machine.stack.append(machine.memo[machine.read(1)[0]])
-
-
-def _byte(machine: _Machine) -> None:
-    machine.stack.append(machine.read(1)[0])
-
-
-def _get_long(machine: _Machine) -> None:
-    machine.stack.append(machine.memo[int.from_bytes(machine.read(4), "little")])
-
-
-def _short(machine: _Machine) -> None:
-    machine.stack.append(int.from_bytes(machine.take(2), "little"))
-
-
-def _short_text(machine: _Machine) -> None:
-    machine.stack.append(unicode(machine.take(machine.read(1)[0])))
-
-
 def _pair(machine: _Machine) -> None:
     second = machine.stack.pop()
     machine.stack[-1] = machine.stack[-1], second
 
 
+# Those that pickles are made of almost wholly have no call of a method inside: they decide how long reading takes.
 _Operation = Callable[[_Machine], Any]
 OPERATIONS: dict[bytes, _Operation] = {
     b"\x80": lambda m: m.take(1),  # protocol
@@ -245,10 +260,10 @@ OPERATIONS: dict[bytes, _Operation] = {
     b"I": lambda m: m.push(integer(m.name())),
     b"L": lambda m: m.push(integer(m.name())),
     b"J": lambda m: m.push(m.number(INT32)),
-    b"K": _byte,
-    b"M": _short,
-    b"\x8a": lambda m: m.push(_long(m, m.number(UINT8))),
-    b"\x8b": lambda m: m.push(_long(m, m.number(INT32))),
+    b"K": lambda m: m.stack.append(m.read(1)[0]),
+    b"M": lambda m: m.stack.append(int.from_bytes(m.take(2), "little")),
+    b"\x8a": lambda m: m.push(long(m.take(m.number(UINT8)))),
+    b"\x8b": lambda m: m.push(long(m.take(m.number(INT32)))),
     b"F": lambda m: m.push(float(m.line())),
     b"G": lambda m: m.push(m.number(FLOAT64)),
     b"S": lambda m: m.push(quoted(m.line())),
@@ -260,7 +275,7 @@ OPERATIONS: dict[bytes, _Operation] = {
     b"\x96": lambda m: m.push(m.take(m.number(UINT64))),
     b"V": lambda m: m.push(m.line().decode("raw_unicode_escape")),
     b"X": lambda m: m.push(unicode(m.take(m.number(UINT32)))),
-    b"\x8c": _short_text,
+    b"\x8c": lambda m: m.stack.append(unicode(m.take(m.read(1)[0]))),
     b"\x8d": lambda m: m.push(unicode(m.take(m.number(UINT64)))),
     b")": lambda m: m.stack.append(()),
     b"t": lambda m: m.push(tuple(m.pop_mark())),
@@ -284,11 +299,11 @@ OPERATIONS: dict[bytes, _Operation] = {
     b"r": lambda m: m.put(m.number(UINT32)),
     b"\x94": _memoize,
     b"g": lambda m: m.push(m.memo[int(m.line()[:20])]),
-    b"h": _get_byte,
-    b"j": _get_long,
+    b"h": lambda m: m.stack.append(m.memo[m.read(1)[0]]),
+    b"j": lambda m: m.stack.append(m.memo[int.from_bytes(m.read(4), "little")]),
     b"c": lambda m: m.push(m.find(m.name(), m.name())),
     b"\x93": lambda m: m.push(m.find(*m.last(2))),
-    b"i": _Machine.instance,
+    b"i": lambda m: m.push(new_object(m.find(m.name(), m.name()), tuple(m.pop_mark()))),
     b"o": _Machine.object,
     b"R": _Machine.reduce,
     b"\x81": _Machine.new,

@@ -1,4 +1,4 @@
-"""safetensors: one file, or shards that an index names.
+"""safetensors, read and written: one file, or shards that an index names.
 
 A header is parsed and checked against its file's size when a file is opened. `safetensors.torch.save_model` keeps one
 of several names for the same tensor and notes the others in the file's metadata: they are names here too.
@@ -6,35 +6,26 @@ of several names for the same tensor and notes the others in the file's metadata
 
 from __future__ import annotations
 
+import errno
 import json
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
-
 from retnet_tools.errors import InputError
+from retnet_tools.formats import storage
 from retnet_tools.formats.content import quantized_error
-from retnet_tools.formats.storage import StoredTensors, TensorLocation, contiguous_strides, load_json, unique_keys
+from retnet_tools.formats.storage import LazyTensor, PlannedTensor, StoredTensors, TensorLocation
+from retnet_tools.progress import ByteProgress
+from retnet_tools.weights import FileRegion
 
-SAFETENSORS_DTYPES: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-    "I16": np.dtype("<i2"),
-    "I8": np.dtype("i1"),
-    "U64": np.dtype("<u8"),
-    "U32": np.dtype("<u4"),
-    "U16": np.dtype("<u2"),
-    "U8": np.dtype("u1"),
-    "BOOL": np.dtype("?"),
-}
+_NAMES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
+DTYPES = dict(zip(_NAMES, storage.DTYPES.values(), strict=True))
 MAX_HEADER = 100_000_000
+_NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def open_safetensors(path: Path) -> StoredTensors:
@@ -47,14 +38,11 @@ def open_safetensors(path: Path) -> StoredTensors:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(MAX_HEADER, size - 8):
-            raise InputError(
-                f"{path} has {size} bytes and names a header of {length}",
-                "a complete safetensors file",
-                "fetch it again",
-            )
+            found = f"{path} has {size} bytes and names a header of {length}"
+            raise InputError(found, "a complete safetensors file", "fetch it again")
         text = file.read(length)
     try:
-        header = json.loads(text, object_pairs_hook=unique_keys)
+        header = json.loads(text, object_pairs_hook=storage.unique_keys)
     except (ValueError, RecursionError) as error:
         raise _broken(path, f"a header that cannot be read ({error})") from error
     if not isinstance(header, dict):
@@ -62,13 +50,18 @@ def open_safetensors(path: Path) -> StoredTensors:
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _broken(path, "metadata that is no object of strings")
-    data_start = 8 + length
-    tensors = {name: _location(path, data_start, name, entry) for name, entry in header.items()}
-    _check_layout(path, size, data_start, tensors)
-    return with_aliases(tensors, metadata)
+    tensors = {name: _location(path, 8 + length, name, entry) for name, entry in header.items()}
+    end = 8 + length
+    for location in sorted(tensors.values(), key=lambda t: (t.offset, t.span)):
+        if location.offset != end:
+            raise _broken(path, f"tensor data that starts at byte {location.offset} where the one before ends at {end}")
+        end += location.nbytes
+    if end != size:
+        raise InputError(f"{path} has {size} bytes", f"{end}, as its header says", "fetch it again")
+    return _with_aliases(tensors, metadata)
 
 
-def with_aliases(tensors: Mapping[str, TensorLocation], metadata: Mapping[str, str]) -> StoredTensors:
+def _with_aliases(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> StoredTensors:
     """Tensors, and the further names that metadata gives some of them: `{"removed.name": "kept.name"}`."""
     aliases = {name: kept for name, kept in metadata.items() if kept in tensors and name not in tensors}
     return StoredTensors({**tensors, **{name: tensors[kept] for name, kept in aliases.items()}}, metadata, aliases)
@@ -81,7 +74,7 @@ def open_shards(index: Path, open_shard: Callable[[Path], StoredTensors]) -> Sto
         InputError: a broken index, a shard name that leads out of the folder, a shard that is missing, and a tensor
             that its shard does not hold or that the index does not name.
     """
-    document = load_json(index)
+    document = storage.load_json(index)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise InputError(f"{index} has no weight_map", "an object from tensor name to shard file", "fetch it again")
@@ -95,48 +88,81 @@ def open_shards(index: Path, open_shard: Callable[[Path], StoredTensors]) -> Sto
         shards[shard] = open_shard(path)
         for name in shards[shard].locations.keys() - shards[shard].aliases.keys():
             if weight_map.get(name) != shard:
-                raise InputError(
-                    f"{path} holds {name!r}", f"only what {index.name} places there", "fetch the index again"
-                )
+                expected = f"only what {index.name} places there"
+                raise InputError(f"{path} holds {name!r}", expected, "fetch the index again")
     tensors = {}
     for name, shard in weight_map.items():
         if name not in shards[shard].locations:
-            raise InputError(
-                f"{index.parent / shard} has no tensor {name!r}", f"it, as {index.name} says", "fetch it again"
-            )
+            expected = f"it, as {index.name} says"
+            raise InputError(f"{index.parent / shard} has no tensor {name!r}", expected, "fetch it again")
         tensors[name] = shards[shard].locations[name]
-    metadata = {key: value for shard in shards.values() for key, value in shard.metadata.items()}
-    return with_aliases(tensors, metadata)
+    return _with_aliases(tensors, {key: value for part in shards.values() for key, value in part.metadata.items()})
 
 
 def _location(path: Path, data_start: int, name: str, entry: Any) -> TensorLocation:
     try:
-        dtype_name, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        kind, shape, (begin, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
         if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
             raise ValueError
     except (TypeError, KeyError, ValueError) as error:
         raise _broken(path, f"a broken header entry for {name!r}") from error
-    dtype = SAFETENSORS_DTYPES.get(str(dtype_name))
-    if dtype is None and str(dtype_name).startswith(("F8", "F4", "F6")):
-        raise quantized_error(path, f"fp{str(dtype_name)[1]}", name)
+    dtype = DTYPES.get(kind)
+    if dtype is None and kind.startswith(("F8", "F4", "F6")):
+        raise quantized_error(path, f"fp{kind[1]}", name)
     if dtype is None:
-        raise InputError(
-            f"tensor {name!r} in {path} is {dtype_name}", "F16, BF16, F32 or F64", "convert it to one of them"
-        )
+        raise InputError(f"tensor {name!r} in {path} is {kind}", "F16, BF16, F32 or F64", "convert it to one of them")
     if end - begin != math.prod(shape) * dtype.itemsize:
-        raise _broken(path, f"{end - begin} bytes for {name!r} of shape {list(shape)} in {dtype_name}")
-    return TensorLocation(path, data_start + begin, tuple(shape), dtype, contiguous_strides(tuple(shape)))
-
-
-def _check_layout(path: Path, size: int, data_start: int, tensors: Mapping[str, TensorLocation]) -> None:
-    end = data_start
-    for location in sorted(tensors.values(), key=lambda t: (t.offset, t.span)):
-        if location.offset != end:
-            raise _broken(path, f"tensor data that starts at byte {location.offset} where the one before ends at {end}")
-        end += location.span * location.dtype.itemsize
-    if end != size:
-        raise InputError(f"{path} has {size} bytes", f"{end}, as its header says", "fetch it again")
+        raise _broken(path, f"{end - begin} bytes for {name!r} of shape {list(shape)} in {kind}")
+    return TensorLocation(shape, dtype, path, data_start + begin, storage.contiguous_strides(shape))
 
 
 def _broken(path: Path, what: str) -> InputError:
     return InputError(f"{path} has {what}", "a valid safetensors file", "fetch it again")
+
+
+def write_safetensors(
+    file: Path,
+    tensors: Sequence[PlannedTensor],
+    progress: ByteProgress | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """One safetensors file. Memory: the one block of a tensor that is being written.
+
+    Args:
+        progress: called with the bytes of each tensor once it is written.
+        metadata: what to say beside the tensors; None says that they are torch's.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
+    end = 0
+    for tensor in tensors:
+        offsets = [end, end := end + tensor.nbytes]
+        header[tensor.name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb", buffering=0) as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            if tensor.copied is None or not _copy_region(out, tensor.copied):
+                tensor.write(out)
+            if progress is not None:
+                progress(tensor.nbytes)
+
+
+def _copy_region(out: FileIO, region: FileRegion) -> bool:
+    """Let the kernel copy a region to the end of a file; False, with nothing written, where it cannot."""
+    if not hasattr(os, "copy_file_range"):
+        return False
+    done = 0
+    with region.path.open("rb") as source:
+        while (left := region.nbytes - done) > 0:
+            try:
+                count = os.copy_file_range(source.fileno(), out.fileno(), left, offset_src=region.offset + done)
+            except OSError as error:
+                if done == 0 and error.errno in _NO_KERNEL_COPY:
+                    return False
+                raise
+            if count == 0:
+                raise storage.ends_early(region.path, left)
+            done += count
+    return True

@@ -1,4 +1,4 @@
-"""Tensors where they lie in files: found by name, read one at a time.
+"""Tensors that are read when asked for, and the set of them that a checkpoint stores.
 
 Data is read by one `read` of the tensor's own bytes into a fresh array. Nothing is mapped and nothing is kept, so
 resident memory is bounded by the tensors that the caller holds.
@@ -8,28 +8,64 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any
 
+import ml_dtypes
 import numpy as np
 
 from retnet_tools.errors import InputError
 from retnet_tools.weights import Array, FileRegion, TensorInfo
 
 BLOCK_BYTES = 1 << 24
+_ALL_DTYPES = ("<f8", "<f4", "<f2", ml_dtypes.bfloat16, "<i8", "<i4", "<i2", "i1", "<u8", "<u4", "<u2", "u1", "?")
+# By their names in numpy and in torch.
+DTYPES: dict[str, np.dtype[Any]] = {np.dtype(code).name: np.dtype(code) for code in _ALL_DTYPES}
 
 
-class TensorLocation(NamedTuple):
-    """Where a tensor's bytes lie: its first element at `offset` of `file`, strides in elements.
+@dataclass(frozen=True)
+class LazyTensor(TensorInfo):
+    """A tensor that is read when asked for."""
 
-    A tuple, since pickles handle these and a tuple alone has nothing that a pickle could alter.
-    """
+    def blocks(self) -> Iterator[Array]:
+        """The tensor in pieces of whole rows of about 16 MB, each contiguous and owned by the caller."""
+        raise NotImplementedError
+
+    def read(self) -> Array:
+        """The tensor, contiguous and owned by the caller."""
+        return np.concatenate([block.reshape(-1) for block in self.blocks()]).reshape(self.shape)
+
+    def files(self) -> Sequence[Path]:
+        """The files that hold it."""
+        return ()
+
+    def region(self) -> FileRegion | None:
+        """Where its bytes lie together and in order; None where they do not."""
+        return None
+
+    def same_data(self, other: LazyTensor) -> bool:
+        """Whether both lie in one place or are equal byte for byte; memory: two blocks of 16 MB."""
+        if self == other:
+            return True
+        if (self.shape, self.dtype) != (other.shape, other.dtype):
+            return False
+        return all(x.tobytes() == y.tobytes() for x, y in zip(self.blocks(), other.blocks(), strict=True))
+
+    def row_ranges(self) -> Iterator[tuple[int, int]]:
+        """Start and number of the rows of each block."""
+        count = max(1, BLOCK_BYTES // max(1, math.prod(self.shape[1:]) * self.dtype.itemsize))
+        for start in range(0, max(1, self.shape[0]), count):
+            yield start, min(count, self.shape[0] - start)
+
+
+@dataclass(frozen=True)
+class TensorLocation(LazyTensor):
+    """A tensor whose first element lies at `offset` of `file`; strides in elements."""
 
     file: Path
     offset: int
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
     strides: tuple[int, ...]
 
     @property
@@ -39,6 +75,10 @@ class TensorLocation(NamedTuple):
             return 0
         return 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
 
+    def files(self) -> Sequence[Path]:
+        """The one file."""
+        return (self.file,)
+
     def read(self) -> Array:
         """The tensor, contiguous and owned by the caller; memory: its span, once more if it is not contiguous.
 
@@ -46,8 +86,8 @@ class TensorLocation(NamedTuple):
             InputError: the file ends before the tensor does.
         """
         values = np.empty(self.span, self.dtype)
-        self._replace(shape=values.shape, strides=(1,)).read_into(values)
-        if self.strides == contiguous_strides(self.shape):
+        self.read_into(values)
+        if self.is_contiguous():
             return values.reshape(self.shape)
         strides = tuple(stride * self.dtype.itemsize for stride in self.strides)
         return np.lib.stride_tricks.as_strided(values, self.shape, strides).copy()
@@ -65,23 +105,60 @@ class TensorLocation(NamedTuple):
             while done < len(data) and (count := file.readinto(data[done:])):
                 done += count
         if done < len(data):
-            raise InputError(
-                f"{self.file} ends {len(data) - done} bytes inside a tensor",
-                "the size it had when it was opened",
-                "fetch or copy it again",
-            )
+            raise ends_early(self.file, len(data) - done)
+
+    def rows(self, start: int, count: int) -> TensorLocation:
+        """Some of its rows."""
+        offset = self.offset + start * self.strides[0] * self.dtype.itemsize
+        return replace(self, offset=offset, shape=(count, *self.shape[1:]))
 
     def blocks(self) -> Iterator[Array]:
         """The tensor in pieces of whole rows of about 16 MB."""
-        if not self.shape:
-            yield self.read()
-            return
-        row_bytes = max(1, math.prod(self.shape[1:]) * self.dtype.itemsize)
-        count = max(1, BLOCK_BYTES // row_bytes)
-        for start in range(0, self.shape[0], count):
-            rows = min(count, self.shape[0] - start)
-            offset = self.offset + start * self.strides[0] * self.dtype.itemsize
-            yield self._replace(offset=offset, shape=(rows, *self.shape[1:])).read()
+        parts = [self] if not self.shape else (self.rows(*rows) for rows in self.row_ranges())
+        return (part.read() for part in parts)
+
+    def is_contiguous(self) -> bool:
+        """Whether its elements lie together, row by row."""
+        return self.strides == contiguous_strides(self.shape)
+
+    def region(self) -> FileRegion | None:
+        """Where its bytes lie, if it is contiguous."""
+        return FileRegion(self.file, self.offset, self.nbytes) if self.is_contiguous() else None
+
+
+@dataclass(frozen=True)
+class PlannedTensor(LazyTensor):
+    """A tensor to write, under the name that the file gives it.
+
+    Attributes:
+        make: gives the data in pieces along the first axis, contiguous and of its dtype.
+        copied: where exactly these bytes lie already, to be copied without passing through memory.
+        same_as: the name of an earlier tensor whose storage this one shares (torch files only).
+    """
+
+    name: str
+    make: Callable[[], Iterator[Array]]
+    copied: FileRegion | None = None
+    same_as: str | None = None
+
+    def blocks(self) -> Iterator[Array]:
+        """The data that would be written."""
+        return self.make()
+
+    def same_data(self, other: LazyTensor) -> bool:
+        """Whether both will share their storage."""
+        return isinstance(other, PlannedTensor) and (self.same_as or self.name) == (other.same_as or other.name)
+
+    def write(self, out: IO[bytes]) -> None:
+        """Write the data to a file, block by block."""
+        written = 0
+        for block in self.blocks():
+            if block.dtype != self.dtype:
+                raise InputError(f"tensor {self.name!r} gave {block.dtype}", str(self.dtype))
+            out.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+            written += block.nbytes
+        if written != self.nbytes:
+            raise InputError(f"tensor {self.name!r} gave {written} bytes", f"{self.nbytes}")
 
 
 class StoredTensors:
@@ -95,7 +172,7 @@ class StoredTensors:
 
     def __init__(
         self,
-        tensors: Mapping[str, TensorLocation],
+        tensors: Mapping[str, LazyTensor],
         metadata: Mapping[str, str] | None = None,
         aliases: Mapping[str, str] | None = None,
     ) -> None:
@@ -109,12 +186,11 @@ class StoredTensors:
 
     def files(self) -> list[Path]:
         """The files that hold the tensors."""
-        return list(dict.fromkeys(location.file for location in self.locations.values()))
+        return list(dict.fromkeys(file for tensor in self.locations.values() for file in tensor.files()))
 
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype, without reading the data."""
-        location = self.locations[name]
-        return TensorInfo(location.shape, location.dtype)
+        return self.locations[name]
 
     def read(self, name: str) -> Array:
         """The tensor's data, contiguous and owned by the caller."""
@@ -126,44 +202,28 @@ class StoredTensors:
 
     def region(self, name: str) -> FileRegion | None:
         """Where a contiguous tensor's bytes lie."""
-        location = self.locations[name]
-        if location.strides != contiguous_strides(location.shape):
-            return None
-        return FileRegion(location.file, location.offset, location.span * location.dtype.itemsize)
+        return self.locations[name].region()
 
     def same_data(self, first: str, second: str) -> bool:
         """Whether two tensors share their storage or are equal byte for byte; memory: two blocks of 16 MB."""
-        a, b = self.locations[first], self.locations[second]
-        if a == b:
-            return True
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return False
-        return all(x.tobytes() == y.tobytes() for x, y in zip(a.blocks(), b.blocks(), strict=True))
+        return self.locations[first].same_data(self.locations[second])
 
 
-class ArrayWeights:
-    """A `WeightSource` over arrays in memory."""
-
-    def __init__(self, arrays: Mapping[str, Array]) -> None:
-        self._arrays = dict(arrays)
-
-    def names(self) -> Iterable[str]:
-        """Names of all tensors."""
-        return self._arrays.keys()
-
-    def info(self, name: str) -> TensorInfo:
-        """Shape and dtype."""
-        array = self._arrays[name]
-        return TensorInfo(array.shape, array.dtype)
-
-    def read(self, name: str) -> Array:
-        """The array itself."""
-        return self._arrays[name]
+def planned(name: str, array: Array) -> PlannedTensor:
+    """An array in memory, to write under a name."""
+    contiguous = np.ascontiguousarray(array)
+    return PlannedTensor(array.shape, array.dtype, name, lambda: iter((contiguous,)))
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Row-major strides in elements."""
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def ends_early(file: Path, missing: int) -> InputError:
+    """The error for a file that became shorter since it was opened."""
+    expected, action = "the size it had when it was opened", "fetch or copy it again"
+    return InputError(f"{file} ends {missing} bytes inside a tensor", expected, action)
 
 
 def load_json(path: Path) -> Any:
@@ -175,9 +235,8 @@ def load_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{path} cannot be read as JSON ({error})", "a JSON document", "fetch or write it again"
-        ) from error
+        found = f"{path} cannot be read as JSON ({error})"
+        raise InputError(found, "a JSON document", "fetch or write it again") from error
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,68 +1,45 @@
 """The containers of `torch.save`: a zip of a pickle and storages, and the older run of pickles before its storages.
 
-Both give the tree with tensors described and not placed; `TorchFile.locate` places one. No tensor data is read.
+Both give the tree with tensors described and not placed; `TorchFile.locate` places one. No tensor data is read. Only
+the zip is written, and torch is not imported for it.
 """
 
 from __future__ import annotations
 
 import io
 import math
+import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import ml_dtypes
-import numpy as np
+from typing import IO, Any
 
 from retnet_tools.errors import InputError
 from retnet_tools.formats.content import quantized_error, short_name
-from retnet_tools.formats.file_window import FileWindow
 from retnet_tools.formats.pickles import corrupt, unpickle
 from retnet_tools.formats.stand_ins import Global, Storage, StrangeTensor, TensorView
-from retnet_tools.formats.storage import TensorLocation
+from retnet_tools.formats.storage import DTYPES, PlannedTensor, TensorLocation, contiguous_strides
+from retnet_tools.progress import ByteProgress
 
+# What torch's classes of storages hold.
 STORAGE_DTYPES = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-    "UntypedStorage": "uint8",
-    "ComplexFloatStorage": "complex64",
-    "ComplexDoubleStorage": "complex128",
-    "QInt8Storage": "qint8",
-    "QUInt8Storage": "quint8",
-    "QInt32Storage": "qint32",
-    "QUInt4x2Storage": "quint4x2",
-    "QUInt2x4Storage": "quint2x4",
+    f"{kind}Storage": dtype
+    for kind, dtype in (
+        *(("Double", "float64"), ("Float", "float32"), ("Half", "float16"), ("BFloat16", "bfloat16")),
+        *(("Long", "int64"), ("Int", "int32"), ("Short", "int16"), ("Char", "int8"), ("Byte", "uint8")),
+        *(("Bool", "bool"), ("Untyped", "uint8"), ("ComplexFloat", "complex64"), ("ComplexDouble", "complex128")),
+        *(("QInt8", "qint8"), ("QUInt8", "quint8"), ("QInt32", "qint32")),
+        *(("QUInt4x2", "quint4x2"), ("QUInt2x4", "quint2x4")),
+    )
 }
 ITEM_SIZES = {"complex64": 8, "complex128": 16, "qint32": 4}
-DTYPES: dict[str, np.dtype[Any]] = {
-    "float64": np.dtype("<f8"),
-    "float32": np.dtype("<f4"),
-    "float16": np.dtype("<f2"),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "int64": np.dtype("<i8"),
-    "int32": np.dtype("<i4"),
-    "int16": np.dtype("<i2"),
-    "int8": np.dtype("i1"),
-    "uint64": np.dtype("<u8"),
-    "uint32": np.dtype("<u4"),
-    "uint16": np.dtype("<u2"),
-    "uint8": np.dtype("u1"),
-    "bool": np.dtype("?"),
-}
 # How large an expanded tensor, whose elements share memory, may be without a storage of its size.
 EXPANDED_BYTES = 1 << 20
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
+# Of the entries that a pickle adds to a dict at a time.
+BATCH = 1000
 _BROKEN_ZIP = (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, OSError, struct.error)
 
 
@@ -82,23 +59,22 @@ class TorchFile:
         Raises:
             InputError: a quantized, sparse or complex tensor, one without data, one that its storage cannot hold.
         """
-        if isinstance(tensor, StrangeTensor):
-            raise _strange_error(self._path, name, tensor.kind)
-        if tensor.dtype not in DTYPES:
-            raise _dtype_error(self._path, name, tensor.dtype)
+        if isinstance(tensor, StrangeTensor) or tensor.dtype not in DTYPES:
+            raise _strange_error(self._path, name, tensor)
         dtype, storage = DTYPES[tensor.dtype], tensor.storage
         counts = (tensor.offset, *tensor.shape, *tensor.strides)
-        if len(tensor.shape) != len(tensor.strides) or not all(map(_is_count, counts)):
+        if len(tensor.shape) != len(tensor.strides) or not all(map(is_count, counts)):
             raise corrupt(self._path, "a tensor with a broken description")
-        held = storage.numel * _item_size(storage.dtype) // dtype.itemsize
+        item_size = _item_size(storage.dtype)
+        held = storage.numel * item_size // dtype.itemsize
         if math.prod(tensor.shape) > max(held, EXPANDED_BYTES // dtype.itemsize):
             raise InputError(
                 f"{short_name(self._path)} has a tensor of shape {list(tensor.shape)} in a storage of {held} elements",
                 "an element of its own for each",
                 "save contiguous tensors",
             )
-        start = self._find(storage) + storage.start * _item_size(storage.dtype) + tensor.offset * dtype.itemsize
-        location = TensorLocation(self._path, start, tuple(tensor.shape), dtype, tuple(tensor.strides))
+        start = self._find(storage) + storage.start * item_size + tensor.offset * dtype.itemsize
+        location = TensorLocation(tuple(tensor.shape), dtype, self._path, start, tuple(tensor.strides))
         if tensor.offset + location.span > held:
             raise corrupt(self._path, f"a tensor of {location.span} elements at {tensor.offset} in a storage of {held}")
         return location
@@ -114,16 +90,40 @@ def read_torch(path: Path, start: int = 0, length: int | None = None) -> TorchFi
             entries, big-endian data, a TorchScript archive.
     """
     with path.open("rb") as file:
-        size = path.stat().st_size
-        length = size if length is None else length
-        region = file if start == 0 and length == size else io.BufferedReader(FileWindow(file, start, length))
+        region = file if length is None else io.BufferedReader(_FileWindow(file, start, length))
+        length = path.stat().st_size if length is None else length
         is_zip = region.read(4) == b"PK\x03\x04"
         region.seek(0)
-        read = _read_zip if is_zip else _read_legacy
-        return TorchFile(path, *read(path, region, start, length))
+        return TorchFile(path, *(_read_zip if is_zip else _read_legacy)(path, region, start, length))
 
 
-def _read_zip(path: Path, file: Any, start: int, length: int) -> tuple[Any, Callable[[Storage], int]]:
+class _FileWindow(io.RawIOBase):
+    """`length` bytes of a file from `start`."""
+
+    def __init__(self, file: IO[bytes], start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = (0, self._at, self._length)[whence] + offset
+        if self._at < 0:
+            raise ValueError("a place before the start")
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        data = self._file.read(max(0, min(len(buffer), self._length - self._at)))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def _read_zip(path: Path, file: IO[bytes], start: int, length: int) -> tuple[Any, Callable[[Storage], int]]:
     try:
         with zipfile.ZipFile(file) as archive:
             entries = {info.filename: info for info in archive.infolist()}
@@ -137,12 +137,16 @@ def _read_zip(path: Path, file: Any, start: int, length: int) -> tuple[Any, Call
         def extent(name: str) -> tuple[int, int]:
             return _extent(path, entries, name, start, length)
 
-        order = _read(path, extent(root + "byteorder")) if root + "byteorder" in entries else b"little"
+        def read(name: str) -> bytes:
+            at, size = extent(name)
+            file.seek(at - start)
+            return file.read(size)
+
+        order = read(root + "byteorder") if root + "byteorder" in entries else b"little"
         if order != b"little":
-            raise InputError(
-                f"{short_name(path)} has byte order {order[:20]!r}", "little", "save it on another machine"
-            )
-        text = _read(path, extent(pickles[0]))
+            found = f"{short_name(path)} has byte order {order[:20]!r}"
+            raise InputError(found, "little", "save it on another machine")
+        text = read(pickles[0])
     except _BROKEN_ZIP as error:
         raise corrupt(path, str(error)) from error
 
@@ -155,23 +159,14 @@ def _read_zip(path: Path, file: Any, start: int, length: int) -> tuple[Any, Call
     return unpickle(io.BytesIO(text), path, _storage), find
 
 
-def _read(path: Path, extent: tuple[int, int]) -> bytes:
-    with path.open("rb") as file:
-        file.seek(extent[0])
-        return file.read(extent[1])
-
-
 def _extent(path: Path, entries: Mapping[str, zipfile.ZipInfo], name: str, start: int, length: int) -> tuple[int, int]:
     """First byte and size of a stored entry, past its local header."""
     info = entries.get(name)
     if info is None:
         raise corrupt(path, f"no entry {name[:80]}")
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-        raise InputError(
-            f"{short_name(path)} has the compressed entry {name[:80]}",
-            "stored entries",
-            "save it with torch.save",
-        )
+        found = f"{short_name(path)} has the compressed entry {name[:80]}"
+        raise InputError(found, "stored entries", "save it with torch.save")
     with path.open("rb", buffering=0) as file:
         file.seek(start + max(0, info.header_offset))
         header = file.read(30)
@@ -183,7 +178,7 @@ def _extent(path: Path, entries: Mapping[str, zipfile.ZipInfo], name: str, start
     return start + at, info.file_size
 
 
-def _read_legacy(path: Path, file: Any, start: int, length: int) -> tuple[Any, Callable[[Storage], int]]:
+def _read_legacy(path: Path, file: IO[bytes], start: int, length: int) -> tuple[Any, Callable[[Storage], int]]:
     """The format before torch 1.6: magic, protocol, system, tree and storage keys as pickles, then the storages."""
     found: dict[str, int] = {}
 
@@ -195,13 +190,9 @@ def _read_legacy(path: Path, file: Any, start: int, length: int) -> tuple[Any, C
                 raise ValueError(f"storage {storage.key[:40]} of two sizes")
         return storage
 
-    for expected in (LEGACY_MAGIC, LEGACY_PROTOCOL):
-        if unpickle(file, path) != expected:
-            raise InputError(
-                f"{short_name(path)} is a pickle that torch.save did not write",
-                "a file of torch.save",
-                "save model.state_dict() with torch.save",
-            )
+    if any(unpickle(file, path) != expected for expected in (LEGACY_MAGIC, LEGACY_PROTOCOL)):
+        found_instead = f"{short_name(path)} is a pickle that torch.save did not write"
+        raise InputError(found_instead, "a file of torch.save", "save model.state_dict() with torch.save")
     system = unpickle(file, path)
     if not isinstance(system, Mapping) or system.get("little_endian") is not True:
         raise InputError(f"{short_name(path)} has big-endian data", "little-endian", "save it on another machine")
@@ -229,13 +220,10 @@ def _storage(pid: Any) -> Any:
     if pid[0] == "module" and isinstance(pid[1], Global):
         return pid[1]
     tag, kind, key, _, numel = pid[:5]
-    if tag != "storage" or not isinstance(key, str) or not _is_count(numel) or not isinstance(kind, Global):
+    if tag != "storage" or not isinstance(key, str) or not is_count(numel) or not isinstance(kind, Global):
         raise ValueError("a broken storage")
-    view = pid[5] if len(pid) > 5 else None
-    if view is None:
-        return Storage(STORAGE_DTYPES[kind.name], key, numel, 0)
-    _, before, inside = view
-    if not _is_count(before) or not _is_count(inside) or before + inside > numel:
+    _, before, inside = pid[5] if len(pid) > 5 and pid[5] is not None else (None, 0, numel)
+    if not is_count(before) or not is_count(inside) or before + inside > numel:
         raise ValueError("a storage that is no part of its own")
     return Storage(STORAGE_DTYPES[kind.name], key, inside, before)
 
@@ -244,29 +232,107 @@ def _item_size(dtype: str) -> int:
     return DTYPES[dtype].itemsize if dtype in DTYPES else ITEM_SIZES.get(dtype, 1)
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether a value can be an offset or a size."""
     return type(value) is int and 0 <= value < 1 << 62
 
 
-def _dtype_error(path: Path, name: str, dtype: str) -> InputError:
-    if dtype.startswith("complex"):
-        return InputError(
-            f"{short_name(path)} holds complex-valued tensors ({name[:60]!r})",
-            "real ones",
-            "complex-valued models are not supported",
-        )
-    return quantized_error(path, "fp8" if dtype.startswith("float8") else dtype[:20], name)
-
-
-def _strange_error(path: Path, name: str, kind: str) -> InputError:
-    if kind == "meta":
-        return InputError(
-            f"tensor {name[:60]!r} in {short_name(path)} is on the meta device, without data",
-            "weights",
-            "save it after they are loaded",
-        )
+def _strange_error(path: Path, name: str, tensor: TensorView | StrangeTensor) -> InputError:
+    kind = tensor.kind if isinstance(tensor, StrangeTensor) else f"{tensor.dtype}-quantized"
+    what = f"tensor {name[:60]!r} in {short_name(path)} is"
+    if kind.startswith("complex"):
+        found = f"{short_name(path)} holds complex-valued tensors ({name[:60]!r})"
+        return InputError(found, "real ones", "complex-valued models are not supported")
     if kind.endswith("-quantized"):
-        return quantized_error(path, kind.removesuffix("-quantized"), name)
-    return InputError(
-        f"tensor {name[:60]!r} in {short_name(path)} is {kind[:30]}", "a dense one", "save plain tensors of the CPU"
-    )
+        method = kind.removesuffix("-quantized")
+        return quantized_error(path, "fp8" if method.startswith("float8") else method[:20], name)
+    if kind == "meta":
+        return InputError(f"{what} on the meta device, without data", "weights", "save it after they are loaded")
+    return InputError(f"{what} {kind[:30]}", "a dense one", "save plain tensors of the CPU")
+
+
+def write_torch(file: Path, tensors: Sequence[PlannedTensor], progress: ByteProgress | None) -> None:
+    """A state dict as `torch.save` writes it: an OrderedDict in data.pkl, each storage a stored zip entry.
+
+    Memory: the one block of a tensor that is being written.
+    """
+    keys: dict[str, str] = {}
+    for tensor in tensors:
+        keys[tensor.name] = str(len(keys)) if tensor.same_as is None else keys[tensor.same_as]
+    root = "archive"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        archive.writestr(f"{root}/data.pkl", _state_dict_pickle(tensors, keys))
+        archive.writestr(f"{root}/byteorder", "little")
+        for tensor in tensors:
+            if tensor.same_as is not None:
+                continue
+            with archive.open(f"{root}/data/{keys[tensor.name]}", "w", force_zip64=True) as entry:
+                tensor.write(entry)
+            if progress is not None:
+                progress(tensor.nbytes)
+        archive.writestr(f"{root}/version", "3\n")
+
+
+class _Operations:
+    """A pickle of protocol 2, torch.save's own, operation by operation: `pickle` would import what it names."""
+
+    def __init__(self) -> None:
+        self.data = bytearray(b"\x80\x02")
+        self._memo: dict[object, int] = {}
+
+    def add(self, operations: bytes, known_as: object = None) -> None:
+        """Make a value and remember it; get it instead where it was made before."""
+        index = self._memo.get(known_as)
+        short, long = (b"q", b"r") if index is None else (b"h", b"j")
+        if index is None:
+            self.data += operations
+            index = self._memo[object() if known_as is None else known_as] = len(self._memo)
+        self.data += short + bytes((index,)) if index < 256 else long + index.to_bytes(4, "little")
+
+    def text(self, value: str) -> None:
+        self.add(pickle.dumps(value, 2)[2:-3], known_as=value)
+
+    def named(self, module: str, name: str) -> None:
+        self.add(f"c{module}\n{name}\n".encode(), known_as=(module, name))
+
+    def numbers(self, values: tuple[int, ...], known_as: object = None) -> None:
+        made = b"".join(pickle.dumps(value, 2)[2:-1] for value in values)
+        if not values:
+            self.data += b")"
+        elif len(values) <= 3:
+            self.add(made + b"\x85\x86\x87"[len(values) - 1 :][:1], known_as)
+        else:
+            self.add(b"(" + made + b"t", known_as)
+
+    def ordered_dict(self) -> None:
+        self.named("collections", "OrderedDict")
+        self.add(b")R")
+
+
+def _state_dict_pickle(tensors: Sequence[PlannedTensor], keys: Mapping[str, str]) -> bytes:
+    storages = {dtype: name for name, dtype in reversed(STORAGE_DTYPES.items())}
+    tree = _Operations()
+    tree.ordered_dict()
+    for i, tensor in enumerate(tensors):
+        first, last = i % BATCH == 0, i % BATCH == BATCH - 1 or i == len(tensors) - 1
+        if first and not last:
+            tree.data += b"("
+        tree.text(tensor.name)
+        tree.named("torch._utils", "_rebuild_tensor_v2")
+        tree.data += b"(("
+        tree.text("storage")
+        tree.named("torch", storages[tensor.dtype.name])
+        tree.text(keys[tensor.name])
+        tree.text("cpu")
+        tree.data += pickle.dumps(math.prod(tensor.shape), 2)[2:-1]
+        tree.add(b"t")
+        tree.data += b"QK\0"
+        tree.numbers(tensor.shape, known_as=id(tensor.shape))
+        tree.numbers(contiguous_strides(tensor.shape))
+        tree.data += b"\x89"
+        tree.ordered_dict()
+        tree.add(b"t")
+        tree.add(b"R")
+        if last:
+            tree.data += b"s" if first else b"u"
+    return bytes(tree.data + b".")

@@ -8,12 +8,11 @@ may have the output projection itself, outside of the prefix; and a model may be
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from retnet_tools.errors import InputError
 from retnet_tools.formats.spec import FormatSpec
 from retnet_tools.formats.storage import StoredTensors
-from retnet_tools.weights import Array, FileRegion
 
 INERT_TENSORS = frozenset({"n_averaged"})
 """Counters of torch's averaged models, beside the weights."""
@@ -23,38 +22,15 @@ _WORD = re.compile(
 )
 
 
-class Renamed(StoredTensors):
-    """Tensors under other names.
-
-    Args:
-        names: from each name here to the stored one.
-    """
-
-    def __init__(self, stored: StoredTensors, names: Mapping[str, str]) -> None:
-        super().__init__({name: stored.locations[old] for name, old in names.items()}, stored.metadata)
-        self._stored, self._names = stored, dict(names)
-
-    def read(self, name: str) -> Array:
-        """The tensor's data, contiguous and owned by the caller."""
-        return self._stored.read(self._names[name])
-
-    def blocks(self, name: str) -> Iterator[Array]:
-        """The tensor in pieces of whole rows of about 16 MB."""
-        return self._stored.blocks(self._names[name])
-
-    def region(self, name: str) -> FileRegion | None:
-        """Where a contiguous tensor's bytes lie."""
-        return self._stored.region(self._names[name])
-
-    def same_data(self, first: str, second: str) -> bool:
-        """Whether two tensors share their storage or are equal byte for byte."""
-        return self._stored.same_data(self._names[first], self._names[second])
+def renamed(stored: StoredTensors, names: Mapping[str, str]) -> StoredTensors:
+    """Tensors under other names: from each name here to the stored one."""
+    return StoredTensors({name: stored.locations[old] for name, old in names.items()}, stored.metadata)
 
 
 def without_words(stored: StoredTensors) -> StoredTensors:
     """The tensors, their names without the words that wrappers put in the middle."""
     names = {_WORD.sub("", name): name for name in stored.names()}
-    return Renamed(stored, names) if len(names) == len(stored.locations) else stored
+    return renamed(stored, names) if len(names) == len(stored.locations) else stored
 
 
 def prefixes(names: Iterable[str], marks: Sequence[str]) -> list[str]:
@@ -91,7 +67,7 @@ def unwrapped(stored: StoredTensors, spec: FormatSpec) -> tuple[StoredTensors, s
             raise InputError(f"unknown tensor {name!r}", f"names that start with {prefix!r}", "remove it")
     for name in INERT_TENSORS:
         names.pop(base + name, None)
-    return Renamed(stored, {**names, **heads}), prefix
+    return renamed(stored, {**names, **heads}), prefix
 
 
 def _heads(stored: StoredTensors, spec: FormatSpec, prefix: str, base: str) -> dict[str, str]:

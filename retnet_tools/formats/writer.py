@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from retnet_tools.errors import OutputError, UsageError
-from retnet_tools.formats.containers import PlannedTensor, write_safetensors, write_torch
+from retnet_tools.formats.safetensors_files import write_safetensors
+from retnet_tools.formats.storage import PlannedTensor
+from retnet_tools.formats.torch_files import write_torch
 from retnet_tools.progress import ByteProgress
 from retnet_tools.staging import staged_folder
 
@@ -44,7 +46,7 @@ class CheckpointLayout:
     @property
     def nbytes(self) -> int:
         """Bytes of tensor data; what shares storage counts once."""
-        return sum(t.info.nbytes for tensors in self.weights.values() for t in tensors if t.same_as is None)
+        return sum(t.nbytes for tensors in self.weights.values() for t in tensors if t.same_as is None)
 
     @property
     def names(self) -> list[str]:
@@ -63,16 +65,16 @@ def shard(tensors: Sequence[PlannedTensor], limit: int) -> tuple[dict[str, list[
     shards: list[list[PlannedTensor]] = [[]]
     size = 0
     for tensor in tensors:
-        if shards[-1] and size + tensor.info.nbytes > limit:
+        if shards[-1] and size + tensor.nbytes > limit:
             shards.append([])
             size = 0
         shards[-1].append(tensor)
-        size += tensor.info.nbytes
+        size += tensor.nbytes
     if len(shards) == 1:
         return {WEIGHTS_FILE: shards[0]}, None
     files = {f"model-{i:05d}-of-{len(shards):05d}.safetensors": part for i, part in enumerate(shards, 1)}
     weight_map = {tensor.name: file for file, part in files.items() for tensor in part}
-    total = sum(tensor.info.nbytes for tensor in tensors)
+    total = sum(tensor.nbytes for tensor in tensors)
     return files, {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 

@@ -99,7 +99,7 @@ def _locate(folder: Path, graph: str, tensor: ir.ExternalTensor) -> TensorLocati
     packed = tensor.dtype.itemsize < 1
     shape = (size,) if packed else tuple(tensor.shape.numpy())
     dtype = np.dtype(np.uint8) if packed else tensor.dtype.numpy()
-    return TensorLocation(folder / WEIGHTS_FILE, tensor.offset or 0, shape, dtype, contiguous_strides(shape))
+    return TensorLocation(shape, dtype, folder / WEIGHTS_FILE, tensor.offset or 0, contiguous_strides(shape))
 
 
 def _check_size(file: Path, locations: Mapping[str, TensorLocation]) -> None:

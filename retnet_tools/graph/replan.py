@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -84,7 +83,9 @@ def canonical_weights(
     for tensor in stored.values():
         start = 0
         for source in tensor.sources:
-            locations[source] = _rows(tensors.locations[tensor.name], start, shapes[source])
+            location = tensors.locations[tensor.name]
+            assert isinstance(location, TensorLocation)
+            locations[source] = location.rows(start, shapes[source][0])
             start += shapes[source][0]
     return StoredTensors(locations)
 
@@ -125,8 +126,3 @@ def _own_files(folder: Path, manifest: Manifest) -> list[str]:
         return []
     own = (contract.GENAI_CONFIG_FILE, TOKENIZER_CONFIG_FILE)
     return [name for name in own if name not in manifest.tokenizer_files and (folder / name).is_file()]
-
-
-def _rows(location: TensorLocation, start: int, shape: tuple[int, ...]) -> TensorLocation:
-    row = math.prod(shape[1:]) * location.dtype.itemsize
-    return location._replace(offset=location.offset + start * row, shape=shape, strides=location.strides)

@@ -23,14 +23,14 @@ def conversion_document(
         "target_format": target,
         "tensor_bytes": plan.layout.nbytes,
         "memory_bytes": sum(plan.largest),
-        "files": {name: sum(t.info.nbytes for t in tensors if t.same_as is None) for name, tensors in files.items()},
+        "files": {name: sum(t.nbytes for t in tensors if t.same_as is None) for name, tensors in files.items()},
         "other_files": [name for name in plan.layout.names if name not in files],
         "tensors": [
             {
                 "name": tensor.name,
                 "canonical": plan.names[tensor.name],
-                "shape": list(tensor.info.shape),
-                "dtype": tensor.info.dtype.name,
+                "shape": list(tensor.shape),
+                "dtype": tensor.dtype.name,
             }
             for tensors in files.values()
             for tensor in tensors

@@ -23,9 +23,8 @@ from typing import Any
 import numpy as np
 
 from retnet_tools.errors import InputError, RetNetToolsError, UsageError
-from retnet_tools.formats.containers import planned, write_safetensors
-from retnet_tools.formats.safetensors_files import open_safetensors
-from retnet_tools.formats.storage import StoredTensors
+from retnet_tools.formats.safetensors_files import open_safetensors, write_safetensors
+from retnet_tools.formats.storage import StoredTensors, planned
 from retnet_tools.graph.contract import MAX_POSITION, state_shape
 from retnet_tools.runtime.recurrent_state import RecurrentState
 from retnet_tools.runtime.sampling import Sampler, Sampling

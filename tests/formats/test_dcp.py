@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from retnet_tools.errors import InputError, UsageError
-from retnet_tools.formats.boxes import fill_exactly
+from retnet_tools.formats.dcp import fill_exactly
 from retnet_tools.formats.files import CheckpointFiles
 from tests.formats.cases import CONFORMANCE
 
@@ -105,7 +105,7 @@ def test_an_average_beside_the_model(tmp_path: Path) -> None:
 
 
 def test_blocks_of_a_tensor_larger_than_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from retnet_tools.formats import dcp as module
+    from retnet_tools.formats import storage as module
 
     monkeypatch.setattr(module, "BLOCK_BYTES", 30)
     tensors = CheckpointFiles(save(tmp_path / "dcp", {"model": MODEL})).tensors

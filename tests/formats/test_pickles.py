@@ -16,7 +16,8 @@ import torch
 from retnet_tools.errors import InputError
 from retnet_tools.formats import open_checkpoint
 from retnet_tools.formats.files import CheckpointFiles
-from retnet_tools.formats.torch_files import LEGACY_MAGIC, LEGACY_PROTOCOL, read_torch
+from retnet_tools.formats.storage import planned
+from retnet_tools.formats.torch_files import LEGACY_MAGIC, LEGACY_PROTOCOL, read_torch, write_torch
 from tests.formats.cases import refusal, small_tensors, write_torchscale
 
 
@@ -253,3 +254,16 @@ def test_a_pickle_cannot_reserve_memory(tmp_path: Path) -> None:
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("model/data.pkl", b"\x80\x02}r\x00\x00\x00\x80.")
     refusal(tmp_path, "memo index 2147483648")
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 300, 1001])
+def test_a_state_dict_is_written_in_the_operations_of_torch_save(tmp_path: Path, count: int) -> None:
+    shapes = ((), (3,), (2, 300), (1, 2, 3), (2, 1, 2, 1), (70_000,))
+    arrays = {f"layers.{i}.ü": np.zeros(shapes[i % 6 if i < 6 else i % 5], np.float32) for i in range(count)}
+    torch.save(OrderedDict((name, torch.from_numpy(array)) for name, array in arrays.items()), tmp_path / "torch.pt")
+    write_torch(tmp_path / "ours.pt", [planned(name, array) for name, array in arrays.items()], None)
+    pickles = []
+    for file, root in (("torch.pt", "torch"), ("ours.pt", "archive")):
+        with zipfile.ZipFile(tmp_path / file) as archive:
+            pickles.append(archive.read(f"{root}/data.pkl"))
+    assert pickles[0] == pickles[1]

@@ -330,7 +330,7 @@ def test_what_lies_beside_the_weights_is_read_over(tmp_path: Path, key: str, zip
 def test_everything_that_torch_allows_is_known() -> None:
     from torch._weights_only_unpickler import _get_allowed_globals
 
-    from retnet_tools.formats.pickle_calls import CALLS, look_up
+    from retnet_tools.formats.stand_ins import CALLS, look_up
 
     names = list(_get_allowed_globals())
     assert len(names) > 80
