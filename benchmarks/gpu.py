@@ -148,9 +148,9 @@ class Runner:
 def write_model(name: str, state: Path, *, quick: bool) -> None:
     """Export a model of `MODELS` to a folder that stays; with `quick` the shipped checkpoint in its types."""
     from retnet_tools.bench.models import ModelOptions, make_model
-    from retnet_tools.cli.source import shipped_checkpoint
     from retnet_tools.dtypes import parse_dtype
     from retnet_tools.formats.source import CheckpointSource
+    from retnet_tools.jobs.request import shipped_checkpoint
     from retnet_tools.quantize.scheme import SchemeOptions
 
     model, scratch = MODELS[name], state / "models" / name

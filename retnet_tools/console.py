@@ -1,9 +1,18 @@
-"""Consoles and tables for results on stdout: colour on a terminal, aligned plain text everywhere."""
+"""What people see: results on stdout, as tables or JSON, and progress on stderr. Colour on a terminal alone."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressDisplay
 from rich.table import Table
+
+from retnet_tools.progress import Progress
 
 PLAIN_WIDTH = 200
 
@@ -30,3 +39,39 @@ def print_line(console: Console, text: str) -> None:
 def verdict(passed: bool) -> str:
     """`passed` or `failed`, coloured where the console has colours."""
     return "[green]passed[/green]" if passed else "[bold red]failed[/bold red]"
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """One JSON document on stdout. NaN and infinities become null, which JSON has no other word for."""
+    print(json.dumps(_finite(document), indent=2))
+
+
+def print_message(text: str) -> None:
+    """A line on stderr, beside the results."""
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A bar on stderr, on a terminal only, of what runs now."""
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with ProgressDisplay(*columns, console=console, disable=not console.is_terminal, transient=True) as display:
+        task = display.add_task("", total=None)
+
+        def tell(what: str, done: int, total: int) -> None:
+            if total != display.tasks[0].total:
+                display.reset(task)
+            display.update(task, description=what, completed=done, total=total)
+
+        yield tell
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not (abs(value) < float("inf")):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

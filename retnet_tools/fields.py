@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import operator
 import reprlib
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from retnet_tools.errors import ConfigError
 
 MAX_SIZE = (1 << 63) - 1
-_IN_WORDS = {bool: "true or false", int: "an integer", float: "a finite number", str: "text"}
+_IN_WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a finite number",
+    str: "text",
+    str | Path: "text or a path",
+}
 _IN_PLURAL = {float: "finite numbers", str: "texts"}
 
 
@@ -21,8 +29,9 @@ def check_types(instance: Any, prefix: str = "") -> None:
     """Check that every field holds what its annotation says: a Python that ignores annotations would take `"no"` as
     true.
 
-    Known are bool, int, float (finite; an int will do), str, `Literal`, dataclasses, unions of dataclasses that the
-    choices of their field `type` tell apart, `tuple[X, ...]` of one of these, and each or None.
+    Known are bool, int, float (finite; an int will do), str, `Literal`, classes, unions of them (of dataclasses those
+    that the choices of their field `type` tell apart), `tuple[X, ...]` and `Sequence[X]` of one of these, which have to
+    be tuples, and each or None.
 
     Raises:
         ConfigError: a field of another type, by name.
@@ -76,9 +85,10 @@ def from_json(kind: Any, data: Any, where: str = "") -> Any:
     return kind(**{name: _value(prefix + name, value, types[name]) for name, value in values.items()})
 
 
-@cache
+@functools.cache
 def _types(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def _exact_fields(kind: Any, data: Any, where: str) -> dict[str, Any]:
@@ -95,7 +105,7 @@ def _exact_fields(kind: Any, data: Any, where: str) -> dict[str, Any]:
 
 def _value(name: str, value: Any, kind: Any) -> Any:
     if _is_optional(kind):
-        return None if value is None else _value(name, value, get_args(kind)[0])
+        return None if value is None else _value(name, value, _without_none(kind))
     if isinstance(kind, UnionType):
         kind = _member(name, value, get_args(kind))
     if dataclasses.is_dataclass(kind):
@@ -123,12 +133,12 @@ def _member(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
 def _check(name: str, value: Any, kind: Any) -> None:
     if _is_optional(kind):
         if value is not None:
-            _check(name, value, get_args(kind)[0])
+            _check(name, value, _without_none(kind))
     elif get_origin(kind) is Literal:
         # 1 == True and 4 == 4.0, but they are not the same choice.
         if not any(value == choice and type(value) is type(choice) for choice in get_args(kind)):
             raise _wrong(name, value, f"one of {', '.join(map(str, get_args(kind)))}")
-    elif get_origin(kind) is tuple:
+    elif get_origin(kind) in (tuple, Sequence):
         if not isinstance(value, tuple):
             raise _wrong(name, value, f"a tuple of {_IN_PLURAL.get(get_args(kind)[0], 'objects')}")
         for i, item in enumerate(value):
@@ -142,6 +152,11 @@ def _check(name: str, value: Any, kind: Any) -> None:
 
 def _is_optional(kind: Any) -> bool:
     return NoneType in get_args(kind)
+
+
+def _without_none(kind: Any) -> Any:
+    members = [member for member in get_args(kind) if member is not NoneType]
+    return functools.reduce(operator.or_, members)
 
 
 def _is_finite(value: Any) -> bool:

@@ -12,3 +12,15 @@ ByteProgress = Callable[[int], None]
 
 def no_progress(what: str, done: int, total: int) -> None:
     """Say nothing."""
+
+
+def in_megabytes(progress: Progress, what: str, total: int) -> ByteProgress:
+    """What tells of bytes as of megabytes done, of `total` bytes."""
+    done = 0
+
+    def tell(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(f"{what}, MB", round(done / 1e6), round(total / 1e6))
+
+    return tell

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from retnet_tools.cli.source import shipped_checkpoint
 from retnet_tools.formats import Checkpoint, open_checkpoint
 from retnet_tools.graph.contract import STEP_FILE
 from retnet_tools.graph.export import ExportPlan, plan_export
 from retnet_tools.graph.ops import OPERATOR_SETS
 from retnet_tools.graph.weight_tensors import stored_bytes
+from retnet_tools.jobs.request import shipped_checkpoint
 from retnet_tools.model.agreement import compare_forms, select_forms
 from retnet_tools.model.retention import retention_parallel, retention_recurrent
 from retnet_tools.model.retnet import RetNet, load_model

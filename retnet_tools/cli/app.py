@@ -83,7 +83,10 @@ def main() -> None:
     try:
         sys.exit(app(args=arguments or ["--help"], prog_name="retnet-tools", standalone_mode=False) or 0)
     except command_line_error(typer.BadParameter) as error:
-        _fail(f"{error.format_message().rstrip('.')}; see retnet-tools --help", error.exit_code)
+        # What a missing argument is, its name alone does not say.
+        help = getattr(getattr(error, "param", None), "help", None) if "issing" in type(error).__name__ else None
+        told = f"{error.format_message().rstrip('.')}{f': {help}' if help else ''}".rstrip(".")
+        _fail(f"{told}; see retnet-tools --help", error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:

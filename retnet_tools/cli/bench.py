@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retnet_tools.cli import common, quantizing, source
+from retnet_tools.cli import options
 
 if TYPE_CHECKING:
     from retnet_tools.bench.options import BenchOptions
@@ -38,9 +38,6 @@ FloatType = Annotated[str | None, typer.Option("--dtype", help="Of a checkpoint:
 Operators = Annotated[str | None, typer.Option("--ops", help="Of a checkpoint: fused (if left out) or standard.")]
 Flat = Annotated[bool, typer.Option("--flat", help="Decode at positions 1 thousand to 1 million too.")]
 Profile = Annotated[bool, typer.Option("--profile", help="Show where a step's time goes, by operator.")]
-Plot = Annotated[
-    Path | None, typer.Option("--plot", help="Draw the figures: a .png, .svg or .pdf.", show_default=False)
-]
 Folder = Annotated[
     Path | None, typer.Option("--folder", help="Where models are written for the time of a run.", show_default=False)
 ]
@@ -58,8 +55,8 @@ def bench(
         ),
     ] = None,
     size: Size = None,
-    device: common.DeviceName = "cpu",
-    cpu_fallback: common.CpuFallback = False,
+    device: options.DeviceName = "cpu",
+    cpu_fallback: options.CpuFallback = False,
     prompts: Prompts = None,
     tokens: Tokens = None,
     depths: Depths = "0",
@@ -70,24 +67,24 @@ def bench(
     against: Against = None,
     dtype: FloatType = None,
     ops: Operators = None,
-    quantize: quantizing.Target = None,
-    block_size: quantizing.BlockSize = None,
-    accuracy_level: quantizing.AccuracyLevel = None,
-    source_format: source.Format = None,
-    config: source.Config = None,
-    entry: source.Entry = None,
-    clamp: source.Clamp = None,
-    revision: source.Revision = None,
-    ignore_key: source.IgnoreKey = None,
+    quantize: options.Quantize = None,
+    block_size: options.BlockSize = None,
+    accuracy_level: options.AccuracyLevel = None,
+    source_format: options.Format = None,
+    config: options.Config = None,
+    entry: options.Entry = None,
+    clamp: options.Clamp = None,
+    revision: options.Revision = None,
+    ignore_key: options.IgnoreKey = None,
     eager: Eager = False,
     flat: Flat = False,
     profile: Profile = False,
-    plot: Plot = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a plot that is there.")] = False,
+    plot: options.Plot = None,
+    force: options.Force = False,
     folder: Folder = None,
     quick: Quick = False,
     output: Format = "table",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Time prompts and decoding as llama-bench does: tokens a second, latency and memory, beside the share of what
     memory and processor allow.
@@ -100,38 +97,50 @@ def bench(
     from retnet_tools.bench.results import benchmark_document
     from retnet_tools.bench.run import run_benchmark
     from retnet_tools.bench.text import comma_separated, markdown, parse_format, render_benchmark
+    from retnet_tools.console import print_json, progress_bar
     from retnet_tools.dtypes import parse_dtype
     from retnet_tools.errors import UsageError
+    from retnet_tools.jobs.request import CheckpointOrShipped
     from retnet_tools.plotting import check_plot
+    from retnet_tools.quantize.scheme import SchemeOptions
     from retnet_tools.runtime.providers import parse_device, usable_device
 
     target, form = parse_device(device, cpu_fallback=cpu_fallback), "json" if as_json else parse_format(output)
     lists = (prompts, tokens, depths, batches, threads, repetitions, against)
-    options = bench_options(*lists, chunk_size=chunk_size, cuda_graph=not eager, quick=quick, flat=flat)
+    asked = bench_options(*lists, chunk_size=chunk_size, cuda_graph=not eager, quick=quick, flat=flat)
     if plot is not None:
         check_plot(plot, force=force)
     number_type = None if dtype is None else parse_dtype(dtype, ("float32", "float16", "bfloat16"))
-    scheme = quantizing.options(block_size, None, accuracy_level, None, None, None)
-    how = (source_format, config, entry, clamp, revision, ignore_key)
-    if size is not None and (model is not None or any(how)):
+    scheme = SchemeOptions(block_size=block_size, accuracy_level=accuracy_level)
+    how: dict[str, Any] = {
+        "format": source_format,
+        "config": config,
+        "entry": entry,
+        "clamp": clamp,
+        "revision": revision,
+        "ignore_keys": ignore_key or (),
+    }
+    if size is not None and (model is not None or any(how.values())):
         raise UsageError(f"--size {size} and a checkpoint or options of one", "one of them")
-    origin = source.checkpoint_source(model, *how) if size is None else None
+    origin = None if size is not None else CheckpointOrShipped(model or "", **how).source()
+    if origin is not None:
+        options.say_shipped(origin.path)
     chosen = ModelOptions(origin, size, number_type, quantize, ops, scheme, target.kind)
     target = usable_device(target)
     if folder is not None and not folder.is_dir():
         raise UsageError(f"no folder {folder}", "--folder with one that exists")
-    with tempfile.TemporaryDirectory(prefix="retnet-tools-", dir=folder) as name, common.step_progress() as progress:
+    with tempfile.TemporaryDirectory(prefix="retnet-tools-", dir=folder) as name, progress_bar() as progress:
         scratch = Path(name)
-        measured = make_model(chosen, scratch, progress, copies=options.copies)
-        report = run_benchmark(measured, options, target, scratch, progress)
+        measured = make_model(chosen, scratch, progress, copies=asked.copies)
+        report = run_benchmark(measured, asked, target, scratch, progress)
         if flat:
             from retnet_tools.bench.flat import measure_flat
 
-            report = dataclasses.replace(report, flat=measure_flat(measured, options, target, progress))
+            report = dataclasses.replace(report, flat=measure_flat(measured, asked, target, progress))
         if profile:
-            report = dataclasses.replace(report, profile=measure_profile(measured, options, target, scratch))
+            report = dataclasses.replace(report, profile=measure_profile(measured, asked, target, scratch))
     if form == "json":
-        common.print_json(benchmark_document(report))
+        print_json(benchmark_document(report))
     elif form == "table":
         render_benchmark(report)
     else:
@@ -163,11 +172,11 @@ def bench_options(
 
     default = QUICK if quick else BenchOptions()
     return BenchOptions(
-        prompts=default.prompts if prompts is None else tuple(common.parse_numbers("-p", prompts)),
-        tokens=default.tokens if tokens is None else tuple(common.parse_numbers("-n", tokens)),
-        depths=tuple(common.parse_numbers("-d", depths)),
-        batches=tuple(common.parse_counts("-b", batches)),
-        threads=(None,) if threads is None else tuple(common.parse_counts("-t", threads, common.MAX_THREADS)),
+        prompts=default.prompts if prompts is None else tuple(options.parse_numbers("-p", prompts)),
+        tokens=default.tokens if tokens is None else tuple(options.parse_numbers("-n", tokens)),
+        depths=tuple(options.parse_numbers("-d", depths)),
+        batches=tuple(options.parse_counts("-b", batches)),
+        threads=(None,) if threads is None else tuple(options.parse_counts("-t", threads, options.MAX_THREADS)),
         repetitions=repetitions or default.repetitions,
         against=() if against is None else tuple(word.strip() for word in against.split(",")),
         chunk_size=chunk_size or default.chunk_size,

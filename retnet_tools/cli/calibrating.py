@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retnet_tools.cli import common
+from retnet_tools.console import print_message, progress_bar
 from retnet_tools.errors import UsageError
+from retnet_tools.jobs.request import parse_size
+from retnet_tools.progress import in_megabytes
 from retnet_tools.tokenizing import text_files
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ def options(
     if calibration is None and draw:
         raise UsageError("--calibration-tokens or --seed without a text", "--calibration FILE")
     text = None if calibration is None else CalibrationOptions(calibration, **draw)
-    size = None if target_size is None else common.parse_size(target_size)
+    size = None if target_size is None else parse_size(target_size)
     budget = None if size is None and target_bits is None else Budget(size, target_bits)
     return LearningOptions(text, budget, keep_merged)
 
@@ -96,15 +98,14 @@ def run(
     learning = replace(learning, unseen=None if held_out is None else held_out.sha256)
     with _workplace(out, dry_run=dry_run) as work:
         method = None
-        with common.step_progress() as steps:
+        with progress_bar() as steps:
             if kind is not None:
                 plan, text = plan_request(plan, kind, scheme, learning, work=work, progress=steps)
                 method = None if dry_run else make_method(plan, text, work=work, progress=steps)
         if not dry_run:
             write = write_export if kind is None else partial(write_quantized, method=method)
-            with common.progress_bar() as progress:
-                task = progress.add_task("write", total=plan.weight_bytes)
-                manifest = write(plan, out, force=force, progress=partial(progress.advance, task))
+            with progress_bar() as progress:
+                manifest = write(plan, out, force=force, progress=in_megabytes(progress, "write", plan.weight_bytes))
             plan = replace(plan, quantization=manifest.quantization)
     return plan
 
@@ -133,5 +134,4 @@ def _workplace(out: Path, *, dry_run: bool) -> Iterator[Workplace]:
 
 def _say_kept(work: Workplace, what: str) -> None:
     if work.kept:
-        message = f"what was done is kept in {work.folder}; {what}"
-        common.stderr_console().print(message, highlight=False, soft_wrap=True)
+        print_message(f"what was done is kept in {work.folder}; {what}")

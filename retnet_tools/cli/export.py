@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from retnet_tools.cli import calibrating, common, quantizing, source
+from retnet_tools.cli import calibrating, quantizing, source
 
 
 def export(
@@ -64,6 +64,7 @@ def export(
     """Write a decoder that takes and returns its states: prefill.onnx and step.onnx, or model.onnx and
     genai_config.json, each with weights.data and retnet.json.
     """
+    from retnet_tools.console import print_json
     from retnet_tools.dtypes import parse_dtype
     from retnet_tools.graph.export import default_output, plan_export
     from retnet_tools.graph.targets import export_target, target_device
@@ -88,6 +89,6 @@ def export(
         quality = quantizing.measure(out, chosen, held_out, text_tokens)
     document = export_document(plan, out, written=not dry_run, quality=quality)
     if as_json:
-        common.print_json(document)
+        print_json(document)
     else:
         typer.echo(export_text(document))

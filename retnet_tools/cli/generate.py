@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retnet_tools.cli import common, sampling
+from retnet_tools.cli import options, sampling
 from retnet_tools.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 def generate(
     folder: Annotated[Path, typer.Argument(help="Folder that `retnet-tools export` wrote.", show_default=False)],
-    prompt: common.Prompt = None,
-    file: common.PromptFile = None,
+    prompt: options.Prompt = None,
+    file: options.PromptFile = None,
     prompts: Annotated[Path | None, typer.Option("--prompts", help="JSON lines with a prompt each; needs -o.")] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Answers to --prompts; run again to resume.")
@@ -40,24 +40,27 @@ def generate(
         Path | None, typer.Option("--state-in", help="Go on from a saved state, sampling as it says where not given.")
     ] = None,
     state_out: Annotated[Path | None, typer.Option("--state-out", help="Save the state after the last token.")] = None,
-    token_ids: common.TokenIds = False,
-    chunk_size: common.ChunkSize = None,
-    device: common.DeviceName = "cpu",
-    cpu_fallback: common.CpuFallback = False,
-    no_cuda_graph: common.NoCudaGraph = False,
-    threads: common.Threads = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace existing outputs.")] = False,
+    token_ids: options.TokenIds = False,
+    chunk_size: options.ChunkSize = None,
+    device: options.DeviceName = "cpu",
+    cpu_fallback: options.CpuFallback = False,
+    no_cuda_graph: options.NoCudaGraph = False,
+    threads: options.Threads = None,
+    force: options.Force = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a stream.")] = False,
 ) -> None:
     """Continue a prompt, streaming text to stdout and speed to stderr; or answer a file of prompts."""
+    from retnet_tools.console import print_json
     from retnet_tools.reports.decoding import generation_document, generation_speed
     from retnet_tools.runtime.bulk import BulkOptions
     from retnet_tools.runtime.decode import Stopping, generate_from
+    from retnet_tools.runtime.decoder import open_decoder
     from retnet_tools.runtime.prompts import PREFILL_CHUNK_SIZE
     from retnet_tools.runtime.sampling import Sampling
     from retnet_tools.runtime.sequences import Sequences
     from retnet_tools.runtime.state_file import capture, read_state, write_state
     from retnet_tools.staging import check_file
+    from retnet_tools.tokenizing.text_files import read_prompt
 
     chosen = sampling.given(
         temperature=temperature,
@@ -74,24 +77,24 @@ def generate(
     if state_out is not None:
         check_file(state_out, force=force)
     opened = partial(
-        common.open_decoder,
+        open_decoder,
         folder,
         device,
-        threads,
+        threads=threads,
         token_ids=token_ids,
         cpu_fallback=cpu_fallback,
-        no_cuda_graph=no_cuda_graph,
+        cuda_graph=False if no_cuda_graph else None,
     )
     if prompts is not None and output is not None:
         if prompt is not None or file is not None or state_in or state_out or samples > 1:
             raise UsageError("--prompts with -p, --file, --samples or a state", "one job at a time")
         with opened(prompts=True) as decoder:
             stopping = Stopping(max_tokens, () if ignore_end else decoder.codec.end_ids, stops)
-            options = BulkOptions(stopping, Sampling(**chosen), batch, size)
-            _answer(decoder, prompts, output, options, force=force, as_json=as_json)
+            bulk = BulkOptions(stopping, Sampling(**chosen), batch, size)
+            _answer(decoder, prompts, output, bulk, force=force, as_json=as_json)
         return
     goes_on = state_in is not None and prompt is None and file is None
-    text = None if goes_on else common.read_prompt(prompt, file)
+    text = None if goes_on else read_prompt(prompt, file)
     with opened(prompts=not goes_on) as decoder:
         session, codec = decoder.session, decoder.codec
         if state_in is None:
@@ -112,18 +115,17 @@ def generate(
         if state_out is not None and result.sequences is not None:
             write_state(state_out, capture(result.sequences), force=force)
     if as_json:
-        common.print_json(generation_document(result))
+        print_json(generation_document(result))
     else:
         print(*[f"[{i}] {row.text}" for i, row in enumerate(result.rows)] if several else [], sep="\n")
     print(generation_speed(result), file=sys.stderr)
 
 
-def _answer(decoder: Decoder, prompts: Path, output: Path, options: BulkOptions, *, force: bool, as_json: bool) -> None:
+def _answer(decoder: Decoder, prompts: Path, output: Path, bulk: BulkOptions, *, force: bool, as_json: bool) -> None:
+    from retnet_tools.console import print_json, progress_bar
     from retnet_tools.reports.decoding import bulk_document, bulk_text
     from retnet_tools.runtime.bulk import generate_bulk
 
-    with common.step_progress() as progress:
-        summary = generate_bulk(
-            decoder.session, decoder.codec, prompts, output, options, force=force, progress=progress
-        )
-    common.print_json(bulk_document(summary, output)) if as_json else typer.echo(bulk_text(summary, output))
+    with progress_bar() as progress:
+        summary = generate_bulk(decoder.session, decoder.codec, prompts, output, bulk, force=force, progress=progress)
+    print_json(bulk_document(summary, output)) if as_json else typer.echo(bulk_text(summary, output))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from retnet_tools.cli import calibrating, common, quantizing
+from retnet_tools.cli import calibrating, quantizing
 
 
 def quantize(
@@ -37,6 +37,7 @@ def quantize(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Write an exported folder again with quantized weights: the same graphs, inputs, outputs and states."""
+    from retnet_tools.console import print_json
     from retnet_tools.formats.source import CheckpointSource
     from retnet_tools.graph.export import default_output
     from retnet_tools.graph.replan import plan_of_export
@@ -55,4 +56,4 @@ def quantize(
     if held_out is not None and not dry_run:
         quality = quantizing.measure(out, CheckpointSource(folder), held_out, text_tokens)
     document = export_document(plan, out, written=not dry_run, quality=quality)
-    common.print_json(document) if as_json else typer.echo(export_text(document))
+    print_json(document) if as_json else typer.echo(export_text(document))

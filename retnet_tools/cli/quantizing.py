@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retnet_tools.cli import common
 from retnet_tools.errors import UsageError
 from retnet_tools.tokenizing import text_files
 
@@ -88,17 +87,20 @@ def read_text(
         if limit is not None:
             raise UsageError("--text-tokens without a text", "--text FILE")
         return None
-    text = common.read_text(file)
+    text = text_files.read_text(file)
     check_measurable(plan, kind, text, limit)
     return text
 
 
 def measure(folder: Path, baseline: CheckpointSource, text: text_files.Text, limit: int | None) -> Quality:
     """Measure a quantized folder against its float parent, with a progress bar."""
+    from retnet_tools.console import progress_bar
     from retnet_tools.evaluate.quality import measure_quality
+    from retnet_tools.jobs.perplexity import open_logits
+    from retnet_tools.runtime.providers import parse_device
 
-    parent = common.open_logits(baseline, "cpu", None)
-    with common.step_progress() as progress:
+    parent = open_logits(baseline, parse_device("cpu"))
+    with progress_bar() as progress:
         return measure_quality(folder, parent, text, limit=limit, progress=progress)
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retnet_tools.errors import InputError, UsageError, did_you_mean
+from retnet_tools.errors import UsageError
 
 if TYPE_CHECKING:
-    from retnet_tools.config import ScoreClamp
     from retnet_tools.formats.source import CheckpointSource
 
 Format = Annotated[str | None, typer.Option("--from", help="Format of the checkpoint, if it is not to be detected.")]
@@ -55,35 +53,12 @@ def checkpoint_source(
     """
     from retnet_tools.formats.hub import local_checkpoint
     from retnet_tools.formats.source import CheckpointSource
+    from retnet_tools.jobs.request import parse_clamp
 
     kind = None if clamp is None else parse_clamp(clamp)
     if name is None and revision is not None:
         raise UsageError(f"--revision {revision} without a checkpoint", "a name on the hub, such as org/name")
-    path = shipped_checkpoint() if name is None else local_checkpoint(name, revision)
+    if name is None:
+        raise UsageError("no checkpoint", "a folder, a file, or a name on the hub")
+    path = local_checkpoint(name, revision)
     return CheckpointSource(path, format, config, entry, kind, revision, tuple(ignore_keys or ()))
-
-
-def parse_clamp(text: str) -> ScoreClamp:
-    """What `--clamp` names.
-
-    Raises:
-        UsageError: no clamp.
-    """
-    from retnet_tools.config import ScoreClamp
-
-    clamps: dict[str, ScoreClamp] = {word.replace("_", "-"): word for word in get_args(ScoreClamp) if word != "none"}
-    word = text.strip().lower().replace("_", "-")
-    if word not in clamps:
-        raise UsageError(f"--clamp {text}", f"one of {', '.join(clamps)}", did_you_mean(word, clamps))
-    return clamps[word]
-
-
-def shipped_checkpoint() -> Path:
-    """The trained checkpoint inside the package, said on stderr."""
-    from retnet_tools.cli.common import stderr_console
-
-    shipped = Path(str(resources.files("retnet_tools"))) / "data" / "shakespeare"
-    if not shipped.is_dir():
-        raise InputError("no checkpoint named and the shipped one is missing", str(shipped), "name a checkpoint")
-    stderr_console().print(f"no checkpoint named: using the shipped one, {shipped}", highlight=False, soft_wrap=True)
-    return shipped

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 from retnet_tools.console import print_line, result_console, result_table, verdict
+from retnet_tools.jobs.verify import VerifyResult
 from retnet_tools.model.agreement import AgreementReport, Comparison, Handoff
 from retnet_tools.model.budgets import CAUSES
 
 SCHEMA_VERSION = 1
 
 
-@dataclass(frozen=True)
-class AgreementContext:
-    """What a report of agreement does not know: where model and tokens came from, and what was said on reading."""
-
-    checkpoint: str
-    tokens: str
-    notes: Sequence[str] = ()
-
-
-def agreement_document(report: AgreementReport, context: AgreementContext) -> dict[str, Any]:
+def agreement_document(result: VerifyResult) -> dict[str, Any]:
     """The JSON document of `retnet-tools verify`."""
+    report = result.report
     budget = report.budget
     return {
         "schema_version": SCHEMA_VERSION,
-        "checkpoint": context.checkpoint,
+        "request": result.request.to_dict(),
+        "checkpoint": str(result.checkpoint),
         "dtype": report.dtype,
-        "tokens": {"source": context.tokens, "rows": report.rows, "length": report.tokens},
+        "tokens": {"source": result.tokens, "rows": report.rows, "length": report.tokens},
         "logits_scale": report.logits_scale,
         "budget": {
             "rounding": budget.rounding,
@@ -40,16 +33,16 @@ def agreement_document(report: AgreementReport, context: AgreementContext) -> di
         "comparisons": [_comparison_fields(c, report.dtype) for c in report.comparisons],
         "handoffs": [_handoff_fields(h) for h in report.handoffs],
         "clamp": None if report.clamp is None else _clamp_fields(report),
-        "notes": [*context.notes, *report.notes],
+        "notes": [*result.notes, *report.notes],
         "passed": report.passed,
     }
 
 
-def render_agreement(report: AgreementReport, context: AgreementContext) -> None:
+def render_agreement(result: VerifyResult) -> None:
     """Print what `retnet-tools verify` found: a column for each pair of forms, then what the causes mean."""
-    console = result_console()
-    tokens = f"{report.rows} x {report.tokens} tokens ({context.tokens})"
-    print_line(console, f"{context.checkpoint}: {tokens}, {report.dtype}, logits up to {report.logits_scale:.3g}")
+    console, report = result_console(), result.report
+    tokens = f"{report.rows} x {report.tokens} tokens ({result.tokens})"
+    print_line(console, f"{result.checkpoint}: {tokens}, {report.dtype}, logits up to {report.logits_scale:.3g}")
     table = result_table("logits", *(f"{c.a} / {c.b}" for c in report.comparisons))
     cells = [_comparison_cells(c) for c in report.comparisons]
     for heading in cells[0]:
@@ -57,7 +50,7 @@ def render_agreement(report: AgreementReport, context: AgreementContext) -> None
     console.print(table)
     for cause in sorted({c.cause for c in report.comparisons if c.run.max_abs != 0}):
         print_line(console, f"{cause}: {CAUSES[cause]}.")
-    for line in (*_handoff_lines(report), *_clamp_lines(report), *context.notes, *report.notes):
+    for line in (*_handoff_lines(report), *_clamp_lines(report), *result.notes, *report.notes):
         print_line(console, line)
     console.print(verdict(report.passed))
 

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from retnet_tools.console import print_line, result_console, result_table
-from retnet_tools.formats.conversion import Conversion
-from retnet_tools.formats.spec import Checkpoint
+from retnet_tools.jobs.convert import ConvertResult
 
 
-def conversion_document(
-    checkpoint: Checkpoint, target: str, plan: Conversion, output: Path, *, written: bool
-) -> dict[str, Any]:
+def conversion_document(result: ConvertResult) -> dict[str, Any]:
     """The conversion as a JSON document; sizes in bytes."""
+    request, plan = result.request, result.conversion
     files = plan.layout.weights
     return {
         "schema_version": 1,
-        "written": written,
-        "output": str(output),
-        "source_format": checkpoint.format,
-        "target_format": target,
+        "request": request.to_dict(),
+        "written": not request.dry_run,
+        "output": str(request.output),
+        "source_format": result.checkpoint.format,
+        "target_format": request.to,
         "tensor_bytes": plan.layout.nbytes,
         "memory_bytes": sum(plan.largest),
         "files": {name: sum(t.nbytes for t in tensors if t.same_as is None) for name, tensors in files.items()},

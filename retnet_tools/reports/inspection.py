@@ -1,212 +1,47 @@
-"""What `inspect` finds out about a checkpoint or an exported folder."""
+"""What `inspect` shows: to people, and as JSON."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
-import ml_dtypes
-import numpy as np
+from rich.console import Console
+from rich.text import Text
 
-from retnet_tools.config import RetNetConfig
-from retnet_tools.errors import InputError, RetNetToolsError
-from retnet_tools.evaluate.horizon import HeadMemory, head_memories
-from retnet_tools.evaluate.lint import SEVERITIES, Finding, counted, lint_config, lint_tokenizer
-from retnet_tools.evaluate.weight_lint import lint_weights
-from retnet_tools.formats.source import CheckpointSource
-from retnet_tools.graph.contract import MANIFEST_FILE, WEIGHTS_FILE, state_shape
-from retnet_tools.graph.manifest import SCHEMA_VERSION as MANIFEST_VERSION
-from retnet_tools.graph.manifest import Manifest, read_manifest
-from retnet_tools.graph.reader import read_graphs
-from retnet_tools.weights import WeightSource, canonical_shapes
+from retnet_tools.console import print_line, result_console, result_table
+from retnet_tools.evaluate.horizon import gamma_text
+from retnet_tools.evaluate.lint import SEVERITIES, Severity, counted
+from retnet_tools.graph.contract import WEIGHTS_FILE
+from retnet_tools.jobs.inspect import InspectResult, StoredModel
+from retnet_tools.quantize.scheme import scheme_text
 
 SCHEMA_VERSION = 1
-PARTS = ("embedding", "retention projections", "feed-forward", "norms", "output head")
-_STATE_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+_COLOURS: dict[Severity, str] = {"error": "bold red", "warning": "yellow", "info": "cyan"}
+_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+_SCHEDULES = ("decay", "key_decay", "rotary_frequencies")
 
 
-@dataclass(frozen=True)
-class Opened:
-    """A model as it lies on disk, tensor data unread.
-
-    Attributes:
-        format: name and version.
-        weights: canonical names, or the names in an exported graph.
-        files: the files that make it, with their sizes.
-        manifest: of an exported folder, else None.
-        node_counts: of an exported folder: for each graph, its nodes by operator.
-    """
-
-    path: Path
-    format: str
-    config: RetNetConfig
-    weights: WeightSource
-    files: Mapping[Path, int]
-    tokenizer_files: tuple[Path, ...]
-    notes: tuple[str, ...]
-    manifest: Manifest | None = None
-    node_counts: Mapping[str, Mapping[str, int]] | None = None
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(self.weights.info(name).nbytes for name in self.weights.names())
-
-
-@dataclass(frozen=True)
-class StateSize:
-    """The recurrent state of one sequence, whatever its length: `[H, K, V]` in every layer."""
-
-    dtype: str
-    layers: int
-    bytes_per_layer: int
-
-    @property
-    def bytes_per_sequence(self) -> int:
-        """Bytes in all layers."""
-        return self.layers * self.bytes_per_layer
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """The results.
-
-    Attributes:
-        parameters: how many, by part; a tied output head has none of its own.
-        bytes_by_dtype: bytes of the stored tensors.
-        data_read: whether the findings include those that need the tensors' data.
-    """
-
-    opened: Opened
-    parameters: Mapping[str, int]
-    tensors: int
-    bytes_by_dtype: Mapping[str, int]
-    state: StateSize
-    heads: tuple[HeadMemory, ...]
-    findings: tuple[Finding, ...]
-    data_read: bool
-
-
-def open_model(source: CheckpointSource) -> Opened:
-    """Open a checkpoint, or an exported folder (by the folder or a file of its own in it).
-
-    Args:
-        source: what to open, and how; where it says how, it is no export.
-
-    Raises:
-        InputError: missing, corrupt, incomplete or of no known kind.
-        UsageError: options that do not fit.
-    """
-    path = source.path
-    folder = path if path.is_dir() else path.parent
-    own_file = path.suffix == ".onnx" or path.name in (MANIFEST_FILE, WEIGHTS_FILE)
-    if not source.says_how and (folder / MANIFEST_FILE).is_file() and (path.is_dir() or own_file):
-        return _open_export(folder)
-    checkpoint = source.open()
-    return Opened(
-        path=checkpoint.path,
-        format=checkpoint.format,
-        config=checkpoint.config,
-        weights=checkpoint.weights,
-        files=_sizes(checkpoint.source_files),
-        tokenizer_files=tuple(checkpoint.tokenizer_files),
-        notes=tuple(checkpoint.notes),
-    )
-
-
-def inspect_model(opened: Opened, progress: Callable[[int], None] | None) -> Inspection:
-    """Count, measure and lint.
-
-    Args:
-        opened: from `open_model`.
-        progress: called with bytes read; None leaves the tensors' data unread.
-
-    Raises:
-        InputError: a file that ends early.
-    """
-    config = opened.config
-    by_dtype: dict[str, int] = {}
-    for name in opened.weights.names():
-        info = opened.weights.info(name)
-        by_dtype[info.dtype.name] = by_dtype.get(info.dtype.name, 0) + info.nbytes
-    findings = [*lint_config(config, by_dtype), *lint_tokenizer(config.vocab_size, opened.tokenizer_files)]
-    if progress is not None:
-        findings += lint_weights(opened.weights, progress)
-    return Inspection(
-        opened=opened,
-        parameters=parameters_by_part(config),
-        tensors=len(list(opened.weights.names())),
-        bytes_by_dtype=dict(sorted(by_dtype.items(), key=lambda item: -item[1])),
-        state=state_size(config, "float32" if opened.manifest is None else opened.manifest.state_dtype),
-        heads=head_memories(config),
-        findings=tuple(sorted(findings, key=lambda f: SEVERITIES.index(f.severity))),
-        data_read=progress is not None,
-    )
-
-
-def parameters_by_part(config: RetNetConfig) -> dict[str, int]:
-    """Number of parameters in each of `PARTS`; merged projections and a tied head are counted once."""
-    parts = dict.fromkeys(PARTS, 0)
-    for name, shape in canonical_shapes(config).items():
-        parts[part_of(name)] += math.prod(shape)
-    return parts
-
-
-def part_of(name: str) -> str:
-    """The part that a canonical tensor belongs to."""
-    if name.rpartition(".")[0].endswith("norm"):
-        return "norms"
-    if name.startswith("embedding."):
-        return "embedding"
-    if name.startswith("lm_head."):
-        return "output head"
-    return "retention projections" if ".retention." in name else "feed-forward"
-
-
-def state_size(config: RetNetConfig, dtype: str) -> StateSize:
-    """H K V numbers in each layer."""
-    size = math.prod(state_shape(config)) * np.dtype(_STATE_TYPES[dtype]).itemsize
-    return StateSize(dtype, config.num_layers, size)
-
-
-def count_findings(result: Inspection) -> dict[str, int]:
-    """How many findings there are of each severity."""
-    return {severity: sum(f.severity == severity for f in result.findings) for severity in SEVERITIES}
-
-
-def require_clean(result: Inspection) -> None:
-    """End with exit code 1 where there is an error or a warning.
-
-    Raises:
-        RetNetToolsError: there is one.
-    """
-    counts = count_findings(result)
-    if counts["error"] or counts["warning"]:
-        found = f"lint found {counted(counts['error'], 'error')} and {counted(counts['warning'], 'warning')}"
-        raise RetNetToolsError(f"{result.opened.path}: {found}", "none with --strict")
-
-
-def inspection_document(result: Inspection) -> dict[str, Any]:
+def inspection_document(result: InspectResult) -> dict[str, Any]:
     """The JSON document of `retnet-tools inspect`; an endless half-life or horizon is null."""
-    opened, state = result.opened, result.state
+    model = result.model
     return {
         "schema_version": SCHEMA_VERSION,
-        "path": str(opened.path),
-        "kind": "checkpoint" if opened.manifest is None else "export",
-        "format": opened.format,
-        "files": [{"name": file.name, "bytes": size} for file, size in opened.files.items()],
-        "tokenizer_files": [file.name for file in opened.tokenizer_files],
-        "config": opened.config.to_dict(),
+        "request": result.request.to_dict(),
+        "path": str(model.path),
+        "kind": "checkpoint" if model.manifest is None else "export",
+        "format": model.format,
+        "files": [{"name": file.name, "bytes": size} for file, size in model.files.items()],
+        "tokenizer_files": [file.name for file in model.tokenizer_files],
+        "config": model.config.to_dict(),
         "parameters": {**result.parameters, "total": sum(result.parameters.values())},
         "tensors": result.tensors,
         "bytes_by_dtype": dict(result.bytes_by_dtype),
         "state": {
-            "dtype": state.dtype,
-            "bytes_per_layer": state.bytes_per_layer,
-            "bytes_per_sequence": state.bytes_per_sequence,
+            "dtype": model.state_dtype,
+            "bytes_per_layer": result.state_bytes,
+            "bytes_per_sequence": model.config.num_layers * result.state_bytes,
         },
         "heads": [
             {
@@ -218,50 +53,143 @@ def inspection_document(result: Inspection) -> dict[str, Any]:
             }
             for head in result.heads
         ],
-        "export": _export_fields(opened),
+        "export": _export_fields(model),
         "lint": {
-            "data_read": result.data_read,
-            "counts": count_findings(result),
+            "data_read": not result.request.quick,
+            "counts": {severity: result.count(severity) for severity in SEVERITIES},
             "findings": [asdict(finding) for finding in result.findings],
         },
-        "notes": list(opened.notes),
+        "notes": list(model.notes),
     }
 
 
-def _open_export(folder: Path) -> Opened:
-    manifest = read_manifest(folder)
-    if manifest.state_dtype not in _STATE_TYPES:
-        raise InputError(
-            f"{folder / MANIFEST_FILE} has state_dtype {manifest.state_dtype!r}", f"one of {', '.join(_STATE_TYPES)}"
-        )
-    graphs = read_graphs(folder, manifest.graphs)
-    return Opened(
-        path=folder,
-        format=f"retnet-tools export {MANIFEST_VERSION}",
-        config=manifest.config,
-        weights=graphs.tensors,
-        files=_sizes([*(folder / name for name in manifest.graphs), folder / WEIGHTS_FILE, folder / MANIFEST_FILE]),
-        tokenizer_files=tuple(folder / name for name in manifest.tokenizer_files),
-        notes=tuple(manifest.provenance.get("notes", ())),
-        manifest=manifest,
-        node_counts=graphs.node_counts,
+def render_inspection(result: InspectResult) -> None:
+    """Print format, configuration, sizes, the memory of each head and what lint found."""
+    console = result_console()
+    for line in _facts(result):
+        print_line(console, line)
+    _render_config(console, result)
+    _render_parameters(console, result)
+    _render_heads(console, result)
+    _render_findings(console, result)
+    for note in result.model.notes:
+        print_line(console, f"note: {note}")
+
+
+def size_text(size: int) -> str:
+    """Bytes in decimal units."""
+    for unit, name in _UNITS:
+        if size >= unit:
+            return f"{size / unit:.{1 if size >= 10 * unit else 2}f} {name}"
+    return f"{size} bytes"
+
+
+def tokens_text(tokens: float) -> str:
+    """A number of tokens; `never` for infinity."""
+    if math.isinf(tokens):
+        return "never"
+    return f"{tokens:.2e}" if tokens >= 1e9 else f"{tokens:,.1f}"
+
+
+def _facts(result: InspectResult) -> Iterator[str]:
+    model, layers = result.model, result.model.config.num_layers
+    types = ", ".join(f"{size_text(size)} {name}" for name, size in result.bytes_by_dtype.items())
+    yield f"{model.path}: {model.format}"
+    files = ", ".join(f"{file.name} ({size_text(size)})" for file, size in model.files.items())
+    yield f"files    {files}"
+    if model.tokenizer_files:
+        yield f"         {', '.join(file.name for file in model.tokenizer_files)}"
+    where = f" in {WEIGHTS_FILE}" if model.manifest else ""
+    yield f"tensors  {result.tensors}{where}, {types}"
+    per_layer = f"{size_text(result.state_bytes)} in each of {layers} layers"
+    in_all = size_text(layers * result.state_bytes)
+    yield f"state    {in_all} a sequence at any length, {model.state_dtype}; {per_layer}"
+    if (manifest := model.manifest) is None:
+        return
+    record = manifest.quantization
+    weights = f"{manifest.dtype} weights, not quantized" if record is None else f"{manifest.dtype} activations"
+    yield f"export   {weights}, {manifest.ops} operators"
+    if record is not None:
+        share = record.weight_bytes / record.float_bytes
+        yield f"weights  {scheme_text(record.scheme)}; {share:.1%} of {size_text(record.float_bytes)} in float"
+    source = manifest.provenance
+    yield f"source   {source.get('source_format')}, written by retnet-tools {source.get('retnet_tools')}"
+    for name, operators in model.node_counts.items():
+        yield f"{name}: {sum(operators.values())} nodes: {', '.join(f'{n} {op}' for op, n in operators.items())}"
+
+
+def _render_config(console: Console, result: InspectResult) -> None:
+    table = result_table("configuration", "")
+    for name, value in result.model.config.to_dict().items():
+        if name not in _SCHEDULES:
+            table.add_row(name, Text(_flat(value)))
+    config = result.model.config
+    frequencies, pairs = config.rotary_frequencies, config.head_k_dim // 2
+    counted_pairs = f"{pairs} in each of {config.num_heads} heads" if config.has_head_rotation else str(pairs)
+    table.add_row("rotary_frequencies", f"{counted_pairs}, {frequencies[0]:.6g} to {frequencies[-1]:.6g}")
+    _print_table(console, table)
+
+
+def _render_parameters(console: Console, result: InspectResult) -> None:
+    total = sum(result.parameters.values())
+    table = result_table("parameters", "count", "share")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for part, count in result.parameters.items():
+        tied = part == "output head" and result.model.config.tie_word_embeddings
+        table.add_row(f"{part} (tied)" if tied else part, f"{count:,}", f"{count / total:.1%}")
+    table.add_row("total", f"{total:,}", "")
+    _print_table(console, table)
+
+
+def _render_heads(console: Console, result: InspectResult) -> None:
+    table = result_table("head", "gamma", "half-life", "1% horizon (tokens)")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for head in result.heads:
+        half_life, horizon = tokens_text(head.half_life), tokens_text(head.horizon)
+        table.add_row(head.head, gamma_text(head.log_gamma), half_life, horizon)
+    _print_table(console, table)
+
+
+def _render_findings(console: Console, result: InspectResult) -> None:
+    console.print()
+    looked = (
+        "names and configuration only, no tensor data read" if result.request.quick else f"{result.tensors} tensors"
     )
+    counts = ", ".join(counted(result.count(word), word) for word in SEVERITIES if result.count(word))
+    print_line(console, f"lint: {counts or 'nothing found'} ({looked})")
+    for finding in result.findings:
+        line = Text.assemble((finding.severity, _COLOURS[finding.severity]), f" {finding.check}: {finding.message}")
+        console.print(line, soft_wrap=not console.is_terminal)
 
 
-def _export_fields(opened: Opened) -> dict[str, Any] | None:
-    manifest = opened.manifest
+def _flat(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_flat(item)}" for name, item in value.items())
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "none" if value is None else str(value)
+
+
+def _print_table(console: Console, table: Any) -> None:
+    console.print()
+    console.print(table)
+
+
+def _export_fields(model: StoredModel) -> dict[str, Any] | None:
+    manifest = model.manifest
     if manifest is None:
         return None
-    counts = opened.node_counts or {}
     return {
         "dtype": manifest.dtype,
         "state_dtype": manifest.state_dtype,
         "ops": manifest.ops,
         "quantization": None if manifest.quantization is None else manifest.quantization.to_dict(),
         "provenance": manifest.provenance,
-        "graphs": {name: {"nodes": sum(ops.values()), "operators": dict(ops)} for name, ops in counts.items()},
+        "graphs": {
+            name: {"nodes": sum(ops.values()), "operators": dict(ops)} for name, ops in model.node_counts.items()
+        },
     }
-
-
-def _sizes(files: list[Path]) -> dict[Path, int]:
-    return {file: file.stat().st_size for file in files}

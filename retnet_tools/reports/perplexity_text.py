@@ -14,15 +14,18 @@ from retnet_tools.evaluate.divergence import Divergence
 from retnet_tools.evaluate.estimates import INDEPENDENCE, Estimate
 from retnet_tools.evaluate.perplexity import Perplexity, PerplexityReport
 from retnet_tools.evaluate.positions import CONFIDENCE, LEAST_CLUSTERS, ByPosition, PositionBin, Trend
+from retnet_tools.jobs.perplexity import PerplexityResult
 
 SCHEMA_VERSION = 1
 _SHOWN_KLD = {1.0: "Maximum KLD", 0.999: "99.9% KLD", 0.99: "99% KLD", 0.9: "90% KLD", 0.5: "Median KLD"}
 
 
-def perplexity_document(report: PerplexityReport) -> dict[str, Any]:
+def perplexity_document(result: PerplexityResult) -> dict[str, Any]:
     """The JSON document of `retnet-tools perplexity`; nats unless a name says bits, probabilities as parts of 1."""
+    report = result.report
     return {
         "schema_version": SCHEMA_VERSION,
+        "request": result.request.to_dict(),
         "model": {"name": report.name, "description": report.description, **_perplexity_fields(report.model)},
         "baseline": None
         if report.baseline is None

@@ -1,14 +1,15 @@
-"""Texts from files, all read in one way: UTF-8, newlines as they are, with the sha256 of the bytes."""
+"""Texts from files and from stdin, read in one way: UTF-8, newlines as they are, with the sha256 of the bytes."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
-from retnet_tools.errors import InputError
+from retnet_tools.errors import InputError, UsageError
 
 PIECE = 1 << 20
 """Bytes of a text that are read at a time."""
@@ -30,24 +31,39 @@ class Text:
 
 
 def read_text(file: Path) -> Text:
-    """The whole text of a file.
+    """The whole text of a file, or of stdin for `-`.
 
     Raises:
+        UsageError: stdin is closed.
         InputError: a file that cannot be read or is not UTF-8.
     """
+    if str(file) == "-":
+        if sys.stdin is None:
+            raise UsageError("no stdin", "a file")
+        content = sys.stdin.buffer.read()
+        return Text("stdin", hashlib.sha256(content).hexdigest(), _decode(content, "stdin"))
     digest = hashlib.sha256()
-    content = "".join(text_pieces(file, digest))
-    return Text(file.name, digest.hexdigest(), content)
+    text = "".join(text_pieces(file, digest))
+    return Text(file.name, digest.hexdigest(), text)
 
 
-def read_stream(stream: IO[bytes], name: str) -> Text:
-    """The whole text of an open stream.
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """A prompt as it is given, from a file, or from stdin (the prompt `-`, or neither, and stdin is no terminal).
 
     Raises:
-        InputError: it is not UTF-8.
+        UsageError: both a prompt and a file, or neither and stdin is a terminal.
+        InputError: a file that cannot be read, or a prompt that is not UTF-8.
     """
-    content = stream.read()
-    return Text(name, hashlib.sha256(content).hexdigest(), _decode(content, name))
+    if prompt is not None and file is not None:
+        raise UsageError("both --prompt and --file", "one of them")
+    if file is not None:
+        return read_text(file).content
+    if prompt is not None and prompt != "-":
+        # Arguments are bytes to the system; under a locale that is not UTF-8 Python reads them otherwise.
+        return _decode(os.fsencode(prompt), "a prompt")
+    if sys.stdin is None or (prompt is None and sys.stdin.isatty()):
+        raise UsageError("no prompt", "-p TEXT, --file FILE, or text on stdin")
+    return _decode(sys.stdin.buffer.read(), "a prompt")
 
 
 def text_pieces(file: Path, digest: hashlib._Hash) -> Iterator[str]:

@@ -15,6 +15,7 @@ import pytest
 from retnet_tools.bench.results import BenchRow, Flatness, ModelSummary, StepProfile
 from retnet_tools.bench.traffic import retnet_traffic
 from retnet_tools.fields import from_json
+from retnet_tools.jobs.request import shipped_checkpoint
 from retnet_tools.machine import Machine
 from tests.exports import export
 from tests.helpers import ABLATIONS, BASE, random_source
@@ -133,7 +134,7 @@ def test_a_checkpoint_is_exported_as_it_is_told(cli) -> None:
 
 
 def test_a_quantized_export_is_measured_against_a_quantized_transformer(tmp_path: Path, cli) -> None:
-    assert cli("export", "-o", tmp_path / "out", "--quantize", "int4").exit_code == 0
+    assert cli("export", shipped_checkpoint(), "-o", tmp_path / "out", "--quantize", "int4").exit_code == 0
     result = cli("bench", tmp_path / "out", *QUICK, "-p", 0, "-n", 4, "--against", "transformer", "--flat", "--json")
     document = json.loads(result.out)
     retnet, transformer = document["rows"]
@@ -262,7 +263,10 @@ def test_memory_of_a_sequence_is_measured_over_batches(folder: Path, cli) -> Non
 
 
 def test_a_mixed_model_is_not_compared_with_a_transformer(tmp_path: Path, cli) -> None:
-    assert cli("export", "-o", tmp_path / "out", "--quantize", "int4", "--exclude", "ffn").exit_code == 0
+    assert (
+        cli("export", shipped_checkpoint(), "-o", tmp_path / "out", "--quantize", "int4", "--exclude", "ffn").exit_code
+        == 0
+    )
     result = cli("bench", tmp_path / "out", *QUICK, "--against", "transformer")
     assert (result.exit_code, result.out) == (2, "")
     assert "--against transformer for int4 in 64s, mixed weights" in result.err

@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from retnet_tools.formats.canonical import write_canonical
+from retnet_tools.jobs.request import shipped_checkpoint
 from tests.exports import export
 from tests.formats.cases import SETTINGS, small_tensors, write_torchscale
 from tests.helpers import BASE, PEAK_RESIDENT, random_source
@@ -96,10 +97,15 @@ def test_quick_does_not_look_at_data(option: str, damaged: Path, cli) -> None:
     assert "no tensor data read" in result.out
 
 
-def test_without_a_path_the_shipped_checkpoint_is_used_and_clean(cli) -> None:
-    result = cli("inspect", "--strict")
-    assert result.exit_code == 0
-    assert "shipped" in result.err
+def test_the_shipped_checkpoint_is_clean(cli) -> None:
+    assert cli("inspect", shipped_checkpoint(), "--strict").exit_code == 0
+
+
+@pytest.mark.parametrize("command", ["inspect", "export", "perplexity", "convert", "quantize"])
+def test_a_command_without_a_model_says_what_to_name(command: str, cli) -> None:
+    result = cli(command)
+    assert (result.exit_code, result.out, result.err.count("\n")) == (2, "", 1)
+    assert "folder" in result.err
 
 
 def test_a_torchscale_checkpoint_with_its_release_and_notes(tmp_path: Path, cli) -> None:
@@ -179,12 +185,12 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
         f"{PEAK_RESIDENT}"
         "import sys\n"
         "from pathlib import Path\n"
-        "from retnet_tools.reports.inspection import inspect_model, open_model\n"
+        "from retnet_tools.jobs.inspect import InspectRequest, inspect_model, open_model\n"
         "from retnet_tools.formats.source import CheckpointSource\n"
-        "opened = open_model(CheckpointSource(Path(sys.argv[1])))\n"
+        "model = open_model(CheckpointSource(Path(sys.argv[1])))\n"
         "before = peak_resident()\n"
-        "inspect_model(opened, lambda count: None)\n"
-        "print(opened.weight_bytes, peak_resident() - before)\n"
+        "result = inspect_model(InspectRequest(sys.argv[1]), model)\n"
+        "print(sum(result.bytes_by_dtype.values()), peak_resident() - before)\n"
     )
     for name, largest in (("ckpt", 1), ("out", 2)):  # an export merges gate and up
         command = [sys.executable, "-c", script, str(tmp_path / name)]

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from retnet_tools.formats import open_checkpoint
 from retnet_tools.formats.canonical import write_canonical
+from retnet_tools.jobs.request import shipped_checkpoint
 from retnet_tools.model.retnet import load_model
 from retnet_tools.tokenizing.files import load_tokenizer
 from tests.exports import export
@@ -175,10 +176,9 @@ def test_the_table_has_the_names_of_llama_perplexity(cli, small: Path, words: Pa
     assert f"note: {other} has no tokenizer" in result.out
 
 
-def test_the_shipped_model_is_used_where_none_is_named(cli, excerpt: Path) -> None:
-    result = cli("perplexity", "--text", excerpt, "-n", 300, *ONE)
-    assert result.exit_code == 0
-    assert "using the shipped one" in result.err
+def test_the_shipped_model(cli, excerpt: Path) -> None:
+    result = cli("perplexity", shipped_checkpoint(), "--text", excerpt, "-n", 300, *ONE)
+    assert (result.exit_code, result.err) == (0, "")
     assert "300 tokens, 43 scored" in result.out
     assert "Mean PPL " in result.out
 

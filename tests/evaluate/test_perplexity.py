@@ -16,6 +16,7 @@ from retnet_tools.evaluate.perplexity import PerplexityReport, measure_perplexit
 from retnet_tools.evaluate.positions import Trend
 from retnet_tools.evaluate.scored_text import ScoredText
 from retnet_tools.evaluate.windows import Windows
+from retnet_tools.jobs.perplexity import PerplexityRequest, PerplexityResult
 from retnet_tools.model.streaming import CheckpointLogits
 from retnet_tools.reports.perplexity_text import estimate_text, perplexity_document, trend_text
 from retnet_tools.weights import Array, WeightSource
@@ -48,6 +49,10 @@ def expected() -> tuple[dict[int, Array], dict[int, Array]]:
     """Of a model and of a baseline: 60 to 90 tokens of log-probabilities by index."""
     ids = text().ids
     return tuple(dict(scored(BASE, random_source(BASE, seed), ids)) for seed in (1, 2))
+
+
+def document(report: PerplexityReport) -> dict:
+    return perplexity_document(PerplexityResult(PerplexityRequest("model", "text"), report))
 
 
 def check(report: PerplexityReport, expected: tuple[dict[int, Array], dict[int, Array]], tolerance: float) -> None:
@@ -98,9 +103,9 @@ def test_bits_per_byte_are_left_out_where_bytes_are_not_known() -> None:
 
 def test_the_document_holds_every_part_that_was_asked_for() -> None:
     model, baseline = MarkovLogits(61, seed=1), MarkovLogits(61, seed=2)
-    plain = perplexity_document(measure_perplexity(model, text(), Windows(8)))
+    plain = document(measure_perplexity(model, text(), Windows(8)))
     assert (plain["baseline"], plain["divergence"], plain["by_position"]) == (None, None, None)
-    full = perplexity_document(measure_perplexity(model, text(), Windows(8), baseline=baseline, positions=True))
+    full = document(measure_perplexity(model, text(), Windows(8), baseline=baseline, positions=True))
     assert full["schema_version"] == 1
     assert full["divergence"]["kld_quantiles"]["1"] >= full["divergence"]["kld_quantiles"]["0.99"]
     assert [bin["last"] for bin in full["by_position"]["bins"]] == [1, 2, 4, 8]

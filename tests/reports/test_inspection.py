@@ -10,25 +10,26 @@ import numpy as np
 import pytest
 
 from retnet_tools.errors import InputError, RetNetToolsError
+from retnet_tools.evaluate.weight_lint import lint_weights
 from retnet_tools.formats.canonical import write_canonical
 from retnet_tools.formats.source import CheckpointSource
-from retnet_tools.reports.inspection import (
-    Inspection,
+from retnet_tools.jobs.inspect import (
+    InspectRequest,
+    InspectResult,
     inspect_model,
-    inspection_document,
     open_model,
     parameters_by_part,
-    require_clean,
-    state_size,
+    state_bytes,
 )
-from retnet_tools.reports.inspection_text import render_inspection, size_text, tokens_text
+from retnet_tools.jobs.inspect import inspect as inspect_job
+from retnet_tools.reports.inspection import inspection_document, render_inspection, size_text, tokens_text
 from retnet_tools.weights import canonical_shapes
 from tests.exports import export
 from tests.helpers import ABLATIONS, BASE, random_source
 
 
-def inspect(path: Path) -> Inspection:
-    return inspect_model(open_model(CheckpointSource(path)), lambda count: None)
+def inspect(path: Path) -> InspectResult:
+    return inspect_job(InspectRequest(path))
 
 
 @pytest.fixture
@@ -73,8 +74,7 @@ def test_a_tied_head_has_no_parameters_of_its_own() -> None:
 
 
 def test_the_state_is_one_matrix_a_head_and_layer() -> None:
-    state = state_size(replace(BASE, num_layers=3), "float16")
-    assert (state.bytes_per_layer, state.bytes_per_sequence) == (4 * 8 * 12 * 2, 3 * 4 * 8 * 12 * 2)
+    assert state_bytes(replace(BASE, num_layers=3), "float16") == 4 * 8 * 12 * 2
 
 
 def test_bytes_by_dtype_follow_the_file(tmp_path: Path) -> None:
@@ -139,30 +139,29 @@ def test_findings_are_sorted_by_severity_and_errors_or_warnings_fail(tmp_path: P
     write_canonical(tmp_path / "info", BASE, source)
     result = inspect(tmp_path / "info")
     assert [f.severity for f in result.findings] == ["info"]
-    require_clean(result)
+    result.require_clean()
     source.tensors["embedding.weight"][0, 1] = np.inf
     source.tensors["lm_head.weight"][:] = 0
     write_canonical(tmp_path / "error", BASE, source)
     result = inspect(tmp_path / "error")
     assert [f.severity for f in result.findings] == ["error", "warning", "info"]
     with pytest.raises(RetNetToolsError, match="1 error and 1 warning") as error:
-        require_clean(result)
+        result.require_clean()
     assert error.value.exit_code == 1
 
 
 def test_without_data_nothing_is_read(checkpoint: Path) -> None:
-    opened = open_model(CheckpointSource(checkpoint))
+    model = open_model(CheckpointSource(checkpoint))
     (checkpoint / "model.safetensors").unlink()
-    result = inspect_model(opened, None)
-    assert not result.data_read
+    result = inspect_model(InspectRequest(checkpoint, quick=True), model)
     assert inspection_document(result)["lint"]["data_read"] is False
     assert result.tensors == len(canonical_shapes(BASE))
 
 
 def test_progress_covers_every_byte(checkpoint: Path) -> None:
-    opened, seen = open_model(CheckpointSource(checkpoint)), list[int]()
-    inspect_model(opened, seen.append)
-    assert sum(seen) == opened.weight_bytes == 4 * sum(parameters_by_part(BASE).values())
+    weights, seen = open_model(CheckpointSource(checkpoint)).weights, list[int]()
+    list(lint_weights(weights, seen.append))
+    assert sum(seen) == 4 * sum(parameters_by_part(BASE).values())
 
 
 def test_an_unknown_state_type_is_refused(tmp_path: Path) -> None:

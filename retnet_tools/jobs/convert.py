@@ -1,0 +1,86 @@
+"""A checkpoint from any format to any that can be written."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from retnet_tools.jobs.request import CheckpointRequest, parse_size
+from retnet_tools.progress import Progress, in_megabytes, no_progress
+
+if TYPE_CHECKING:
+    from retnet_tools.formats import Checkpoint
+    from retnet_tools.formats.conversion import Conversion
+
+
+@dataclass(frozen=True)
+class ConvertRequest(CheckpointRequest):
+    """A checkpoint to write in another format.
+
+    Attributes:
+        output: the folder to make.
+        to: the format: canonical, torchscale, syncdoth or fla.
+        dtype: fp32, fp16, bf16 or fp64; None keeps what is stored.
+        max_shard_size: bytes of one file, as a number or with a unit, such as 5GB.
+        force: replace a checkpoint that is there.
+        dry_run: plan, and write nothing.
+    """
+
+    output: str | Path
+    _: KW_ONLY
+    to: str = "canonical"
+    dtype: str | None = None
+    max_shard_size: str | int = "5GB"
+    force: bool = False
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        from retnet_tools.dtypes import parse_dtype
+        from retnet_tools.formats import writable_format
+
+        super().__post_init__()
+        writable_format(self.to)
+        self.settle(max_shard_size=parse_size(self.max_shard_size))
+        if self.dtype is not None:
+            self.settle(dtype=parse_dtype(self.dtype))
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """What was written, or would be.
+
+    Attributes:
+        checkpoint: what was read.
+        conversion: the files, their tensors and what to note about them.
+    """
+
+    request: ConvertRequest
+    checkpoint: Checkpoint
+    conversion: Conversion
+
+
+def convert(request: ConvertRequest, progress: Progress = no_progress) -> ConvertResult:
+    """Write a checkpoint in another format, bit for bit unless its type changes; one tensor in memory at a time.
+
+    Raises:
+        UsageError: a model that the format cannot express, or an output that exists.
+        InputError: a checkpoint that cannot be read.
+        OutputError: an output that cannot be written; nothing is left behind.
+    """
+    from retnet_tools.dtypes import parse_dtype
+    from retnet_tools.formats import writable_format
+    from retnet_tools.formats.conversion import plan_checkpoint
+    from retnet_tools.formats.writer import write_checkpoint
+
+    checkpoint = request.source().open()
+    plan = plan_checkpoint(
+        checkpoint,
+        writable_format(request.to),
+        dtype=None if request.dtype is None else parse_dtype(request.dtype),
+        max_shard_size=parse_size(request.max_shard_size),
+    )
+    if not request.dry_run:
+        told = in_megabytes(progress, "convert", plan.layout.nbytes)
+        write_checkpoint(Path(request.output), plan.layout, force=request.force, progress=told)
+    return ConvertResult(request, checkpoint, plan)

@@ -1,0 +1,156 @@
+"""How well a model predicts a text, and how far it is from a baseline on it."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from retnet_tools.errors import UsageError
+from retnet_tools.jobs.request import CheckpointRequest
+from retnet_tools.progress import Progress, no_progress
+
+if TYPE_CHECKING:
+    from retnet_tools.dtypes import FloatName
+    from retnet_tools.evaluate.logits import LogitsSource
+    from retnet_tools.evaluate.perplexity import PerplexityReport
+    from retnet_tools.formats.source import CheckpointSource
+    from retnet_tools.runtime.providers import Device
+
+
+@dataclass(frozen=True)
+class PerplexityRequest(CheckpointRequest):
+    """A model and a text to score.
+
+    Attributes:
+        checkpoint: an exported folder, or a checkpoint, which torch runs on the CPU.
+        text: a file in UTF-8; `-` reads stdin.
+        against: the baseline: an exported folder, or a checkpoint, run in float32 on the CPU.
+        context: tokens in a row; 0 reads the whole text in one, states carried.
+        stride: predictions of a row that count, its last; None is half the context.
+        max_tokens: take only the first ones of the text.
+        start_token: to put before the text, as its id or as the tokenizer writes it.
+        token_ids: the text is token ids.
+        by_position: also figures by position in the context, and whether errors grow with it.
+        batch: rows fed side by side.
+        dtype: to run a checkpoint in: fp32, fp16, bf16 or fp64.
+        device: of exported folders: cpu, cuda or cuda:N.
+        cpu_fallback: run on the CPU what cannot run on CUDA.
+        no_cuda_graph: run steps on CUDA kernel by kernel.
+        threads: of the CPU; None leaves the choice to the engine.
+    """
+
+    text: str | Path = ""
+    _: KW_ONLY
+    against: str | Path | None = None
+    context: int = 512
+    stride: int | None = None
+    max_tokens: int | None = None
+    start_token: str | None = None
+    token_ids: bool = False
+    by_position: bool = False
+    batch: int = 16
+    dtype: str = "float32"
+    device: str = "cpu"
+    cpu_fallback: bool = False
+    no_cuda_graph: bool = False
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        from retnet_tools.dtypes import parse_dtype
+        from retnet_tools.evaluate.windows import Windows
+        from retnet_tools.runtime.providers import parse_device
+
+        super().__post_init__()
+        if not self.text:
+            raise UsageError(
+                "no text to score",
+                "--text FILE, or --text - for stdin",
+                "a play that the shipped model has not seen is fixtures/shakespeare/heldout.txt in the source tree",
+            )
+        self.settle(dtype=parse_dtype(self.dtype))
+        Windows(self.context, self.stride)
+        parse_device(self.device)
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """The figures; see `retnet_tools.evaluate.perplexity.PerplexityReport`."""
+
+    request: PerplexityRequest
+    report: PerplexityReport
+
+
+def perplexity(request: PerplexityRequest, progress: Progress = no_progress) -> PerplexityResult:
+    """Score a text: perplexity and bits per byte, and against a baseline KL divergence and what else differs.
+
+    Memory: logits `[batch, block, vocab]` of the model, and of the baseline.
+
+    Raises:
+        UsageError: a text that is too short, no tokenizer, or two models of different vocabularies or tokenizers.
+        InputError, ProviderError: a model or a text that cannot be had, or logits that are not finite.
+    """
+    from retnet_tools.dtypes import parse_dtype
+    from retnet_tools.evaluate.logits import is_export
+    from retnet_tools.evaluate.perplexity import measure_perplexity
+    from retnet_tools.evaluate.scored_text import read_tokens
+    from retnet_tools.evaluate.windows import Windows
+    from retnet_tools.formats.source import CheckpointSource
+    from retnet_tools.runtime.providers import parse_device
+    from retnet_tools.tokenizing.text_files import read_text
+
+    content = read_text(Path(request.text)).content
+    device = parse_device(request.device, cpu_fallback=request.cpu_fallback)
+    graph = False if request.no_cuda_graph else None
+    scored = open_logits(request.source(), device, request.threads, parse_dtype(request.dtype), cuda_graph=graph)
+    baseline = None
+    if request.against is not None:
+        other = CheckpointSource.of(request.against)
+        where = device if is_export(other.path) else parse_device("cpu")
+        baseline = open_logits(other, where, request.threads, cuda_graph=graph)
+    tokens = read_tokens(
+        content,
+        scored,
+        baseline,
+        token_ids=request.token_ids,
+        start_token=request.start_token,
+        limit=request.max_tokens,
+    )
+    report = measure_perplexity(
+        scored,
+        tokens,
+        Windows(request.context, request.stride),
+        baseline=baseline,
+        batch=request.batch,
+        positions=request.by_position,
+        progress=progress,
+    )
+    return PerplexityResult(request, report)
+
+
+def open_logits(
+    source: CheckpointSource,
+    device: Device,
+    threads: int | None = None,
+    dtype: FloatName = "float32",
+    *,
+    cuda_graph: bool | None = None,
+) -> LogitsSource:
+    """A model that scores text: an exported folder on a device, or a checkpoint, which torch runs on the CPU.
+
+    Raises:
+        UsageError: a checkpoint for another device, or a stack without a vocabulary.
+        InputError, ProviderError: as the exported folder and the checkpoint.
+    """
+    from retnet_tools.evaluate.logits import ExportLogits, is_export
+
+    path = source.path
+    if not source.says_how and is_export(path):
+        return ExportLogits(path, device, threads, cuda_graph=cuda_graph)
+    if device.kind != "cpu":
+        raise UsageError(
+            f"--device {device.kind} for {path}, which is no export", "--device cpu", "export the checkpoint"
+        )
+    from retnet_tools.model.streaming import CheckpointLogits
+
+    return CheckpointLogits(source.open(), dtype, threads)
