@@ -183,7 +183,7 @@ class RetNet(nn.Module):
         super().__init__()
         self.config = config
         size, norm = config.hidden_size, config.block_norm
-        self.embedding = nn.Embedding(config.vocab_size, size) if config.has_vocabulary else None
+        self.embedding = _embedding(config) if config.has_vocabulary else None
         self.embedding_norm = Norm(size, norm) if config.embedding_norm else None
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.final_norm = Norm(size, norm) if config.final_norm else None
@@ -289,6 +289,11 @@ def to_torch(array: Array) -> Tensor:
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)
+
+
+def _embedding(config: RetNetConfig) -> nn.Embedding:
+    # Not drawn at random first: on the meta device, that would import torch's compiler, a second of work.
+    return nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
 
 
 def _heads(x: Tensor, size: int) -> Tensor:
