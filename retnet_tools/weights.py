@@ -5,6 +5,7 @@ Linear weights are stored `[out, in]` (y = x W^T), as torch does. Rows of q and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +129,11 @@ def _finite(name: str, array: Array) -> Array:
             "inspect lists all such tensors",
         )
     return array
+
+
+def parameter_count(config: RetNetConfig) -> int:
+    """Numbers in all tensors of a model; a tied output head has none of its own."""
+    return sum(map(math.prod, canonical_shapes(config).values()))
 
 
 def canonical_shapes(config: RetNetConfig) -> dict[str, tuple[int, ...]]:

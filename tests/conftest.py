@@ -10,9 +10,12 @@ import pytest
 import torch
 from hypothesis import settings
 
+from retnet_tools import machine
 from retnet_tools.cli import app
 
+# Tests run beside each other: a test that wants more threads says so.
 torch.set_num_threads(1)
+machine.allowed_cores = lambda: 1
 settings.register_profile("ci", derandomize=True, deadline=None)
 if os.environ.get("CI"):
     settings.load_profile("ci")

@@ -3,7 +3,7 @@ import os
 import pytest
 
 from retnet_tools import machine
-from retnet_tools.machine import available_memory, this_machine
+from retnet_tools.machine import available_memory, this_machine, threads_for
 
 
 def test_the_memory_of_this_machine_is_known() -> None:
@@ -17,6 +17,24 @@ def test_this_machine_has_a_processor_cores_and_memory() -> None:
     assert machine.system
     assert 1 <= machine.cores <= (os.cpu_count() or 1)
     assert machine.memory_bytes is None or machine.memory_bytes > 1 << 26
+
+
+@pytest.mark.parametrize(
+    ("parameters", "tokens", "cores", "threads"),
+    [
+        (4_200_000, 512, 64, 1),
+        (4_200_000, 16 * 128, 64, 2),
+        (178_000_000, 512, 2, 2),
+        (178_000_000, 512, 64, 21),
+        (1_300_000_000, 512, 64, 64),
+        (1_300_000_000, 1, 64, 1),
+    ],
+)
+def test_threads_follow_the_work_up_to_the_allowed_cores(
+    parameters: int, tokens: int, cores: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "allowed_cores", lambda: cores)
+    assert threads_for(parameters, tokens) == threads
 
 
 GROUP = "/sys/fs/cgroup/"

@@ -15,7 +15,7 @@ from retnet_tools.bench.specs import TorchSpec
 from retnet_tools.config import RetNetConfig
 from retnet_tools.dtypes import FloatName
 from retnet_tools.errors import UsageError
-from retnet_tools.model.agreement import TORCH_DTYPES, use_threads
+from retnet_tools.model.agreement import TORCH_DTYPES
 from retnet_tools.model.retention import retention_recurrent
 from retnet_tools.model.retnet import RetNet, load_model, to_torch
 from retnet_tools.random_weights import RandomWeights
@@ -35,7 +35,8 @@ class RecurrentDecoder:
     def __init__(
         self, config: RetNetConfig, weights: WeightSource, dtype: FloatName, threads: int | None, device: str = "cpu"
     ) -> None:
-        use_threads(threads)
+        if threads is not None:
+            torch.set_num_threads(threads)
         self._model, self._device = load_model(config, weights, TORCH_DTYPES[dtype]).to(device), device
         self._states: list[Tensor] = []
         self._position = 0

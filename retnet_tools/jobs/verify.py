@@ -31,7 +31,7 @@ class VerifyRequest(CheckpointOrShipped):
         seed: of the random tokens.
         text: to run on, in place of random tokens.
         file: with a text; `-` reads stdin.
-        threads: of the CPU; None leaves torch's choice.
+        threads: of the CPU; None chooses by the size of the work.
     """
 
     _: KW_ONLY
@@ -106,7 +106,7 @@ def verify(request: VerifyRequest, progress: Progress = no_progress) -> VerifyRe
     text = request.text if request.file is None else read_text(Path(request.file)).content
     opened = request.source().open()
     chosen = choose_tokens(opened.config, opened.tokenizer_files, text, length=request.tokens, seed=request.seed)
-    use_threads(request.threads)
+    use_threads(opened.config, chosen.ids.shape[0] * chosen.ids.shape[1], request.threads)
     report = (compare_clamps if opened.assumed_clamp else compare_forms)(
         opened.config,
         opened.weights,

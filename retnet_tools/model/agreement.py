@@ -28,6 +28,7 @@ from torch import Tensor
 from retnet_tools.config import RetNetConfig, ScoreClamp
 from retnet_tools.dtypes import FloatName
 from retnet_tools.errors import UsageError, VerificationError, did_you_mean
+from retnet_tools.machine import threads_for
 from retnet_tools.model.budgets import ACTIONS, Budget, Cause, cause_of
 from retnet_tools.model.differences import Difference, max_abs_difference
 from retnet_tools.model.memory import check_memory
@@ -35,7 +36,7 @@ from retnet_tools.model.retention import FORMS, RetentionForm, retention_chunkwi
 from retnet_tools.model.retnet import RetNet, load_model
 from retnet_tools.model.runs import Pair, Steps, require_finite, run_forms, without_epsilon
 from retnet_tools.progress import Progress
-from retnet_tools.weights import FiniteWeights, WeightSource
+from retnet_tools.weights import FiniteWeights, WeightSource, parameter_count
 
 DEFAULT_CHUNK_SIZE = 48
 HANDOFF_TOKENS = 64
@@ -142,10 +143,9 @@ def select_forms(names: Iterable[str], chunk_size: int = DEFAULT_CHUNK_SIZE) -> 
     return {name: known[name] for name in names}
 
 
-def use_threads(count: int | None) -> None:
-    """Let torch use this many CPU threads from now on; None leaves its choice."""
-    if count is not None:
-        torch.set_num_threads(count)
+def use_threads(config: RetNetConfig, tokens: int, count: int | None = None) -> None:
+    """Let torch use this many CPU threads from now on; None takes what a model shown `tokens` at once is worth."""
+    torch.set_num_threads(count or threads_for(parameter_count(config), tokens))
 
 
 def compare_forms(

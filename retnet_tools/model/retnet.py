@@ -293,7 +293,8 @@ def to_torch(array: Array) -> Tensor:
 
 def _embedding(config: RetNetConfig) -> nn.Embedding:
     # Not drawn at random first: on the meta device, that would import torch's compiler, a second of work.
-    return nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
+    size, width = config.vocab_size, config.hidden_size
+    return nn.Embedding(size, width, _weight=torch.empty(size, width))
 
 
 def _heads(x: Tensor, size: int) -> Tensor:

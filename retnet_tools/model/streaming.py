@@ -21,7 +21,7 @@ class CheckpointLogits:
     Args:
         checkpoint: an opened checkpoint.
         dtype: to compute in.
-        threads: of torch, from now on; None leaves its choice.
+        threads: of torch while it streams and from then on; None chooses by the size of the work.
 
     Raises:
         UsageError: a stack without a vocabulary.
@@ -31,12 +31,12 @@ class CheckpointLogits:
     def __init__(self, checkpoint: Checkpoint, dtype: FloatName = "float32", threads: int | None = None) -> None:
         if not checkpoint.config.has_vocabulary:
             raise UsageError(f"{checkpoint.path} is a stack without embedding and head", "a model with a vocabulary")
-        use_threads(threads)
         self.name = str(checkpoint.path)
         self.description = f"{checkpoint.format} checkpoint, {dtype}"
         self.vocab_size = checkpoint.config.vocab_size
         self.tokenizer_files = tuple(checkpoint.tokenizer_files)
         self.notes = tuple(checkpoint.notes)
+        self._threads = threads
         self._model = load_model(checkpoint.config, FiniteWeights(checkpoint.weights), TORCH_DTYPES[dtype])
 
     def stream(self, rows: Array, block: int) -> Iterator[Array]:
@@ -49,6 +49,7 @@ class CheckpointLogits:
         Yields:
             `[B, block, vocab]` float32 (float64 of a float64 model), in order; the last block may be shorter.
         """
+        use_threads(self._model.config, len(rows) * min(block, rows.shape[1]), self._threads)
         states = None
         for start in range(0, rows.shape[1], block):
             ids = torch.from_numpy(rows[:, start : start + block])

@@ -68,3 +68,15 @@ def test_it_knows_the_tokenizer_of_its_checkpoint() -> None:
     assert CheckpointLogits(opened).tokenizer_files == ()
     opened.tokenizer_files.extend([Path("a/tokenizer_config.json"), Path("a/tokenizer.json")])
     assert CheckpointLogits(opened).tokenizer_files == tuple(opened.tokenizer_files)
+
+
+@pytest.mark.parametrize(("asked", "used"), [(None, 1), (3, 3)])
+def test_a_stream_takes_the_threads_that_were_asked_for_and_one_for_little_work(asked: int | None, used: int) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        logits = CheckpointLogits(checkpoint(FLA, random_source(FLA, 2)), threads=asked)
+        next(logits.stream(random_tokens(FLA, 2, 5, 2), 5))
+        assert torch.get_num_threads() == used
+    finally:
+        torch.set_num_threads(before)
