@@ -1,12 +1,12 @@
 """Checkpoint formats: `open_checkpoint` finds out which one a path is and gives a `Checkpoint`.
 
-A new format is one file with one `FormatSpec`, and its name in `FORMATS`.
+A new format is one file with one `FormatSpec`, and its row in `FORMATS`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from retnet_tools.config import RetNetConfig, ScoreClamp
@@ -16,7 +16,7 @@ from retnet_tools.formats.files import CheckpointFiles
 from retnet_tools.formats.fla import FLA
 from retnet_tools.formats.jamie_stirling import JAMIE_STIRLING
 from retnet_tools.formats.mapping import MappedWeights
-from retnet_tools.formats.reading import find_format, read_as
+from retnet_tools.formats.reading import find_format, read_source
 from retnet_tools.formats.spec import Checkpoint, FormatSpec, Reading
 from retnet_tools.formats.syncdoth import SYNCDOTH
 from retnet_tools.formats.syncdoth_first import SYNCDOTH_FIRST
@@ -73,28 +73,29 @@ def open_checkpoint(
         UsageError: `format` names no format, or `clamp` is not what the files tell.
     """
     files = CheckpointFiles(Path(path), config=config, entry=entry)
-    spec = find_format(files, FORMATS) if format is None else _named(format)
+    spec = find_format(files, FORMATS) if format is None else _named(format, FORMATS, f"unknown format {format!r}")
     try:
-        source = read_as(spec, files, ignore_keys)
+        source = read_source(spec, files, ignore_keys)
+        reading = spec.read(source)
     except ConfigError as error:
         raise InputError(f"{files.path}: {error.found}", error.expected, error.action) from error
     except (OverflowError, RecursionError) as error:
         raise InputError(
             f"the configuration of {files.path} is out of range ({error})", "the numbers of a model", "correct it"
         ) from error
-    reading = source.reading
     assumed = reading.assumed_clamp and clamp is None
     clamp_note = (CLAMP_NOTE.format(clamp=reading.config.score_normalization.clamp),) if assumed else ()
+    settings_file = source.document.file
     return Checkpoint(
         path=files.path,
         format=reading.version,
         config=reading.config if clamp is None else _with_clamp(reading, clamp),
         weights=MappedWeights(source.stored, reading, source.prefix),
-        source_files=[*([source.config_file] if source.config_file else []), *files.weight_files],
+        source_files=[*([settings_file] if settings_file else []), *files.weight_files],
         tokenizer_files=files.tokenizer_files,
-        notes=[*files.notes, *reading.notes, *clamp_note],
+        notes=[*files.notes, *source.notes, *source.settings.notes(), *clamp_note],
         card_files=files.card_files,
-        settings=source.settings,
+        settings=source.document.values,
         assumed_clamp=assumed,
     )
 
@@ -113,14 +114,11 @@ def writable_format(name: str) -> FormatSpec:
     Raises:
         UsageError: no such format, or one that cannot be written.
     """
-    names = [spec.name for spec in FORMATS if spec.write is not None]
-    if name not in names:
-        raise UsageError(f"writing {name!r}", f"one of {', '.join(names)}", did_you_mean(name, names))
-    return _named(name)
+    return _named(name, [spec for spec in FORMATS if spec.write is not None], f"writing {name!r}")
 
 
-def _named(name: str) -> FormatSpec:
-    names = [spec.name for spec in FORMATS]
-    if name in names:
-        return FORMATS[names.index(name)]
-    raise UsageError(f"unknown format {name!r}", f"one of {', '.join(names)}", did_you_mean(name, names))
+def _named(name: str, formats: Sequence[FormatSpec], found: str) -> FormatSpec:
+    known = {spec.name: spec for spec in formats}
+    if name not in known:
+        raise UsageError(found, f"one of {', '.join(known)}", did_you_mean(name, known))
+    return known[name]

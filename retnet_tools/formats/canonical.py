@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from retnet_tools.config import RetNetConfig
 from retnet_tools.dtypes import FloatName
@@ -12,9 +11,9 @@ from retnet_tools.errors import InputError
 from retnet_tools.formats.conversion import plan_conversion
 from retnet_tools.formats.mapping import check_layer_count
 from retnet_tools.formats.settings import Keys, Only
-from retnet_tools.formats.spec import FormatSpec, Reading, Source, Writing
+from retnet_tools.formats.spec import CONFIG_FILE, FormatSpec, Reading, Source, Writing
 from retnet_tools.formats.storage import StoredTensors, planned
-from retnet_tools.formats.writer import CONFIG_FILE, DEFAULT_SHARD_SIZE, write_checkpoint
+from retnet_tools.formats.writer import DEFAULT_SHARD_SIZE, write_checkpoint
 from retnet_tools.progress import ByteProgress
 from retnet_tools.weights import Array, WeightSource, canonical_shapes
 
@@ -24,20 +23,10 @@ ASSUMED_CLAMP = "assumed_clamp"
 MARK = "layers.0.retention_norm.weight"
 
 
-def _is_settings(document: Mapping[str, Any]) -> bool:
-    return document.get("format") == FORMAT_NAME
-
-
-def read(source: Source) -> Reading:
-    """The configuration as it is written there.
-
-    Raises:
-        InputError: a version of the format that is not known.
-    """
-    version = source.settings.raw("format_version")
+def _read(source: Source) -> Reading:
+    version, stored = source.settings.raw("format_version"), source.settings.raw("config")
     if type(version) is not int or version != FORMAT_VERSION:
         raise InputError(f"{CONFIG_FILE} has format_version {version!r}", str(FORMAT_VERSION), "upgrade retnet-tools")
-    stored = source.settings.raw("config")
     config = RetNetConfig.from_dict({} if stored is None else stored)
     check_layer_count(config, source.stored)
     names = {name: name for name in canonical_shapes(config)}
@@ -45,11 +34,10 @@ def read(source: Source) -> Reading:
     return Reading(config, f"{FORMAT_NAME} {version}", names, assumed_clamp=assumed)
 
 
-def write(config: RetNetConfig, assumed_clamp: bool) -> Writing:
-    """Canonical names and the configuration as it is."""
-    document = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION, "config": config.to_dict()}
+def _write(config: RetNetConfig, assumed_clamp: bool) -> Writing:
+    settings = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION, "config": config.to_dict()}
     assumed = {ASSUMED_CLAMP: True} if assumed_clamp else {}
-    return Writing(documents={CONFIG_FILE: document | assumed}, names={name: name for name in canonical_shapes(config)})
+    return Writing(settings | assumed, names={name: name for name in canonical_shapes(config)})
 
 
 def write_canonical(
@@ -72,9 +60,7 @@ def write_canonical(
     """
     if isinstance(weights, Mapping):
         weights = StoredTensors({name: planned(name, array) for name, array in weights.items()})
-    plan = plan_conversion(
-        config, weights, CANONICAL, dtype=dtype, max_shard_size=max_shard_size, copies=tuple(extra_files)
-    )
+    plan = plan_conversion(config, weights, CANONICAL, dtype=dtype, max_shard_size=max_shard_size, copies=extra_files)
     return write_checkpoint(path, plan.layout, force=force, progress=progress)
 
 
@@ -85,10 +71,10 @@ CANONICAL = FormatSpec(
         read=frozenset({"format_version", "config", ASSUMED_CLAMP}),
         only={"format": Only((FORMAT_NAME,), f'"{FORMAT_NAME}"')},
     ),
-    is_settings=_is_settings,
+    is_settings=lambda document: document.get("format") == FORMAT_NAME,
     settings_words=f'"format": "{FORMAT_NAME}"',
     marks=(MARK,),
     names=(MARK,),
-    read=read,
-    write=write,
+    read=_read,
+    write=_write,
 )

@@ -14,11 +14,10 @@ from retnet_tools.config import RetNetConfig
 from retnet_tools.dtypes import NUMPY_DTYPES, FloatName, convert, parse_dtype
 from retnet_tools.errors import ConfigError, InputError, UsageError
 from retnet_tools.formats.mapping import MappedWeights, expand_names
-from retnet_tools.formats.planned import PlannedFiles
 from retnet_tools.formats.provenance import provenance_section
-from retnet_tools.formats.reading import read_as
-from retnet_tools.formats.spec import AS_STORED, Checkpoint, FormatSpec, Transform, Writing
-from retnet_tools.formats.storage import PlannedTensor, planned
+from retnet_tools.formats.settings import Settings
+from retnet_tools.formats.spec import AS_STORED, Checkpoint, Document, FormatSpec, Source, Transform, Writing
+from retnet_tools.formats.storage import PlannedTensor, StoredTensors, planned
 from retnet_tools.formats.writer import DEFAULT_SHARD_SIZE, INDEX_FILE, CheckpointLayout, shard
 from retnet_tools.tokenizing.carried import carried_text
 from retnet_tools.weights import (
@@ -96,21 +95,14 @@ def plan_conversion(
         files, index = shard(tensors, max_shard_size)
     else:
         files, index = {writing.weights_file: tensors}, None
-    documents = {**({INDEX_FILE: index} if index is not None else {}), **writing.documents}
+    documents = {**({} if index is None else {INDEX_FILE: index}), writing.settings_file: writing.settings}
     layout = CheckpointLayout(files, documents, texts or {}, copies)
-    largest = (
-        max(weights.info(name).nbytes for name in weights.names()),
-        max(tensor.nbytes for tensor in tensors),
-    )
+    largest = max(weights.info(name).nbytes for name in weights.names()), max(tensor.nbytes for tensor in tensors)
     return Conversion(layout, names, largest, notes)
 
 
 def plan_checkpoint(
-    checkpoint: Checkpoint,
-    target: FormatSpec,
-    *,
-    dtype: FloatName | None,
-    max_shard_size: int,
+    checkpoint: Checkpoint, target: FormatSpec, *, dtype: FloatName | None, max_shard_size: int
 ) -> Conversion:
     """Lay a whole checkpoint out in a format: its tokenizer, special tokens and licences too, and a card that says
     where it is from.
@@ -186,20 +178,22 @@ def _check_reads_back(
     Raises:
         UsageError: the format cannot express the model; lists every field that would be lost.
     """
-    files = PlannedFiles(writing.weights_file, writing.documents, {tensor.name: tensor for tensor in tensors})
+    stored = StoredTensors({tensor.name: tensor for tensor in tensors})
+    document = Document(None, writing.settings_file, writing.settings)
     try:
-        source = read_as(target, files)
+        settings = Settings.declared(target.layout, writing.settings, target.keys)
+        reading = target.read(Source(stored, settings, document))
     except (InputError, ConfigError) as error:
         raise UsageError(
             f"{target.name} cannot express this model: {error.found}", error.expected, "convert to another format"
         ) from error
-    differences = list(_differences(config.to_dict(), source.reading.config.to_dict()))
+    differences = list(_differences(config.to_dict(), reading.config.to_dict()))
     rounded = [name for name, wanted, got in differences if name in SCHEDULES and _equal_as_float32(wanted, got)]
     lost = [_lost(*difference) for difference in differences if difference[0] not in rounded]
     if lost:
         found = f"{target.name} cannot express: {', '.join(lost)}"
         raise UsageError(found, action="it would read what is in brackets; convert to another format")
-    MappedWeights(source.stored, source.reading, source.prefix)
+    MappedWeights(stored, reading)
     return tuple(f"{target.name} computes {name} in float32, which differs in the last bits" for name in rounded)
 
 

@@ -13,19 +13,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from retnet_tools.config import Activation, BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
-from retnet_tools.formats import fla_writing
-from retnet_tools.formats.inert import HUGGING_FACE, TRAINING
-from retnet_tools.formats.mapping import check_tie
+from retnet_tools.formats.inert import HUGGING_FACE
 from retnet_tools.formats.schedules import floats, paper_log_decay, rope_frequencies
 from retnet_tools.formats.settings import Keys, Only, Settings, words
-from retnet_tools.formats.spec import FormatSpec, NameTable, Reading, Source, Transform, Writing
-from retnet_tools.formats.storage import StoredTensors
+from retnet_tools.formats.spec import (
+    FormatSpec,
+    Modules,
+    NameTable,
+    Reading,
+    Source,
+    Transform,
+    Writing,
+    in_layers,
+    module_names,
+)
 from retnet_tools.formats.transforms import halves_to_pairs, row_range
 from retnet_tools.formats.xatl import XATL_KEYS
 
 ORIGIN = "flash-linear-attention"
-EMBEDDING, HEAD = "model.embeddings.weight", "lm_head.weight"
-QUERY, KEY = "layers.{i}.retention.q_proj.weight", "layers.{i}.retention.k_proj.weight"
+EMBEDDING, OLD_EMBEDDING = "model.embeddings.weight", "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 FFN_GATE, FFN_UP = "model.layers.{i}.mlp.gate_proj.weight", "model.layers.{i}.mlp.up_proj.weight"
 FFN_PARTS = ("layers.{i}.ffn.gate_proj.weight", "layers.{i}.ffn.up_proj.weight")
 FFN_MULTIPLE = 256
@@ -36,32 +43,22 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-    "relu2": "relu2",
-    "leaky_relu": "leaky_relu",
-    "elu": "elu",
-    "sigmoid": "sigmoid",
-    "tanh": "tanh",
+    **{"relu": "relu", "relu2": "relu2", "leaky_relu": "leaky_relu", "elu": "elu"},
+    **{"sigmoid": "sigmoid", "tanh": "tanh"},
 }
-NAMES: NameTable = {
-    EMBEDDING: "embedding.weight",
-    HEAD: "lm_head.weight",
-    "model.layers.{i}.attn_norm.weight": "layers.{i}.retention_norm.weight",
-    "model.layers.{i}.attn.q_proj.weight": QUERY,
-    "model.layers.{i}.attn.k_proj.weight": KEY,
-    "model.layers.{i}.attn.v_proj.weight": "layers.{i}.retention.v_proj.weight",
-    "model.layers.{i}.attn.g_proj.weight": "layers.{i}.retention.gate_proj.weight",
-    "model.layers.{i}.attn.o_proj.weight": "layers.{i}.retention.out_proj.weight",
-    "model.layers.{i}.mlp_norm.weight": "layers.{i}.ffn_norm.weight",
-    FFN_GATE: FFN_PARTS[0],
-    FFN_UP: FFN_PARTS[1],
-    "model.layers.{i}.mlp.down_proj.weight": "layers.{i}.ffn.down_proj.weight",
-    "model.norm.weight": "final_norm.weight",
+ROOT = {"model.embeddings": "embedding", "lm_head": "lm_head"}
+LAYER: Modules = {
+    "attn_norm": "retention_norm",
+    "attn.q_proj": "retention.q_proj",
+    "attn.k_proj": "retention.k_proj",
+    "attn.v_proj": "retention.v_proj",
+    "attn.g_proj": "retention.gate_proj",
+    "attn.o_proj": "retention.out_proj",
+    "mlp_norm": "ffn_norm",
+    "mlp.gate_proj": "ffn.gate_proj",
+    "mlp.up_proj": "ffn.up_proj",
+    "mlp.down_proj": "ffn.down_proj",
 }
-HEAD_NORM = "layers.{i}.retention.head_norm.weight"
-
-
-OLD_EMBEDDING = "model.embed_tokens.weight"
 KEYS = Keys(
     read=words(
         """
@@ -76,7 +73,6 @@ KEYS = Keys(
         "model_type": Only(("retnet",), "retnet"),
     },
     inert=HUGGING_FACE
-    | TRAINING
     | words(
         """
         attn_mode conv_size fuse_cross_entropy fuse_linear_cross_entropy fuse_swiglu rescale_prenorm_residual
@@ -91,70 +87,48 @@ KEYS = Keys(
 )
 
 
-def is_settings(document: Mapping[str, Any]) -> bool:
-    """A configuration of model_type retnet that calls its size `hidden_size`, and its heads as no relative does."""
-    heads = bool({"num_heads", "num_attention_heads"} & document.keys())
-    named = document.get("model_type", "retnet") == "retnet"  # an object that is pickled leaves it out
-    return named and "hidden_size" in document and heads and not {"qk_dim", *XATL_KEYS} & document.keys()
+def _names(*, fused: bool) -> NameTable:
+    """The names of a model; the head norm's tells whether it is fused with a swish gate."""
+    head_norm = "attn.g_norm_swish_gate" if fused else "attn.g_norm"
+    layers, norms = (in_layers("model.layers", modules) for modules in (LAYER, {head_norm: "retention.head_norm"}))
+    return module_names({**ROOT, **layers, "model.norm": "final_norm", **norms})
 
 
-def read(source: Source) -> Reading:
-    """Resolve the configuration of flash-linear-attention.
+def _rotation(config: RetNetConfig) -> dict[str, Transform]:
+    """q and k are stored for a rotation of halves."""
+    return {f"layers.{{i}}.retention.{name}_proj.weight": halves_to_pairs(config.head_k_dim) for name in "qk"}
 
-    Raises:
-        InputError: a kind of model that is not supported.
-    """
-    settings, stored = source.settings, source.stored
-    if any("_conv1d." in name for name in stored.names()):
+
+def _read(source: Source) -> Reading:
+    settings, locations = source.settings, source.stored.locations
+    if any("_conv1d." in name for name in locations):
         raise settings.wrong(
             "use_short_conv", True, "no short convolutions, whose tensors the file holds", "they are not supported"
         )
-    ignored = settings.flag("use_short_conv", False)
+    if settings.flag("use_short_conv", False):
+        source.notes.append("use_short_conv does nothing in this model, which has no convolutions")
     config = resolve(settings)
     fused = settings.text("hidden_act", "swish") == "swish" and settings.flag("fuse_norm", True)
-    names: dict[str, str | tuple[str, ...] | None] = {**name_table(fused=fused and config.gate is not None)}
-    changes, merged = transforms(config), _is_ffn_merged(stored, config)
-    if OLD_EMBEDDING in stored.locations:
+    names, changes = dict(_names(fused=fused and config.gate is not None)), _rotation(config)
+    dim, gate = config.feed_forward.dim, locations.get(FFN_GATE.format(i=0))
+    merged = gate is not None and gate.shape[:1] == (2 * dim,) and FFN_UP.format(i=0) not in locations
+    if OLD_EMBEDDING in locations:
         names[OLD_EMBEDDING] = names.pop(EMBEDDING)
         if not merged and settings.choice("hidden_act", ACTIVATIONS, "swish") != "silu":
             raise settings.wrong("hidden_act", settings.raw("hidden_act"), "swish in the release of 16 February 2024")
     if merged:
         names[FFN_GATE] = FFN_PARTS
         del names[FFN_UP]
-        dim = config.feed_forward.dim
         changes |= {name: row_range(i * dim, dim, 2 * dim) for i, name in enumerate(FFN_PARTS)}
-    if config.tie_word_embeddings:
-        names[HEAD] = None
-        check_tie(stored, HEAD, OLD_EMBEDDING if OLD_EMBEDDING in stored.locations else EMBEDDING)
-    notes = ("use_short_conv does nothing in this model, which has no convolutions",) * ignored
-    return Reading(config, ORIGIN, names, transforms=changes, notes=notes)
-
-
-def name_table(*, fused: bool) -> dict[str, str | None]:
-    """The names of a model; the head norm's tells whether it is fused with a swish gate."""
-    head_norm = "g_norm_swish_gate" if fused else "g_norm"
-    return {**NAMES, f"model.layers.{{i}}.attn.{head_norm}.weight": HEAD_NORM}
-
-
-def _is_ffn_merged(stored: StoredTensors, config: RetNetConfig) -> bool:
-    gate = stored.locations.get(FFN_GATE.format(i=0))
-    rows = gate.shape[0] if gate is not None and gate.shape else 0
-    return FFN_UP.format(i=0) not in stored.locations and rows == 2 * config.feed_forward.dim
-
-
-def transforms(config: RetNetConfig) -> dict[str, Transform]:
-    """q and k are stored for a rotation of halves."""
-    permuted = halves_to_pairs(config.head_k_dim)
-    return {QUERY: permuted, KEY: permuted}
-
-
-def write(config: RetNetConfig, assumed_clamp: bool) -> Writing:
-    """The files of a model, whose scores are never clamped; see `fla_writing`."""
-    return fla_writing.write(config, name_table(fused=config.gate == "silu"), transforms(config), ACTIVATIONS)
+    return Reading(config, ORIGIN, names, transforms=changes)
 
 
 def resolve(settings: Settings) -> RetNetConfig:
-    """The configuration, with flash-linear-attention's defaults filled in."""
+    """The configuration, with flash-linear-attention's defaults filled in.
+
+    Raises:
+        InputError: a kind of model that is not supported.
+    """
     hidden, heads = settings.size("hidden_size", 2048), settings.size("num_heads", 8)
     key_dim = _expanded(settings, "expand_k", 1.0, hidden, heads)
     value_dim = _expanded(settings, "expand_v", 2.0, hidden, heads)
@@ -188,11 +162,8 @@ def resolve(settings: Settings) -> RetNetConfig:
 def _expanded(settings: Settings, name: str, default: float, hidden: int, heads: int) -> int:
     size = int(hidden * settings.number(name, default))
     if not size or size % heads:
-        raise settings.wrong(
-            name,
-            settings.raw(name),
-            f"a factor that makes hidden_size = {hidden} a multiple of num_heads = {heads}",
-        )
+        expected = f"a factor that makes hidden_size = {hidden} a multiple of num_heads = {heads}"
+        raise settings.wrong(name, settings.raw(name), expected)
     return size
 
 
@@ -207,16 +178,50 @@ def _ffn_dim(settings: Settings, hidden: int) -> int:
     return settings.count("intermediate_size", -(-derived // FFN_MULTIPLE) * FFN_MULTIPLE)
 
 
+def _write(config: RetNetConfig, assumed_clamp: bool) -> Writing:
+    """The files of a model, whose scores are never clamped."""
+    word = {activation: name for name, activation in reversed(ACTIVATIONS.items())}
+    settings = {
+        "model_type": "retnet",
+        "architectures": ["RetNetForCausalLM"],
+        "attn_mode": "chunk",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_heads": config.num_heads,
+        "num_kv_heads": config.num_kv_heads,
+        "expand_k": config.key_dim / config.hidden_size,
+        "expand_v": config.value_dim / config.hidden_size,
+        "feature_map": None if config.feature_map is None else word[config.feature_map],
+        "hidden_act": word["silu" if config.gate is None else config.gate],
+        "use_output_gate": config.gate is not None,
+        "use_short_conv": False,
+        "intermediate_size": config.feed_forward.dim,
+        "elementwise_affine": config.head_norm.weight != "none",
+        "norm_eps": config.block_norm.eps,
+        "fuse_norm": True,
+        "tie_word_embeddings": config.tie_word_embeddings,
+    }
+    return Writing(settings, _names(fused=config.gate == "silu"), transforms=_rotation(config))
+
+
+def _is_settings(document: Mapping[str, Any]) -> bool:
+    """`model_type` retnet, its size as `hidden_size`, and its heads as no relative calls them."""
+    heads = bool({"num_heads", "num_attention_heads"} & document.keys())
+    named = document.get("model_type", "retnet") == "retnet"  # an object that is pickled leaves it out
+    return named and "hidden_size" in document and heads and not {"qk_dim", *XATL_KEYS} & document.keys()
+
+
 FLA = FormatSpec(
     name="fla",
     layout=ORIGIN,
     keys=KEYS,
-    is_settings=is_settings,
+    is_settings=_is_settings,
     settings_words='"model_type": "retnet", hidden_size and num_heads',
     marks=("model.layers.0.attn.q_proj.weight", "model.norm.weight"),
-    names=(*name_table(fused=True), *name_table(fused=False), OLD_EMBEDDING),
-    read=read,
+    names={**_names(fused=True), **_names(fused=False), OLD_EMBEDDING: None},
+    read=_read,
     base="model.",
     outer_head={HEAD: HEAD},
-    write=write,
+    write=_write,
 )

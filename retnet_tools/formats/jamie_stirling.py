@@ -10,77 +10,46 @@ taken as they are in float64.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
 from retnet_tools.config import BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
 from retnet_tools.errors import InputError
-from retnet_tools.formats.buffers import name_of_all
 from retnet_tools.formats.inert import TRAINING
-from retnet_tools.formats.schedules import floats, language_model_gammas
+from retnet_tools.formats.schedules import floats, language_model_gammas, read_xpos
 from retnet_tools.formats.settings import Keys, Settings, words
-from retnet_tools.formats.spec import FormatSpec, NameTable, Reading, Source
+from retnet_tools.formats.spec import FormatSpec, NameTable, Reading, Source, module_names
 from retnet_tools.formats.storage import StoredTensors
 from retnet_tools.formats.transforms import TRANSPOSED, joined_heads
-from retnet_tools.formats.xpos import xpos_key_decay
 
 ORIGIN = "Jamie-Stirling"
 MARK = "retentions.0.retentions.0.W_Q"
 GATE, FFN = "retentions.0.W_G", "ffns.0.0.weight"
 SCALE = "retentions.{i}.retentions.{h}.xpos.scale"
 EPS = 1e-5
-NAMES: NameTable = {
-    "layer_norms_1.{i}.weight": "layers.{i}.retention_norm.weight",
-    "layer_norms_1.{i}.bias": "layers.{i}.retention_norm.bias",
+LAYER = {
+    "layer_norms_1.{i}": "retention_norm",
+    "retentions.{i}.group_norm": "retention.head_norm",
+    "layer_norms_2.{i}": "ffn_norm",
+    "ffns.{i}.0": "ffn.up_proj",
+    "ffns.{i}.2": "ffn.down_proj",
+}
+PROJECTIONS = {
     "retentions.{i}.retentions.{h}.W_Q": "layers.{i}.retention.q_proj.weight",
     "retentions.{i}.retentions.{h}.W_K": "layers.{i}.retention.k_proj.weight",
     "retentions.{i}.retentions.{h}.W_V": "layers.{i}.retention.v_proj.weight",
     "retentions.{i}.W_G": "layers.{i}.retention.gate_proj.weight",
-    "retentions.{i}.group_norm.weight": "layers.{i}.retention.head_norm.weight",
-    "retentions.{i}.group_norm.bias": "layers.{i}.retention.head_norm.bias",
     "retentions.{i}.W_O": "layers.{i}.retention.out_proj.weight",
-    "layer_norms_2.{i}.weight": "layers.{i}.ffn_norm.weight",
-    "layer_norms_2.{i}.bias": "layers.{i}.ffn_norm.bias",
-    "ffns.{i}.0.weight": "layers.{i}.ffn.up_proj.weight",
-    "ffns.{i}.0.bias": "layers.{i}.ffn.up_proj.bias",
-    "ffns.{i}.2.weight": "layers.{i}.ffn.down_proj.weight",
-    "ffns.{i}.2.bias": "layers.{i}.ffn.down_proj.bias",
+}
+NAMES: NameTable = {
+    **module_names({name: f"layers.{{i}}.{canonical}" for name, canonical in LAYER.items()}),
+    **PROJECTIONS,
     SCALE: None,
 }
 
-KEYS = Keys(read=words("double_v_dim ffn_size heads hidden_dim layers"), inert=TRAINING)
 
-
-def is_settings(document: Mapping[str, Any]) -> bool:
-    """The arguments of its `RetNet`."""
-    return {"layers", "hidden_dim", "ffn_size", "heads"} <= document.keys()
-
-
-def read(source: Source) -> Reading:
-    """Resolve sizes from the arguments and, where there are none, from the tensors.
-
-    Raises:
-        InputError: no such tensors, or a complex-valued model.
-    """
-    settings, stored = source.settings, source.stored
-    refuse_unsupported(stored)
-    key_decay, notes = xpos_key_decay(stored, name_of_all(stored, SCALE), stored.locations[MARK].shape[1])
-    config = resolve(settings, stored, key_decay)
-    heads = joined_heads(config.num_heads)
-    transforms = {
-        "layers.{i}.retention.q_proj.weight": heads,
-        "layers.{i}.retention.k_proj.weight": heads,
-        "layers.{i}.retention.v_proj.weight": heads,
-        "layers.{i}.retention.gate_proj.weight": TRANSPOSED,
-        "layers.{i}.retention.out_proj.weight": TRANSPOSED,
-    }
-    return Reading(config, ORIGIN, NAMES, transforms=transforms, notes=notes)
-
-
-def refuse_unsupported(stored: StoredTensors) -> None:
-    """Refuse what is no stack of this kind, by the name of a tensor."""
+def _read(source: Source) -> Reading:
+    """Sizes are those of the arguments and, where there are none, of the tensors."""
+    stored = source.stored
     for name in stored.names():
         if name.endswith(".theta"):
             raise InputError(
@@ -91,9 +60,14 @@ def refuse_unsupported(stored: StoredTensors) -> None:
     for name in (MARK, GATE, FFN):
         if len(stored.locations[name].shape if name in stored.locations else ()) != 2:
             raise InputError(f"no matrix {name!r}", f"the tensors of a {ORIGIN} RetNet", "name its file")
+    key_decay = read_xpos(source, SCALE, stored.locations[MARK].shape[1])
+    config = _resolve(source.settings, stored, key_decay)
+    heads = joined_heads(config.num_heads)
+    transforms = {to: heads if "{h}" in name else TRANSPOSED for name, to in PROJECTIONS.items()}
+    return Reading(config, ORIGIN, NAMES, transforms=transforms)
 
 
-def resolve(settings: Settings, stored: StoredTensors, key_decay: tuple[float, ...]) -> RetNetConfig:
+def _resolve(settings: Settings, stored: StoredTensors, key_decay: tuple[float, ...]) -> RetNetConfig:
     """The configuration: sizes, schedules as its code computes them, and what that code fixes."""
     hidden = settings.count("hidden_dim", stored.locations[GATE].shape[0])
     heads = settings.count("heads", _count(stored, "retentions.0.retentions.{}.W_Q"))
@@ -130,11 +104,11 @@ def _count(stored: StoredTensors, template: str) -> int:
 JAMIE_STIRLING = FormatSpec(
     name="jamie-stirling",
     layout="Jamie-Stirling/RetNet",
-    keys=KEYS,
-    is_settings=is_settings,
+    keys=Keys(read=words("double_v_dim ffn_size heads hidden_dim layers"), inert=TRAINING),
+    is_settings=lambda document: {"layers", "hidden_dim", "ffn_size", "heads"} <= document.keys(),
     settings_words="layers, hidden_dim, ffn_size and heads",
     marks=("retentions.0.W_G", "layer_norms_1.0.weight"),
-    names=tuple(NAMES),
-    read=read,
+    names=NAMES,
+    read=_read,
     needs_settings=False,
 )

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import InputError
-from retnet_tools.formats.spec import AS_STORED, Reading, Shape, SplitTable, Transform
+from retnet_tools.formats.spec import AS_STORED, NameTable, Reading, Shape, Transform
 from retnet_tools.formats.storage import StoredTensors
 from retnet_tools.weights import Array, FileRegion, TensorInfo, canonical_shapes, is_floating
 
 
-@dataclass(frozen=True)
-class _Entry:
+class _Entry(NamedTuple):
     parts: tuple[str, ...]
     transform: Transform
 
@@ -34,22 +32,27 @@ class MappedWeights:
 
     Raises:
         InputError: a stored tensor that the table does not name, a canonical tensor that nothing fills (with the name
-            expected in the file), a wrong shape, a tensor that is not floating point.
+            expected in the file), a wrong shape, a tensor that is not floating point, a tied output projection that is
+            not the embedding.
     """
 
     def __init__(self, stored: StoredTensors, reading: Reading, prefix: str = "") -> None:
         self._stored = stored
         check_layer_count(reading.config, stored)
         self._shapes = canonical_shapes(reading.config)
-        sources = expand_names(reading.config, reading.names)
-        zeros = {canonical for template in reading.zeros for canonical in expand_template(reading.config, template)}
-        places = {name: canonical for name, canonical, _ in sources}
-        _check_known(stored, reading, places, self._shapes.keys() - zeros, prefix)
+        layers = range(reading.config.num_layers)
+        zeros = {template.format(i=i) for template in reading.zeros for i in layers}
+        places: dict[str, str] = {}
         parts: dict[str, list[str]] = {}
         templates: dict[str, str] = {}
-        for name, canonical, template in sources:
+        for name, canonical, template in expand_names(reading.config, _tied(reading, stored)):
+            places[name] = canonical
             parts.setdefault(canonical, []).append(name)
             templates[canonical] = template
+        for name in stored.names():
+            place = places.get(name)
+            if place != "" and (place in zeros or place not in self._shapes):
+                raise InputError(f"unknown tensor {prefix + name!r}", f"the names of {reading.version}", _hint(place))
         self._entries: dict[str, _Entry] = {}
         for canonical, shape in self._shapes.items():
             transform = reading.transforms.get(templates.get(canonical, ""), AS_STORED)
@@ -76,21 +79,21 @@ class MappedWeights:
 
     def read(self, name: str) -> Array:
         """The canonical tensor, contiguous and owned by the caller."""
-        entry = self._entries[name]
-        if not entry.parts:
+        parts, transform = self._entries[name]
+        if not parts:
             return np.zeros(self._shapes[name], self._dtype)
-        return np.ascontiguousarray(entry.transform.apply([self._stored.read(part) for part in entry.parts]))
+        return np.ascontiguousarray(transform.apply([self._stored.read(part) for part in parts]))
 
     def region(self, name: str) -> FileRegion | None:
         """Where the bytes of a tensor that is taken as stored lie."""
-        entry = self._entries[name]
-        return self._stored.region(entry.parts[0]) if entry.parts and entry.transform is AS_STORED else None
+        parts, transform = self._entries[name]
+        return self._stored.region(parts[0]) if parts and transform is AS_STORED else None
 
     def blocks(self, name: str) -> Iterator[Array]:
         """The canonical tensor in pieces of whole rows of about 16 MB, or whole where it is not taken as stored."""
-        entry = self._entries[name]
-        if entry.parts and entry.transform is AS_STORED:
-            yield from self._stored.blocks(entry.parts[0])
+        parts, transform = self._entries[name]
+        if parts and transform is AS_STORED:
+            yield from self._stored.blocks(parts[0])
         else:
             yield self.read(name)
 
@@ -106,20 +109,6 @@ def check_layer_count(config: RetNetConfig, stored: StoredTensors) -> None:
         raise InputError(f"{config.num_layers} layers in the configuration", f"at most the {count} tensors of the file")
 
 
-def check_tie(stored: StoredTensors, head: str, embedding: str) -> None:
-    """A tied output projection, where it is stored too, must be the embedding.
-
-    Raises:
-        InputError: they differ.
-    """
-    if {head, embedding} <= stored.locations.keys() and not stored.same_data(head, embedding):
-        raise InputError(
-            f"the configuration ties the embeddings but {head!r} differs from {embedding!r}",
-            "the same values",
-            "correct the configuration or the file",
-        )
-
-
 def is_tied(stored: StoredTensors, head: str, embedding: str) -> bool:
     """Whether the tensors allow a tied output projection: it is not stored, or is the embedding."""
     return head not in stored.locations or (embedding in stored.locations and stored.same_data(head, embedding))
@@ -133,48 +122,39 @@ def stored_name(stored: StoredTensors, names: Sequence[str]) -> str | None:
     """
     found = [name for name in names if name in stored.locations]
     for other in found[1:]:
-        check_tie(stored, other, found[0])
+        _check_tie(stored, other, found[0])
     return found[0] if found else None
 
 
-def expand_names(config: RetNetConfig, names: SplitTable) -> list[tuple[str, str, str]]:
-    """A name table for this many layers and heads: stored name, canonical name, its template.
-
-    Names that the table drops are left out.
-    """
+def expand_names(config: RetNetConfig, names: NameTable) -> list[tuple[str, str, str]]:
+    """A name table for this many layers and heads: stored name, canonical name, its template; both empty where the
+    table drops it."""
     return [
         (stored.format(i=i, h=h), template.format(i=i), template)
         for stored, canonical in names.items()
-        for i, h in _indices(config, stored)
-        for template in ((canonical,) if isinstance(canonical, str) else canonical or ())
+        for i in range(config.num_layers if "{i}" in stored else 1)
+        for h in range(config.num_heads if "{h}" in stored else 1)
+        for template in (canonical if isinstance(canonical, tuple) else (canonical or "",))
     ]
 
 
-def expand_template(config: RetNetConfig, template: str) -> list[str]:
-    """A template of names for this many layers and heads."""
-    return [template.format(i=i, h=h) for i, h in _indices(config, template)]
+def _tied(reading: Reading, stored: StoredTensors) -> NameTable:
+    """The name table; of a tied output projection that is stored too, once it is found to be the embedding."""
+    stored_as: Mapping[object, str] = {canonical: name for name, canonical in reading.names.items()}
+    head = stored_as.get("lm_head.weight")
+    if head is None or not reading.config.tie_word_embeddings:
+        return reading.names
+    _check_tie(stored, head, stored_as["embedding.weight"])
+    return {**reading.names, head: None}
 
 
-def _check_known(
-    stored: StoredTensors, reading: Reading, places: Mapping[str, str], filled: Set[str], prefix: str
-) -> None:
-    dropped = {
-        name
-        for template, canonical in reading.names.items()
-        if canonical is None
-        for name in expand_template(reading.config, template)
-    }
-    for name in stored.names():
-        if name not in dropped and places.get(name) not in filled:
-            raise InputError(
-                f"unknown tensor {prefix + name!r}", f"the names of {reading.version}", _hint(places.get(name))
-            )
-
-
-def _indices(config: RetNetConfig, template: str) -> Iterable[tuple[int, int]]:
-    layers = range(config.num_layers if "{i}" in template else 1)
-    heads = range(config.num_heads if "{h}" in template else 1)
-    return product(layers, heads)
+def _check_tie(stored: StoredTensors, head: str, embedding: str) -> None:
+    if not is_tied(stored, head, embedding) and embedding in stored.locations:
+        raise InputError(
+            f"the configuration ties the embeddings but {head!r} differs from {embedding!r}",
+            "the same values",
+            "correct the configuration or the file",
+        )
 
 
 def _hint(canonical: str | None) -> str:

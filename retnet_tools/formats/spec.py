@@ -18,19 +18,20 @@ each, which takes its share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from retnet_tools.config import RetNetConfig
 from retnet_tools.formats.settings import Keys, Settings
 from retnet_tools.formats.storage import StoredTensors
 from retnet_tools.weights import Array, WeightSource
 
+CONFIG_FILE, SAFETENSORS_FILE = "config.json", "model.safetensors"
 Shape = tuple[int, ...]
-NameTable = Mapping[str, str | None]
-SplitTable = Mapping[str, str | tuple[str, ...] | None]
+Modules = Mapping[str, str | tuple[str, ...]]
+NameTable = Mapping[str, str | tuple[str, ...] | None]
 
 
 @dataclass(frozen=True)
@@ -51,26 +52,41 @@ class Transform:
 AS_STORED = Transform(lambda shape: shape, lambda parts: parts[0])
 
 
+def in_layers(prefix: str, modules: Modules) -> Modules:
+    """The modules of one layer by their whole names, where those of all layers begin with a prefix and the number."""
+    return {f"{prefix}.{{i}}.{name}": _each(to, lambda one: f"layers.{{i}}.{one}") for name, to in modules.items()}
+
+
+def module_names(modules: Modules) -> NameTable:
+    """The name table of modules by their stored and canonical names: of all weights, then of all biases."""
+    return {f"{name}.weight": _each(to, lambda one: f"{one}.weight") for name, to in modules.items()} | {
+        f"{name}.bias": _each(to, lambda one: f"{one}.bias") for name, to in modules.items()
+    }
+
+
+def _each(names: str | tuple[str, ...], change: Callable[[str], str]) -> str | tuple[str, ...]:
+    return change(names) if isinstance(names, str) else tuple(map(change, names))
+
+
 @dataclass(frozen=True)
 class Reading:
     """A format's configuration, resolved.
 
     Attributes:
         version: which release of the format, for people.
-        names: from stored to canonical names, as templates; None drops a tensor on purpose, a tuple splits it.
+        names: from stored to canonical names, as templates; None drops a tensor on purpose, a tuple splits it. Where
+            the configuration ties the output projection, a stored one must be the embedding, and is dropped.
         transforms: by canonical template; tensors without one are taken as stored.
         zeros: canonical templates of tensors that the format does not have because they are zero.
-        notes: what the user should know about the reading.
         assumed_clamp: whether nothing stored tells which clamp of the scores the model was trained with, and the one
             in `config` is assumed.
     """
 
     config: RetNetConfig
     version: str
-    names: SplitTable
+    names: NameTable
     transforms: Mapping[str, Transform] = field(default_factory=dict)
     zeros: frozenset[str] = frozenset()
-    notes: tuple[str, ...] = ()
     assumed_clamp: bool = False
 
 
@@ -79,20 +95,38 @@ class Writing:
     """A model as a format stores it.
 
     Attributes:
-        documents: file name to JSON, the configuration last.
-        names: from stored to canonical names, as templates.
+        settings: the JSON of its configuration.
+        names: as in `Reading`, of which the names of tensors that the model has are written.
+        settings_file: the file of the configuration.
         weights_file: `model.safetensors`, which may become shards, or a `.pt`.
         transforms: by canonical template; their `invert` is used.
         ties: stored names that share the storage of another stored name.
         buffers: stored tensors that are no weights.
     """
 
-    documents: Mapping[str, Mapping[str, Any]]
-    names: Mapping[str, str]
-    weights_file: str = "model.safetensors"
+    settings: Mapping[str, Any]
+    names: NameTable
+    settings_file: str = CONFIG_FILE
+    weights_file: str = SAFETENSORS_FILE
     transforms: Mapping[str, Transform] = field(default_factory=dict)
     ties: Mapping[str, str] = field(default_factory=dict)
     buffers: Mapping[str, Array] = field(default_factory=dict)
+
+
+class Document(NamedTuple):
+    """What may be a configuration, as it is stored.
+
+    Attributes:
+        file: None where it lies in the file of weights, or there is none.
+        name: of its file, or of its entry in the file of weights ("cfg.model").
+    """
+
+    file: Path | None
+    name: str
+    values: Mapping[str, Any]
+
+
+NO_DOCUMENT = Document(None, "", {})
 
 
 @dataclass(frozen=True)
@@ -102,12 +136,15 @@ class Source:
     Attributes:
         stored: the tensors, under their names without what wrappers put before them.
         settings: the format's configuration, every key of it explained; empty where there is none.
-        settings_name: of its file, or of its entry in the file of weights ("cfg.model"); empty where there is none.
+        prefix: what the file puts before the names.
+        notes: what the user should know, to which a format's `read` adds.
     """
 
     stored: StoredTensors
     settings: Settings
-    settings_name: str = ""
+    document: Document = NO_DOCUMENT
+    prefix: str = ""
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -121,7 +158,7 @@ class FormatSpec:
         is_settings: whether a document is its configuration.
         settings_words: what tells such a document, for errors.
         marks: stored names that tell it, without wrappers' prefixes; all must be there.
-        names: every name that it may store, as templates.
+        names: every name that it may store, as templates; its name tables together will do.
         read: the configuration and the name table; reads no tensor data but small buffers.
         base: what its names begin with that a model saved without its head leaves out ("model.").
         outer_head: from the names of an output projection that a wrapper has itself, outside of its prefix, to those
@@ -137,7 +174,7 @@ class FormatSpec:
     is_settings: Callable[[Mapping[str, Any]], bool]
     settings_words: str
     marks: tuple[str, ...]
-    names: Sequence[str]
+    names: Collection[str]
     read: Callable[[Source], Reading]
     base: str = ""
     outer_head: Mapping[str, str] = field(default_factory=dict)

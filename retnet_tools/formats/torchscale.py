@@ -1,45 +1,41 @@
 """microsoft/torchscale: fairseq's `.pt`, and a state dict with its `RetNetConfig` as JSON beside, in any wrapper.
 
-Several releases store different tensors (`torchscale_releases`); the tensors tell which one wrote a file.
+Several releases store different tensors (`torchscale_tensors`); the tensors tell which one wrote a file. Written is a
+bare state dict `model.pt` with `vars(RetNetConfig)` as `args.json`, which `RetNetDecoder.load_state_dict` takes
+strictly: buffers are stored too, and a tied output projection under both names.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from retnet_tools.config import (
-    Activation,
-    BlockNorm,
-    FeedForward,
-    HeadNorm,
-    RetNetConfig,
-    ScoreClamp,
-    ScoreNormalization,
-)
+from retnet_tools.config import BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreClamp, ScoreNormalization
 from retnet_tools.errors import InputError
-from retnet_tools.formats.inert import FAIRSEQ, HUGGING_FACE, TRAINING
-from retnet_tools.formats.mapping import check_tie
+from retnet_tools.formats.inert import FAIRSEQ
+from retnet_tools.formats.mapping import stored_name
 from retnet_tools.formats.settings import Keys, Only, Settings, words
-from retnet_tools.formats.spec import FormatSpec, Reading, Source
+from retnet_tools.formats.spec import FormatSpec, Reading, Source, Writing
 from retnet_tools.formats.storage import StoredTensors
-from retnet_tools.formats.torchscale_buffers import read_schedules
-from retnet_tools.formats.torchscale_releases import (
+from retnet_tools.formats.torchscale_tensors import (
+    ACTIVATIONS,
     EMBEDDING,
     FFN_NORM,
     FINAL_NORM,
     HEAD,
     RELEASES,
     Release,
+    activation_word,
+    decoder_names,
     find_release,
+    read_buffers,
+    written_buffers,
 )
-from retnet_tools.formats.torchscale_writing import write
 
-ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "swish": "silu", "relu": "relu"}
 PAPER_CLAMP_RELEASE = "0.3.0"
-FAIRSEQ_SETTINGS = ("cfg.model", "args")
-OWN_KEYS = frozenset({"moe_freq", "multiway", "share_decoder_input_output_embed", "no_output_layer"})
+TIED = "share_decoder_input_output_embed"
+OWN_KEYS = frozenset({"moe_freq", "multiway", TIED, "no_output_layer"})
 SYNCDOTH_KEYS = frozenset({"forward_impl", "use_glu", "use_lm_decay", "value_factor"})
 DENSE = "a dense RetNet decoder with one embedding and one output projection"
 KEYS = Keys(
@@ -53,64 +49,81 @@ KEYS = Keys(
     ),
     only={
         "moe_freq": Only((0,), DENSE),
-        "use_xmoe": Only((False,), DENSE),
-        "multiway": Only((False,), DENSE),
-        "no_output_layer": Only((False,), DENSE),
-        "adaptive_input": Only((False,), DENSE),
+        **dict.fromkeys(words("use_xmoe multiway no_output_layer adaptive_input"), Only((False,), DENSE)),
         "character_embeddings": Only((False,), DENSE),
         "decoder_learned_pos": Only((False,), "relative positions alone"),
         "model_type": Only(("retnet",), "retnet"),
     },
-    inert=HUGGING_FACE
-    | TRAINING
-    | FAIRSEQ
+    inert=FAIRSEQ
     | words(
         """
-        _name adaptive_softmax_dropout adaptive_softmax_factor arch chunkwise_recurrent ddp_backend distributed_rank
-        dummy_a2a encoder_normalize_before max_rel_pos max_target_positions memory_efficient_fp16 min_params_to_wrap
-        moe_batch_prioritized_routing moe_eval_capacity_token_fraction moe_expert_count moe_expert_ffn_dim
-        moe_gating_use_fp32 moe_normalize_expert_grad moe_normalize_gate_prob_before_dropping
-        moe_second_expert_policy moe_top1_expert record_a2a_perf_stats recurrent_chunk_size rel_pos_buckets
-        relu_dropout xpos_rel_pos xpos_scale_base
+        _name adaptive_softmax_dropout adaptive_softmax_factor arch chunkwise_recurrent dummy_a2a
+        encoder_normalize_before max_rel_pos min_params_to_wrap moe_batch_prioritized_routing
+        moe_eval_capacity_token_fraction moe_expert_count moe_expert_ffn_dim moe_gating_use_fp32
+        moe_normalize_expert_grad moe_normalize_gate_prob_before_dropping moe_second_expert_policy moe_top1_expert
+        record_a2a_perf_stats recurrent_chunk_size rel_pos_buckets relu_dropout xpos_rel_pos xpos_scale_base
         """
     ),
 )
 
 
-def is_settings(document: Mapping[str, Any]) -> bool:
-    """Its sizes by name, and none of the keys of syncdoth/RetNet."""
-    return {"decoder_embed_dim", "decoder_retention_heads"} <= document.keys() and not SYNCDOTH_KEYS & document.keys()
+def _read(source: Source) -> Reading:
+    if EMBEDDING not in source.stored.locations:
+        raise InputError(f"no tensor {EMBEDDING!r} or 'decoder.{EMBEDDING}'", "a torchscale RetNet decoder")
+    fairseq = source.document.name in ("cfg.model", "args")
+    return read_decoder(source, tied=source.settings.flag(TIED, False), fairseq=fairseq)
 
 
-def read(source: Source) -> Reading:
+def read_decoder(
+    source: Source,
+    *,
+    tied: bool,
+    fairseq: bool = False,
+    prefix: str = "",
+    embeddings: Sequence[str] = (EMBEDDING,),
+    heads: Sequence[str] = (HEAD,),
+) -> Reading:
     """Resolve torchscale's configuration; which release wrote the tensors is told by their names.
 
+    Args:
+        tied: whether the embedding is the output projection too.
+        fairseq: whether fairseq's defaults hold.
+        prefix: of the decoder's names.
+        embeddings, heads: the names that the embedding and the output projection may have, several at once.
+
     Raises:
-        InputError: sizes that do not fit, tensors of no release, settings that contradict them.
+        InputError: sizes that do not fit, tensors of no release, settings that contradict them, names of one tensor
+            that differ.
     """
-    settings, stored = source.settings, source.stored
-    if EMBEDDING not in stored.locations:
-        raise InputError(f"no tensor {EMBEDDING!r} or 'decoder.{EMBEDDING}'", "a torchscale RetNet decoder")
-    release = find_release(stored)
-    schedules = read_schedules(stored, "", *sizes_of_heads(settings))
-    clamp, assumed = score_clamp(settings, release)
-    config = resolve(
-        settings,
-        release,
-        stored,
-        decay=schedules.decay,
-        rotary_frequencies=schedules.rotary_frequencies,
-        clamp=clamp,
-        fairseq=source.settings_name in FAIRSEQ_SETTINGS,
+    stored = source.stored
+    embedding = stored_name(stored, (*embeddings, *heads) if tied else embeddings)
+    head = None if tied else stored_name(stored, heads)
+    if embedding is None:
+        raise InputError(f"no tensor {embeddings[0]!r}", f"the embedding of {source.settings.origin}")
+    plain = StoredTensors(
+        {name.removeprefix(prefix): at for name, at in stored.locations.items() if name.startswith(prefix)}
+        | {EMBEDDING: stored.locations[embedding]}
     )
-    names = dict(release.names)
-    if config.tie_word_embeddings:
-        names[HEAD] = None
-        check_tie(stored, HEAD, EMBEDDING)
-    return Reading(config, release.version, names, notes=schedules.notes, assumed_clamp=assumed)
+    release = find_release(plain)
+    clamp, assumed = _score_clamp(source.settings, release)
+    decay, frequencies = read_buffers(source, prefix, *_sizes_of_heads(source.settings))
+    fields = _fields(source.settings, plain, release, fairseq=fairseq)
+    config = RetNetConfig(
+        **fields,
+        decay=decay,
+        rotary_frequencies=frequencies,
+        score_normalization=ScoreNormalization((2 * len(frequencies)) ** -0.5, by_decay=True, clamp=clamp),
+        tie_word_embeddings=tied,
+    )
+    names = {**decoder_names(release.feed_forward, prefix, f"{prefix}output_projection"), f"{prefix}version": None}
+    names |= dict.fromkeys((prefix + HEAD, *embeddings, *heads))
+    names[embedding] = "embedding.weight"
+    if not tied:
+        names[head or heads[0]] = "lm_head.weight"
+    return Reading(config, release.version, names, assumed_clamp=assumed)
 
 
-def sizes_of_heads(settings: Settings) -> tuple[int, int]:
+def _sizes_of_heads(settings: Settings) -> tuple[int, int]:
     """Heads, and the size of q and k of one."""
     embed, heads = settings.count("decoder_embed_dim"), settings.count("decoder_retention_heads")
     if embed % heads:
@@ -121,53 +134,35 @@ def sizes_of_heads(settings: Settings) -> tuple[int, int]:
     return heads, embed // heads
 
 
-def resolve(
-    settings: Settings,
-    release: Release,
-    stored: StoredTensors,
-    *,
-    decay: tuple[float, ...],
-    rotary_frequencies: tuple[float, ...],
-    clamp: ScoreClamp,
-    fairseq: bool,
-) -> RetNetConfig:
-    """The configuration, with what torchscale left to its defaults or to the tensors filled in.
-
-    Args:
-        fairseq: whether fairseq's defaults hold.
-    """
-    heads, head_k_dim = sizes_of_heads(settings)
-    embed, layers = heads * head_k_dim, settings.count("decoder_layers")
+def _fields(settings: Settings, stored: StoredTensors, release: Release, *, fairseq: bool) -> dict[str, Any]:
+    """The fields of the configuration, with what torchscale left to its defaults or to the tensors filled in."""
+    embed, layers = settings.count("decoder_embed_dim"), settings.count("decoder_layers")
     eps, deepnorm = settings.number("layernorm_eps", release.norm_eps), settings.flag("deepnorm", False)
     pre = _is_pre_norm(settings, stored, deepnorm)
-    block_norm = BlockNorm(release.norm, eps, bias=release.norm_bias)
-    return RetNetConfig(
-        vocab_size=_vocab_size(settings, stored),
-        hidden_size=embed,
-        num_layers=layers,
-        num_heads=heads,
-        key_dim=embed,
-        value_dim=_value_dim(settings, release, stored),
-        decay=decay,
-        rotary_frequencies=rotary_frequencies,
-        score_normalization=ScoreNormalization(head_k_dim**-0.5, by_decay=True, clamp=clamp),
-        head_norm=HeadNorm(release.norm, eps if release.head_norm_eps is None else release.head_norm_eps),
-        block_norm=block_norm,
-        feed_forward=FeedForward(
+    block_norm = BlockNorm(release.norm, eps, bias=release.norm == "layer")
+    return {
+        "vocab_size": _vocab_size(settings, stored),
+        "hidden_size": embed,
+        "num_layers": layers,
+        "num_heads": settings.count("decoder_retention_heads"),
+        "key_dim": embed,
+        "value_dim": _value_dim(settings, release, stored),
+        "head_norm": HeadNorm(release.norm, eps if release.head_norm_eps is None else release.head_norm_eps),
+        "block_norm": block_norm,
+        "feed_forward": FeedForward(
             release.feed_forward,
             settings.count("decoder_ffn_embed_dim"),
             settings.choice("activation_fn", ACTIVATIONS, "swish" if fairseq else "gelu"),
             bias=release.biases,
             norm=block_norm if _has_ffn_norm(settings, release, stored) else None,
         ),
-        norm_order="pre" if pre else "post",
-        residual_alpha=(2.0 * layers) ** 0.25 if deepnorm else 1.0,
-        final_norm=pre,
-        projection_bias=release.biases,
-        embedding_scale=1.0 if settings.flag("no_scale_embedding", not fairseq) else math.sqrt(embed),
-        embedding_norm=settings.flag("layernorm_embedding", False),
-        tie_word_embeddings=settings.flag("share_decoder_input_output_embed", False),
-    )
+        "norm_order": "pre" if pre else "post",
+        "residual_alpha": (2.0 * layers) ** 0.25 if deepnorm else 1.0,
+        "final_norm": pre,
+        "projection_bias": release.biases,
+        "embedding_scale": 1.0 if settings.flag("no_scale_embedding", not fairseq) else math.sqrt(embed),
+        "embedding_norm": settings.flag("layernorm_embedding", False),
+    }
 
 
 def _is_pre_norm(settings: Settings, stored: StoredTensors, deepnorm: bool) -> bool:
@@ -213,7 +208,7 @@ def _vocab_size(settings: Settings, stored: StoredTensors) -> int:
     return shape[0]
 
 
-def score_clamp(settings: Settings, release: Release) -> tuple[ScoreClamp, bool]:
+def _score_clamp(settings: Settings, release: Release) -> tuple[ScoreClamp, bool]:
     """The clamp, and whether it is assumed: release 0.3.0 stores the same tensors and clamps |sum|, not sum of ||."""
     version = settings.text("torchscale_version", "")
     if release.clamp == "sum_of_abs" and version.split()[:1] == [PAPER_CLAMP_RELEASE]:
@@ -221,15 +216,52 @@ def score_clamp(settings: Settings, release: Release) -> tuple[ScoreClamp, bool]
     return release.clamp, release.clamp == "sum_of_abs" and not version
 
 
+def _write(config: RetNetConfig, assumed_clamp: bool) -> Writing:
+    deepnorm, kind, tied = config.residual_alpha != 1.0, config.feed_forward.kind, config.tie_word_embeddings
+    paper_clamp = config.score_normalization.clamp == "abs_of_sum" and kind == "glu"
+    told_by = (kind, config.block_norm.kind, config.projection_bias)
+    release = next((r for r in RELEASES if (r.feed_forward, r.norm, r.biases) == told_by), RELEASES[0])
+    settings = {
+        "decoder_embed_dim": config.hidden_size,
+        "decoder_value_embed_dim": config.value_dim,
+        "decoder_retention_heads": config.num_heads,
+        "decoder_ffn_embed_dim": config.feed_forward.dim,
+        "decoder_layers": config.num_layers,
+        "decoder_normalize_before": config.norm_order == "pre",
+        "activation_fn": activation_word(config),
+        "no_scale_embedding": config.embedding_scale == 1.0,
+        "layernorm_embedding": config.embedding_norm,
+        "deepnorm": deepnorm,
+        "subln": not deepnorm and config.norm_order == "pre",
+        TIED: tied,
+        "layernorm_eps": config.block_norm.eps,
+        "vocab_size": config.vocab_size,
+        "torchscale_version": None if assumed_clamp else PAPER_CLAMP_RELEASE if paper_clamp else "main",
+    }
+    return Writing(
+        settings,
+        decoder_names(release.feed_forward),
+        settings_file="args.json",
+        weights_file="model.pt",
+        ties={HEAD: EMBEDDING} if tied else {},
+        buffers=written_buffers(config),
+    )
+
+
+def _is_settings(document: Mapping[str, Any]) -> bool:
+    sizes = {"decoder_embed_dim", "decoder_retention_heads"}
+    return sizes <= document.keys() and not SYNCDOTH_KEYS & document.keys()
+
+
 TORCHSCALE = FormatSpec(
     name="torchscale",
     layout="torchscale",
     keys=KEYS,
-    is_settings=is_settings,
+    is_settings=_is_settings,
     settings_words="decoder_embed_dim and decoder_retention_heads",
     marks=("layers.0.retention.q_proj.weight", EMBEDDING),
-    names=tuple(dict.fromkeys(name for release in RELEASES for name in release.names)),
-    read=read,
+    names={**decoder_names("glu"), **decoder_names("plain"), "version": None},
+    read=_read,
     outer_head={"lm_head.weight": HEAD, HEAD: HEAD},
-    write=write,
+    write=_write,
 )

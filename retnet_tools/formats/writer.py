@@ -14,13 +14,12 @@ from typing import Any
 
 from retnet_tools.errors import OutputError, UsageError
 from retnet_tools.formats.safetensors_files import write_safetensors
+from retnet_tools.formats.spec import CONFIG_FILE, SAFETENSORS_FILE
 from retnet_tools.formats.storage import PlannedTensor
 from retnet_tools.formats.torch_files import write_torch
 from retnet_tools.progress import ByteProgress
 from retnet_tools.staging import staged_folder
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_PATTERN = "model-*-of-*.safetensors"
 DEFAULT_SHARD_SIZE = 5_000_000_000
@@ -71,7 +70,7 @@ def shard(tensors: Sequence[PlannedTensor], limit: int) -> tuple[dict[str, list[
         shards[-1].append(tensor)
         size += tensor.nbytes
     if len(shards) == 1:
-        return {WEIGHTS_FILE: shards[0]}, None
+        return {SAFETENSORS_FILE: shards[0]}, None
     files = {f"model-{i:05d}-of-{len(shards):05d}.safetensors": part for i, part in enumerate(shards, 1)}
     weight_map = {tensor.name: file for file, part in files.items() for tensor in part}
     total = sum(tensor.nbytes for tensor in tensors)
@@ -130,5 +129,5 @@ def check_folder(path: Path, layout: CheckpointLayout, *, force: bool) -> None:
 
 
 def _present(path: Path, names: Sequence[str] = ()) -> list[Path]:
-    named = [path / name for name in dict.fromkeys((CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, *names))]
+    named = [path / name for name in dict.fromkeys((CONFIG_FILE, SAFETENSORS_FILE, INDEX_FILE, *names))]
     return [file for file in (*named, *sorted(path.glob(SHARD_PATTERN))) if file.exists()]

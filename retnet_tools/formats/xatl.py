@@ -18,29 +18,49 @@ from retnet_tools.config import (
     Activation,
     BlockNorm,
     FeedForward,
+    FeedForwardKind,
     HeadNorm,
     NormKind,
     RetNetConfig,
     ScoreNormalization,
 )
-from retnet_tools.formats.buffers import holds, read_buffer
-from retnet_tools.formats.inert import HUGGING_FACE, TRAINING
-from retnet_tools.formats.mapping import check_tie
+from retnet_tools.formats.inert import HUGGING_FACE
 from retnet_tools.formats.schedules import (
     floats,
     linspace_frequencies,
-    xatl_language_model_log2_decay,
-    xatl_log2_decay,
+    log_float32,
+    paper_gammas,
+    read_buffer,
+    refuse_other,
+    xatl_language_model_gammas,
 )
 from retnet_tools.formats.settings import Keys, Only, Settings, words
-from retnet_tools.formats.spec import FormatSpec, Reading, Source, Transform
-from retnet_tools.formats.storage import StoredTensors
+from retnet_tools.formats.spec import FormatSpec, Modules, NameTable, Reading, Source, in_layers, module_names
+from retnet_tools.formats.torchscale_tensors import decoder_names
 from retnet_tools.formats.transforms import head_part
-from retnet_tools.formats.xatl_names import ANGLES, DECAYS, EMBEDDING, HEAD, QKV, hugging_face_names, lit_names
 
+ANGLES, DECAYS = "model.retnet_rel_pos.angle", "model.retnet_rel_pos.decay"
+QKV = tuple(f"retention.{name}_proj" for name in "qkv")
+LIT_ROOT = {
+    "transformer.wte": "embedding",
+    "ln_e": "embedding_norm",
+    "transformer.ln_f": "final_norm",
+    "lm_head": "lm_head",
+}
+LIT_LAYER: Modules = {
+    "norm_1": "retention_norm",
+    "attn.reten": QKV,
+    "attn.gate_proj": "retention.gate_proj",
+    "attn.proj": "retention.out_proj",
+    "attn.group_norm": "retention.head_norm",
+    "norm_2": "ffn_norm",
+}
+LIT_FFN = {
+    "glu": {"mlp.swiglu.w1": "ffn.gate_proj", "mlp.swiglu.w2": "ffn.up_proj", "mlp.swiglu.w3": "ffn.down_proj"},
+    "plain": {"mlp.mlp.fc1": "ffn.up_proj", "mlp.mlp.fc2": "ffn.down_proj"},
+}
 ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "gelu_new": "gelu_tanh", "swish": "silu", "relu": "relu"}
 IGNORED_BY_KERNELS = ("use_lm_decay", "retnet_stability_update")
-KERNELS_NOTE = "{}: read as its plain code computes; its fused kernels ignore that"
 XATL_KEYS = words(
     """
     groupnorm_affine hybrid_attention_layers lm_head_bias parallel_residual retnet_bottleneck retnet_stability_update
@@ -61,13 +81,7 @@ KEYS = Keys(
         "hybrid_attention_layers": Only(([],), "retention in every layer"),
         "model_type": Only(("retnet",), "retnet"),
     },
-    inert=HUGGING_FACE
-    | TRAINING
-    | words(
-        """
-        activation_dropout drop_path_rate dropout forward_impl recurrent_chunk_size use_ffn_rms_norm z_loss_coeff
-        """
-    ),
+    inert=HUGGING_FACE | words("forward_impl recurrent_chunk_size use_ffn_rms_norm"),
     aliases={
         "hidden_size": "decoder_embed_dim",
         "intermediate_size": "decoder_ffn_embed_dim",
@@ -77,18 +91,16 @@ KEYS = Keys(
 )
 
 
-def is_settings(document: Mapping[str, Any]) -> bool:
-    """syncdoth's sizes, and one of the keys that only this relative has."""
-    sizes = "decoder_embed_dim" in document or "hidden_size" in document
-    return document.get("model_type", "retnet") == "retnet" and sizes and bool(XATL_KEYS & document.keys())
+def _names(kind: FeedForwardKind) -> NameTable:
+    head_norm = module_names(in_layers("model.layers", {"retention.group_norm": "retention.head_norm"}))
+    return {**decoder_names(kind, "model.", "lm_head"), **head_norm}
 
 
-def read(source: Source) -> Reading:
-    """Resolve the configuration beside Hugging Face tensors.
+def _lit_names(kind: FeedForwardKind) -> NameTable:
+    return module_names({**LIT_ROOT, **in_layers("transformer.h", {**LIT_LAYER, **LIT_FFN[kind]})})
 
-    Raises:
-        InputError: a kind of model that is not supported, buffers that are not what the configuration says.
-    """
+
+def _read(source: Source) -> Reading:
     if source.settings.flag("shared_attention_norm", False):
         # Without the second norm its Hugging Face code leaves the feed-forward network without any; its training code
         # shares the first. A folder may come from either.
@@ -98,47 +110,47 @@ def read(source: Source) -> Reading:
             "false in a Hugging Face folder, where its two codes disagree about it",
             "open the .pth file of the training",
         )
-    config, notes = resolve(source.settings, source.stored)
-    names = dict(hugging_face_names(glu=config.feed_forward.kind == "glu"))
-    if config.tie_word_embeddings:
-        names[HEAD] = None
-        check_tie(source.stored, HEAD, EMBEDDING)
-    return Reading(config, "syncdoth/RetNet-XATL", names, notes=notes)
+    config = resolve(source)
+    return Reading(config, "syncdoth/RetNet-XATL", _names(config.feed_forward.kind))
 
 
-def read_lit(source: Source) -> Reading:
-    """Resolve the configuration beside tensors of its training code.
-
-    Raises:
-        InputError: as `read`.
-    """
-    config, notes = resolve(source.settings, source.stored)
+def _read_lit(source: Source) -> Reading:
+    config = resolve(source)
     if config.value_dim != config.key_dim:
         raise source.settings.wrong("decoder_value_embed_dim", config.value_dim, "decoder_embed_dim in its .pth files")
-    names = lit_names(glu=config.feed_forward.kind == "glu")
-    transforms: dict[str, Transform] = {
-        f"{name}.{part}": head_part(i, len(QKV), config.num_heads)
+    transforms = {
+        f"layers.{{i}}.{name}.{part}": head_part(i, len(QKV), config.num_heads)
         for i, name in enumerate(QKV)
         for part in ("weight", "bias")
     }
-    return Reading(config, "syncdoth/RetNet-XATL (lit)", names, transforms=transforms, notes=notes)
+    return Reading(config, "syncdoth/RetNet-XATL (lit)", _lit_names(config.feed_forward.kind), transforms=transforms)
 
 
-def resolve(settings: Settings, stored: StoredTensors) -> tuple[RetNetConfig, tuple[str, ...]]:
-    """The configuration, with the defaults of RetNet-XATL filled in, and notes."""
+def resolve(source: Source) -> RetNetConfig:
+    """The configuration, with the defaults of RetNet-XATL filled in.
+
+    Raises:
+        InputError: a kind of model that is not supported, buffers that are not what the configuration says.
+    """
+    settings = source.settings
     embed, heads = settings.size("decoder_embed_dim", 768), settings.size("decoder_retention_heads", 3)
     if embed % heads:
         raise settings.wrong("decoder_retention_heads", heads, f"a divisor of decoder_embed_dim = {embed}")
     head_k_dim, layers = embed // heads, settings.size("decoder_layers", 12)
     eps, bias = settings.number("layernorm_eps", 1e-6), settings.flag("use_bias", False)
     norm: NormKind = "rms" if settings.flag("use_rms_norm", True) else "layer"
+    block_norm = BlockNorm(norm, eps, bias=norm == "layer")
     affine, stable = settings.flag("groupnorm_affine", False), settings.flag("retnet_stability_update", False)
-    frequencies, decay, notes = _schedules(settings, stored, heads, head_k_dim)
+    decay, frequencies = _schedules(source, heads, head_k_dim)
     if ignored := [name for name in IGNORED_BY_KERNELS if settings.flag(name, False)]:
-        notes = (*notes, KERNELS_NOTE.format(" and ".join(ignored)))
+        source.notes.append(f"{' and '.join(ignored)}: read as its plain code computes; its fused kernels ignore that")
     deepnorm, subln, pre = settled_norms(settings)
-    _check_residual(settings, pre)
-    config = RetNetConfig(
+    parallel, shared = settings.flag("parallel_residual", False), settings.flag("shared_attention_norm", False)
+    if shared and not parallel:
+        raise settings.wrong("shared_attention_norm", True, "parallel_residual with it", "this is not supported")
+    if parallel and not pre:
+        raise settings.wrong("parallel_residual", True, "decoder_normalize_before with it", "this is not supported")
+    return RetNetConfig(
         vocab_size=settings.size("vocab_size", 50257),
         hidden_size=embed,
         num_layers=layers,
@@ -149,11 +161,11 @@ def resolve(settings: Settings, stored: StoredTensors) -> tuple[RetNetConfig, tu
         rotary_frequencies=frequencies,
         score_normalization=ScoreNormalization(head_k_dim**-0.5, stable, "sum_of_abs" if stable else "none"),
         head_norm=HeadNorm(norm, eps, "shared", bias=bias and norm == "layer") if affine else HeadNorm("rms", eps),
-        block_norm=BlockNorm(norm, eps, bias=norm == "layer"),
-        feed_forward=_feed_forward(settings, BlockNorm(norm, eps, bias=norm == "layer") if subln else None),
+        block_norm=block_norm,
+        feed_forward=_feed_forward(settings, block_norm if subln else None),
         norm_order="pre" if pre else "post",
-        parallel_residual=settings.flag("parallel_residual", False),
-        shared_block_norm=settings.flag("shared_attention_norm", False),
+        parallel_residual=parallel,
+        shared_block_norm=shared,
         residual_alpha=(2.0 * layers) ** 0.25 if deepnorm else 1.0,
         final_norm=pre,
         projection_bias=bias,
@@ -162,7 +174,6 @@ def resolve(settings: Settings, stored: StoredTensors) -> tuple[RetNetConfig, tu
         tie_word_embeddings=settings.flag("tie_word_embeddings", False),
         head_bias=settings.flag("lm_head_bias", False),
     )
-    return config, notes
 
 
 def settled_norms(settings: Settings) -> tuple[bool, bool, bool]:
@@ -183,14 +194,6 @@ def settled_norms(settings: Settings) -> tuple[bool, bool, bool]:
     return deepnorm, subln, before
 
 
-def _check_residual(settings: Settings, pre: bool) -> None:
-    parallel = settings.flag("parallel_residual", False)
-    if settings.flag("shared_attention_norm", False) and not parallel:
-        raise settings.wrong("shared_attention_norm", True, "parallel_residual with it", "this is not supported")
-    if parallel and not pre:
-        raise settings.wrong("parallel_residual", True, "decoder_normalize_before with it", "this is not supported")
-
-
 def _feed_forward(settings: Settings, sub_norm: BlockNorm | None) -> FeedForward:
     dim = settings.size("decoder_ffn_embed_dim", 1280)
     activation = settings.choice("activation_fn", ACTIVATIONS, "gelu")
@@ -199,44 +202,46 @@ def _feed_forward(settings: Settings, sub_norm: BlockNorm | None) -> FeedForward
     return FeedForward("plain", dim, activation, bias=True, norm=sub_norm)
 
 
-def _schedules(
-    settings: Settings, stored: StoredTensors, heads: int, head_k_dim: int
-) -> tuple[tuple[float, ...], tuple[float, ...], tuple[str, ...]]:
-    """Rotary frequencies, 0 for the pairs that are not rotated, log(gamma), and notes."""
-    part = settings.number("rotary_percentage", 1.0)
+def _schedules(source: Source, heads: int, head_k_dim: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """log(gamma), and rotary frequencies, 0 for the pairs that are not rotated."""
+    settings = source.settings
+    part, language_model = settings.number("rotary_percentage", 1.0), settings.flag("use_lm_decay", False)
     rotated = int(head_k_dim * part)
     if rotated % 2 or rotated > head_k_dim:
         raise settings.wrong("rotary_percentage", part, f"an even number of the {head_k_dim} dimensions of a head")
-    language = settings.flag("use_lm_decay", False)
-    decays = [xatl_log2_decay(heads), xatl_language_model_log2_decay(heads)]
-    named, other = decays[::-1] if language else decays
-    if holds(stored, DECAYS, other) and not holds(stored, DECAYS, named):
-        raise settings.wrong("use_lm_decay", language, f"{not language}, as the stored {DECAYS!r} says")
-    angle, angle_notes = read_buffer(stored, ANGLES, linspace_frequencies(rotated))
-    log2_gamma, decay_notes = read_buffer(stored, DECAYS, named)
-    frequencies = floats(angle) + (0.0,) * ((head_k_dim - rotated) // 2)
-    return frequencies, floats(log2_gamma.astype(np.float64) * math.log(2)), (*angle_notes, *decay_notes)
+    published = [log_float32(gammas(heads), base=2) for gammas in (paper_gammas, xatl_language_model_gammas)]
+    refusal = settings.wrong("use_lm_decay", language_model, f"{not language_model}, as the stored {DECAYS!r} says")
+    refuse_other(source, DECAYS, published[language_model], published[not language_model], refusal)
+    angles = read_buffer(source, ANGLES, linspace_frequencies(rotated))
+    log2_gamma = read_buffer(source, DECAYS, published[language_model])
+    frequencies = floats(angles) + (0.0,) * ((head_k_dim - rotated) // 2)
+    return floats(log2_gamma.astype(np.float64) * math.log(2)), frequencies
+
+
+def _is_settings(document: Mapping[str, Any]) -> bool:
+    sizes = "decoder_embed_dim" in document or "hidden_size" in document
+    return document.get("model_type", "retnet") == "retnet" and sizes and bool(XATL_KEYS & document.keys())
 
 
 XATL = FormatSpec(
     name="xatl",
     layout="syncdoth/RetNet-XATL",
     keys=KEYS,
-    is_settings=is_settings,
+    is_settings=_is_settings,
     settings_words='"model_type": "retnet" and rotary_percentage',
-    marks=("model.layers.0.retention.q_proj.weight", EMBEDDING),
-    names=(*hugging_face_names(glu=True), *hugging_face_names(glu=False)),
-    read=read,
+    marks=("model.layers.0.retention.q_proj.weight", "model.embed_tokens.weight"),
+    names={**_names("glu"), **_names("plain")},
+    read=_read,
     base="model.",
-    outer_head={HEAD: HEAD, "lm_head.bias": "lm_head.bias"},
+    outer_head={name: name for name in ("lm_head.weight", "lm_head.bias")},
 )
 XATL_LIT = FormatSpec(
     name="xatl-lit",
     layout="syncdoth/RetNet-XATL (lit)",
     keys=KEYS,
-    is_settings=is_settings,
+    is_settings=_is_settings,
     settings_words='"model_type": "retnet" and rotary_percentage',
     marks=("transformer.h.0.attn.reten.weight", "transformer.wte.weight"),
-    names=(*lit_names(glu=True), *lit_names(glu=False)),
-    read=read_lit,
+    names={**_lit_names("glu"), **_lit_names("plain")},
+    read=_read_lit,
 )

@@ -9,17 +9,13 @@ the activations. Rotary angles are stored.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
 
 from retnet_tools.config import Activation, BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
 from retnet_tools.errors import InputError
-from retnet_tools.formats.buffers import name_of_all, pairs_of, read_buffer
 from retnet_tools.formats.inert import TRAINING
-from retnet_tools.formats.schedules import floats, linspace_frequencies
+from retnet_tools.formats.schedules import name_of_all, read_angles
 from retnet_tools.formats.settings import Keys, Settings, words
-from retnet_tools.formats.spec import FormatSpec, NameTable, Reading, Source
+from retnet_tools.formats.spec import FormatSpec, Modules, NameTable, Reading, Source, in_layers, module_names
 from retnet_tools.paper import language_model_decay
 
 ORIGIN = "yet-another-retnet"
@@ -27,7 +23,7 @@ ANGLES = "decoder.layers.{i}.retention.thetas"
 MARK = ANGLES.format(i=0)
 HEAD_NORM_EPS = 1e-6
 ACTIVATIONS: dict[str, Activation] = {"swish": "silu", "gelu": "gelu", "relu": "relu"}
-_LAYER = {
+LAYER: Modules = {
     "norm1": "retention_norm",
     "retention.q_proj": "retention.q_proj",
     "retention.k_proj": "retention.k_proj",
@@ -39,34 +35,13 @@ _LAYER = {
     "linear2": "ffn.down_proj",
 }
 NAMES: NameTable = {
-    "embedding.weight": "embedding.weight",
-    **{
-        f"decoder.layers.{{i}}.{stored}.{part}": f"layers.{{i}}.{canonical}.{part}"
-        for stored, canonical in _LAYER.items()
-        for part in ("weight", "bias")
-    },
-    "out.weight": "lm_head.weight",
-    "out.bias": "lm_head.bias",
+    **module_names({"embedding": "embedding", "out": "lm_head", **in_layers("decoder.layers", LAYER)}),
     ANGLES: None,
 }
-KEYS = Keys(
-    read=words("activation d_model dim_feedforward layer_norm_eps nhead norm_first num_layers num_tokens"),
-    inert=TRAINING | {"dtype"},
-)
 UNTOLD = ("activation", "norm_first", "layer_norm_eps")
 
 
-def is_settings(document: Mapping[str, Any]) -> bool:
-    """The arguments of its `RetNet`: all sizes, or what the tensors do not tell."""
-    return {"num_tokens", "d_model", "nhead"} <= document.keys() or set(UNTOLD) <= document.keys()
-
-
-def read(source: Source) -> Reading:
-    """Resolve the arguments of `RetNet`.
-
-    Raises:
-        InputError: no arguments beside the weights, or ones that describe no model.
-    """
+def _read(source: Source) -> Reading:
     settings, stored = source.settings, source.stored
     if MARK not in stored.locations:
         raise InputError(f"no tensor {MARK!r}", "rotary angles: a model without relative positions is not supported")
@@ -81,8 +56,7 @@ def read(source: Source) -> Reading:
     if embed % heads:
         raise settings.wrong("nhead", heads, f"a divisor of d_model = {embed}")
     name_of_all(stored, ANGLES)
-    angles, notes = read_buffer(stored, MARK, np.repeat(linspace_frequencies(embed // heads), 2))
-    return Reading(resolve(settings, sizes, floats(pairs_of(angles, MARK))), ORIGIN, NAMES, notes=notes)
+    return Reading(resolve(settings, sizes, read_angles(source, MARK, embed // heads)), ORIGIN, NAMES)
 
 
 def _sizes(source: Source) -> dict[str, int]:
@@ -133,11 +107,16 @@ def resolve(settings: Settings, sizes: Mapping[str, int], frequencies: tuple[flo
 YET_ANOTHER_RETNET = FormatSpec(
     name=ORIGIN,
     layout=ORIGIN,
-    keys=KEYS,
-    is_settings=is_settings,
+    keys=Keys(
+        read=words("activation d_model dim_feedforward layer_norm_eps nhead norm_first num_layers num_tokens"),
+        inert=TRAINING | {"dtype"},
+    ),
+    is_settings=lambda document: (
+        {"num_tokens", "d_model", "nhead"} <= document.keys() or set(UNTOLD) <= document.keys()
+    ),
     settings_words="num_tokens, d_model and nhead",
     marks=("decoder.layers.0.retention.q_proj.weight", "decoder.layers.0.linear1.weight"),
-    names=tuple(NAMES),
-    read=read,
+    names=NAMES,
+    read=_read,
     needs_settings=False,
 )

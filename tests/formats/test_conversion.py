@@ -170,7 +170,7 @@ def test_no_decay_is_not_a_rounded_decay() -> None:
 def test_a_layout_that_lacks_a_tensor_is_found_before_it_is_written() -> None:
     def write(config: RetNetConfig, assumed_clamp: bool) -> Writing:
         whole = torchscale.write(config, assumed_clamp)
-        names = {stored: name for stored, name in whole.names.items() if "k_proj" not in name}
+        names = {stored: name for stored, name in whole.names.items() if "k_proj" not in stored}
         return dataclasses.replace(whole, names=names)
 
     torchscale = writable_format("torchscale")

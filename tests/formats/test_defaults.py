@@ -20,18 +20,21 @@ import torch
 from retnet_tools.config import RetNetConfig
 from retnet_tools.formats import fla, open_checkpoint, syncdoth, syncdoth_first, torchscale, xatl, yet_another_retnet
 from retnet_tools.formats.settings import Settings
+from retnet_tools.formats.spec import Source
 from retnet_tools.formats.storage import StoredTensors
-from retnet_tools.formats.torchscale_buffers import read_schedules
 from retnet_tools.model.retnet import ACTIVATIONS
 from tests.formats.cases import SETTINGS, small_tensors, write_torchscale
 
-NOTHING = StoredTensors({})
 PAPER_GAMMAS = [1 - 2.0 ** (-5 - h) for h in range(8)]
 LANGUAGE_GAMMAS = [1 - np.exp(x) for x in np.linspace(np.log(1 / 32), np.log(1 / 512), 8)]
 
 
+def told(name: str, **values: Any) -> Source:
+    return Source(StoredTensors({}), Settings(name, values))
+
+
 def of_syncdoth(heads: int, **values: Any) -> RetNetConfig:
-    return syncdoth.resolve(Settings("syncdoth", values), read_schedules(NOTHING, "model.", heads, 768 // heads))
+    return syncdoth.resolve(told("syncdoth", decoder_retention_heads=heads, **values))
 
 
 def sizes(config: RetNetConfig) -> tuple[int, ...]:
@@ -47,7 +50,7 @@ def plain(config: RetNetConfig) -> tuple[Any, ...]:
 
 
 def test_syncdoth() -> None:
-    config = of_syncdoth(4, decoder_retention_heads=4)  # its 1280 for v is no multiple of its 3 heads
+    config = of_syncdoth(4)  # its 1280 for v is no multiple of its 3 heads
     assert sizes(config) == (50257, 768, 12, 4, 768, 1280, 1280)
     assert of_syncdoth(3, decoder_value_embed_dim=1536).num_heads == 3
     assert plain(config) == ("pre", 1.0, 1.0, False, False, False)
@@ -64,17 +67,18 @@ def test_syncdoth_of_2_october_2023() -> None:
 
 
 def test_the_first_layout_of_syncdoth() -> None:
-    config, _ = syncdoth_first.resolve(Settings("syncdoth", {}), NOTHING)
+    config = syncdoth_first.resolve(told("syncdoth"))
     assert sizes(config) == (50257, 2048, 24, 8, 2048, 4096, 4096)
     assert (config.feed_forward.activation, config.feed_forward.bias, config.projection_bias) == ("gelu", True, False)
     assert (config.block_norm.eps, config.head_norm.eps, config.final_norm) == (1e-5, 1e-5, False)
     np.testing.assert_allclose(np.exp(config.decay), LANGUAGE_GAMMAS, rtol=1e-6)
-    paper, _ = syncdoth_first.resolve(Settings("syncdoth", {"use_default_gamma": True}), NOTHING)
+    paper = syncdoth_first.resolve(told("syncdoth", use_default_gamma=True))
     np.testing.assert_allclose(np.exp(paper.decay), PAPER_GAMMAS, rtol=1e-6)
 
 
 def test_xatl() -> None:
-    config, notes = xatl.resolve(Settings("xatl", {"decoder_retention_heads": 4}), NOTHING)
+    source = told("xatl", decoder_retention_heads=4)
+    config = xatl.resolve(source)
     assert sizes(config) == (50257, 768, 12, 4, 768, 1280, 1280)
     assert plain(config) == ("pre", 1.0, 1.0, False, False, False)
     assert (config.feed_forward.kind, config.feed_forward.activation) == ("glu", "gelu")
@@ -83,8 +87,8 @@ def test_xatl() -> None:
     assert (config.score_normalization.by_decay, config.score_normalization.clamp) == (False, "none")
     assert min(config.rotary_frequencies) > 0
     np.testing.assert_allclose(np.exp(config.decay), PAPER_GAMMAS[:4], rtol=1e-6)
-    assert notes == ()
-    scaled, _ = xatl.resolve(Settings("xatl", {"decoder_value_embed_dim": 768, "no_scale_embedding": False}), NOTHING)
+    assert source.notes == []
+    scaled = xatl.resolve(told("xatl", decoder_value_embed_dim=768, no_scale_embedding=False))
     assert (scaled.num_heads, scaled.embedding_scale) == (3, 768**0.5)
 
 

@@ -237,7 +237,7 @@ def test_a_folder_of_folders_names_the_last_checkpoint_in_it(tmp_path: Path, fil
 def test_what_is_nearest_is_said_in_a_line(spec: FormatSpec, told: str, tmp_path: Path) -> None:
     folder = tmp_path / ("a-long-name" * 10)
     folder.mkdir()
-    names = spec.marks if told == "tensors" else ("other." + name.format(i=0, h=0) for name in spec.names[-1:])
+    names = spec.marks if told == "tensors" else ("other." + name.format(i=0, h=0) for name in list(spec.names)[-1:])
     save_file({name: torch.ones(2, 2) for name in names}, folder / "model.safetensors")
     with pytest.raises(InputError) as caught:
         open_checkpoint(folder)

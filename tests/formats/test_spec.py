@@ -34,7 +34,7 @@ def halves_to_pairs(parts: Sequence[Array]) -> Array:
 
 
 def read(_: Source) -> Reading:
-    names: dict[str, str | None] = {name: name for name in canonical_shapes(CONFIG)}
+    names: dict[str, str | tuple[str, ...] | None] = {name: name for name in canonical_shapes(CONFIG)}
     for i in range(CONFIG.num_layers):
         del names[QUERY.format(i=i)]
         del names[KEYS.format(i=i)]

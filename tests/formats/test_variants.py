@@ -20,9 +20,9 @@ from retnet_tools.formats import Checkpoint, open_checkpoint
 from retnet_tools.formats.fla import KEYS as FLA_KEYS
 from retnet_tools.formats.fla import resolve as resolve_fla
 from retnet_tools.formats.settings import Settings
-from retnet_tools.formats.storage import TensorLocation
+from retnet_tools.formats.spec import Source
+from retnet_tools.formats.storage import StoredTensors, TensorLocation
 from retnet_tools.formats.syncdoth import resolve as resolve_syncdoth
-from retnet_tools.formats.torchscale_buffers import Schedules
 from retnet_tools.weights import Array
 from tests.formats.cases import CONFORMANCE
 
@@ -269,7 +269,7 @@ def test_the_merged_feed_forward_matrix_of_first_releases_is_split(tmp_path: Pat
 
 def syncdoth(**values: Any) -> RetNetConfig:
     sizes = {"decoder_embed_dim": 48, "decoder_retention_heads": 3, "decoder_value_embed_dim": 72}
-    return resolve_syncdoth(Settings("syncdoth", {**sizes, **values}), Schedules((-0.1,) * 3, (1.0,) * 8, ()))
+    return resolve_syncdoth(Source(StoredTensors({}), Settings("syncdoth", {**sizes, **values})))
 
 
 def test_syncdoth_settles_its_flags_as_its_code_does() -> None:
