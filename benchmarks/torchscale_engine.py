@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from retnet_tools.config import RetNetConfig
-from retnet_tools.model.agreement import use_threads
 from retnet_tools.random_weights import noise
 from retnet_tools.runtime.providers import Device
 from retnet_tools.weights import Array
@@ -50,7 +49,8 @@ class TorchscaleEngine:
     prompt_at_once: int | None = 1
 
     def __init__(self, spec: TorchscaleSpec) -> None:
-        use_threads(spec.threads)
+        if spec.threads is not None:
+            torch.set_num_threads(spec.threads)
         self._model = build(spec.config)
         self._config = spec.config
         self.vocab_size = spec.config.vocab_size

@@ -15,7 +15,7 @@ from retnet_tools.bench.specs import TorchSpec
 from retnet_tools.config import RetNetConfig
 from retnet_tools.dtypes import FloatName
 from retnet_tools.errors import UsageError
-from retnet_tools.model.agreement import TORCH_DTYPES
+from retnet_tools.model.position_terms import terms_at
 from retnet_tools.model.retention import retention_recurrent
 from retnet_tools.model.retnet import RetNet, load_model, to_torch
 from retnet_tools.random_weights import RandomWeights
@@ -37,7 +37,7 @@ class RecurrentDecoder:
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
-        self._model, self._device = load_model(config, weights, TORCH_DTYPES[dtype]).to(device), device
+        self._model, self._device = load_model(config, weights, getattr(torch, dtype)).to(device), device
         self._states: list[Tensor] = []
         self._position = 0
 
@@ -118,7 +118,7 @@ def reference_logits(
     _load(model, weights, names)
     with torch.inference_mode():
         x = model.embed(torch.from_numpy(input_ids[:, None]))
-        terms = model.position_terms(x, torch.from_numpy(positions), torch.float64)
+        terms = terms_at(config, torch.from_numpy(positions[:, None]), torch.float64)
         for i, (layer, state) in enumerate(zip(model.layers, states, strict=True)):
             _load(model, weights, [name for name in canonical_shapes(config) if name.startswith(f"layers.{i}.")])
             x, _ = layer(x, terms, torch.from_numpy(state).double(), retention_recurrent)

@@ -14,7 +14,8 @@ from retnet_tools.progress import Progress, no_progress
 if TYPE_CHECKING:
     from retnet_tools.model.agreement import AgreementReport
 
-DEFAULT_CHUNK_SIZE = 48
+VERIFY_CHUNK_SIZE = 48
+"""Small, so that a few hundred tokens cross several boundaries and end in a shorter chunk."""
 MODES = ("parallel", "recurrent", "chunkwise")
 
 
@@ -38,7 +39,7 @@ class VerifyRequest(CheckpointOrShipped):
     modes: Sequence[str] = MODES
     dtype: str = "float32"
     tolerance: float | None = None
-    chunk_size: int = DEFAULT_CHUNK_SIZE
+    chunk_size: int = VERIFY_CHUNK_SIZE
     tokens: int = 256
     seed: int = 0
     text: str | None = None
@@ -98,8 +99,9 @@ def verify(request: VerifyRequest, progress: Progress = no_progress) -> VerifyRe
         InputError: a checkpoint that cannot be read, or whose weights or logits are not finite.
     """
     from retnet_tools.dtypes import parse_dtype
-    from retnet_tools.model.agreement import compare_forms, select_forms, use_threads
+    from retnet_tools.model.agreement import compare_forms, select_forms
     from retnet_tools.model.clamps import compare_clamps
+    from retnet_tools.model.streaming import use_threads
     from retnet_tools.tokenizing.text_files import read_text
     from retnet_tools.tokenizing.token_ids import choose_tokens
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import count, product
 from math import inf
 from typing import Any
 
@@ -28,24 +28,14 @@ from torch import Tensor
 from retnet_tools.config import RetNetConfig, ScoreClamp
 from retnet_tools.dtypes import FloatName
 from retnet_tools.errors import UsageError, VerificationError, did_you_mean
-from retnet_tools.machine import threads_for
 from retnet_tools.model.budgets import ACTIONS, Budget, Cause, cause_of
-from retnet_tools.model.differences import Difference, max_abs_difference
-from retnet_tools.model.memory import check_memory
 from retnet_tools.model.retention import FORMS, RetentionForm, retention_chunkwise
 from retnet_tools.model.retnet import RetNet, load_model
-from retnet_tools.model.runs import Pair, Steps, require_finite, run_forms, without_epsilon
-from retnet_tools.progress import Progress
-from retnet_tools.weights import FiniteWeights, WeightSource, parameter_count
+from retnet_tools.model.runs import Difference, check_memory, max_abs_difference, require_finite, run_forms
+from retnet_tools.progress import Progress, no_progress
+from retnet_tools.weights import FiniteWeights, WeightSource
 
-DEFAULT_CHUNK_SIZE = 48
 HANDOFF_TOKENS = 64
-TORCH_DTYPES: dict[FloatName, torch.dtype] = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
 
 
 @dataclass(frozen=True)
@@ -125,7 +115,7 @@ class AgreementReport:
         return all(c.passed for c in self.comparisons) and all(h.passed for h in self.handoffs)
 
 
-def select_forms(names: Iterable[str], chunk_size: int = DEFAULT_CHUNK_SIZE) -> dict[str, RetentionForm]:
+def select_forms(names: Iterable[str], chunk_size: int) -> dict[str, RetentionForm]:
     """The forms of these names, `chunkwise` with this chunk size.
 
     Raises:
@@ -143,11 +133,6 @@ def select_forms(names: Iterable[str], chunk_size: int = DEFAULT_CHUNK_SIZE) -> 
     return {name: known[name] for name in names}
 
 
-def use_threads(config: RetNetConfig, tokens: int, count: int | None = None) -> None:
-    """Let torch use this many CPU threads from now on; None takes what a model shown `tokens` at once is worth."""
-    torch.set_num_threads(count or threads_for(parameter_count(config), tokens))
-
-
 def compare_forms(
     config: RetNetConfig,
     weights: WeightSource,
@@ -156,7 +141,7 @@ def compare_forms(
     *,
     dtype: FloatName = "float32",
     tolerance: float | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> AgreementReport:
     """Compare every pair of forms on token ids `[B, T]`, and every hand-off between two of them.
 
@@ -173,22 +158,28 @@ def compare_forms(
     weights = FiniteWeights(weights)
     ids = torch.from_numpy(inputs)
     clamped = config.score_normalization.clamp != "none"
-    step = Steps(progress, len(forms) * (1 + clamped + (dtype != "float64")) + 1)
+    done, total = count(), len(forms) * (1 + clamped + (dtype != "float64")) + 1
+
+    def begin(what: str) -> None:
+        progress(what, next(done), total)
+
     run = None
     if dtype != "float64":
-        run = run_forms(load_model(config, weights, TORCH_DTYPES[dtype]), ids, forms, step, dtype)
+        run = run_forms(load_model(config, weights, getattr(torch, dtype)), ids, forms, begin, dtype)
     model = load_model(config, weights, torch.float64)
-    float64 = run_forms(model, ids, forms, step, "float64")
+    float64 = eps0 = run_forms(model, ids, forms, begin, "float64")
     require_finite(float64)
-    exact = without_epsilon(model) if clamped else model
-    eps0 = run_forms(exact, ids, forms, step, "float64, epsilon 0") if clamped else float64
-    require_finite(eps0)
+    exact = model
+    if clamped:
+        exact = _without_epsilon(model)
+        eps0 = run_forms(exact, ids, forms, begin, "float64, epsilon 0")
+        require_finite(eps0)
     run = run or float64
     budget = Budget.of(dtype, float64.scale, tolerance)
     comparisons = tuple(
-        _compare(pair, run.pairs[pair], float64.pairs[pair], eps0.pairs[pair], budget) for pair in run.pairs
+        _compare(a, b, run.pairs[a, b], float64.pairs[a, b], eps0.pairs[a, b], budget) for a, b in run.pairs
     )
-    step("hand-offs")
+    begin("hand-offs")
     handoffs = tuple(_handoffs(exact, ids[:1], forms, eps0.first_row, budget))
     notes = (*_notes(config, ids, forms), *dict.fromkeys((*run.notes, *float64.notes, *eps0.notes)))
     rows, tokens = ids.shape[:2]
@@ -237,9 +228,17 @@ def _handoffs(
             yield Handoff(a, b, p, apart, apart <= budget.logic)
 
 
-def _compare(pair: Pair, run: Difference, float64: Difference, eps0: Difference, budget: Budget) -> Comparison:
+def _without_epsilon(model: RetNet) -> RetNet:
+    """The same parameters, shared, under a head-norm epsilon of zero."""
+    with torch.device("meta"):
+        exact = RetNet(model.config.with_head_norm_eps(0.0))
+    exact.load_state_dict(model.state_dict(), assign=True)
+    return exact.eval()
+
+
+def _compare(a: str, b: str, run: Difference, float64: Difference, eps0: Difference, budget: Budget) -> Comparison:
     d, d64, d0 = run.max_abs, float64.max_abs, eps0.max_abs
-    return Comparison(*pair, run, float64, eps0, cause_of(d, d64, d0, budget), budget.exceeded(d, d64, d0))
+    return Comparison(a, b, run, float64, eps0, cause_of(d, d64, d0, budget), budget.exceeded(d, d64, d0))
 
 
 def _notes(config: RetNetConfig, ids: Tensor, forms: Mapping[str, RetentionForm]) -> Iterable[str]:

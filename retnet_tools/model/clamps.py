@@ -21,7 +21,7 @@ from retnet_tools.config import RetNetConfig, ScoreClamp
 from retnet_tools.dtypes import FloatName
 from retnet_tools.model.agreement import AgreementReport, ClampFit, compare_forms
 from retnet_tools.model.retention import RetentionForm
-from retnet_tools.progress import Progress
+from retnet_tools.progress import Progress, no_progress
 from retnet_tools.weights import WeightSource
 
 CLAMPS: tuple[ScoreClamp, ...] = ("abs_of_sum", "sum_of_abs")
@@ -36,7 +36,7 @@ def compare_clamps(
     *,
     dtype: FloatName = "float32",
     tolerance: float | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> AgreementReport:
     """Compare the forms as `compare_forms` does, the parallel one under both clamps; the better fit is reported.
 
@@ -68,18 +68,10 @@ def compare_clamps(
 
 
 def _under(
-    form: RetentionForm,
-    clamp: ScoreClamp,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor,
-    *,
-    initial_state: Tensor | None = None,
-    score_clamp: ScoreClamp = "none",
+    form: RetentionForm, clamp: ScoreClamp, *arguments: Tensor, score_clamp: ScoreClamp = "none", **options: Any
 ) -> tuple[Tensor, Tensor]:
     """A form under this clamp, whatever the model's."""
-    return form(q, k, v, decay, initial_state=initial_state, score_clamp=clamp)
+    return form(*arguments, score_clamp=clamp, **options)
 
 
 def _fit(report: AgreementReport, clamp: ScoreClamp, name: str, against: str) -> ClampFit:

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from retnet_tools.config import BlockNorm, RetNetConfig
 from retnet_tools.model.norms import Norm
+from retnet_tools.model.position_terms import terms_at
 from retnet_tools.model.retention import retention_chunkwise
-from retnet_tools.model.retnet import Layer, terms_at, to_torch
+from retnet_tools.model.retnet import Layer, to_torch
 from retnet_tools.weights import Array, WeightSource, canonical_shapes
 
 EMBEDDING = "embedding.weight"

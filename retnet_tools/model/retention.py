@@ -29,9 +29,7 @@ import torch
 from torch import Tensor
 
 from retnet_tools.config import ScoreClamp
-from retnet_tools.model.decay import decay_matrix, gamma_powers
-
-DEFAULT_CHUNK_SIZE = 128
+from retnet_tools.model.position_terms import decay_matrix, gamma_powers
 
 
 class RetentionForm(Protocol):
@@ -60,11 +58,7 @@ def retention_parallel(
     initial_state: Tensor | None = None,
     score_clamp: ScoreClamp = "none",
 ) -> tuple[Tensor, Tensor]:
-    """O = (Q K^T * D) V (Eq. 5), memory T^2.
-
-    Returns:
-        Output `[B, H, T, V]` and state `[B, H, K, V]`.
-    """
+    """O = (Q K^T * D) V (Eq. 5), memory T^2: output `[B, H, T, V]` and state `[B, H, K, V]`."""
     scores = _decayed_scores(q, k, decay)  # [B, H, T, T]
     output = scores @ v
     if initial_state is not None:
@@ -85,11 +79,7 @@ def retention_recurrent(
     initial_state: Tensor | None = None,
     score_clamp: ScoreClamp = "none",
 ) -> tuple[Tensor, Tensor]:
-    """S_n = gamma S_(n-1) + k_n^T v_n, o_n = q_n S_n (Eq. 6), memory independent of T.
-
-    Returns:
-        Output `[B, H, T, V]` and state `[B, H, K, V]`.
-    """
+    """S_n = gamma S_(n-1) + k_n^T v_n, o_n = q_n S_n (Eq. 6), memory independent of T."""
     gamma = _powers(decay, torch.ones(1, device=decay.device), q.dtype).transpose(-1, -2)  # [H, 1 or K, 1]
     state = _zero_state(k, v) if initial_state is None else initial_state
     outputs = []
@@ -107,14 +97,11 @@ def retention_chunkwise(
     *,
     initial_state: Tensor | None = None,
     score_clamp: ScoreClamp = "none",
-    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    chunk_size: int = 128,
 ) -> tuple[Tensor, Tensor]:
     """R_i = K_i^T (V_i * zeta) + gamma^B R_(i-1), O_i = (Q_i K_i^T * D) V_i + (Q_i R_(i-1)) * xi (Eq. 7, corrected).
 
     The last chunk may be shorter than the rest. Memory is chunk_size^2.
-
-    Returns:
-        Output `[B, H, T, V]` and state `[B, H, K, V]`.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")

@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet_tools.config import Activation, RetNetConfig
-from retnet_tools.model.decay import decay_sums, log_decay
 from retnet_tools.model.norms import HeadNormalization, Norm, wide
+from retnet_tools.model.position_terms import PositionTerms, log_decay, rotate, terms_at
 from retnet_tools.model.retention import RetentionForm, retention_parallel
-from retnet_tools.model.rotary import rotary_phases, rotate
 from retnet_tools.weights import Array, WeightSource, canonical_shapes, check_weights
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -47,15 +46,6 @@ class RetNetOutput:
     logits: Tensor
     states: list[Tensor]
     hidden_states: list[Tensor]
-
-
-@dataclass(frozen=True)
-class PositionTerms:
-    """What a position contributes, the same for all layers: phases `[B, 1 or H, T, K/2]`, and 1/sqrt(sum gamma^i)."""
-
-    cos: Tensor
-    sin: Tensor
-    score_scale: Tensor | None
 
 
 class MultiScaleRetention(nn.Module):
@@ -183,7 +173,9 @@ class RetNet(nn.Module):
         super().__init__()
         self.config = config
         size, norm = config.hidden_size, config.block_norm
-        self.embedding = _embedding(config) if config.has_vocabulary else None
+        # With a weight, since torch would import its compiler to draw one on the meta device: a second of work.
+        table = torch.empty(config.vocab_size, size)
+        self.embedding = nn.Embedding(config.vocab_size, size, _weight=table) if config.has_vocabulary else None
         self.embedding_norm = Norm(size, norm) if config.embedding_norm else None
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.final_norm = Norm(size, norm) if config.final_norm else None
@@ -210,7 +202,8 @@ class RetNet(nn.Module):
             keep_hidden: also return the hidden states of all layers.
         """
         x = self.embed(inputs)
-        terms = self.position_terms(inputs, position, x.dtype)
+        start = torch.as_tensor(position, device=inputs.device).view(-1, 1)
+        terms = terms_at(self.config, start + torch.arange(inputs.shape[1], device=inputs.device), x.dtype)
         hidden, new_states = [x], []
         for i, layer in enumerate(self.layers):
             x, state = layer(x, terms, None if states is None else states[i], form)
@@ -235,22 +228,6 @@ class RetNet(nn.Module):
         else:
             x = self.embedding(inputs) * self.config.embedding_scale
         return x if self.embedding_norm is None else self.embedding_norm(x)
-
-    def position_terms(self, inputs: Tensor, position: int | Tensor, dtype: torch.dtype) -> PositionTerms:
-        """What the positions of `inputs` `[B, T]` contribute, from the first one on."""
-        start = torch.as_tensor(position, device=inputs.device).view(-1, 1)
-        return terms_at(self.config, start + torch.arange(inputs.shape[1], device=inputs.device), dtype)
-
-
-def terms_at(config: RetNetConfig, positions: Tensor, dtype: torch.dtype) -> PositionTerms:
-    """What positions `[B or 1, T]` contribute to activations of a dtype."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    heads = config.num_heads if config.has_head_rotation else 1
-    cos, sin = rotary_phases(positions, config.rotary_frequencies, wide, heads)
-    if not config.score_normalization.by_decay:
-        return PositionTerms(cos, sin, None)
-    decay = torch.tensor(config.decay, dtype=torch.float64, device=positions.device)
-    return PositionTerms(cos, sin, decay_sums(decay, positions, torch.float64).rsqrt().to(wide))
 
 
 def initialize(model: RetNet, seed: int) -> RetNet:
@@ -289,12 +266,6 @@ def to_torch(array: Array) -> Tensor:
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)
-
-
-def _embedding(config: RetNetConfig) -> nn.Embedding:
-    # Not drawn at random first: on the meta device, that would import torch's compiler, a second of work.
-    size, width = config.vocab_size, config.hidden_size
-    return nn.Embedding(size, width, _weight=torch.empty(size, width))
 
 
 def _heads(x: Tensor, size: int) -> Tensor:

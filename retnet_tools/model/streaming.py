@@ -6,13 +6,19 @@ from collections.abc import Iterator
 
 import torch
 
+from retnet_tools.config import RetNetConfig
 from retnet_tools.dtypes import FloatName
 from retnet_tools.errors import UsageError
 from retnet_tools.formats.spec import Checkpoint
-from retnet_tools.model.agreement import TORCH_DTYPES, use_threads
+from retnet_tools.machine import threads_for
 from retnet_tools.model.retention import retention_chunkwise
 from retnet_tools.model.retnet import load_model
-from retnet_tools.weights import Array, FiniteWeights
+from retnet_tools.weights import Array, FiniteWeights, parameter_count
+
+
+def use_threads(config: RetNetConfig, tokens: int, count: int | None = None) -> None:
+    """Let torch use this many CPU threads from now on; None takes what a model shown `tokens` at once is worth."""
+    torch.set_num_threads(count or threads_for(parameter_count(config), tokens))
 
 
 class CheckpointLogits:
@@ -37,7 +43,7 @@ class CheckpointLogits:
         self.tokenizer_files = tuple(checkpoint.tokenizer_files)
         self.notes = tuple(checkpoint.notes)
         self._threads = threads
-        self._model = load_model(checkpoint.config, FiniteWeights(checkpoint.weights), TORCH_DTYPES[dtype])
+        self._model = load_model(checkpoint.config, FiniteWeights(checkpoint.weights), getattr(torch, dtype))
 
     def stream(self, rows: Array, block: int) -> Iterator[Array]:
         """Logits after every token of the rows, from zero states and position 0.

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from retnet_tools.model.agreement import compare_forms, select_forms
-from retnet_tools.model.decay import decay_matrix, gamma_powers
+from retnet_tools.model.position_terms import decay_matrix, gamma_powers
 from retnet_tools.model.retention import retention_recurrent
 from tests.helpers import BASE, random_source, random_tokens
 

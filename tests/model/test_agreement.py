@@ -138,7 +138,7 @@ def test_the_numbers_of_a_comparison_follow_their_definitions():
 
 def test_one_token_has_no_handoffs_and_says_that_one_chunk_was_enough():
     ids = random_tokens(BASE, 1, 1, 1)
-    report = compare_forms(BASE, random_source(BASE, 1), ids, select_forms(["recurrent", "chunkwise"]))
+    report = compare_forms(BASE, random_source(BASE, 1), ids, select_forms(["recurrent", "chunkwise"], chunk_size=48))
     assert report.passed
     assert report.handoffs == ()
     assert "no chunk boundary" in report.notes[0]
@@ -165,7 +165,7 @@ def test_progress_counts_every_run():
 )
 def test_forms_that_cannot_be_compared_are_refused(names, message):
     with pytest.raises(UsageError, match=message):
-        select_forms(names)
+        select_forms(names, chunk_size=48)
 
 
 def test_the_chunk_size_reaches_the_chunkwise_form():

@@ -7,8 +7,8 @@ import pytest
 from retnet_tools.errors import VerificationError
 from retnet_tools.model.agreement import require_agreement, select_forms
 from retnet_tools.model.clamps import compare_clamps
-from retnet_tools.model.memory import estimated_memory
 from retnet_tools.model.retention import FORMS, retention_parallel, retention_recurrent
+from retnet_tools.model.runs import estimated_memory
 from tests.helpers import BASE, random_source, random_tokens
 from tests.model.planted import LENGTH, by_pair, compare, scaled_in_call
 
@@ -105,7 +105,7 @@ def test_memory_is_estimated_for_both(monkeypatch):
         asked.append(estimated_memory(config, rows, tokens, forms))
         return asked[-1]
 
-    monkeypatch.setattr("retnet_tools.model.memory.estimated_memory", estimate)
+    monkeypatch.setattr("retnet_tools.model.runs.estimated_memory", estimate)
     compare_both(BASE, dict(FORMS))
     width = BASE.vocab_size + (BASE.num_layers + 1) * BASE.hidden_size
     one_form = 8 * 2 * LENGTH * width

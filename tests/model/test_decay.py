@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from retnet_tools.model.decay import decay_matrix, decay_sums, gamma_powers
+from retnet_tools.model.position_terms import decay_matrix, decay_sums, gamma_powers
 from retnet_tools.paper import paper_decay
 from tests.tolerances import FLOAT64
 

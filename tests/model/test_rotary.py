@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from retnet_tools.model.rotary import rotary_phases, rotate
+from retnet_tools.model.position_terms import rotary_phases, rotate
 from retnet_tools.paper import paper_rotary_frequencies
 from tests.tolerances import FLOAT32_PHASE, FLOAT64
 
