@@ -146,7 +146,7 @@ def forms(k: int) -> dict[str, Form]:
 def chosen_form(k: int, v: int) -> str:
     """The form that an export takes."""
     form = step_form(k, v)
-    if not form.operator:
+    if form.kernel is None:
         return "products"
     return "operator" if form.key_splits == 1 else f"split/{form.key_splits}"
 

@@ -40,7 +40,7 @@ def rows(heads: tuple[int, int, int], arguments: argparse.Namespace, device: Dev
     _, k, v = heads
     form = tokens_form(k, v)
     ways = [(f"chunks of {size}", chunk, size) for size in arguments.chunk_sizes]
-    if form.operator:
+    if form.kernel is not None:
         ways.insert(0, (f"operator, keys in {form.key_splits}", split(form.key_splits), arguments.tokens))
     found: list[dict[str, Any]] = []
     for name, make, tokens in ways:
@@ -49,7 +49,7 @@ def rows(heads: tuple[int, int, int], arguments: argparse.Namespace, device: Dev
             stack = Stack(make, arguments.layers, *heads, tokens)
             calls = arguments.tokens // tokens
             row["us"] = calls * microseconds(stack, 1, device, arguments.steps, arguments.rounds, captured=False)
-            if form.operator and "us" in (found or [row])[0]:
+            if form.kernel is not None and "us" in (found or [row])[0]:
                 row["speedup"] = (found or [row])[0]["us"] / row["us"]
         except Exception as error:
             row["failed"] = " ".join(str(error).split())[-200:]

@@ -7,7 +7,10 @@ Exit codes: 0 done, 1 failure, 2 usage, 3 verification over its budget, 4 provid
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+Row = TypeVar("Row")
 
 
 class RetNetToolsError(Exception):
@@ -76,3 +79,14 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """`did you mean 'x'?` for the choice nearest to a word, or an empty string when none is near."""
     near = difflib.get_close_matches(word, list(choices), n=1)
     return f"did you mean {near[0]!r}?" if near else ""
+
+
+def find_row(rows: Mapping[str, Row], option: str, name: str, purpose: str = "") -> Row:
+    """The row of a table that an option names.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in rows:
+        raise UsageError(f"{option} {name!r}", f"one of {', '.join(rows)}{purpose}", did_you_mean(name, rows))
+    return rows[name]

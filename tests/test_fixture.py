@@ -18,7 +18,6 @@ from retnet_tools.formats import Checkpoint, open_checkpoint
 from retnet_tools.graph.contract import STEP_FILE
 from retnet_tools.graph.export import ExportPlan, plan_export
 from retnet_tools.graph.ops import OPERATOR_SETS
-from retnet_tools.graph.weight_tensors import stored_bytes
 from retnet_tools.jobs.request import shipped_checkpoint
 from retnet_tools.model.agreement import compare_forms, select_forms
 from retnet_tools.model.retention import retention_parallel, retention_recurrent
@@ -214,7 +213,7 @@ def test_float16_halves_the_weights_and_keeps_the_distribution(
 
 
 def plan_tables(plan: ExportPlan) -> int:
-    return sum(stored_bytes(tensor) for tensor in plan.tensors.values() if tensor.table is not None)
+    return sum(tensor.stored_bytes for tensor in plan.tensors.values() if tensor.table is not None)
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from retnet_tools import __version__
 from retnet_tools.bench.floor import COPY_FILE, PRODUCT_FILE, ProductShape, copy_graph, product_graph
 from retnet_tools.bench.transformer_graph import (
     TRANSFORMER_FILE,
@@ -229,5 +228,5 @@ def _write(
     with staged_folder(folder, marker=marker, required_bytes=required) as partial:
         places = write_weights(partial / WEIGHTS_FILE, tensors.values(), read, progress=lambda count: None)
         for name, graph in graphs.items():
-            write_graph(partial / name, graph, places, producer_version=__version__)
+            write_graph(partial / name, graph, places)
     return folder

@@ -57,12 +57,15 @@ ATTENTION_MASK = "attention_mask"
 LOGITS = "logits"
 HIDDEN_STATES = "hidden_states"
 
+PAST_NAMES = "past_key_values.%d.recurrent_state"
+PRESENT_NAMES = "present.%d.recurrent_state"
+PAST_CONV_NAMES = "past_key_values.%d.conv_state"
+PRESENT_CONV_NAMES = "present.%d.conv_state"
+
 POSITION_RADIX = 4096
 """Positions are split as 4096 a + b with a, b < 4096, each with its own table of phases and powers."""
 MAX_POSITION = POSITION_RADIX**2 - 1
 """The last position (16,777,215) that the graphs can place."""
-
-
 FLOAT16_STATE_LIMIT = 255.0
 """Magnitude to which k (with its scale) and v are limited where the state is float16."""
 
@@ -74,12 +77,6 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[str | int, ...]
-
-
-PAST_NAMES = "past_key_values.%d.recurrent_state"
-PRESENT_NAMES = "present.%d.recurrent_state"
-PAST_CONV_NAMES = "past_key_values.%d.conv_state"
-PRESENT_CONV_NAMES = "present.%d.conv_state"
 
 
 def past_name(layer: int) -> str:
@@ -108,60 +105,43 @@ def state_scale(config: RetNetConfig, state_dtype: str) -> tuple[float, ...]:
     """
     if state_dtype != "float16":
         return (1.0,) * config.num_heads
-    slowest = (max(config.of_head(config.key_decay, head), default=0.0) for head in range(config.num_heads))
-    sums = (decay + pair for decay, pair in zip(config.decay, slowest, strict=True))
-    return tuple(_power_of_two(max(-math.expm1(log_gamma), 1 / (MAX_POSITION + 1))) for log_gamma in sums)
-
-
-def _power_of_two(x: float) -> float:
-    # 1 - gamma of the paper's schedule is a power of two but for rounding.
-    return float(2.0 ** math.floor(math.log2(x) + 1e-9))
+    scales = []
+    for head, decay in enumerate(config.decay):
+        log_gamma = decay + max(config.of_head(config.key_decay, head), default=0.0)
+        least = max(-math.expm1(log_gamma), 1 / (MAX_POSITION + 1))
+        # 1 - gamma of the paper's schedule is a power of two but for rounding.
+        scales.append(float(2.0 ** math.floor(math.log2(least) + 1e-9)))
+    return tuple(scales)
 
 
 def step_inputs(config: RetNetConfig, state_dtype: str) -> tuple[TensorSpec, ...]:
     """Inputs of step.onnx, in order."""
-    return (*_token_inputs(config, 1), *_past_states(config, state_dtype))
+    return (*_token_inputs(config, 1), *_states(config, PAST_NAMES, state_dtype))
 
 
 def step_outputs(config: RetNetConfig, state_dtype: str) -> tuple[TensorSpec, ...]:
-    """Outputs of step.onnx, in order."""
+    """Outputs of step.onnx, in order; those of prefill.onnx too, at the last real token of each row."""
     logits = TensorSpec(LOGITS, "float32", ("batch", 1, config.vocab_size))
     hidden = TensorSpec(HIDDEN_STATES, "float32", ("batch", 1, config.hidden_size))
-    return (
-        logits if config.has_vocabulary else hidden,
-        *(TensorSpec(present_name(i), state_dtype, ("batch", *state_shape(config))) for i in range(config.num_layers)),
-    )
+    return (logits if config.has_vocabulary else hidden, *_states(config, PRESENT_NAMES, state_dtype))
 
 
 def prefill_inputs(config: RetNetConfig, state_dtype: str) -> tuple[TensorSpec, ...]:
     """Inputs of prefill.onnx, in order."""
     mask = TensorSpec(ATTENTION_MASK, "int64", ("batch", "tokens"))
-    return (*_token_inputs(config, "tokens"), mask, *_past_states(config, state_dtype))
-
-
-def prefill_outputs(config: RetNetConfig, state_dtype: str) -> tuple[TensorSpec, ...]:
-    """Outputs of prefill.onnx, in order: those of step.onnx, at the last real token of each row."""
-    return step_outputs(config, state_dtype)
+    return (*_token_inputs(config, "tokens"), mask, *_states(config, PAST_NAMES, state_dtype))
 
 
 def genai_inputs(config: RetNetConfig, state_dtype: str) -> tuple[TensorSpec, ...]:
     """Inputs of model.onnx, in order."""
-    return (
-        *_token_inputs(config, "tokens"),
-        *_conv_states(config, PAST_CONV_NAMES),
-        *_past_states(config, state_dtype),
-    )
+    states = (*_states(config, PAST_CONV_NAMES), *_states(config, PAST_NAMES, state_dtype))
+    return (*_token_inputs(config, "tokens"), *states)
 
 
 def genai_outputs(config: RetNetConfig, state_dtype: str) -> tuple[TensorSpec, ...]:
     """Outputs of model.onnx, in order."""
-    _, *states = step_outputs(config, state_dtype)
     logits = TensorSpec(LOGITS, "float32", ("batch", 1, config.vocab_size + 1))
-    return (logits, *states, *_conv_states(config, PRESENT_CONV_NAMES))
-
-
-def _conv_states(config: RetNetConfig, names: str) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(names % i, "float32", ("batch", 1, 1)) for i in range(config.num_layers))
+    return (logits, *_states(config, PRESENT_NAMES, state_dtype), *_states(config, PRESENT_CONV_NAMES))
 
 
 def _token_inputs(config: RetNetConfig, tokens: str | int) -> tuple[TensorSpec, TensorSpec]:
@@ -170,6 +150,7 @@ def _token_inputs(config: RetNetConfig, tokens: str | int) -> tuple[TensorSpec, 
     return ids if config.has_vocabulary else embeddings, TensorSpec(POSITION_IDS, "int64", ("batch", tokens))
 
 
-def _past_states(config: RetNetConfig, state_dtype: str) -> tuple[TensorSpec, ...]:
-    shape = ("batch", *state_shape(config))
-    return tuple(TensorSpec(past_name(i), state_dtype, shape) for i in range(config.num_layers))
+def _states(config: RetNetConfig, names: str, dtype: str | None = None) -> tuple[TensorSpec, ...]:
+    """Recurrent states of a type; without one the convolution's, which RetNet has none of."""
+    shape, kind = ((1, 1), "float32") if dtype is None else (state_shape(config), dtype)
+    return tuple(TensorSpec(names % i, kind, ("batch", *shape)) for i in range(config.num_layers))

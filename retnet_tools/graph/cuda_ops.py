@@ -16,7 +16,7 @@ from retnet_tools.graph.decay import StepDecay, TokenDecay
 from retnet_tools.graph.nodes import GraphBuilder
 from retnet_tools.graph.ops import FusedOps
 from retnet_tools.graph.standard_ops import StandardOps
-from retnet_tools.graph.weight_tensors import BlockedMatrix, by_arithmetic, dequantized_rows
+from retnet_tools.graph.weight_tensors import BlockedMatrix
 from retnet_tools.weights import Array
 
 
@@ -34,9 +34,16 @@ class CudaStandardOps(StandardOps):
             return g.op("Add", g.op("Relu", x), g.op("Sub", g.op("Exp", g.op("Min", x, zero)), one))
         return x if feature_map is None else self.activate(g, feature_map, x)
 
-    def gather_blocked(self, g: GraphBuilder, matrix: BlockedMatrix, ids: ir.Value) -> ir.Value:
-        """Dequantized by arithmetic: DequantizeLinear knows no blocks of bytes there, and no bfloat16."""
-        return dequantized_rows(g, matrix, ids, by_arithmetic)
+    def dequantize(self, g: GraphBuilder, matrix: BlockedMatrix, codes: ir.Value, *others: ir.Value) -> ir.Value:
+        """(code - zero point) * scale, whose whole numbers every float type holds: DequantizeLinear knows no blocks of
+        bytes there, and no bfloat16.
+        """
+        (columns, size), (scales, *zeros) = (matrix.shape[1], matrix.format.block_size), others
+        block = g.constant(f"blocks_{columns}_{size}", np.arange(columns, dtype=np.int64) // size)
+        steps = g.cast(codes, "int8", matrix.dtype)
+        for points in zeros:
+            steps = g.op("Sub", steps, g.op("Gather", g.cast(points, "uint8", matrix.dtype), block, axis=-1))
+        return g.op("Mul", steps, g.op("Gather", scales, block, axis=-1))
 
 
 class CudaFusedOps(FusedOps, CudaStandardOps):
@@ -47,7 +54,7 @@ class CudaFusedOps(FusedOps, CudaStandardOps):
     ) -> tuple[ir.Value, ir.Value]:
         """LinearAttention over one token, with split keys where that meets a better kernel, or matrix products."""
         form = step_form(*_head_sizes(past))
-        if not form.operator:
+        if form.kernel is None:
             return StandardOps.retention_step(self, g, q, k, v, past, decay)
         split = StepDecay(_split_log_gamma(decay.log_gamma, form.key_splits), decay.position_ids)
         tokens = replace(split.tokens(g), heads=len(decay.log_gamma))
@@ -61,7 +68,7 @@ class CudaFusedOps(FusedOps, CudaStandardOps):
         `decay` is of each key dimension, `[B, T, H*K]`, which splits with the keys as it stands.
         """
         form = tokens_form(*_head_sizes(past))
-        if not form.operator:
+        if form.kernel is None:
             return StandardOps.retention_tokens(self, g, q, k, v, past, decay)
         return self.split_keys(g, q, k, v, past, decay, form.key_splits)
 

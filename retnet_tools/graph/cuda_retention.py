@@ -62,33 +62,29 @@ class KernelForm:
     """The form of retention in a graph for CUDA.
 
     Attributes:
-        operator: whether LinearAttention does it; else matrix products, or a Scan for many tokens.
+        kernel: of LinearAttention; None takes matrix products, or a Scan for many tokens.
         key_splits: s, parts of a head that LinearAttention takes for heads.
-        kernel: that it meets there; None without the operator.
     """
 
-    operator: bool
-    key_splits: int = 1
     kernel: Kernel | None = None
+    key_splits: int = 1
 
 
 def step_form(head_k_dim: int, head_v_dim: int) -> KernelForm:
     """The form for one token."""
     if parts := _column_parts(head_k_dim, head_v_dim):
-        return KernelForm(True, parts, "columns")
-    if head_k_dim in _WARP_KEYS:
-        return KernelForm(True, 1, "warps")
-    return KernelForm(False)
+        return KernelForm("columns", parts)
+    return KernelForm("warps") if head_k_dim in _WARP_KEYS else KernelForm()
 
 
 def tokens_form(head_k_dim: int, head_v_dim: int) -> KernelForm:
     """The form for many tokens, one after another."""
     if parts := _column_parts(head_k_dim, head_v_dim):
-        return KernelForm(True, parts, "columns")
+        return KernelForm("columns", parts)
     for parts in range(1, head_k_dim + 1):
         if head_k_dim % parts == 0 and _fits(head_k_dim // parts, head_v_dim):
-            return KernelForm(True, parts, "shared")
-    return KernelForm(False)
+            return KernelForm("shared", parts)
+    return KernelForm()
 
 
 def step_kernel(head_k_dim: int, head_v_dim: int, shared_bytes: int = SHARED_BYTES) -> Kernel | None:
@@ -102,12 +98,8 @@ def step_kernel(head_k_dim: int, head_v_dim: int, shared_bytes: int = SHARED_BYT
 
 
 def tokens_kernel(head_k_dim: int, head_v_dim: int, shared_bytes: int = SHARED_BYTES) -> Kernel | None:
-    """The kernel that LinearAttention meets for many tokens without splitting; None where it refuses to run.
-
-    Args:
-        shared_bytes: of shared memory that one block can have.
-    """
-    if head_k_dim in _COLUMN_KEYS and head_v_dim % _COLUMNS == 0:
+    """The same for many tokens."""
+    if _column_parts(head_k_dim, head_v_dim) == 1:
         return "columns"
     return "shared" if _fits(head_k_dim, head_v_dim, shared_bytes) else None
 
@@ -120,5 +112,6 @@ def _column_parts(head_k_dim: int, head_v_dim: int) -> int:
 
 
 def _fits(head_k_dim: int, head_v_dim: int, shared_bytes: int = SHARED_BYTES) -> bool:
+    """Whether a head's state fits where `shared` keeps it."""
     widest = max(head_k_dim, head_v_dim)
     return widest <= LARGEST_BLOCK and 4 * (head_k_dim * head_v_dim + head_k_dim + widest) <= shared_bytes

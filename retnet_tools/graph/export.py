@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retnet_tools import __version__
 from retnet_tools.errors import InputError
 from retnet_tools.formats import Checkpoint
 from retnet_tools.formats.hub import hub_origin
 from retnet_tools.formats.provenance import SourceHasher, provenance
 from retnet_tools.graph import contract
-from retnet_tools.graph.cuda_kernels import cpu_nodes, kernel_version
+from retnet_tools.graph.cuda_kernels import kernel_version
 from retnet_tools.graph.manifest import Manifest, read_manifest
 from retnet_tools.graph.quantization import Quantization
 from retnet_tools.graph.targets import TARGET_FILES, ExportTarget, export_target, operator_set, target_device
@@ -81,14 +80,10 @@ def plan_export(
         UsageError: an operator set, a target or a device that does not exist, or a model that the target cannot run.
         InputError: files beside the weights that are not what their names say.
     """
-    chosen = export_target(target)
-    operators = operator_set(ops, device)
-    text = carried_text(checkpoint.tokenizer_files, checkpoint.settings, checkpoint.config.vocab_size)
-    files = chosen.files(checkpoint.config, text, target_device(device).genai_provider)
-    graphs = {
-        name: builder(checkpoint.config, dtype, state_dtype, operators).build()
-        for name, builder in chosen.graphs.items()
-    }
+    chosen, operators, config = export_target(target), operator_set(ops, device), checkpoint.config
+    text = carried_text(checkpoint.tokenizer_files, checkpoint.settings, config.vocab_size)
+    files = chosen.files(config, text, target_device(device).genai_provider)
+    graphs = {name: make(config, dtype, state_dtype, operators).build() for name, make in chosen.graphs.items()}
     notes = export_notes(checkpoint, text, chosen, dtype, state_dtype)
     return ExportPlan(checkpoint, dtype, state_dtype, ops, graphs, text, files, notes, device=device)
 
@@ -110,9 +105,6 @@ def write_export(
     Memory: one block of a source tensor (16 MB), or a whole one where its format transforms it.
 
     Args:
-        plan: from `plan_export`.
-        out: the folder to make.
-        force: replace a folder that an earlier export wrote.
         progress: called with the bytes of weights just written.
         read: gives the content of weights.data; None reads the checkpoint's float weights.
         texts: further files, by name, and what makes their text of the manifest.
@@ -137,8 +129,19 @@ def write_export(
         for name, text in {**plan.text.made, **plan.files}.items():
             (folder / name).write_text(text, encoding="utf-8")
         for name, graph in plan.graphs.items():
-            write_graph(folder / name, graph, places, producer_version=__version__)
-        manifest = _manifest(plan, hasher.digests(), quantization() if quantization else plan.quantization)
+            write_graph(folder / name, graph, places)
+        digests, notes = hasher.digests(), [*checkpoint.notes, *plan.text.notes]
+        manifest = Manifest(
+            config=checkpoint.config,
+            dtype=plan.dtype,
+            state_dtype=plan.state_dtype,
+            ops=plan.ops,
+            quantization=quantization() if quantization else plan.quantization,
+            provenance=plan.provenance or provenance(checkpoint.format, checkpoint.source_files, digests, notes),
+            graphs={name: {"inputs": graph.inputs, "outputs": graph.outputs} for name, graph in plan.graphs.items()},
+            tokenizer_files=plan.text.tokenizer_files,
+            device=plan.device,
+        )
         for name, make_text in (texts or {}).items():
             (folder / name).write_text(make_text(manifest), encoding="utf-8")
         (folder / contract.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
@@ -160,12 +163,10 @@ def export_notes(
 
 
 def kernel_notes(plan: ExportPlan) -> tuple[str, ...]:
-    """What of an export for CUDA would not run there, graph by graph: nodes that have no kernel."""
-    if plan.device != "cuda":
-        return ()
+    """What of an export would not run on its device, graph by graph: nodes that have no kernel there."""
     notes = []
     for name, built in plan.graphs.items():
-        missing = [node for node in cpu_nodes(built.graph) if node.reason == "no kernel"]
+        missing = [node for node in target_device(plan.device).elsewhere(built.graph) if node.reason == "no kernel"]
         kinds = sorted({f"{node.operator} of {' and '.join(dict.fromkeys(node.types))}" for node in missing})
         if kinds:
             notes.append(f"{name}: onnxruntime {kernel_version()} has no CUDA kernel for {', '.join(kinds)}")
@@ -192,19 +193,3 @@ def _stale_files(out: Path) -> tuple[str, ...]:
         # No earlier export, or none with a card that this tool wrote.
         card = []
     return (*replaced, contract.CARD_FILE) if contract.CARD_TITLE in card else replaced
-
-
-def _manifest(plan: ExportPlan, digests: Sequence[str], quantization: Quantization | None) -> Manifest:
-    checkpoint = plan.checkpoint
-    notes = [*checkpoint.notes, *plan.text.notes]
-    return Manifest(
-        config=checkpoint.config,
-        dtype=plan.dtype,
-        state_dtype=plan.state_dtype,
-        ops=plan.ops,
-        quantization=quantization,
-        provenance=plan.provenance or provenance(checkpoint.format, checkpoint.source_files, digests, notes),
-        graphs={name: {"inputs": graph.inputs, "outputs": graph.outputs} for name, graph in plan.graphs.items()},
-        tokenizer_files=plan.text.tokenizer_files,
-        device=plan.device,
-    )

@@ -33,11 +33,7 @@ class ExportedGraphs:
 
 
 def read_graphs(folder: Path, names: Iterable[str]) -> ExportedGraphs:
-    """Load graphs without their external data, and check that weights.data holds every byte that they point to.
-
-    Args:
-        folder: an exported folder.
-        names: the graph files that its manifest lists.
+    """Load graphs, those that a manifest lists, without their external data; weights.data must hold what they point to.
 
     Raises:
         InputError: a graph that is missing or cannot be read, external data outside weights.data, two graphs that
@@ -49,18 +45,18 @@ def read_graphs(folder: Path, names: Iterable[str]) -> ExportedGraphs:
         if Path(name).name != name or not (folder / name).is_file():
             raise InputError(f"no {name} in {folder}", "every graph that its manifest lists", EXPORT_AGAIN)
         graph = load_graph(folder / name)
-        operators = Counter(_operator(node) for node in graph.all_nodes())
+        operators = Counter(f"{n.domain}.{n.op_type}" if n.domain else n.op_type for n in graph.all_nodes())
         counts[name] = dict(sorted(operators.items(), key=lambda item: (-item[1], item[0])))
         for value in graph.initializers.values():
-            if not isinstance(value.const_value, ir.ExternalTensor):
-                continue
-            location = _locate(folder, name, value.const_value)
-            if locations.setdefault(value.const_value.name or "", location) != location:
-                raise InputError(
-                    f"{folder / name} places {value.const_value.name!r} elsewhere than another graph",
-                    "every tensor stored once",
-                    EXPORT_AGAIN,
-                )
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor):
+                location = _locate(folder, name, tensor)
+                if locations.setdefault(tensor.name or "", location) != location:
+                    raise InputError(
+                        f"{folder / name} places {tensor.name!r} elsewhere than another graph",
+                        "every tensor stored once",
+                        EXPORT_AGAIN,
+                    )
     _check_size(folder / WEIGHTS_FILE, locations)
     first: dict[tuple[int, int], str] = {}
     for name, location in locations.items():
@@ -80,26 +76,18 @@ def load_graph(file: Path) -> ir.Graph:
         raise InputError(f"{file} cannot be read ({error})", "an ONNX graph", EXPORT_AGAIN) from error
 
 
-def _operator(node: ir.Node) -> str:
-    return f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-
-
 def _locate(folder: Path, graph: str, tensor: ir.ExternalTensor) -> TensorLocation:
     if tensor.location != WEIGHTS_FILE:
-        raise InputError(
-            f"{folder / graph} has data in {str(tensor.location)!r}", f"{WEIGHTS_FILE} beside it", EXPORT_AGAIN
-        )
-    elements = math.prod(tensor.shape.numpy())
-    size = math.ceil(elements * tensor.dtype.itemsize)
+        found = f"{folder / graph} has data in {str(tensor.location)!r}"
+        raise InputError(found, f"{WEIGHTS_FILE} beside it", EXPORT_AGAIN)
+    shape, dtype = tuple(tensor.shape.numpy()), tensor.dtype
+    size = math.ceil(math.prod(shape) * dtype.itemsize)
     if tensor.length not in (None, size):
-        raise InputError(
-            f"{folder / graph} gives {tensor.name!r} {tensor.length} bytes", f"{size}, by its shape", EXPORT_AGAIN
-        )
+        found = f"{folder / graph} gives {tensor.name!r} {tensor.length} bytes"
+        raise InputError(found, f"{size}, by its shape", EXPORT_AGAIN)
     # Types of less than a byte are packed: their bytes are all that can be read as an array.
-    packed = tensor.dtype.itemsize < 1
-    shape = (size,) if packed else tuple(tensor.shape.numpy())
-    dtype = np.dtype(np.uint8) if packed else tensor.dtype.numpy()
-    return TensorLocation(shape, dtype, folder / WEIGHTS_FILE, tensor.offset or 0, contiguous_strides(shape))
+    shape, kind = ((size,), np.dtype(np.uint8)) if dtype.itemsize < 1 else (shape, dtype.numpy())
+    return TensorLocation(shape, kind, folder / WEIGHTS_FILE, tensor.offset or 0, contiguous_strides(shape))
 
 
 def _check_size(file: Path, locations: Mapping[str, TensorLocation]) -> None:
@@ -108,7 +96,5 @@ def _check_size(file: Path, locations: Mapping[str, TensorLocation]) -> None:
     if not file.is_file():
         raise InputError(f"no {file.name} in {file.parent}", "the weights that its graphs point to", EXPORT_AGAIN)
     needed = max(t.offset + t.span * t.dtype.itemsize for t in locations.values())
-    if file.stat().st_size < needed:
-        raise InputError(
-            f"{file} has {file.stat().st_size} bytes", f"at least {needed}, as its graphs say", EXPORT_AGAIN
-        )
+    if (found := file.stat().st_size) < needed:
+        raise InputError(f"{file} has {found} bytes", f"at least {needed}, as its graphs say", EXPORT_AGAIN)

@@ -11,7 +11,6 @@ from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import InputError
 from retnet_tools.formats import Checkpoint
 from retnet_tools.formats.storage import StoredTensors, TensorLocation
-from retnet_tools.graph import contract
 from retnet_tools.graph.decoders import StepBuilder
 from retnet_tools.graph.export import ExportPlan, export_notes
 from retnet_tools.graph.manifest import Manifest, read_manifest
@@ -21,7 +20,7 @@ from retnet_tools.graph.weight_tensors import WeightTensor
 from retnet_tools.graph.weighted import BuiltGraph
 from retnet_tools.tokenizing.carried import CarriedText
 from retnet_tools.tokenizing.files import TOKENIZER_FILE, load_tokenizer
-from retnet_tools.tokenizing.special import GENERATION_FILE, TOKENIZER_CONFIG_FILE, SpecialTokens
+from retnet_tools.tokenizing.special import GENERATION_FILE, SpecialTokens
 from retnet_tools.weights import canonical_shapes
 
 
@@ -41,26 +40,27 @@ def plan_of_export(folder: Path) -> ExportPlan:
             "quantize the float export, or export the checkpoint again",
         )
     tensors = read_graphs(folder, manifest.graphs).tensors
-    stored = _stored_tensors(folder, manifest, tensors)
+    stored = _weight_tensors(folder, manifest, tensors)
     graphs = {}
-    for name in manifest.graphs:
+    for name, border in manifest.graphs.items():
         graph = load_graph(folder / name)
-        external = [value.const_value for value in graph.initializers.values()]
-        names = [tensor.name for tensor in external if isinstance(tensor, ir.ExternalTensor)]
-        border = manifest.graphs[name]
-        own = {name: stored[name] for name in names if name is not None}
+        own = {
+            tensor.name: stored[tensor.name]
+            for value in graph.initializers.values()
+            if isinstance(tensor := value.const_value, ir.ExternalTensor) and tensor.name is not None
+        }
         graphs[name] = BuiltGraph(graph, border["inputs"], border["outputs"], own)
     checkpoint = Checkpoint(
         path=folder,
         format=str(manifest.provenance.get("source_format", "unknown")),
         config=manifest.config,
-        weights=canonical_weights(manifest.config, stored, tensors),
+        weights=_canonical(manifest.config, stored, tensors),
         source_files=[],
         tokenizer_files=[folder / name for name in manifest.tokenizer_files],
         notes=list(manifest.provenance.get("notes", ())),
     )
-    text = _text(folder, manifest)
-    notes = export_notes(checkpoint, text, find_target(manifest.graphs), manifest.dtype, manifest.state_dtype)
+    text, target = _text(folder, manifest), find_target(manifest.graphs)
+    made = [name for name in target.own_files if name not in manifest.tokenizer_files and (folder / name).is_file()]
     return ExportPlan(
         checkpoint,
         manifest.dtype,
@@ -68,29 +68,26 @@ def plan_of_export(folder: Path) -> ExportPlan:
         manifest.ops,
         graphs,
         text,
-        files={name: (folder / name).read_text(encoding="utf-8") for name in _own_files(folder, manifest)},
-        notes=notes,
+        files={name: (folder / name).read_text(encoding="utf-8") for name in made},
+        notes=export_notes(checkpoint, text, target, manifest.dtype, manifest.state_dtype),
         provenance=manifest.provenance,
         device=manifest.device,
     )
 
 
-def canonical_weights(
-    config: RetNetConfig, stored: Mapping[str, WeightTensor], tensors: StoredTensors
-) -> StoredTensors:
+def _canonical(config: RetNetConfig, stored: Mapping[str, WeightTensor], tensors: StoredTensors) -> StoredTensors:
     """The float weights of an exported folder by canonical name: merged matrices are rows one after another."""
     shapes, locations = canonical_shapes(config), {}
     for tensor in stored.values():
-        start = 0
+        place, start = tensors.locations[tensor.name], 0
+        assert isinstance(place, TensorLocation)
         for source in tensor.sources:
-            location = tensors.locations[tensor.name]
-            assert isinstance(location, TensorLocation)
-            locations[source] = location.rows(start, shapes[source][0])
+            locations[source] = place.rows(start, shapes[source][0])
             start += shapes[source][0]
     return StoredTensors(locations)
 
 
-def _stored_tensors(folder: Path, manifest: Manifest, tensors: StoredTensors) -> dict[str, WeightTensor]:
+def _weight_tensors(folder: Path, manifest: Manifest, tensors: StoredTensors) -> dict[str, WeightTensor]:
     """What each tensor of weights.data is made of; those that belong to no weight are tables."""
     ops = operator_set(manifest.ops, manifest.device)
     built = StepBuilder(manifest.config, manifest.dtype, manifest.state_dtype, ops).build().stored
@@ -103,12 +100,14 @@ def _stored_tensors(folder: Path, manifest: Manifest, tensors: StoredTensors) ->
                 f"{tensor.dtype} of shape {list(tensor.shape)}, as its manifest says",
                 EXPORT_AGAIN,
             )
-    tables = {}
+    stored = {}
     for name in tensors.names():
-        if name not in expected:
+        if name in expected:
+            stored[name] = expected[name]
+        else:
             table = tensors.read(name)
-            tables[name] = WeightTensor(name, table.dtype.name, table.shape, table=table)
-    return {name: expected.get(name) or tables[name] for name in tensors.names()}
+            stored[name] = WeightTensor(name, table.dtype.name, table.shape, table=table)
+    return stored
 
 
 def _text(folder: Path, manifest: Manifest) -> CarriedText:
@@ -118,11 +117,3 @@ def _text(folder: Path, manifest: Manifest) -> CarriedText:
     tokenizer = load_tokenizer(folder / TOKENIZER_FILE) if folder / TOKENIZER_FILE in copies else None
     made = {GENERATION_FILE: generation.read_text(encoding="utf-8")} if generation.is_file() else {}
     return CarriedText(tokenizer, copies, made, SpecialTokens({}, {}, ()), ())
-
-
-def _own_files(folder: Path, manifest: Manifest) -> list[str]:
-    """Files for the runtime that an export made itself."""
-    if contract.GENAI_FILE not in manifest.graphs:
-        return []
-    own = (contract.GENAI_CONFIG_FILE, TOKENIZER_CONFIG_FILE)
-    return [name for name in own if name not in manifest.tokenizer_files and (folder / name).is_file()]

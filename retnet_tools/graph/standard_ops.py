@@ -12,7 +12,7 @@ import onnx_ir as ir
 from retnet_tools.config import Activation, BlockNorm
 from retnet_tools.graph.decay import ChunkDecay, Chunks, StepDecay, TokenDecay
 from retnet_tools.graph.nodes import GraphBuilder, epsilon, scan
-from retnet_tools.graph.weight_tensors import BlockedMatrix, dequantized_rows, stored_integer
+from retnet_tools.graph.weight_tensors import BlockedMatrix, blocked_rows, stored_integer
 
 OPSET = 23
 """The first ai.onnx opset with RMSNormalization and RotaryEmbedding; ONNX Runtime runs both on CPU and CUDA."""
@@ -86,7 +86,11 @@ class StandardOps:
 
     def gather_blocked(self, g: GraphBuilder, matrix: BlockedMatrix, ids: ir.Value) -> ir.Value:
         """Rows of a quantized matrix `[N, K]`: `[B, T]` int64 to `[B, T, K]`."""
-        return dequantized_rows(g, matrix, ids)
+        return self.dequantize(g, matrix, *blocked_rows(g, matrix, ids))
+
+    def dequantize(self, g: GraphBuilder, matrix: BlockedMatrix, codes: ir.Value, *others: ir.Value) -> ir.Value:
+        """w of rows as `blocked_rows` gives them."""
+        return g.op("DequantizeLinear", codes, *others, axis=-1, block_size=matrix.format.block_size)
 
     def retention_step(
         self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value, decay: StepDecay

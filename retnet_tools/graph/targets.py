@@ -1,20 +1,24 @@
-"""What `export` can write, and the devices that it writes for: one row each."""
+"""What `export` can write, and the devices that it writes for: one row each, found by name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+import onnx_ir as ir
+
 from retnet_tools.config import RetNetConfig
-from retnet_tools.errors import InputError, UsageError, did_you_mean
+from retnet_tools.errors import InputError, find_row
 from retnet_tools.graph import contract
 from retnet_tools.graph.builder import DecoderBuilder
+from retnet_tools.graph.cuda_kernels import CpuNode, cpu_nodes
 from retnet_tools.graph.cuda_ops import CudaFusedOps, CudaStandardOps
 from retnet_tools.graph.decoders import PrefillBuilder, StepBuilder
 from retnet_tools.graph.genai import GenaiBuilder, genai_files, genai_notes
 from retnet_tools.graph.ops import OPERATOR_SETS
 from retnet_tools.graph.standard_ops import StandardOps
 from retnet_tools.tokenizing.carried import CarriedText
+from retnet_tools.tokenizing.special import TOKENIZER_CONFIG_FILE
 
 
 @dataclass(frozen=True)
@@ -26,39 +30,69 @@ class ExportTarget:
         files: text files that it needs besides, by name, of a model, its tokenizer and onnxruntime-genai's name of a
             provider; refuses models that it cannot run.
         notes: what the user should know, of a tokenizer and a type of weights.
+        own_files: names of `files` that are no part of a tokenizer.
     """
 
     name: str
     graphs: Mapping[str, type[DecoderBuilder]]
-    files: Callable[[RetNetConfig, CarriedText, str | None], Mapping[str, str]]
-    notes: Callable[[CarriedText, str], tuple[str, ...]]
+    files: Callable[[RetNetConfig, CarriedText, str | None], Mapping[str, str]] = lambda config, text, provider: {}
+    notes: Callable[[CarriedText, str], tuple[str, ...]] = lambda text, dtype: ()
+    own_files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TargetDevice:
+    """A device to export for. Graphs for one run on the others too, with the same results.
+
+    Attributes:
+        operators: its operator sets by name; each names the same for every device.
+        genai_provider: what onnxruntime-genai calls it in genai_config.json; None for the CPU, its default.
+        elsewhere: the nodes of a graph that would not run there.
+    """
+
+    name: str
+    operators: Mapping[str, StandardOps]
+    genai_provider: str | None = None
+    elsewhere: Callable[[ir.Graph], list[CpuNode]] = lambda graph: []
 
 
 TARGETS: dict[str, ExportTarget] = {
     target.name: target
     for target in (
+        ExportTarget("onnx", {contract.PREFILL_FILE: PrefillBuilder, contract.STEP_FILE: StepBuilder}),
         ExportTarget(
-            "onnx",
-            {contract.PREFILL_FILE: PrefillBuilder, contract.STEP_FILE: StepBuilder},
-            files=lambda config, text, provider: {},
-            notes=lambda text, dtype: (),
+            "genai",
+            {contract.GENAI_FILE: GenaiBuilder},
+            genai_files,
+            genai_notes,
+            (contract.GENAI_CONFIG_FILE, TOKENIZER_CONFIG_FILE),
         ),
-        ExportTarget("genai", {contract.GENAI_FILE: GenaiBuilder}, files=genai_files, notes=genai_notes),
     )
 }
 TARGET_FILES = (*(name for target in TARGETS.values() for name in target.graphs), contract.GENAI_CONFIG_FILE)
 """Files of any target: those that a new export in the same folder replaces or removes."""
+TARGET_DEVICES: dict[str, TargetDevice] = {
+    device.name: device
+    for device in (
+        TargetDevice("cpu", OPERATOR_SETS),
+        TargetDevice("cuda", {ops.name: ops for ops in (CudaStandardOps(), CudaFusedOps())}, "cuda", cpu_nodes),
+    )
+}
 
 
 def export_target(name: str) -> ExportTarget:
-    """The target of a name.
+    """The target of a name; a UsageError where there is none."""
+    return find_row(TARGETS, "--to", name)
 
-    Raises:
-        UsageError: there is none.
-    """
-    if name not in TARGETS:
-        raise UsageError(f"--to {name!r}", f"one of {', '.join(TARGETS)}", did_you_mean(name, TARGETS))
-    return TARGETS[name]
+
+def target_device(name: str) -> TargetDevice:
+    """The device of a name; a UsageError where there is none."""
+    return find_row(TARGET_DEVICES, "--device", name, " to export for")
+
+
+def operator_set(ops: str, device: str) -> StandardOps:
+    """The operators of a set as a device uses them; a UsageError where there is no such set or device."""
+    return find_row(target_device(device).operators, "--ops", ops)
 
 
 def find_target(graphs: Iterable[str]) -> ExportTarget:
@@ -73,50 +107,3 @@ def find_target(graphs: Iterable[str]) -> ExportTarget:
             return target
     known = " | ".join(", ".join(target.graphs) for target in TARGETS.values())
     raise InputError(f"an export of {', '.join(sorted(names)) or 'no graphs'}", known, "export the checkpoint again")
-
-
-@dataclass(frozen=True)
-class TargetDevice:
-    """A device to export for. Graphs for one run on the others too, with the same results.
-
-    Attributes:
-        operators: its operator sets by name; each names the same for every device.
-        genai_provider: what onnxruntime-genai calls it in genai_config.json; None for the CPU, its default.
-    """
-
-    name: str
-    operators: Mapping[str, StandardOps]
-    genai_provider: str | None = None
-
-
-TARGET_DEVICES: dict[str, TargetDevice] = {
-    device.name: device
-    for device in (
-        TargetDevice("cpu", OPERATOR_SETS),
-        TargetDevice("cuda", {ops.name: ops for ops in (CudaStandardOps(), CudaFusedOps())}, genai_provider="cuda"),
-    )
-}
-
-
-def target_device(name: str) -> TargetDevice:
-    """The device of a name.
-
-    Raises:
-        UsageError: there is none.
-    """
-    if name not in TARGET_DEVICES:
-        known = ", ".join(TARGET_DEVICES)
-        raise UsageError(f"--device {name!r}", f"one of {known} to export for", did_you_mean(name, TARGET_DEVICES))
-    return TARGET_DEVICES[name]
-
-
-def operator_set(ops: str, device: str) -> StandardOps:
-    """The operators of a set as a device uses them.
-
-    Raises:
-        UsageError: a set or a device that does not exist.
-    """
-    operators = target_device(device).operators
-    if ops not in operators:
-        raise UsageError(f"--ops {ops!r}", f"one of {', '.join(operators)}", did_you_mean(ops, operators))
-    return operators[ops]

@@ -12,13 +12,12 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from retnet_tools.graph.nodes import ELEMENT_TYPES, GraphBuilder
+from retnet_tools.graph.nodes import ELEMENT_TYPES, GraphBuilder, tensor_type
 from retnet_tools.graph.quantization import AccuracyLevel, BlockFormat
 from retnet_tools.weights import Array
 
 Layout = Literal["rows", "columns"]
 PartName = Literal["codes", "scales", "zero_points"]
-Dequantize = Callable[..., ir.Value]
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,18 @@ class WeightTensor:
     part: QuantizedPart | None = None
     same_as: str | None = None
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in weights.data; none of its own where it shares those of another."""
+        size = math.ceil(math.prod(self.shape) * ELEMENT_TYPES[self.dtype].itemsize)
+        return size if self.same_as is None else 0
 
-def stored_bytes(tensor: WeightTensor) -> int:
-    """Bytes of a tensor in weights.data; none of its own where it shares those of another."""
-    if tensor.same_as is not None:
-        return 0
-    return math.ceil(math.prod(tensor.shape) * ELEMENT_TYPES[tensor.dtype].itemsize)
+    def declared(self, initializers: dict[str, ir.Value], stored: dict[str, WeightTensor]) -> ir.Value:
+        """The graph value of the tensor, entered in both once for each name."""
+        if self.name not in stored:
+            stored[self.name] = self
+            initializers[self.name] = ir.Value(name=self.name, shape=ir.Shape(self.shape), type=tensor_type(self.dtype))
+        return initializers[self.name]
 
 
 @dataclass(frozen=True)
@@ -106,35 +111,12 @@ class BlockedMatrix:
         return self.part("scales", layout, self.dtype, shape if layout == "rows" else shape[::-1])
 
 
-def dequantized_rows(
-    g: GraphBuilder, matrix: BlockedMatrix, ids: ir.Value, dequantize: Dequantize | None = None
-) -> ir.Value:
-    """Rows of a matrix stored by columns, dequantized: `[B, T]` int64 to `[B, T, K]`.
-
-    Args:
-        dequantize: makes w of codes `[B, T, K]`, scales and, unless they are symmetric, zero points `[B, T, blocks]`;
-            None takes DequantizeLinear.
-    """
+def blocked_rows(g: GraphBuilder, matrix: BlockedMatrix, ids: ir.Value) -> list[ir.Value]:
+    """Columns `ids` `[B, T]` as rows of codes `[B, T, K]`, scales `[B, T, blocks]` and, if it has any, zero points."""
     # Views, since ONNX Runtime makes no MatMulNBits of parts that another node reads too.
     scales = matrix.view("scales", "columns", matrix.dtype, (matrix.blocks, matrix.shape[0]))
     zeros = [] if matrix.format.symmetric else [_integers(g, matrix, "zero_points", matrix.blocks, ids)]
-    codes = _integers(g, matrix, "codes", matrix.shape[1], ids)
-    parts = (codes, _column_values(g, scales, ids), *zeros)
-    if dequantize is not None:
-        return dequantize(g, matrix, *parts)
-    return g.op("DequantizeLinear", *parts, axis=-1, block_size=matrix.format.block_size)
-
-
-def by_arithmetic(
-    g: GraphBuilder, matrix: BlockedMatrix, codes: ir.Value, scales: ir.Value, zeros: ir.Value | None = None
-) -> ir.Value:
-    """(code - zero point) * scale. Codes and their differences are whole numbers that every float type holds."""
-    columns, size = matrix.shape[1], matrix.format.block_size
-    block = g.constant(f"blocks_{columns}_{size}", np.arange(columns, dtype=np.int64) // size)
-    steps = g.cast(codes, "int8", matrix.dtype)
-    if zeros is not None:
-        steps = g.op("Sub", steps, g.op("Gather", g.cast(zeros, "uint8", matrix.dtype), block, axis=-1))
-    return g.op("Mul", steps, g.op("Gather", scales, block, axis=-1))
+    return [_integers(g, matrix, "codes", matrix.shape[1], ids), _column_values(g, scales, ids), *zeros]
 
 
 def stored_integer(format: BlockFormat) -> str:
@@ -156,7 +138,7 @@ def _integers(g: GraphBuilder, matrix: BlockedMatrix, part: PartName, rows: int,
     pairs = matrix.view(part, "columns", "uint8", (-(-rows * columns // 2),))
     starts = g.constant(f"starts_{rows}_{columns}", np.arange(rows, dtype=np.int64) * columns)
     place = g.op("Add", g.op("Unsqueeze", ids, g.integers(-1)), starts)  # [B, T] -> [B, T, rows]
-    two, sixteen = (g.int64(f"int64_{n}", n) for n in (2, 16))
+    two, sixteen = g.int64("int64_2", 2), g.int64("int64_16", 16)
     byte = g.cast(g.op("Gather", pairs, g.op("Div", place, two)), "uint8", "int64")
     # The low half at even places. In whole numbers, since CUDA has no kernels for bits.
     unit = g.op("Gather", g.integers(1, 16), g.op("Mod", place, two))

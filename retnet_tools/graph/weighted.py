@@ -14,6 +14,9 @@ from retnet_tools.graph.standard_ops import NormWeights, StandardOps
 from retnet_tools.graph.weight_tensors import WeightTensor
 from retnet_tools.weights import Array
 
+Border = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
+"""The inputs and the outputs of a graph."""
+
 
 @dataclass(frozen=True)
 class BuiltGraph:
@@ -41,10 +44,9 @@ class WeightedBuilder:
 
     def linear(self, x: ir.Value, name: str, sources: tuple[str, ...], bias: bool) -> ir.Value:
         """y = x W^T + b; several sources are merged along their outputs."""
-        inputs = [x, self._merged(f"{name}.weight", tuple(f"{s}.weight" for s in sources))]
-        if bias:
-            inputs.append(self._merged(f"{name}.bias", tuple(f"{s}.bias" for s in sources)))
-        return self.g.op("Gemm", *inputs, transB=1)
+        parts = ("weight", "bias") if bias else ("weight",)
+        merged = (self._merged(f"{name}.{part}", tuple(f"{source}.{part}" for source in sources)) for part in parts)
+        return self.g.op("Gemm", x, *merged, transB=1)
 
     def norm_weights(self, name: str, norm: BlockNorm) -> NormWeights:
         """The parameters of a norm."""
@@ -56,36 +58,20 @@ class WeightedBuilder:
 
     def table(self, name: str, table: Array) -> ir.Value:
         """A computed table."""
-        return self._declare(WeightTensor(name, table.dtype.name, table.shape, table=table))
+        tensor = WeightTensor(name, table.dtype.name, table.shape, table=table)
+        return tensor.declared(self.g.initializers, self.stored)
 
-    def finish(
-        self,
-        name: str,
-        inputs: list[ir.Value],
-        outputs: list[ir.Value],
-        specs: tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]],
-    ) -> BuiltGraph:
-        """The graph, its outputs named as the second of its specs says."""
-        for value, spec in zip(outputs, specs[1], strict=True):
+    def finish(self, name: str, inputs: list[ir.Value], outputs: list[ir.Value], border: Border) -> BuiltGraph:
+        """The graph, its outputs named as its border says."""
+        for value, spec in zip(outputs, border[1], strict=True):
             value.name, value.shape, value.type = spec.name, ir.Shape(spec.shape), tensor_type(spec.dtype)
+        initializers, opsets = list(self.g.initializers.values()), dict(self.ops.opsets)
         graph = ir.Graph(
-            inputs,
-            outputs,
-            nodes=self.g.nodes,
-            initializers=list(self.g.initializers.values()),
-            opset_imports=dict(self.ops.opsets),
-            name=name,
+            inputs, outputs, nodes=self.g.nodes, initializers=initializers, opset_imports=opsets, name=name
         )
-        return BuiltGraph(graph, *specs, self.stored)
+        return BuiltGraph(graph, *border, self.stored)
 
     def _merged(self, name: str, sources: tuple[str, ...]) -> ir.Value:
         rows = sum(self.shapes[source][0] for source in sources)
-        return self._declare(WeightTensor(name, self.dtype, (rows, *self.shapes[sources[0]][1:]), sources))
-
-    def _declare(self, tensor: WeightTensor) -> ir.Value:
-        if tensor.name not in self.stored:
-            self.stored[tensor.name] = tensor
-            self.g.initializers[tensor.name] = ir.Value(
-                name=tensor.name, shape=ir.Shape(tensor.shape), type=tensor_type(tensor.dtype)
-            )
-        return self.g.initializers[tensor.name]
+        tensor = WeightTensor(name, self.dtype, (rows, *self.shapes[sources[0]][1:]), sources)
+        return tensor.declared(self.g.initializers, self.stored)

@@ -3,45 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import onnx_ir as ir
 
+from retnet_tools import __version__
 from retnet_tools.dtypes import convert
 from retnet_tools.errors import InputError
 from retnet_tools.graph.contract import WEIGHTS_FILE
 from retnet_tools.graph.nodes import ELEMENT_TYPES
-from retnet_tools.graph.weight_tensors import WeightTensor, stored_bytes
+from retnet_tools.graph.weight_tensors import WeightTensor
 from retnet_tools.graph.weighted import BuiltGraph
-from retnet_tools.weights import Array, WeightSource, read_blocks
+from retnet_tools.weights import Array, FileRegion, WeightSource, read_blocks
 
 IR_VERSION = 11
 """The ONNX IR version that came with opset 23."""
 ALIGNMENT = 4096
 """Offsets in weights.data are multiples of this, so that a runtime can map each tensor."""
-
-
-@dataclass(frozen=True)
-class FilePlace:
-    """Where a tensor lies in weights.data, in bytes."""
-
-    offset: int
-    length: int
-
-
 BlockReader = Callable[[WeightTensor], Iterable[Array]]
 """The content of a tensor of weights.data, in pieces, in order."""
 
 
 def float_blocks(source: WeightSource) -> BlockReader:
-    """Reads tables, and canonical tensors in the type in which they are stored; one block in memory at a time.
-
-    Args:
-        source: where canonical tensors are read from.
-    """
+    """Reads tables, and canonical tensors in the type in which they are stored; one block in memory at a time."""
 
     def read(tensor: WeightTensor) -> Iterator[Array]:
         if tensor.table is not None:
@@ -57,31 +42,26 @@ def file_bytes(tensors: Iterable[WeightTensor]) -> int:
     """Size of a weights.data that holds these, each at the next multiple of `ALIGNMENT`."""
     end = 0
     for tensor in tensors:
-        if size := stored_bytes(tensor):
+        if size := tensor.stored_bytes:
             end = _aligned(end) + size
     return end
 
 
 def write_weights(
     path: Path, tensors: Iterable[WeightTensor], read: BlockReader, progress: Callable[[int], None]
-) -> dict[str, FilePlace]:
-    """Write weights.data, one block of a tensor in memory at a time.
+) -> dict[str, FileRegion]:
+    """Write weights.data, one block of a tensor in memory at a time; gives the place of each tensor by name.
 
     Args:
-        path: the file to write.
         tensors: what to store, in order.
         read: gives the content of each that has bytes of its own.
         progress: called with the number of bytes just written.
-
-    Returns:
-        The place of each tensor, by name.
 
     Raises:
         InputError: a finite value that becomes infinite in the stored type, or content of another length than the
             tensor has, by tensor name.
     """
-    places: dict[str, FilePlace] = {}
-    tensors = list(tensors)
+    tensors, places = list(tensors), {}
     with path.open("wb") as file:
         for tensor in tensors:
             if tensor.same_as is not None:
@@ -89,42 +69,33 @@ def write_weights(
             offset = _aligned(file.tell())
             file.seek(offset)
             for block in read(tensor):
-                _write_array(file, block)
-            places[tensor.name] = FilePlace(offset, file.tell() - offset)
-            if places[tensor.name].length != stored_bytes(tensor):
+                file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+            written = file.tell() - offset
+            if written != tensor.stored_bytes:
                 raise InputError(
-                    f"{places[tensor.name].length} bytes for tensor {tensor.name!r}",
-                    f"{stored_bytes(tensor)}, by its shape {list(tensor.shape)} and type {tensor.dtype}",
+                    f"{written} bytes for tensor {tensor.name!r}",
+                    f"{tensor.stored_bytes}, by its shape {list(tensor.shape)} and type {tensor.dtype}",
                 )
-            progress(places[tensor.name].length)
-    for tensor in tensors:
-        if tensor.same_as is not None:
-            places[tensor.name] = places[tensor.same_as]
-    return places
+            places[tensor.name] = FileRegion(path, offset, written)
+            progress(written)
+    return places | {tensor.name: places[tensor.same_as] for tensor in tensors if tensor.same_as is not None}
 
 
-def write_graph(path: Path, built: BuiltGraph, places: dict[str, FilePlace], *, producer_version: str) -> None:
+def write_graph(path: Path, built: BuiltGraph, places: dict[str, FileRegion]) -> None:
     """Write a graph whose stored tensors are references into weights.data beside it."""
     for name, tensor in built.stored.items():
-        place = places[name]
         built.graph.initializers[name].const_value = ir.ExternalTensor(
             WEIGHTS_FILE,
-            place.offset,
-            place.length,
+            places[name].offset,
+            places[name].nbytes,
             ELEMENT_TYPES[tensor.dtype],
             shape=ir.Shape(tensor.shape),
             name=name,
             base_dir=path.parent,
         )
-    model = ir.Model(
-        built.graph, ir_version=IR_VERSION, producer_name="retnet-tools", producer_version=producer_version
-    )
+    model = ir.Model(built.graph, ir_version=IR_VERSION, producer_name="retnet-tools", producer_version=__version__)
     ir.save(model, path)
 
 
 def _aligned(offset: int) -> int:
     return -(-offset // ALIGNMENT) * ALIGNMENT
-
-
-def _write_array(file: IO[bytes], array: Array) -> None:
-    file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -12,7 +12,6 @@ from retnet_tools.graph.contract import state_shape
 from retnet_tools.graph.export import ExportPlan, kernel_notes
 from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.graph.quantization import Quality
-from retnet_tools.graph.weight_tensors import stored_bytes
 from retnet_tools.quantize.card import coarse_text
 from retnet_tools.quantize.scheme import HALF_TYPES, scheme_text
 from retnet_tools.runtime.bulk import BulkSummary
@@ -24,7 +23,7 @@ SCHEMA_VERSION = 1
 def export_document(plan: ExportPlan, out: Path, *, written: bool, quality: Quality | None = None) -> dict[str, Any]:
     """The export as a JSON document; sizes in bytes. `quality` is what quantization cost, where it was measured."""
     config, record = plan.checkpoint.config, plan.quantization
-    tables = sum(stored_bytes(tensor) for tensor in plan.tensors.values() if tensor.table is not None)
+    tables = sum(tensor.stored_bytes for tensor in plan.tensors.values() if tensor.table is not None)
     state = config.num_layers * math.prod(state_shape(config)) * ELEMENT_TYPES[plan.state_dtype].numpy().itemsize
     coarse = () if record is None or not record.coarse_blocks else (coarse_text(record, plan.dtype),)
     return {

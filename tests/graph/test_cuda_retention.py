@@ -21,17 +21,17 @@ def shared_memory(k: int, v: int) -> int:
 @pytest.mark.parametrize(
     ("heads", "form"),
     [
-        ((64, 64), KernelForm(True, 1, "columns")),
-        ((128, 256), KernelForm(True, 1, "columns")),
-        ((256, 512), KernelForm(True, 2, "columns")),
-        ((512, 1024), KernelForm(True, 4, "columns")),
-        ((192, 384), KernelForm(True, 3, "columns")),
-        ((256, 432), KernelForm(True, 1, "warps")),
-        ((128, 200), KernelForm(True, 1, "warps")),
-        ((64, 54), KernelForm(True, 1, "warps")),
-        ((160, 320), KernelForm(False)),
-        ((32, 64), KernelForm(False)),
-        ((8, 12), KernelForm(False)),
+        ((64, 64), KernelForm("columns", 1)),
+        ((128, 256), KernelForm("columns", 1)),
+        ((256, 512), KernelForm("columns", 2)),
+        ((512, 1024), KernelForm("columns", 4)),
+        ((192, 384), KernelForm("columns", 3)),
+        ((256, 432), KernelForm("warps", 1)),
+        ((128, 200), KernelForm("warps", 1)),
+        ((64, 54), KernelForm("warps", 1)),
+        ((160, 320), KernelForm()),
+        ((32, 64), KernelForm()),
+        ((8, 12), KernelForm()),
     ],
 )
 def test_one_token(heads: tuple[int, int], form: KernelForm) -> None:
@@ -53,7 +53,7 @@ def test_many_tokens_meet_a_kernel_that_takes_them(k: int, v: int) -> None:
         fewer = [s for s in range(1, form.key_splits) if k % s == 0]
         assert all(shared_memory(k // s, v) > 99 * 1024 or max(k // s, v) > 1024 for s in fewer)
     else:
-        assert not form.operator
+        assert form.kernel is None
         assert v > 1024
 
 
@@ -149,6 +149,6 @@ def test_the_operator_takes_every_form_that_is_exported() -> None:
     cases = []
     for k, v in SIZES:
         for form, tokens in ((step_form(k, v), 1), (tokens_form(k, v), 1), (tokens_form(k, v), 64)):
-            if form.operator:
+            if form.kernel is not None:
                 cases.append((2 * form.key_splits, k // form.key_splits, v, tokens))
     assert all(FakeGpu().evaluate(RUN, json.dumps(cases)))

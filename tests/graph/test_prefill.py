@@ -268,7 +268,7 @@ def test_inputs_and_outputs_keep_the_contract(ops: str, name: str, tmp_path: Pat
     model = onnx.load(export(config, random_source(config, 1), tmp_path / "out", ops=ops) / contract.PREFILL_FILE)
     for values, specs in (
         (model.graph.input, contract.prefill_inputs(config, "float32")),
-        (model.graph.output, contract.prefill_outputs(config, "float32")),
+        (model.graph.output, contract.step_outputs(config, "float32")),
     ):
         assert [value.name for value in values] == [spec.name for spec in specs]
         for value, spec in zip(values, specs, strict=True):

@@ -20,7 +20,7 @@ from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.graph.quantization import BlockFormat, Calibration, HalfScheme, Quality, Quantization, Scheme
 from retnet_tools.graph.reader import read_graphs
 from retnet_tools.graph.replan import plan_of_export
-from retnet_tools.graph.weight_tensors import WeightTensor, stored_bytes
+from retnet_tools.graph.weight_tensors import WeightTensor
 from retnet_tools.quantize import methods
 from retnet_tools.quantize.blockwise import QuantizedRows
 from retnet_tools.quantize.calibration import CalibrationText
@@ -280,7 +280,7 @@ def test_codes_from_elsewhere_can_be_written(tmp_path: Path) -> None:
         elif tensor.part is None or tensor.part.name == "scales":
             yield rng.uniform(0.01, 0.02, tensor.shape).astype(np.float32)
         else:
-            yield rng.integers(0, 256, stored_bytes(tensor), dtype=np.uint8)
+            yield rng.integers(0, 256, tensor.stored_bytes, dtype=np.uint8)
 
     for ops in ("fused", "standard"):
         plan = plan_export(checkpoint(BASE, MemorySource({})), dtype="float32", ops=ops)
@@ -344,7 +344,7 @@ def test_content_of_another_length_is_refused_by_name(tmp_path: Path) -> None:
     plan = plan_export(checkpoint(BASE, random_source(BASE, 9)), dtype="float32", ops="fused")
 
     def short(tensor: WeightTensor) -> Iterator[np.ndarray]:
-        yield np.zeros(stored_bytes(tensor) - (tensor.name == "final_norm.weight"), dtype=np.uint8)
+        yield np.zeros(tensor.stored_bytes - (tensor.name == "final_norm.weight"), dtype=np.uint8)
 
     with pytest.raises(
         InputError, match=r"127 bytes for tensor 'final_norm.weight'; expected 128, by its shape \[32\]"
