@@ -19,11 +19,8 @@ DCP_SUFFIX = ".distcp"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 # Hugging Face's names, in its order: where one of them exists, it is the file that counts.
-STANDARD_WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
+STANDARD_WEIGHTS = tuple(
+    f"{name}{index}" for name in ("model.safetensors", "pytorch_model.bin") for index in ("", INDEX_SUFFIX)
 )
 # What trainers leave beside the weights.
 BESIDE_WEIGHTS = re.compile(
@@ -32,33 +29,32 @@ BESIDE_WEIGHTS = re.compile(
     re.IGNORECASE,
 )
 MAX_INDEX_BYTES = 1 << 28
+_ZIP = b"PK\x03\x04"
 _LFS = b"version https://git-lfs"
 _LEGACY_MAGIC = (b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19", b"119547037146038801333356L")
 _TEXT_PICKLE = re.compile(rb"L\d+L?\n|\(?c[\w.]+\n[\w.]+\n|\([dlti]p?\d*\n|[\]}]q")
 _TORCH_ENTRY = re.compile(rb"[^/]+/(data\.pkl|\.?(version|format_version|storage_alignment)|byteorder|\.?data/.*)")
+_ONNX = "an ONNX graph", "name the checkpoint it was exported from"
+_CONVERT, _UNPACK = "convert it to safetensors first", "unpack it"
+_FLAX = "a JAX/Flax checkpoint (msgpack)", _CONVERT
+# What a file is, and what to do: by its name, then by its first bytes.
 _FROM_NAME = (
-    (re.compile(r".*\.data-\d{5}-of-\d{5}|.*\.ckpt(-\d+)?\.(index|meta)|saved_model\.pb"), "a TensorFlow checkpoint"),
-    (re.compile(r".*\.onnx"), "an ONNX graph"),
-    (re.compile(r".*\.msgpack"), "a JAX/Flax checkpoint (msgpack)"),
-    (re.compile(r".*\.keras"), "a Keras checkpoint"),
+    (r".*\.data-\d{5}-of-\d{5}|.*\.ckpt(-\d+)?\.(index|meta)|saved_model\.pb", ("a TensorFlow checkpoint", _CONVERT)),
+    (r".*\.onnx", _ONNX),
+    (r".*\.msgpack", _FLAX),
+    (r".*\.keras", ("a Keras checkpoint", _CONVERT)),
 )
-_FOREIGN = (
-    (re.compile(rb"GGUF"), "a GGUF file of llama.cpp"),
-    (re.compile(rb"\x89HDF\r\n"), "an HDF5/Keras checkpoint"),
-    (re.compile(rb"[\x81-\x8f][\xa1-\xbf\xd9]|\xde..[\xa1-\xbf\xd9]", re.DOTALL), "a JAX/Flax checkpoint (msgpack)"),
-    (re.compile(rb"\x08[\x01-\x1f](\x12|\x1a|\x22|\x3a)"), "an ONNX graph"),
-    (re.compile(rb"\x93NUMPY"), "a NumPy array"),
-    (re.compile(rb"\x1f\x8b|\x28\xb5\x2f\xfd|BZh|\xfd7zXZ|7z\xbc\xaf"), "a compressed archive"),
-    (re.compile(rb"\s*<(!doctype|html)", re.IGNORECASE), "a web page, not the file"),
+_FROM_HEAD = (
+    (rb"GGUF", ("a GGUF file of llama.cpp", "name the checkpoint it was made from")),
+    (rb"\x89HDF\r\n", ("an HDF5/Keras checkpoint", _CONVERT)),
+    (rb"[\x81-\x8f][\xa1-\xbf\xd9]|\xde..[\xa1-\xbf\xd9]", _FLAX),
+    (rb"\x08[\x01-\x1f](\x12|\x1a|\x22|\x3a)", _ONNX),
+    (rb"\x93NUMPY", ("a NumPy array", _CONVERT)),
+    (rb"\x1f\x8b|\x28\xb5\x2f\xfd|BZh|\xfd7zXZ|7z\xbc\xaf", ("a compressed archive", _UNPACK)),
+    (rb"\s*<(?i:!doctype|html)", ("a web page, not the file", "download it again, logged in where that is needed")),
+    (_ZIP, ("a zip archive", _UNPACK)),
+    (rb".{257}ustar", ("a tar archive", _UNPACK)),
 )
-_ACTIONS = {
-    "an ONNX graph": "name the checkpoint it was exported from",
-    "a compressed archive": "unpack it",
-    "a zip archive": "unpack it",
-    "a tar archive": "unpack it",
-    "a web page, not the file": "download it again, logged in where that is needed",
-    "a GGUF file of llama.cpp": "name the checkpoint it was made from",
-}
 
 
 class Kind(Enum):
@@ -78,12 +74,8 @@ def short_name(path: Path, limit: int = 48) -> str:
 
 def quantized_error(path: Path, method: str, name: str = "") -> InputError:
     """The error for weights that are quantized already."""
-    where = f" ({name[:50]!r})" if name else ""
-    return InputError(
-        f"{short_name(path)} holds {method}-quantized weights{where}",
-        "floats",
-        "use the checkpoint before quantization",
-    )
+    found = f"{short_name(path)} holds {method}-quantized weights" + (f" ({name[:50]!r})" if name else "")
+    return InputError(found, "floats", "use the checkpoint before quantization")
 
 
 def kind_of(path: Path) -> Kind:
@@ -94,8 +86,7 @@ def kind_of(path: Path) -> Kind:
     """
     if path.name == DCP_FILE:
         return Kind.DCP
-    with path.open("rb") as file:
-        head = file.read(HEAD_BYTES)
+    head = _head(path)
     kind = _kind(path, head) if path.suffix != DCP_SUFFIX else None
     if kind is not None:
         return kind
@@ -130,9 +121,18 @@ def holds_weights(folder: Path) -> bool:
     )
 
 
-def _is_container(path: Path) -> bool:
+def foreign_content(path: Path) -> tuple[str, str] | None:
+    """What a file is that is no container of tensors, and what to do; None where that is not known."""
+    return _foreign(path, _head(path))
+
+
+def _head(path: Path) -> bytes:
     with path.open("rb") as file:
-        head = file.read(HEAD_BYTES)
+        return file.read(HEAD_BYTES)
+
+
+def _is_container(path: Path) -> bool:
+    head = _head(path)
     if head.startswith(_LFS) or not head:
         return path.suffix in WEIGHT_SUFFIXES
     kind = _kind(path, head)
@@ -143,7 +143,7 @@ def _is_container(path: Path) -> bool:
 def _kind(path: Path, head: bytes) -> Kind | None:
     if len(head) > 8 and int.from_bytes(head[:8], "little") < 1 << 40 and head[8:9] == b"{":
         return Kind.SAFETENSORS
-    if head[:4] == b"PK\x03\x04":
+    if head.startswith(_ZIP):
         return Kind.TORCH if _is_torch(head) or path.suffix in TORCH_SUFFIXES else None
     if (head[:1] == b"\x80" and head[1:2] in b"\1\2\3\4\5") or _TEXT_PICKLE.match(head):
         return Kind.TORCH
@@ -151,7 +151,7 @@ def _kind(path: Path, head: bytes) -> Kind | None:
 
 
 def _is_torch(head: bytes) -> bool:
-    if head[:4] != b"PK\x03\x04":
+    if not head.startswith(_ZIP):
         return any(magic in head[:40] for magic in _LEGACY_MAGIC)
     name = head[30 : 30 + int.from_bytes(head[26:28], "little")]
     return _TORCH_ENTRY.fullmatch(name) is not None
@@ -167,24 +167,14 @@ def _has_weight_map(path: Path) -> bool:
     return isinstance(document, dict) and "weight_map" in document
 
 
-def foreign_content(path: Path) -> tuple[str, str] | None:
-    """What a file is that is no container of tensors, and what to do; None where that is not known."""
-    with path.open("rb") as file:
-        return _foreign(path, file.read(HEAD_BYTES))
-
-
 def _foreign(path: Path, head: bytes) -> tuple[str, str] | None:
     if head.startswith(_LFS):
         return "a Git-LFS pointer, not the file", "run git lfs pull"
     if path.suffix == DCP_SUFFIX:
         return "one part of a DCP checkpoint", f"name its folder, with {DCP_FILE} in it"
-    what = next((what for pattern, what in _FROM_NAME if pattern.fullmatch(path.name)), None)
-    what = what or next((what for pattern, what in _FOREIGN if pattern.match(head)), None)
-    if what is None and head[:4] == b"PK\x03\x04":
-        what = "a zip archive"
-    if what is None and head[257:262] == b"ustar":
-        what = "a tar archive"
-    return None if what is None else (what, _ACTIONS.get(what, "convert it to safetensors first"))
+    by_name = (found for pattern, found in _FROM_NAME if re.fullmatch(pattern, path.name))
+    by_head = (found for pattern, found in _FROM_HEAD if re.match(pattern, head, re.DOTALL))
+    return next(by_name, None) or next(by_head, None)
 
 
 def _unknown(path: Path, head: bytes) -> tuple[str, str]:

@@ -16,20 +16,9 @@ from retnet_tools.formats.torch_files import read_torch
 
 CONFIG_NAMES = ("config.json", "args.json", "retnet_config.json")
 TOKENIZER_PATTERNS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "encoder.json",
-    "vocab.*",
-    "merges.txt",
-    "dict.txt",
-    "sentencepiece*.model",
-    "spiece.model",
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("generation_config.json", "chat_template.jinja", "chat_template.json", "encoder.json", "vocab.*", "merges.txt"),
+    *("dict.txt", "sentencepiece*.model", "spiece.model"),
 )
 CARD_PATTERNS = ("README.md", "LICENSE*", "LICENCE*", "NOTICE*")
 MAX_CONFIG_BYTES = 1_000_000
@@ -69,11 +58,8 @@ class CheckpointFiles:
         found = candidates(self.path)
         if len(found) > 1:
             names = ", ".join(map(short_name, found[:3])) + (", ..." if len(found) > 3 else "")
-            raise InputError(
-                f"{short_name(self.path)} holds several files of weights: {names}",
-                "one",
-                "name the file that you mean",
-            )
+            several = f"{short_name(self.path)} holds several files of weights: {names}"
+            raise InputError(several, "one", "name the file that you mean")
         return found[0] if found else None
 
     @cached_property
@@ -83,8 +69,13 @@ class CheckpointFiles:
         Raises:
             InputError: one of the usual names, or the file that was named, is not JSON; the latter is no object.
         """
-        if self._config is not None:
-            return {self._config: _json_object(self._config)}
+        if (named := self._config) is not None:
+            if not named.is_file():
+                raise InputError(f"no such file: {named}", "a configuration", "check the path")
+            document = load_json(named)
+            if not isinstance(document, dict):
+                raise InputError(f"{named} is no JSON object", "a configuration", "name another file")
+            return {named: document}
         usual = [self.folder / name for name in CONFIG_NAMES]
         others = [p for p in sorted(self.folder.glob("*.json")) if p not in usual and not p.name.endswith(INDEX_SUFFIX)]
         found = {}
@@ -101,7 +92,7 @@ class CheckpointFiles:
                 found[path] = document
         return found
 
-    @cached_property
+    @property
     def tensors(self) -> StoredTensors:
         """All tensors of the checkpoint's state dict under their own names, unread.
 
@@ -114,25 +105,21 @@ class CheckpointFiles:
     def embedded(self) -> dict[str, dict[str, Any]]:
         """What a torch file holds beside its weights, plain values only; nothing where a configuration was named.
 
-        Every mapping and object by its dotted path, such as "cfg.model"; "" is the top of the file. Empty where the
-        configuration is named, which takes its place.
+        Every mapping and object by its dotted path, such as "cfg.model"; "" is the top of the file.
         """
-        choice = self._opened[1]
-        return {} if choice is None or self._config is not None else choice.embedded
+        return self._opened[1].embedded if self._config is None else {}
 
     @property
     def notes(self) -> list[str]:
         """What the user should know about which weights were taken."""
-        choice = self._opened[1]
-        return [] if choice is None else choice.notes
+        return self._opened[1].notes
 
     @cached_property
-    def _opened(self) -> tuple[StoredTensors, Choice | None]:
+    def _opened(self) -> tuple[StoredTensors, Choice]:
         file = self.weights_file
         if file is None:
-            raise InputError(
-                f"no weights in {short_name(self.folder)}", "safetensors or a file of torch.save", "check the path"
-            )
+            found = f"no weights in {short_name(self.folder)}"
+            raise InputError(found, "safetensors or a file of torch.save", "check the path")
         kind = kind_of(file)
         if kind is Kind.DCP:
             return open_dcp(file, self._entry)
@@ -154,12 +141,15 @@ class CheckpointFiles:
     @cached_property
     def tokenizer_files(self) -> list[Path]:
         """Tokenizer and generation files in the folder."""
-        return sorted({p for pattern in TOKENIZER_PATTERNS for p in self.folder.glob(pattern) if p.is_file()})
+        return self._matching(TOKENIZER_PATTERNS)
 
-    @cached_property
+    @property
     def card_files(self) -> list[Path]:
         """The model card and the licences in the folder."""
-        return sorted({p for pattern in CARD_PATTERNS for p in self.folder.glob(pattern) if p.is_file()})
+        return self._matching(CARD_PATTERNS)
+
+    def _matching(self, patterns: tuple[str, ...]) -> list[Path]:
+        return sorted({path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file()})
 
 
 def _open_shard(file: Path) -> StoredTensors:
@@ -171,12 +161,3 @@ def _open_torch(file: Path, entry: str | None) -> tuple[StoredTensors, Choice]:
     content = read_torch(file)
     choice = choose_state_dict(content.tree, short_name(file), entry)
     return StoredTensors({name: content.locate(name, tensor) for name, tensor in choice.tensors.items()}), choice
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise InputError(f"no such file: {path}", "a configuration", "check the path")
-    document = load_json(path)
-    if not isinstance(document, dict):
-        raise InputError(f"{path} is no JSON object", "a configuration", "name another file")
-    return document

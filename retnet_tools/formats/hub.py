@@ -23,8 +23,7 @@ FILE_SUFFIXES = (
 SAFETENSORS = "*.safetensors"
 TORCH_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.pth.tar", "*.ckpt", "*.distcp", ".metadata", "*.bin.index.json")
 BESIDE_WEIGHTS = (
-    *("*.json", "*.jinja"),
-    *("*.model", "vocab.*", "merges.txt", "dict.txt"),
+    *("*.json", "*.jinja", "*.model", "vocab.*", "merges.txt", "dict.txt"),
     *("README.md", "LICENSE*", "LICENCE*", "NOTICE*"),
 )
 # Folders below hold other checkpoints of the same run, or exports; only the top one is a checkpoint by its name.
@@ -72,10 +71,9 @@ def local_checkpoint(name: str, revision: str | None = None) -> Path:
         import huggingface_hub  # noqa: F401
     except ImportError as error:
         endpoint = os.environ.get("HF_ENDPOINT", DEFAULT_ENDPOINT).rstrip("/")
-        raise InputError(
-            f"no file or folder {name}, and no huggingface_hub to fetch it with",
-            action=f"{INSTALL}, or download its files from {endpoint}/{name} and name their folder",
-        ) from error
+        found = f"no file or folder {name}, and no huggingface_hub to fetch it with"
+        action = f"{INSTALL}, or download its files from {endpoint}/{name} and name their folder"
+        raise InputError(found, action=action) from error
     return _fetch(name, revision)
 
 
@@ -111,11 +109,9 @@ def _fetch(name: str, revision: str | None) -> Path:
     except Exception as error:
         raise _explained(name, revision, error) from error
     if not any(file for pattern in (SAFETENSORS, *TORCH_WEIGHTS) for file in folder.glob(pattern)):
-        raise InputError(
-            f"{name} on the hub has no weights in its top folder",
-            f"one of {', '.join((SAFETENSORS, *TORCH_WEIGHTS[:5]))}",
-            "download the folder that you mean by hand and name it",
-        )
+        expected = f"one of {', '.join((SAFETENSORS, *TORCH_WEIGHTS[:5]))}"
+        action = "download the folder that you mean by hand and name it"
+        raise InputError(f"{name} on the hub has no weights in its top folder", expected, action)
     return folder
 
 
@@ -123,30 +119,27 @@ def _explained(name: str, revision: str | None, error: Exception) -> InputError:
     """One line for an error of the library: what was found, and what to do."""
     from huggingface_hub import constants, errors
 
-    where = f"{constants.ENDPOINT}/{name}"
+    hub, where, missing = constants.ENDPOINT, f"{constants.ENDPOINT}/{name}", f"no file or folder {name}, and"
     wanted = "main" if revision is None else revision
-    if isinstance(error, errors.GatedRepoError):
-        return InputError(f"{where} is gated", action="ask for access on its page, and set HF_TOKEN to your token")
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return InputError(
-            f"no file or folder {name}, and no repository {where} that may be read",
-            action="check the name; for a private one set HF_TOKEN to your token",
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return InputError(f"{where} has no revision {wanted!r}", action="name a branch, tag or commit of it")
     status = getattr(getattr(error.__cause__ or error, "response", None), "status_code", None)
-    if status == 401:
-        return InputError(f"{constants.ENDPOINT} refuses the token (401)", action="set HF_TOKEN to a valid one")
-    if status is not None:
-        return InputError(f"{where} cannot be had: the hub answers {status}", action="try later, or download by hand")
-    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
-        missing = f"no file or folder {name}, and"
-        if constants.HF_HUB_OFFLINE:
-            found = f"{missing} no whole copy of {name} ({wanted}) in the hub's cache, with HF_HUB_OFFLINE set"
-            return InputError(found, action="unset it, or name a folder")
-        return InputError(
-            f"{missing} {constants.ENDPOINT} cannot be reached",
-            action="check the network, HF_ENDPOINT and the name, or download the files by hand and name their folder",
-        )
-    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return InputError(f"fetching {where} ended with: {reason}", action="try again, or download its files by hand")
+    if isinstance(error, errors.GatedRepoError):
+        found, action = f"{where} is gated", "ask for access on its page, and set HF_TOKEN to your token"
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        found = f"{missing} no repository {where} that may be read"
+        action = "check the name; for a private one set HF_TOKEN to your token"
+    elif isinstance(error, errors.RevisionNotFoundError):
+        found, action = f"{where} has no revision {wanted!r}", "name a branch, tag or commit of it"
+    elif status == 401:
+        found, action = f"{hub} refuses the token (401)", "set HF_TOKEN to a valid one"
+    elif status is not None:
+        found, action = f"{where} cannot be had: the hub answers {status}", "try later, or download by hand"
+    elif not isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        found, action = f"fetching {where} ended with: {reason}", "try again, or download its files by hand"
+    elif constants.HF_HUB_OFFLINE:
+        found = f"{missing} no whole copy of {name} ({wanted}) in the hub's cache, with HF_HUB_OFFLINE set"
+        action = "unset it, or name a folder"
+    else:
+        found = f"{missing} {hub} cannot be reached"
+        action = "check the network, HF_ENDPOINT and the name, or download the files by hand and name their folder"
+    return InputError(found, action=action)

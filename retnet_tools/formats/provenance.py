@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from retnet_tools import __version__
 from retnet_tools.formats.hub import HubOrigin, hub_origin
@@ -17,37 +18,28 @@ from retnet_tools.formats.hub import HubOrigin, hub_origin
 _HASH_BLOCK = 1 << 22
 
 
-class SourceHasher:
-    """sha256 of files, computed on a thread of its own; leaving the context stops it.
+@contextmanager
+def source_digests(files: Sequence[Path]) -> Iterator[Callable[[], list[str]]]:
+    """sha256 of files, computed on a thread of its own; gives what waits for them. Leaving the context stops it.
 
     hashlib releases the interpreter lock, so hashing runs beside reading and writing. Memory: 4 MiB.
     """
+    stop = threading.Event()
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.files = tuple(files)
-        self._stop = threading.Event()
-        self._pool = ThreadPoolExecutor(1)
-
-    def __enter__(self) -> Self:
-        self._digests = [self._pool.submit(self._sha256, file) for file in self.files]
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        self._pool.shutdown(cancel_futures=True)
-
-    def digests(self) -> list[str]:
-        """The sha256 of each file, in order; waits for them."""
-        return [digest.result() for digest in self._digests]
-
-    def _sha256(self, path: Path) -> str:
+    def sha256(path: Path) -> str:
         digest = hashlib.sha256()
         with path.open("rb") as file:
-            while not self._stop.is_set() and (block := file.read(_HASH_BLOCK)):
+            while not stop.is_set() and (block := file.read(_HASH_BLOCK)):
                 digest.update(block)
         return digest.hexdigest()
+
+    with ThreadPoolExecutor(1) as pool:
+        digests = [pool.submit(sha256, file) for file in files]
+        try:
+            yield lambda: [digest.result() for digest in digests]
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
 
 
 def provenance(
@@ -57,7 +49,7 @@ def provenance(
     origin = _origin(files)
     return {
         "source_format": source_format,
-        **({} if origin is None else {"hub": {"repository": origin.repository, "commit": origin.commit}}),
+        **({} if origin is None else {"hub": asdict(origin)}),
         "source_files": [{"name": file.name, "sha256": digest} for file, digest in zip(files, digests, strict=True)],
         "notes": list(notes),
         "retnet_tools": __version__,

@@ -300,7 +300,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "copyreg.__newobj__": lambda kind, *arguments: new_object(kind, arguments),
     "copyreg.__newobj_ex__": lambda kind, arguments, _: new_object(kind, arguments),
     "numpy.dtype": lambda code=None, *_: Shell("numpy.dtype", (code,)),
-    "torch.Size": lambda sizes=(): sizes,
+    "torch.Size": lambda sizes=(), *_: sizes,
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _typed_tensor,

@@ -12,6 +12,7 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,6 +41,7 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 # Of the entries that a pickle adds to a dict at a time.
 BATCH = 1000
+_TUPLES = {1: b"\x85", 2: b"\x86", 3: b"\x87"}
 _BROKEN_ZIP = (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, OSError, struct.error)
 
 
@@ -89,19 +91,19 @@ def read_torch(path: Path, start: int = 0, length: int | None = None) -> TorchFi
         InputError: a pickle that names what could only be meant to run, a corrupt or truncated file, compressed
             entries, big-endian data, a TorchScript archive.
     """
-    with path.open("rb") as file:
-        region = file if length is None else io.BufferedReader(_FileWindow(file, start, length))
-        length = path.stat().st_size if length is None else length
-        is_zip = region.read(4) == b"PK\x03\x04"
-        region.seek(0)
-        return TorchFile(path, *(_read_zip if is_zip else _read_legacy)(path, region, start, length))
+    length = path.stat().st_size if length is None else length
+    with io.BufferedReader(_Region(path, start, length)) as file:
+        is_zip = file.read(4) == b"PK\x03\x04"
+        file.seek(0)
+        return TorchFile(path, *(_read_zip if is_zip else _read_legacy)(path, file, start, length))
 
 
-class _FileWindow(io.RawIOBase):
-    """`length` bytes of a file from `start`."""
+class _Region(io.RawIOBase):
+    """Some bytes of a file, as a file."""
 
-    def __init__(self, file: IO[bytes], start: int, length: int) -> None:
-        self._file, self._start, self._length, self._at = file, start, length, 0
+    def __init__(self, path: Path, start: int, length: int) -> None:
+        self._file, self._start, self._end = path.open("rb", buffering=0), start, start + length
+        self._file.seek(start)
 
     def readable(self) -> bool:
         return True
@@ -109,18 +111,16 @@ class _FileWindow(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = (0, self._at, self._length)[whence] + offset
-        if self._at < 0:
-            raise ValueError("a place before the start")
-        return self._at
+        base = (self._start, self._file.tell(), self._end)[whence]
+        return self._file.seek(base + offset) - self._start
 
     def readinto(self, buffer: Any) -> int:
-        self._file.seek(self._start + self._at)
-        data = self._file.read(max(0, min(len(buffer), self._length - self._at)))
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
+        return self._file.readinto(memoryview(buffer)[: max(0, self._end - self._file.tell())]) or 0
 
 
 def _read_zip(path: Path, file: IO[bytes], start: int, length: int) -> tuple[Any, Callable[[Storage], int]]:
@@ -273,66 +273,55 @@ def write_torch(file: Path, tensors: Sequence[PlannedTensor], progress: ByteProg
         archive.writestr(f"{root}/version", "3\n")
 
 
-class _Operations:
-    """A pickle of protocol 2, torch.save's own, operation by operation: `pickle` would import what it names."""
+@dataclass(frozen=True, eq=False)
+class _Made:
+    """A value that an operation makes of others; what a persistent id stands for is not remembered."""
 
-    def __init__(self) -> None:
-        self.data = bytearray(b"\x80\x02")
-        self._memo: dict[object, int] = {}
-
-    def add(self, operations: bytes, known_as: object = None) -> None:
-        """Make a value and remember it; get it instead where it was made before."""
-        index = self._memo.get(known_as)
-        short, long = (b"q", b"r") if index is None else (b"h", b"j")
-        if index is None:
-            self.data += operations
-            index = self._memo[object() if known_as is None else known_as] = len(self._memo)
-        self.data += short + bytes((index,)) if index < 256 else long + index.to_bytes(4, "little")
-
-    def text(self, value: str) -> None:
-        self.add(pickle.dumps(value, 2)[2:-3], known_as=value)
-
-    def named(self, module: str, name: str) -> None:
-        self.add(f"c{module}\n{name}\n".encode(), known_as=(module, name))
-
-    def numbers(self, values: tuple[int, ...], known_as: object = None) -> None:
-        made = b"".join(pickle.dumps(value, 2)[2:-1] for value in values)
-        if not values:
-            self.data += b")"
-        elif len(values) <= 3:
-            self.add(made + b"\x85\x86\x87"[len(values) - 1 :][:1], known_as)
-        else:
-            self.add(b"(" + made + b"t", known_as)
-
-    def ordered_dict(self) -> None:
-        self.named("collections", "OrderedDict")
-        self.add(b")R")
+    parts: tuple[Any, ...]
+    operation: bytes
 
 
 def _state_dict_pickle(tensors: Sequence[PlannedTensor], keys: Mapping[str, str]) -> bytes:
-    storages = {dtype: name for name, dtype in reversed(STORAGE_DTYPES.items())}
-    tree = _Operations()
-    tree.ordered_dict()
-    for i, tensor in enumerate(tensors):
-        first, last = i % BATCH == 0, i % BATCH == BATCH - 1 or i == len(tensors) - 1
-        if first and not last:
-            tree.data += b"("
-        tree.text(tensor.name)
-        tree.named("torch._utils", "_rebuild_tensor_v2")
-        tree.data += b"(("
-        tree.text("storage")
-        tree.named("torch", storages[tensor.dtype.name])
-        tree.text(keys[tensor.name])
-        tree.text("cpu")
-        tree.data += pickle.dumps(math.prod(tensor.shape), 2)[2:-1]
-        tree.add(b"t")
-        tree.data += b"QK\0"
-        tree.numbers(tensor.shape, known_as=id(tensor.shape))
-        tree.numbers(contiguous_strides(tensor.shape))
-        tree.data += b"\x89"
-        tree.ordered_dict()
-        tree.add(b"t")
-        tree.add(b"R")
-        if last:
-            tree.data += b"s" if first else b"u"
-    return bytes(tree.data + b".")
+    """The operations of protocol 2, as torch.save has them: `pickle` would import torch to name what is in it."""
+    kinds = {dtype: Global("torch", name) for name, dtype in reversed(STORAGE_DTYPES.items())}
+    rebuild, ordered_dict = Global("torch._utils", "_rebuild_tensor_v2"), Global("collections", "OrderedDict")
+    values: list[Any] = [_Made((ordered_dict, ()), b"R")]
+    for tensor in tensors:
+        storage = ("storage", kinds[tensor.dtype.name], keys[tensor.name], "cpu", math.prod(tensor.shape))
+        strides, hooks = contiguous_strides(tensor.shape), _Made((ordered_dict, ()), b"R")
+        arguments = (_Made((storage,), b"Q"), 0, tensor.shape, strides, False, hooks)
+        values += [tensor.name, _Made((rebuild, arguments), b"R")]
+    out, memo = bytearray(b"\x80\x02"), dict[object, int]()
+    _save(values[0], out, memo)
+    for start in range(1, len(values), 2 * BATCH):
+        batch = values[start : start + 2 * BATCH]
+        out += b"(" if len(batch) > 2 else b""
+        for value in batch:
+            _save(value, out, memo)
+        out += b"u" if len(batch) > 2 else b"s"
+    return bytes(out + b".")
+
+
+def _save(value: Any, out: bytearray, memo: dict[object, int]) -> None:
+    """Make a value and remember it, or get it where it was made before; `memo` knows texts, and the ids of others."""
+    known_as = value if isinstance(value, str) else id(value)
+    if (index := memo.get(known_as)) is not None:
+        out += b"h" + bytes([index]) if index < 256 else b"j" + index.to_bytes(4, "little")
+        return
+    if isinstance(value, int) or value == ():
+        out += pickle.dumps(value, 2)[2:-1]
+        return
+    if isinstance(value, str):
+        out += pickle.dumps(value, 2)[2:-3]
+    elif isinstance(value, Global):
+        out += f"c{value.module}\n{value.name}\n".encode()
+    else:
+        made = value if isinstance(value, _Made) else _Made(value, _TUPLES.get(len(value), b"t"))
+        out += b"(" if made.operation == b"t" else b""
+        for part in made.parts:
+            _save(part, out, memo)
+        out += made.operation
+        if made.operation == b"Q":
+            return
+    index = memo[known_as] = len(memo)
+    out += b"q" + bytes([index]) if index < 256 else b"r" + index.to_bytes(4, "little")

@@ -11,7 +11,7 @@ from typing import Any
 from retnet_tools.errors import InputError
 from retnet_tools.formats import Checkpoint
 from retnet_tools.formats.hub import hub_origin
-from retnet_tools.formats.provenance import SourceHasher, provenance
+from retnet_tools.formats.provenance import provenance, source_digests
 from retnet_tools.graph import contract
 from retnet_tools.graph.cuda_kernels import kernel_version
 from retnet_tools.graph.manifest import Manifest, read_manifest
@@ -120,7 +120,7 @@ def write_export(
     needed = plan.weight_bytes + GRAPH_BYTES
     with (
         staged_folder(out, marker=marker, required_bytes=needed, stale=_stale_files(out)) as folder,
-        SourceHasher(checkpoint.source_files) as hasher,
+        source_digests(checkpoint.source_files) as digests,
     ):
         read = read or float_blocks(checkpoint.weights)
         places = write_weights(folder / contract.WEIGHTS_FILE, plan.tensors.values(), read, progress)
@@ -130,14 +130,14 @@ def write_export(
             (folder / name).write_text(text, encoding="utf-8")
         for name, graph in plan.graphs.items():
             write_graph(folder / name, graph, places)
-        digests, notes = hasher.digests(), [*checkpoint.notes, *plan.text.notes]
+        notes = [*checkpoint.notes, *plan.text.notes]
         manifest = Manifest(
             config=checkpoint.config,
             dtype=plan.dtype,
             state_dtype=plan.state_dtype,
             ops=plan.ops,
             quantization=quantization() if quantization else plan.quantization,
-            provenance=plan.provenance or provenance(checkpoint.format, checkpoint.source_files, digests, notes),
+            provenance=plan.provenance or provenance(checkpoint.format, checkpoint.source_files, digests(), notes),
             graphs={name: {"inputs": graph.inputs, "outputs": graph.outputs} for name, graph in plan.graphs.items()},
             tokenizer_files=plan.text.tokenizer_files,
             device=plan.device,
