@@ -1,30 +1,37 @@
-"""What people see: results on stdout, as tables or JSON, and progress on stderr. Colour on a terminal alone."""
+"""What people see: results on stdout, as tables or JSON, notes and progress on stderr. Colour on a terminal alone."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as ProgressDisplay
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from retnet_tools.progress import Progress
 
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
 PLAIN_WIDTH = 200
+LOG = logging.getLogger("retnet_tools")
+"""Notes are its messages: `info` unless they are for `--verbose`; the command line shows them on stderr."""
+_documents = 0
 
 
 def result_console() -> Console:
     """The console of results: stdout, wide enough to keep a row on a line where no terminal sets a width."""
+    from rich.console import Console
+
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
 
 
 def result_table(*columns: str) -> Table:
     """An empty table with these headings, without borders; a cell too wide for the terminal is folded, never cut."""
+    from rich.table import Table
+
     table = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for column in table.columns:
         column.overflow = "fold"
@@ -43,20 +50,32 @@ def verdict(passed: bool) -> str:
 
 def print_json(document: dict[str, Any]) -> None:
     """One JSON document on stdout. NaN and infinities become null, which JSON has no other word for."""
+    global _documents
+    _documents += 1
     print(json.dumps(_finite(document), indent=2))
 
 
+def documents_printed() -> int:
+    """How many documents this process has printed: a command that fails after its own prints no second one."""
+    return _documents
+
+
 def print_message(text: str) -> None:
-    """A line on stderr, beside the results."""
-    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+    """A note beside the results."""
+    LOG.info(text)
 
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A bar on stderr, on a terminal only, of what runs now."""
+    """A bar on stderr, on a terminal only and where notes are wanted, of what runs now."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as ProgressDisplay
+
     console = Console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with ProgressDisplay(*columns, console=console, disable=not console.is_terminal, transient=True) as display:
+    shown = console.is_terminal and LOG.isEnabledFor(logging.INFO)
+    with ProgressDisplay(*columns, console=console, disable=not shown, transient=True) as display:
         task = display.add_task("", total=None)
 
         def tell(what: str, done: int, total: int) -> None:

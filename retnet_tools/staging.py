@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from retnet_tools.console import LOG
 from retnet_tools.errors import InputError, OutputError, UsageError
 
 if sys.platform != "win32":
@@ -49,6 +50,7 @@ def staged_folder(target: Path, *, marker: str, required_bytes: int, stale: Coll
             )
         yield partial
         _publish(partial, target, marker, stale)
+    LOG.debug("wrote %s", target)
 
 
 @contextmanager

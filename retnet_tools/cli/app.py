@@ -3,52 +3,122 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import signal
 import sys
+import traceback
 import warnings
-from typing import Annotated, Any, TextIO
+from functools import partial
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
-from retnet_tools import __version__
+from retnet_tools import __version__, console
 from retnet_tools.cli.bench import bench
 from retnet_tools.cli.convert import convert
 from retnet_tools.cli.doctor import doctor
 from retnet_tools.cli.export import export
 from retnet_tools.cli.generate import generate
+from retnet_tools.cli.help import SHARED, PanelCommand, PanelGroup, examples
 from retnet_tools.cli.inspect import inspect
 from retnet_tools.cli.perplexity import perplexity
 from retnet_tools.cli.quantize import quantize
 from retnet_tools.cli.state import app as state_app
 from retnet_tools.cli.verify import verify
-from retnet_tools.errors import RetNetToolsError
+from retnet_tools.errors import RetNetToolsError, UsageError
 
 app = typer.Typer(
     name="retnet-tools",
-    help="Take a RetNet from a training checkpoint to fast, verified inference.",
-    add_completion=False,
+    help="""Take a RetNet from a training checkpoint to fast, verified inference.
+
+    Exit codes: 0 done, 1 failure, 2 usage, 3 verification over its budget, 4 provider not available, 5 input that is
+    missing, unsupported, unsafe or corrupt.""",
+    cls=PanelGroup,
     rich_markup_mode=None,  # Rich help would take longer to import than to read
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 1 failure, 2 usage, 3 verification over its budget, 4 provider not available, "
-    "5 input that is missing, unsupported, unsafe or corrupt.",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=examples("export ckpt/ -o out/", "generate out/ -p 'ROMEO. ' -n 60", "verify ckpt/"),
 )
 
 COMMANDS = (
-    (inspect, "What a checkpoint or an export holds, and lint."),
-    (convert, "A checkpoint to another format, bit for bit."),
-    (verify, "Whether the forms agree on a checkpoint, and why not."),
-    (export, "A checkpoint to a stateful ONNX decoder."),
-    (quantize, "An export with int8, int4 or half-precision weights."),
-    (generate, "Continue a prompt with an exported decoder."),
-    (perplexity, "How well a model predicts a text, and how far it is from a baseline."),
-    (bench, "How fast a model decodes on this machine."),
-    (doctor, "What this machine can run, and what is missing."),
+    (
+        "Checkpoints",
+        inspect,
+        "What a checkpoint or an export holds, and lint.",
+        ("inspect ckpt/", "inspect org/name --revision main --json"),
+    ),
+    (
+        "Checkpoints",
+        convert,
+        "A checkpoint to another format, bit for bit.",
+        ("convert ckpt/ out/", "convert model.pt out/ --to torchscale --dtype bf16"),
+    ),
+    (
+        "Checkpoints",
+        verify,
+        "Whether the forms agree on a checkpoint, and why not.",
+        ("verify", "verify ckpt/ --modes parallel,recurrent,chunkwise"),
+    ),
+    (
+        "Exports",
+        export,
+        "A checkpoint to a stateful ONNX decoder.",
+        ("export ckpt/ -o out/", "export ckpt/ -o out/ --device cuda --dtype fp16 --quantize int4"),
+    ),
+    (
+        "Exports",
+        quantize,
+        "An export with int8, int4 or half-precision weights.",
+        (
+            "quantize out/ -o small/ --quantize int8",
+            "quantize out/ --quantize int4 --method gptq --calibration text.txt",
+        ),
+    ),
+    (
+        "Exports",
+        generate,
+        "Continue a prompt with an exported decoder.",
+        ("generate out/ -p 'ROMEO. ' -n 60 --temp 0.8 --top-p 0.9", "generate out/ --prompts in.jsonl -o out.jsonl"),
+    ),
+    (
+        "Numbers",
+        perplexity,
+        "How well a model predicts a text, and how far it is from a baseline.",
+        ("perplexity ckpt/ --text play.txt", "perplexity small/ --text play.txt --against out/ --by-position"),
+    ),
+    (
+        "Numbers",
+        bench,
+        "How fast a model decodes on this machine.",
+        ("bench out/ -t 1,2", "bench --size 1.3b --quantize int8 -p 512 -n 64 --against torch,transformer"),
+    ),
+    (
+        "Numbers",
+        doctor,
+        "What this machine can run, and what is missing.",
+        ("doctor", "doctor out/ --device cuda"),
+    ),
 )
-for command, summary in COMMANDS:
-    app.command(short_help=summary)(command)
-app.add_typer(state_app, short_help="Sequences as files: save a prompt, go on from it.")
+for panel, command, summary, shown in COMMANDS:
+    app.command(cls=PanelCommand, short_help=summary, rich_help_panel=panel, epilog=examples(*shown))(command)
+app.add_typer(state_app, short_help="Sequences as files: save a prompt, go on from it.", rich_help_panel="Exports")
+
+
+SCHEMA_VERSION = 1
+"""Of errors as JSON."""
+KINDS = {1: "failure", 2: "usage", 3: "verification", 4: "provider", 5: "input"}
+LEVELS = {"quiet": logging.ERROR, "verbose": logging.DEBUG}
+_shared = partial(typer.Option, rich_help_panel=SHARED, expose_value=False)
+
+
+class _Notes(logging.Handler):
+    """Notes on stderr: plain, or with the time since the start where everything is said."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one."""
+        since = f"[{record.relativeCreated / 1e3:.2f} s] " if console.LOG.isEnabledFor(logging.DEBUG) else ""
+        print(f"{since}{record.getMessage()}", file=sys.stderr)
 
 
 def _print_version(value: bool) -> None:
@@ -57,12 +127,23 @@ def _print_version(value: bool) -> None:
         raise typer.Exit
 
 
+def _set_level(param: typer.CallbackParam, value: bool) -> None:
+    if value:
+        console.LOG.setLevel(LEVELS[param.name or ""])
+
+
 @app.callback()
 def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; works anywhere.")] = False,
+    quiet: Annotated[
+        bool, _shared("-q", "--quiet", callback=_set_level, help="No notes and no progress on stderr.")
+    ] = False,
+    verbose: Annotated[
+        bool, _shared("-v", "--verbose", callback=_set_level, help="Say what is opened, and when, on stderr.")
+    ] = False,
+    debug: Annotated[bool, _shared("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Hold the options that every command shares."""
 
@@ -73,38 +154,45 @@ def main() -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _stop)
     warnings.showwarning = _show_warning
+    console.LOG.handlers, console.LOG.propagate = [_Notes()], False
+    console.LOG.setLevel(logging.INFO)
     # Both would report their use to their makers: not from here without being asked.
     for name in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
         os.environ.setdefault(name, "1")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-    arguments = [a for a in sys.argv[1:] if a != "--debug"]
-    debug = len(arguments) < len(sys.argv) - 1
+    documents = console.documents_printed()
     try:
-        sys.exit(app(args=arguments or ["--help"], prog_name="retnet-tools", standalone_mode=False) or 0)
-    except command_line_error(typer.BadParameter) as error:
-        # What a missing argument is, its name alone does not say.
-        help = getattr(getattr(error, "param", None), "help", None) if "issing" in type(error).__name__ else None
-        told = f"{error.format_message().rstrip('.')}{f': {help}' if help else ''}".rstrip(".")
-        _fail(f"{told}; see retnet-tools --help", error.exit_code)
+        code = app(args=sys.argv[1:] or ["--help"], prog_name="retnet-tools", standalone_mode=False)
+        console.LOG.debug("done")
+        sys.exit(code or 0)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         # The reader went away; keep the interpreter from complaining when it flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(128 + 13)
-    except RetNetToolsError as error:
-        if debug:
-            raise
-        _fail(str(error), error.exit_code)
-    except OSError as error:
-        if debug:
-            raise
-        _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1)
     except Exception as error:
-        if debug:
-            raise
-        _fail(f"unexpected {type(error).__name__}: {' '.join(str(error).split())}; rerun with --debug to see where", 1)
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        _fail(*_for_the_user(error), documents)
+
+
+def _for_the_user(error: Exception) -> tuple[RetNetToolsError, str]:
+    """Any error as one that says what was found and what to do, and its kind in a word."""
+    if isinstance(error, RetNetToolsError):
+        return error, KINDS[error.exit_code]
+    if isinstance(error, command_line_error(typer.BadParameter)):
+        # What a missing argument is, its name alone does not say.
+        help = getattr(getattr(error, "param", None), "help", None) if "issing" in type(error).__name__ else None
+        told = f"{error.format_message().rstrip('.')}{f': {help}' if help else ''}".rstrip(".")
+        found: RetNetToolsError = UsageError(told, action="see retnet-tools --help")
+        found.exit_code = error.exit_code
+        return found, KINDS[2]
+    if isinstance(error, OSError):
+        return RetNetToolsError(f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")), "system"
+    found = RetNetToolsError(f"unexpected {type(error).__name__}: {error}", action="rerun with --debug to see where")
+    return found, "unexpected"
 
 
 def command_line_error(bad_parameter: type[Exception]) -> Any:
@@ -128,9 +216,14 @@ def _stop(number: int, _: object) -> None:
     sys.exit(128 + number)
 
 
-def _fail(message: str, exit_code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(exit_code)
+def _fail(error: RetNetToolsError, kind: str, documents: int) -> NoReturn:
+    """One line on stderr; under `--json` a document on stdout too, where the command has not printed its own."""
+    print(f"error: {error}", file=sys.stderr)
+    if "--json" in sys.argv and console.documents_printed() == documents:
+        parts = {"found": error.found, "expected": error.expected, "hint": error.action}
+        described = {"kind": kind, "exit_code": error.exit_code, "message": str(error), **parts}
+        console.print_json({"schema_version": SCHEMA_VERSION, "error": described})
+    sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

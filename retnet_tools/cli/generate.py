@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -50,7 +49,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a stream.")] = False,
 ) -> None:
     """Continue a prompt, streaming text to stdout and speed to stderr; or answer a file of prompts."""
-    from retnet_tools.console import print_json
+    from retnet_tools.console import print_json, print_message
     from retnet_tools.reports.decoding import generation_document, generation_speed
     from retnet_tools.runtime.bulk import BulkOptions
     from retnet_tools.runtime.decode import Stopping, generate_from
@@ -93,6 +92,8 @@ def generate(
             bulk = BulkOptions(stopping, Sampling(**chosen), batch, size)
             _answer(decoder, prompts, output, bulk, force=force, as_json=as_json)
         return
+    if samples > 1 and not chosen.get("temperature") and state_in is None:
+        print_message(f"--samples {samples} at temperature 0: all {samples} will be the same text")
     goes_on = state_in is not None and prompt is None and file is None
     text = None if goes_on else read_prompt(prompt, file)
     with opened(prompts=not goes_on) as decoder:
@@ -118,7 +119,7 @@ def generate(
         print_json(generation_document(result))
     else:
         print(*[f"[{i}] {row.text}" for i, row in enumerate(result.rows)] if several else [], sep="\n")
-    print(generation_speed(result), file=sys.stderr)
+    print_message(generation_speed(result))
 
 
 def _answer(decoder: Decoder, prompts: Path, output: Path, bulk: BulkOptions, *, force: bool, as_json: bool) -> None:

@@ -8,11 +8,14 @@ from typing import Annotated
 import typer
 
 from retnet_tools.cli import options
+from retnet_tools.cli.help import PanelCommand, PanelGroup, examples
 
 app = typer.Typer(
     name="state",
     help="Sequences as files: save a prompt once, go on from it at once.",
+    cls=PanelGroup,
     rich_markup_mode=None,
+    epilog=examples("state save out/ -p 'ROMEO. ' -o romeo.state", "generate out/ --state-in romeo.state -n 60"),
 )
 
 Model = Annotated[Path, typer.Argument(help="Folder that `retnet-tools export` wrote.", show_default=False)]
@@ -20,7 +23,7 @@ StatePath = Annotated[Path, typer.Argument(help="State file.", show_default=Fals
 Output = Annotated[Path, typer.Option("-o", "--output", help="State file to write.", show_default=False)]
 
 
-@app.command()
+@app.command(cls=PanelCommand, epilog=examples("state save out/ -p 'ROMEO. ' -o romeo.state"))
 def save(
     folder: Model,
     output: Output,
@@ -55,7 +58,7 @@ def save(
     print_json(document) if as_json else render_state(document)
 
 
-@app.command()
+@app.command(cls=PanelCommand, epilog=examples("state load out/ romeo.state -n 10"))
 def load(
     folder: Model,
     state: StatePath,
@@ -81,7 +84,7 @@ def load(
     print_json(document) if as_json else render_next_tokens(document)
 
 
-@app.command()
+@app.command(cls=PanelCommand, epilog=examples("state fork romeo.state -o four.state -n 4"))
 def fork(
     state: StatePath,
     output: Output,
@@ -103,7 +106,7 @@ def fork(
     print_json(document) if as_json else render_state(document)
 
 
-@app.command()
+@app.command(cls=PanelCommand, epilog=examples("state info romeo.state"))
 def info(state: StatePath, as_json: options.Json = False) -> None:
     """What a state file holds."""
     from retnet_tools.console import print_json
@@ -114,7 +117,7 @@ def info(state: StatePath, as_json: options.Json = False) -> None:
     print_json(document) if as_json else render_state(document)
 
 
-@app.command()
+@app.command(cls=PanelCommand, epilog=examples("state diff romeo.state four.state --tolerance 1e-5"))
 def diff(
     first: StatePath,
     second: StatePath,

@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from retnet_tools.config import RetNetConfig, ScoreClamp
+from retnet_tools.console import LOG
 from retnet_tools.errors import ConfigError, InputError, UsageError, did_you_mean
 from retnet_tools.formats.canonical import CANONICAL
 from retnet_tools.formats.files import CheckpointFiles
@@ -84,6 +85,7 @@ def open_checkpoint(
             f"the configuration of {files.path} is out of range ({error})", "the numbers of a model", "correct it"
         ) from error
     assumed = reading.assumed_clamp and clamp is None
+    LOG.debug("%s is %s", files.path, reading.version)
     clamp_note = (CLAMP_NOTE.format(clamp=reading.config.score_normalization.clamp),) if assumed else ()
     settings_file = source.document.file
     return Checkpoint(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retnet_tools.console import LOG
 from retnet_tools.errors import InputError, ProviderError, UsageError
 from retnet_tools.graph.contract import STEP_FILE
 from retnet_tools.graph.cuda_kernels import cpu_nodes
@@ -124,6 +125,7 @@ def open_session(
         )
     if device.kind == "cuda":
         _check_placement(path, device, node_placement(session))
+    LOG.debug("opened %s on %s", path, device)
     return session
 
 

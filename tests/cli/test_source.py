@@ -52,7 +52,8 @@ def test_each_option_is_asked_for_and_all_of_them_are_enough(command: str, folde
     ):
         others = {option: value for option, value in options.items() if option != left_out}
         result = cli(*arguments(command, folder, others))
-        assert (result.exit_code, result.out) == (5, "")
+        assert result.exit_code == 5
+        assert "--json" not in arguments(command, folder, {}) or json.loads(result.out)["error"]["exit_code"] == 5
         assert said in result.err
     assert cli(*arguments(command, folder, options | {"--from": "fla"})).exit_code == 5
     result = cli(*arguments(command, folder, options | {"--clamp": "abs-of-sum", "--from": "torchscale"}))
@@ -79,7 +80,7 @@ def test_an_export_is_scored_as_an_export_unless_an_option_says_how_to_read_a_ch
     assert cli(*words).exit_code == 0
     for option, value in options.items():
         result = cli(*words, option, value)
-        assert (result.exit_code, result.out) == (5, "")
+        assert (result.exit_code, list(json.loads(result.out))) == (5, ["schema_version", "error"])
         assert "ONNX export" in result.err
 
 

@@ -1,0 +1,100 @@
+"""What `--help` shows is complete and comes at once; its examples, and completion, work."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+
+import pytest
+import typer
+
+from retnet_tools.cli.app import app
+
+PROGRAM = typer.main.get_command(app)
+COMMANDS = [((name,), command) for name, command in PROGRAM.commands.items() if not hasattr(command, "commands")]
+COMMANDS += [(("state", name), command) for name, command in PROGRAM.commands["state"].commands.items()]
+NAMES = [words for words, _ in COMMANDS]
+RETNET_TOOLS = [sys.executable, "-m", "retnet_tools.cli.app"]
+
+
+def parse(line: str) -> None:
+    """Parse a command line without running it."""
+    program, *words = shlex.split(line)
+    assert program == "retnet-tools"
+    command, parent = PROGRAM, PROGRAM.make_context(program, ["doctor"])
+    while hasattr(command, "commands"):
+        name, *words = words
+        command = command.commands[name]
+        if hasattr(command, "commands"):
+            parent = command.make_context(name, words[:1], parent=parent)
+    command.make_context(name, words, parent=parent)
+
+
+@pytest.mark.parametrize(("words", "command"), COMMANDS, ids=[" ".join(words) for words in NAMES])
+def test_every_option_is_in_a_panel_with_its_default(words: tuple[str, ...], command, cli) -> None:
+    text = cli(*words, "--help").out
+    for param in command.params:
+        assert all(name in text for name in (param.opts if param.param_type_name == "option" else []))
+    assert re.search(r"^Anywhere:\n(  .*\n)+", text, re.MULTILINE)
+    for flags in ("-q, --quiet", "-v, --verbose", "--debug", "-h, --help"):
+        assert text.count(flags) == 1
+    assert "<str>" not in text
+
+
+@pytest.mark.parametrize(("words", "command"), COMMANDS, ids=[" ".join(words) for words in NAMES])
+def test_every_command_has_examples_that_parse(words: tuple[str, ...], command, cli) -> None:
+    lines = command.epilog.splitlines()
+    assert lines
+    for line in lines:
+        assert line.startswith(" ".join(("retnet-tools", *words)))
+        parse(line)
+    assert cli(*words, "--help").out.endswith("\n\nExamples:\n" + "".join(f"  {line}\n" for line in lines))
+
+
+def test_the_program_shows_its_commands_in_panels(cli) -> None:
+    text = cli().out
+    panels = re.findall(r"^([A-Z]\w+):\n((?:  .*\n)+)", text, re.MULTILINE)
+    assert [name for name, _ in panels][:3] == ["Checkpoints", "Exports", "Numbers"]
+    shown = {line.split()[0] for _, lines in panels[:3] for line in lines.splitlines() if line[2] != " "}
+    assert shown == set(PROGRAM.commands)
+    assert cli("--help").out == text
+
+
+def test_help_imports_nothing_that_takes_long() -> None:
+    code = "import sys; from retnet_tools.cli.app import app, main; sys.argv[1:] = ['export', '--help']\ntry: main()\n"
+    code += "finally: print(sorted({'rich', 'numpy', 'torch', 'onnxruntime'} & sys.modules.keys()))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.endswith("\n[]\n")
+
+
+def test_help_takes_a_quarter_of_a_second_of_the_processor() -> None:
+    best = 1.0
+    for _ in range(5):
+        before = os.times()
+        subprocess.run([*RETNET_TOOLS, "export", "--help"], check=True, stdout=subprocess.DEVNULL)
+        after = os.times()
+        best = min(best, after.children_user + after.children_system - before.children_user - before.children_system)
+        if best < 0.25:
+            return
+        time.sleep(0.5)
+    pytest.fail(f"{best:.2f} s")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_can_be_shown(shell: str) -> None:
+    found = subprocess.run([*RETNET_TOOLS, "--show-completion", shell], capture_output=True, text=True, check=True)
+    assert "_RETNET_TOOLS_COMPLETE=" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [("retnet-tools exp", {"export"}), ("retnet-tools generate --te", {"--temperature", "--temp"})],
+)
+def test_completion_completes(line: str, expected: set[str]) -> None:
+    words = {"_RETNET_TOOLS_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    found = subprocess.run(RETNET_TOOLS, capture_output=True, text=True, env=os.environ | words)
+    assert set(found.stdout.split()) == expected
