@@ -1,7 +1,6 @@
 import json
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -233,9 +232,3 @@ def test_a_missing_checkpoint_exits_with_5(cli, tmp_path):
 def test_help_answers_without_loading_torch():
     script = "import sys, retnet_tools.cli.app; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
-    times = []
-    while len(times) < 10 and min(times, default=1) >= 0.4:
-        began = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "retnet_tools.cli.app", "--help"], check=True, capture_output=True)
-        times.append(time.perf_counter() - began)
-    assert min(times) < 0.4
