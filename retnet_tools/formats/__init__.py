@@ -16,7 +16,7 @@ from retnet_tools.formats.canonical import CANONICAL
 from retnet_tools.formats.files import CheckpointFiles
 from retnet_tools.formats.fla import FLA
 from retnet_tools.formats.jamie_stirling import JAMIE_STIRLING
-from retnet_tools.formats.mapping import MappedWeights
+from retnet_tools.formats.mapping import map_weights
 from retnet_tools.formats.reading import find_format, read_source
 from retnet_tools.formats.spec import Checkpoint, FormatSpec, Reading
 from retnet_tools.formats.syncdoth import SYNCDOTH
@@ -92,7 +92,7 @@ def open_checkpoint(
         path=files.path,
         format=reading.version,
         config=reading.config if clamp is None else _with_clamp(reading, clamp),
-        weights=MappedWeights(source.stored, reading, source.prefix),
+        weights=map_weights(source.stored, reading, source.prefix),
         source_files=[*([settings_file] if settings_file else []), *files.weight_files],
         tokenizer_files=files.tokenizer_files,
         notes=[*files.notes, *source.notes, *source.settings.notes(), *clamp_note],

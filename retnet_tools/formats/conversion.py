@@ -13,7 +13,7 @@ import numpy as np
 from retnet_tools.config import RetNetConfig
 from retnet_tools.dtypes import NUMPY_DTYPES, FloatName, convert, parse_dtype
 from retnet_tools.errors import ConfigError, InputError, UsageError
-from retnet_tools.formats.mapping import MappedWeights, expand_names
+from retnet_tools.formats.mapping import expand_names, map_weights
 from retnet_tools.formats.provenance import provenance_section
 from retnet_tools.formats.settings import Settings
 from retnet_tools.formats.spec import AS_STORED, Checkpoint, Document, FormatSpec, Source, Transform, Writing
@@ -193,7 +193,7 @@ def _check_reads_back(
     if lost:
         found = f"{target.name} cannot express: {', '.join(lost)}"
         raise UsageError(found, action="it would read what is in brackets; convert to another format")
-    MappedWeights(stored, reading)
+    map_weights(stored, reading)
     return tuple(f"{target.name} computes {name} in float32, which differs in the last bits" for name in rounded)
 
 

@@ -18,7 +18,6 @@ from retnet_tools.formats.schedules import floats, paper_log_decay, rope_frequen
 from retnet_tools.formats.settings import Keys, Only, Settings, words
 from retnet_tools.formats.spec import (
     FormatSpec,
-    Modules,
     NameTable,
     Reading,
     Source,
@@ -47,7 +46,7 @@ ACTIVATIONS: dict[str, Activation] = {
     **{"sigmoid": "sigmoid", "tanh": "tanh"},
 }
 ROOT = {"model.embeddings": "embedding", "lm_head": "lm_head"}
-LAYER: Modules = {
+LAYER = {
     "attn_norm": "retention_norm",
     "attn.q_proj": "retention.q_proj",
     "attn.k_proj": "retention.k_proj",

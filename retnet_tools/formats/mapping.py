@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import InputError
 from retnet_tools.formats.spec import AS_STORED, NameTable, Reading, Shape, Transform
-from retnet_tools.formats.storage import StoredTensors
-from retnet_tools.weights import Array, FileRegion, TensorInfo, canonical_shapes, is_floating
+from retnet_tools.formats.storage import LazyTensor, StoredTensors
+from retnet_tools.weights import Array, TensorInfo, canonical_shapes, is_floating
 
 
-class _Entry(NamedTuple):
-    parts: tuple[str, ...]
+@dataclass(frozen=True)
+class _MadeTensor(LazyTensor):
+    """A tensor that a transform makes from stored ones, or zero where there are none. Memory of `read`: both."""
+
+    parts: tuple[LazyTensor, ...]
     transform: Transform
 
+    def read(self) -> Array:
+        if not self.parts:
+            return np.zeros(self.shape, self.dtype)
+        return np.ascontiguousarray(self.transform.apply([part.read() for part in self.parts]))
 
-class MappedWeights:
-    """The stored tensors under their canonical names.
+    def blocks(self) -> Iterator[Array]:
+        yield self.read()
 
-    Checked at construction, from names and shapes alone. Memory of `read`: the tensor, and its stored parts while a
-    transform runs.
+
+def map_weights(stored: StoredTensors, reading: Reading, prefix: str = "") -> StoredTensors:
+    """The stored tensors under their canonical names and in canonical order, from names and shapes alone.
 
     Args:
         stored: the tensors under the names of `reading`.
-        reading: the format's.
         prefix: what the file puts before every name, for errors.
 
     Raises:
@@ -35,67 +42,40 @@ class MappedWeights:
             expected in the file), a wrong shape, a tensor that is not floating point, a tied output projection that is
             not the embedding.
     """
-
-    def __init__(self, stored: StoredTensors, reading: Reading, prefix: str = "") -> None:
-        self._stored = stored
-        check_layer_count(reading.config, stored)
-        self._shapes = canonical_shapes(reading.config)
-        layers = range(reading.config.num_layers)
-        zeros = {template.format(i=i) for template in reading.zeros for i in layers}
-        places: dict[str, str] = {}
-        parts: dict[str, list[str]] = {}
-        templates: dict[str, str] = {}
-        for name, canonical, template in expand_names(reading.config, _tied(reading, stored)):
-            places[name] = canonical
-            parts.setdefault(canonical, []).append(name)
-            templates[canonical] = template
-        for name in stored.names():
-            place = places.get(name)
-            if place != "" and (place in zeros or place not in self._shapes):
-                raise InputError(f"unknown tensor {prefix + name!r}", f"the names of {reading.version}", _hint(place))
-        self._entries: dict[str, _Entry] = {}
-        for canonical, shape in self._shapes.items():
-            transform = reading.transforms.get(templates.get(canonical, ""), AS_STORED)
-            names = () if canonical in zeros else tuple(parts.get(canonical, ()))
-            if not names and canonical not in zeros:
-                raise InputError(f"nothing in {reading.version} gives the tensor {canonical!r}", f"shape {list(shape)}")
-            for name in names:
-                if name not in stored.locations:
-                    raise InputError(
-                        f"no tensor {prefix + name!r}", f"it, for {canonical!r}", "file or configuration is incomplete"
-                    )
-                _check_tensor(prefix + name, stored.info(name), transform.stored_shape(shape), canonical)
-            self._entries[canonical] = _Entry(names, transform)
-        self._dtype = stored.info(next(entry.parts[0] for entry in self._entries.values() if entry.parts)).dtype
-
-    def names(self) -> Iterable[str]:
-        """Canonical names, in canonical order."""
-        return self._entries.keys()
-
-    def info(self, name: str) -> TensorInfo:
-        """Canonical shape and stored dtype; of a tensor that is zero, the dtype of the first one that is stored."""
-        parts = self._entries[name].parts
-        return TensorInfo(self._shapes[name], self._stored.info(parts[0]).dtype if parts else self._dtype)
-
-    def read(self, name: str) -> Array:
-        """The canonical tensor, contiguous and owned by the caller."""
-        parts, transform = self._entries[name]
-        if not parts:
-            return np.zeros(self._shapes[name], self._dtype)
-        return np.ascontiguousarray(transform.apply([self._stored.read(part) for part in parts]))
-
-    def region(self, name: str) -> FileRegion | None:
-        """Where the bytes of a tensor that is taken as stored lie."""
-        parts, transform = self._entries[name]
-        return self._stored.region(parts[0]) if parts and transform is AS_STORED else None
-
-    def blocks(self, name: str) -> Iterator[Array]:
-        """The canonical tensor in pieces of whole rows of about 16 MB, or whole where it is not taken as stored."""
-        parts, transform = self._entries[name]
-        if parts and transform is AS_STORED:
-            yield from self._stored.blocks(parts[0])
-        else:
-            yield self.read(name)
+    check_layer_count(reading.config, stored)
+    shapes = canonical_shapes(reading.config)
+    zeros = {template.format(i=i) for template in reading.zeros for i in range(reading.config.num_layers)}
+    places: dict[str, str] = {}
+    parts: dict[str, list[str]] = {}
+    transforms: dict[str, Transform] = {}
+    for name, canonical, template in expand_names(reading.config, _tied(reading, stored)):
+        places[name] = canonical
+        parts.setdefault(canonical, []).append(name)
+        transforms[canonical] = reading.transforms.get(template, AS_STORED)
+    for name in stored.names():
+        place = places.get(name)
+        if place != "" and (place in zeros or place not in shapes):
+            raise InputError(f"unknown tensor {prefix + name!r}", f"the names of {reading.version}", _hint(place))
+    found: dict[str, LazyTensor] = {}
+    for canonical, shape in shapes.items():
+        if canonical in zeros:
+            continue
+        if canonical not in parts:
+            raise InputError(f"nothing in {reading.version} gives the tensor {canonical!r}", f"shape {list(shape)}")
+        transform = transforms[canonical]
+        for name in parts[canonical]:
+            if name not in stored.locations:
+                raise InputError(
+                    f"no tensor {prefix + name!r}", f"it, for {canonical!r}", "file or configuration is incomplete"
+                )
+            _check_tensor(prefix + name, stored.info(name), transform.stored_shape(shape), canonical)
+        first, *others = (stored.locations[name] for name in parts[canonical])
+        made = _MadeTensor(shape, first.dtype, (first, *others), transform)
+        found[canonical] = first if transform is AS_STORED else made
+    dtype = next(iter(found.values())).dtype  # of tensors that are zero
+    return StoredTensors(
+        {name: found.get(name) or _MadeTensor(shape, dtype, (), AS_STORED) for name, shape in shapes.items()}
+    )
 
 
 def check_layer_count(config: RetNetConfig, stored: StoredTensors) -> None:

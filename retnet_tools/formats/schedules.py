@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -45,11 +46,6 @@ def paper_gammas(num_heads: int) -> Array:
 def language_model_gammas(num_heads: int, first: float = math.log(1 / 32), last: float = math.log(1 / 512)) -> Array:
     """1 - exp(linspace(log 1/32, log 1/512, H)), float32 `[H]`: the paper's other schedule."""
     return ONE - np.exp(_linspace(first, last, num_heads).astype(np.float64)).astype(np.float32)
-
-
-def xatl_language_model_gammas(num_heads: int) -> Array:
-    """1 - exp(linspace(-5, -9, H)), float32 `[H]`: RetNet-XATL takes the exponential of logarithms to base 2."""
-    return language_model_gammas(num_heads, -5.0, -9.0)
 
 
 def log_float32(gammas: Array, base: int | None = None) -> Array:
@@ -99,37 +95,40 @@ def read_buffer(source: Source, name: str, published: Array, *, rtol: float = OT
     if location is None:
         return published
     if location.shape != published.shape:
-        raise InputError(
-            f"tensor {name!r} has shape {list(location.shape)}",
-            f"{list(published.shape)}",
-            "check that the configuration belongs to these weights",
-        )
+        found = f"tensor {name!r} has shape {list(location.shape)}"
+        raise InputError(found, f"{list(published.shape)}", "check that the configuration belongs to these weights")
     if not is_floating(location.dtype):
         raise InputError(f"tensor {name!r} is {location.dtype}", "float32")
-    rounded, found = location.dtype.name in HALF_TYPES, source.stored.read(name)
-    alike = _is_alike(found, published, rtol)
+    rounded, buffer = location.dtype.name in HALF_TYPES, location.read()
+    alike = _is_alike(buffer, published, rtol)
     if rounded and not alike:
-        raise InputError(
-            f"tensor {name!r} holds another schedule than the published one, rounded to {location.dtype}",
-            "float32, or the published schedule",
-            "save it again in float32",
-        )
+        found = f"tensor {name!r} holds another schedule than the published one, rounded to {location.dtype}"
+        raise InputError(found, "float32, or the published schedule", "save it again in float32")
     if rounded:
         source.notes.append(f"{name} is rounded in the file: computed from the published schedules instead")
     elif not alike:
         source.notes.append(f"{name} in the file differs from the published schedules: used as stored")
-    return published if rounded else found
+    return published if rounded else buffer
 
 
-def refuse_other(
-    source: Source, name: str, named: Array, other: Array, refusal: InputError, *, rtol: float = OTHER_SCHEDULE
-) -> None:
-    """Raise the refusal where a buffer is another published schedule than the one that the configuration names."""
-    location = source.stored.locations.get(name)
+def read_named(
+    source: Source, name: str, flag: str, stated: bool, schedules: Sequence[Array], *, rtol: float = OTHER_SCHEDULE
+) -> Array:
+    """`read_buffer` of one of two published schedules.
+
+    Args:
+        flag: the key of the configuration that names it, where it stands for `stated`.
+        schedules: of the flag off, and on.
+
+    Raises:
+        InputError: as `read_buffer`; the buffer is the schedule that the configuration does not name.
+    """
+    named, other, location = schedules[stated], schedules[not stated], source.stored.locations.get(name)
     if location is not None and location.shape == other.shape:
-        found = source.stored.read(name)
+        found = location.read()
         if _is_alike(found, other, rtol) and not _is_alike(found, named, rtol):
-            raise refusal
+            raise source.settings.wrong(flag, stated, f"{not stated}, as the stored {name!r} says")
+    return read_buffer(source, name, named, rtol=rtol)
 
 
 def read_xpos(source: Source, template: str, key_dim: int) -> tuple[float, ...]:

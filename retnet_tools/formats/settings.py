@@ -103,31 +103,23 @@ class Settings:
                 continue
             given.setdefault(new, old)
             if values.get(new) not in (None, value):
-                raise InputError(
-                    f"the {origin} configuration has {old} = {reprlib.repr(value)} and {new} = "
-                    f"{reprlib.repr(values[new])}",
-                    "one value, since they are two names of one setting",
-                    "correct it",
-                )
+                shown = f"{old} = {reprlib.repr(value)} and {new} = {reprlib.repr(values[new])}"
+                two = "one value, since they are two names of one setting"
+                raise InputError(f"the {origin} configuration has {shown}", two, "correct it")
             values[new] = value
         settings = cls(origin, values, keys, given)
         for name, value in values.items():
-            settings._explain(name, value)
+            settings._explain(keys, name, value)
         return settings
 
-    def _explain(self, name: str, value: Any) -> None:
-        assert self.keys is not None
-        only = self.keys.only.get(name)
+    def _explain(self, keys: Keys, name: str, value: Any) -> None:
+        only = keys.only.get(name)
         if only is not None and value is not None and value not in only.values:
             raise self.wrong(name, value, only.expected, "this kind of model is not supported")
-        if only is None and name not in self.keys.read | self.keys.inert and not _is_neutral(value):
-            hint, ignore = did_you_mean(name, self.keys.read), f"--ignore-key {name[:MAX_SHOWN]}"
-            raise self.wrong(
-                name,
-                value,
-                "only keys that this format knows",
-                f"{hint} or {ignore}" if hint else f"where it does not change the model, add {ignore}",
-            )
+        if only is None and name not in keys.read | keys.inert and not _is_neutral(value):
+            hint, ignore = did_you_mean(name, keys.read), f"--ignore-key {name[:MAX_SHOWN]}"
+            action = f"{hint} or {ignore}" if hint else f"where it does not change the model, add {ignore}"
+            raise self.wrong(name, value, "only keys that this format knows", action)
 
     def count(self, name: str, default: int | None = None) -> int:
         """A positive integer, below a bound that keeps schedules of its length small."""

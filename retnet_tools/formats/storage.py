@@ -190,7 +190,8 @@ class StoredTensors:
 
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype, without reading the data."""
-        return self.locations[name]
+        tensor = self.locations[name]
+        return TensorInfo(tensor.shape, tensor.dtype)
 
     def read(self, name: str) -> Array:
         """The tensor's data, contiguous and owned by the caller."""

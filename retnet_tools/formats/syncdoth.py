@@ -8,43 +8,28 @@ with one epsilon for all norms. Until January 2024 its parallel form clamped |su
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from retnet_tools.config import BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreClamp, ScoreNormalization
+from retnet_tools.formats import torchscale_tensors as tensors
 from retnet_tools.formats.inert import HUGGING_FACE
 from retnet_tools.formats.mapping import is_tied
-from retnet_tools.formats.schedules import floats
 from retnet_tools.formats.settings import Keys, Settings, words
 from retnet_tools.formats.spec import FormatSpec, Reading, Source, Writing
 from retnet_tools.formats.torchscale import OWN_KEYS as TORCHSCALE_KEYS
 from retnet_tools.formats.torchscale import SYNCDOTH_KEYS
-from retnet_tools.formats.torchscale_tensors import (
-    ACTIVATIONS,
-    activation_word,
-    decoder_names,
-    language_model_log_decay,
-    read_buffers,
-    written_buffers,
-)
 from retnet_tools.formats.xatl import XATL_KEYS, settled_norms
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-GLU_NAMES, PLAIN_NAMES = (dict(decoder_names(kind, "model.", "lm_head")) for kind in ("glu", "plain"))
+GLU_NAMES, PLAIN_NAMES = (dict(tensors.decoder_names(kind, "model.", "lm_head")) for kind in ("glu", "plain"))
 for name in ("fc1.bias", "fc2.bias", "ffn_layernorm.weight", "ffn_layernorm.bias"):  # the order that is written
     PLAIN_NAMES[f"model.layers.{{i}}.ffn.{name}"] = PLAIN_NAMES.pop(f"model.layers.{{i}}.ffn.{name}")
 CLAMPS: dict[str, ScoreClamp] = {"abs_of_sum": "abs_of_sum", "sum_of_abs": "sum_of_abs"}
 KEYS = Keys(
-    read=words(
-        """
-        activation_fn decoder_embed_dim decoder_ffn_embed_dim decoder_layers decoder_normalize_before
-        decoder_retention_heads decoder_value_embed_dim deepnorm layernorm_embedding layernorm_eps no_scale_embedding
-        score_clamp subln tie_word_embeddings use_ffn_rms_norm use_glu use_lm_decay value_factor vocab_size
-        """
-    ),
+    read=tensors.KEYS | words("score_clamp tie_word_embeddings use_ffn_rms_norm use_glu use_lm_decay value_factor"),
     inert=HUGGING_FACE | words("forward_impl recurrent_chunk_size"),
 )
 
@@ -79,16 +64,13 @@ def resolve(source: Source, *, tied_by_default: bool = False) -> RetNetConfig:
     if embed % heads:
         raise settings.wrong("decoder_retention_heads", heads, f"a divisor of decoder_embed_dim = {embed}")
     language_model = settings.flag("use_lm_decay", False)
-    decay, frequencies = read_buffers(source, "model.", heads, embed // heads, language_model=language_model)
+    decay, frequencies = tensors.read_buffers(source, "model.", heads, embed // heads, language_model=language_model)
     layers, eps = settings.size("decoder_layers", 12), settings.number("layernorm_eps", 1e-5 if revision else 1e-6)
     deepnorm, subln, pre = settled_norms(settings)
     clamp = settings.choice("score_clamp", CLAMPS, "abs_of_sum" if revision else "sum_of_abs")
     return RetNetConfig(
+        **tensors.decoder_fields(settings, embed, heads, layers, pre=pre, deepnorm=deepnorm),
         vocab_size=settings.size("vocab_size", 50257),
-        hidden_size=embed,
-        num_layers=layers,
-        num_heads=heads,
-        key_dim=embed,
         value_dim=_value_dim(settings, embed),
         decay=decay,
         rotary_frequencies=frequencies,
@@ -96,12 +78,7 @@ def resolve(source: Source, *, tied_by_default: bool = False) -> RetNetConfig:
         head_norm=HeadNorm("layer" if revision else "rms", eps),
         block_norm=BlockNorm("layer" if revision else "rms", eps, bias=revision),
         feed_forward=_feed_forward(settings, subln, eps),
-        norm_order="pre" if pre else "post",
-        residual_alpha=(2.0 * layers) ** 0.25 if deepnorm else 1.0,
-        final_norm=pre,
         projection_bias=revision,
-        embedding_scale=1.0 if settings.flag("no_scale_embedding", True) else math.sqrt(embed),
-        embedding_norm=settings.flag("layernorm_embedding", False),
         tie_word_embeddings=settings.flag("tie_word_embeddings", tied_by_default),
     )
 
@@ -118,7 +95,7 @@ def _value_dim(settings: Settings, embed: int) -> int:
 def _feed_forward(settings: Settings, subln: bool, eps: float) -> FeedForward:
     revision = settings.has("value_factor")
     dim = settings.size("decoder_ffn_embed_dim", 1536 if revision else 1280)
-    activation = settings.choice("activation_fn", ACTIVATIONS, "gelu")
+    activation = settings.choice("activation_fn", tensors.ACTIVATIONS, "gelu")
     if settings.flag("use_glu", not revision):
         if revision:
             raise settings.wrong("use_glu", True, "no gate in a configuration with value_factor")
@@ -130,21 +107,14 @@ def _feed_forward(settings: Settings, subln: bool, eps: float) -> FeedForward:
 
 def _write(config: RetNetConfig, assumed_clamp: bool) -> Writing:
     ffn, clamp, deepnorm = config.feed_forward, config.score_normalization.clamp, config.residual_alpha != 1.0
-    language_model = floats(language_model_log_decay(config.num_heads))
     settings = {
         "model_type": "retnet",
         "architectures": ["RetNetForCausalLM"],
         "vocab_size": config.vocab_size,
-        "decoder_embed_dim": config.hidden_size,
-        "decoder_value_embed_dim": config.value_dim,
-        "decoder_retention_heads": config.num_heads,
-        "decoder_ffn_embed_dim": ffn.dim,
-        "decoder_layers": config.num_layers,
-        "decoder_normalize_before": config.norm_order == "pre",
-        "activation_fn": activation_word(config),
+        **tensors.written_sizes(config),
         "use_glu": ffn.kind == "glu",
         "use_ffn_rms_norm": ffn.norm is not None and ffn.norm.kind == "rms",
-        "use_lm_decay": bool(np.allclose(config.decay, language_model, atol=0)),
+        "use_lm_decay": bool(np.allclose(config.decay, tensors.language_model_log_decay(config.num_heads), atol=0)),
         "deepnorm": deepnorm,
         "subln": config.norm_order == "pre" and not deepnorm and (ffn.kind == "glu" or ffn.norm is not None),
         "layernorm_embedding": config.embedding_norm,
@@ -155,7 +125,7 @@ def _write(config: RetNetConfig, assumed_clamp: bool) -> Writing:
     # Not a key of syncdoth's: its releases differ in the clamp and its own files do not tell.
     told = {} if clamp == "none" or assumed_clamp else {"score_clamp": clamp}
     names = GLU_NAMES if ffn.kind == "glu" else PLAIN_NAMES
-    return Writing(settings | told, names, buffers=written_buffers(config, "model."))
+    return Writing(settings | told, names, buffers=tensors.written_buffers(config, "model."))
 
 
 def _is_settings(document: Mapping[str, Any]) -> bool:

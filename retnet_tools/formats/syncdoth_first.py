@@ -11,17 +11,9 @@ import numpy as np
 
 from retnet_tools.config import BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
 from retnet_tools.errors import InputError
+from retnet_tools.formats import schedules
 from retnet_tools.formats.inert import HUGGING_FACE
 from retnet_tools.formats.mapping import is_tied
-from retnet_tools.formats.schedules import (
-    floats,
-    language_model_gammas,
-    name_of_all,
-    paper_gammas,
-    read_buffer,
-    read_xpos,
-    refuse_other,
-)
 from retnet_tools.formats.settings import Keys, words
 from retnet_tools.formats.spec import (
     FormatSpec,
@@ -91,7 +83,7 @@ def resolve(source: Source) -> RetNetConfig:
     for name, size in (("qk_dim", key_dim), ("v_dim", value_dim)):
         if size % heads:
             raise settings.wrong(name, size, f"a multiple of num_heads = {heads}")
-    decay, key_decay = _decay(source, heads), read_xpos(source, SCALE, key_dim)
+    decay, key_decay = _decay(source, heads), schedules.read_xpos(source, SCALE, key_dim)
     # Made at each call, in the dtype that torch defaults to.
     frequencies = 10000.0 ** -(np.arange(key_dim // 2) / (key_dim // 2))
     return RetNetConfig(
@@ -103,7 +95,7 @@ def resolve(source: Source) -> RetNetConfig:
         value_dim=value_dim,
         decay=decay,
         key_decay=key_decay,
-        rotary_frequencies=floats(frequencies),
+        rotary_frequencies=schedules.floats(frequencies),
         score_normalization=ScoreNormalization((key_dim // heads) ** -0.5, by_decay=False, clamp="none"),
         head_norm=HeadNorm("layer", EPS),
         block_norm=BlockNorm("layer", EPS, bias=True),
@@ -118,14 +110,12 @@ def resolve(source: Source) -> RetNetConfig:
 
 def _decay(source: Source, heads: int) -> tuple[float, ...]:
     """log(gamma) of the gammas that every layer stores."""
-    published, default = [language_model_gammas(heads), paper_gammas(heads)], "use_default_gamma"
-    paper, name = source.settings.flag(default, False), name_of_all(source.stored, DECAY)
-    refusal = source.settings.wrong(default, paper, f"{not paper}, as the stored {name!r} says")
-    refuse_other(source, name, published[paper], published[not paper], refusal, rtol=SAME_GAMMAS)
-    gammas = read_buffer(source, name, published[paper], rtol=SAME_GAMMAS)
-    if not np.all((gammas > 0) & (gammas <= 1)):
-        raise InputError(f"tensor {name!r} holds {gammas.tolist()}", "numbers in (0, 1]")
-    return floats(np.log(gammas.astype(np.float64)))
+    gammas = schedules.language_model_gammas(heads), schedules.paper_gammas(heads)
+    paper, name = source.settings.flag("use_default_gamma", False), schedules.name_of_all(source.stored, DECAY)
+    gamma = schedules.read_named(source, name, "use_default_gamma", paper, gammas, rtol=SAME_GAMMAS)
+    if not np.all((gamma > 0) & (gamma <= 1)):
+        raise InputError(f"tensor {name!r} holds {gamma.tolist()}", "numbers in (0, 1]")
+    return schedules.floats(np.log(gamma.astype(np.float64)))
 
 
 SYNCDOTH_FIRST = FormatSpec(

@@ -7,31 +7,18 @@ strictly: buffers are stored too, and a tied output projection under both names.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from retnet_tools.config import BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreClamp, ScoreNormalization
 from retnet_tools.errors import InputError
+from retnet_tools.formats import torchscale_tensors as tensors
 from retnet_tools.formats.inert import FAIRSEQ
 from retnet_tools.formats.mapping import stored_name
 from retnet_tools.formats.settings import Keys, Only, Settings, words
 from retnet_tools.formats.spec import FormatSpec, Reading, Source, Writing
 from retnet_tools.formats.storage import StoredTensors
-from retnet_tools.formats.torchscale_tensors import (
-    ACTIVATIONS,
-    EMBEDDING,
-    FFN_NORM,
-    FINAL_NORM,
-    HEAD,
-    RELEASES,
-    Release,
-    activation_word,
-    decoder_names,
-    find_release,
-    read_buffers,
-    written_buffers,
-)
+from retnet_tools.formats.torchscale_tensors import EMBEDDING, FINAL_NORM, HEAD, RELEASES, Release
 
 PAPER_CLAMP_RELEASE = "0.3.0"
 TIED = "share_decoder_input_output_embed"
@@ -39,14 +26,7 @@ OWN_KEYS = frozenset({"moe_freq", "multiway", TIED, "no_output_layer"})
 SYNCDOTH_KEYS = frozenset({"forward_impl", "use_glu", "use_lm_decay", "value_factor"})
 DENSE = "a dense RetNet decoder with one embedding and one output projection"
 KEYS = Keys(
-    read=words(
-        """
-        activation_fn decoder_embed_dim decoder_ffn_embed_dim decoder_input_dim decoder_layers
-        decoder_normalize_before decoder_output_dim decoder_retention_heads decoder_value_embed_dim deepnorm
-        layernorm_embedding layernorm_eps no_scale_embedding share_decoder_input_output_embed subln
-        torchscale_version vocab_size
-        """
-    ),
+    read=tensors.KEYS | words(f"decoder_input_dim decoder_output_dim {TIED} torchscale_version"),
     only={
         "moe_freq": Only((0,), DENSE),
         **dict.fromkeys(words("use_xmoe multiway no_output_layer adaptive_input"), Only((False,), DENSE)),
@@ -104,9 +84,9 @@ def read_decoder(
         {name.removeprefix(prefix): at for name, at in stored.locations.items() if name.startswith(prefix)}
         | {EMBEDDING: stored.locations[embedding]}
     )
-    release = find_release(plain)
+    release = tensors.find_release(plain)
     clamp, assumed = _score_clamp(source.settings, release)
-    decay, frequencies = read_buffers(source, prefix, *_sizes_of_heads(source.settings))
+    decay, frequencies = tensors.read_buffers(source, prefix, *_sizes_of_heads(source.settings))
     fields = _fields(source.settings, plain, release, fairseq=fairseq)
     config = RetNetConfig(
         **fields,
@@ -115,11 +95,9 @@ def read_decoder(
         score_normalization=ScoreNormalization((2 * len(frequencies)) ** -0.5, by_decay=True, clamp=clamp),
         tie_word_embeddings=tied,
     )
-    names = {**decoder_names(release.feed_forward, prefix, f"{prefix}output_projection"), f"{prefix}version": None}
-    names |= dict.fromkeys((prefix + HEAD, *embeddings, *heads))
-    names[embedding] = "embedding.weight"
-    if not tied:
-        names[head or heads[0]] = "lm_head.weight"
+    dropped = dict.fromkeys((prefix + "version", prefix + HEAD, *embeddings, *heads))
+    kept = {embedding: "embedding.weight"} | ({} if tied else {head or heads[0]: "lm_head.weight"})
+    names = {**tensors.decoder_names(release.feed_forward, prefix, f"{prefix}output_projection"), **dropped, **kept}
     return Reading(config, release.version, names, assumed_clamp=assumed)
 
 
@@ -138,30 +116,22 @@ def _fields(settings: Settings, stored: StoredTensors, release: Release, *, fair
     """The fields of the configuration, with what torchscale left to its defaults or to the tensors filled in."""
     embed, layers = settings.count("decoder_embed_dim"), settings.count("decoder_layers")
     eps, deepnorm = settings.number("layernorm_eps", release.norm_eps), settings.flag("deepnorm", False)
-    pre = _is_pre_norm(settings, stored, deepnorm)
+    pre, heads = _is_pre_norm(settings, stored, deepnorm), settings.count("decoder_retention_heads")
     block_norm = BlockNorm(release.norm, eps, bias=release.norm == "layer")
-    return {
+    common = tensors.decoder_fields(settings, embed, heads, layers, pre=pre, deepnorm=deepnorm, scaled=fairseq)
+    return common | {
         "vocab_size": _vocab_size(settings, stored),
-        "hidden_size": embed,
-        "num_layers": layers,
-        "num_heads": settings.count("decoder_retention_heads"),
-        "key_dim": embed,
         "value_dim": _value_dim(settings, release, stored),
         "head_norm": HeadNorm(release.norm, eps if release.head_norm_eps is None else release.head_norm_eps),
         "block_norm": block_norm,
         "feed_forward": FeedForward(
             release.feed_forward,
             settings.count("decoder_ffn_embed_dim"),
-            settings.choice("activation_fn", ACTIVATIONS, "swish" if fairseq else "gelu"),
+            settings.choice("activation_fn", tensors.ACTIVATIONS, "swish" if fairseq else "gelu"),
             bias=release.biases,
             norm=block_norm if _has_ffn_norm(settings, release, stored) else None,
         ),
-        "norm_order": "pre" if pre else "post",
-        "residual_alpha": (2.0 * layers) ** 0.25 if deepnorm else 1.0,
-        "final_norm": pre,
         "projection_bias": release.biases,
-        "embedding_scale": 1.0 if settings.flag("no_scale_embedding", not fairseq) else math.sqrt(embed),
-        "embedding_norm": settings.flag("layernorm_embedding", False),
     }
 
 
@@ -178,7 +148,7 @@ def _is_pre_norm(settings: Settings, stored: StoredTensors, deepnorm: bool) -> b
 
 def _has_ffn_norm(settings: Settings, release: Release, stored: StoredTensors) -> bool:
     """Only a plain feed-forward network has one, where `subln` is on."""
-    found = FFN_NORM in stored.locations
+    found = tensors.FFN_NORM in stored.locations
     if settings.flag("subln", found) != found and release.feed_forward == "plain":
         raise settings.wrong("subln", not found, f"{str(found).lower()}, as the tensors say")
     return found
@@ -222,13 +192,7 @@ def _write(config: RetNetConfig, assumed_clamp: bool) -> Writing:
     told_by = (kind, config.block_norm.kind, config.projection_bias)
     release = next((r for r in RELEASES if (r.feed_forward, r.norm, r.biases) == told_by), RELEASES[0])
     settings = {
-        "decoder_embed_dim": config.hidden_size,
-        "decoder_value_embed_dim": config.value_dim,
-        "decoder_retention_heads": config.num_heads,
-        "decoder_ffn_embed_dim": config.feed_forward.dim,
-        "decoder_layers": config.num_layers,
-        "decoder_normalize_before": config.norm_order == "pre",
-        "activation_fn": activation_word(config),
+        **tensors.written_sizes(config),
         "no_scale_embedding": config.embedding_scale == 1.0,
         "layernorm_embedding": config.embedding_norm,
         "deepnorm": deepnorm,
@@ -240,11 +204,11 @@ def _write(config: RetNetConfig, assumed_clamp: bool) -> Writing:
     }
     return Writing(
         settings,
-        decoder_names(release.feed_forward),
+        tensors.decoder_names(release.feed_forward),
         settings_file="args.json",
         weights_file="model.pt",
         ties={HEAD: EMBEDDING} if tied else {},
-        buffers=written_buffers(config),
+        buffers=tensors.written_buffers(config),
     )
 
 
@@ -260,7 +224,7 @@ TORCHSCALE = FormatSpec(
     is_settings=_is_settings,
     settings_words="decoder_embed_dim and decoder_retention_heads",
     marks=("layers.0.retention.q_proj.weight", EMBEDDING),
-    names={**decoder_names("glu"), **decoder_names("plain"), "version": None},
+    names={**tensors.decoder_names("glu"), **tensors.decoder_names("plain"), "version": None},
     read=_read,
     outer_head={"lm_head.weight": HEAD, HEAD: HEAD},
     write=_write,

@@ -6,22 +6,17 @@ Before: LayerNorm, fc2([norm] act(fc1 x)), biases everywhere.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from retnet_tools.config import Activation, FeedForwardKind, NormKind, RetNetConfig, ScoreClamp
 from retnet_tools.errors import InputError
-from retnet_tools.formats.schedules import (
-    floats,
-    language_model_gammas,
-    log_float32,
-    paper_log_decay,
-    read_angles,
-    read_buffer,
-    refuse_other,
-)
-from retnet_tools.formats.spec import Modules, NameTable, Source, in_layers, module_names
+from retnet_tools.formats import schedules
+from retnet_tools.formats.settings import Settings, words
+from retnet_tools.formats.spec import NameTable, Source, in_layers, module_names
 from retnet_tools.formats.storage import StoredTensors
 from retnet_tools.weights import Array
 
@@ -30,7 +25,14 @@ FINAL_NORM = "layer_norm.weight"
 FFN_NORM = "layers.0.ffn.ffn_layernorm.weight"
 ANGLES, DECAYS = "retnet_rel_pos.angle", "retnet_rel_pos.decay"
 ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "swish": "silu", "relu": "relu"}
-_LAYER: Modules = {
+KEYS = words(
+    """
+    activation_fn decoder_embed_dim decoder_ffn_embed_dim decoder_layers decoder_normalize_before
+    decoder_retention_heads decoder_value_embed_dim deepnorm layernorm_embedding layernorm_eps no_scale_embedding subln
+    vocab_size
+    """
+)
+_LAYER = {
     "retention_layer_norm": "retention_norm",
     "retention.q_proj": "retention.q_proj",
     "retention.k_proj": "retention.k_proj",
@@ -40,13 +42,13 @@ _LAYER: Modules = {
     "final_layer_norm": "ffn_norm",
     "ffn.fc2": "ffn.down_proj",
 }
-_FFN: dict[str, Modules] = {
+_FFN = {
     "glu": {"ffn.fc1": "ffn.gate_proj", "ffn.gate": "ffn.up_proj"},
     "plain": {"ffn.fc1": "ffn.up_proj", "ffn.ffn_layernorm": "ffn.norm"},
 }
 
 
-def decoder_names(kind: FeedForwardKind, prefix: str = "", head: str = "output_projection") -> NameTable:
+def decoder_names(kind: str, prefix: str = "", head: str = "output_projection") -> NameTable:
     """The names of a decoder with this feed-forward network, behind a prefix; the head stands outside of it."""
     modules = {
         f"{prefix}embed_tokens": "embedding",
@@ -103,6 +105,27 @@ def find_release(stored: StoredTensors) -> Release:
     raise InputError("tensors of no known torchscale release", f"either {gate!r} or {norm_bias!r}")
 
 
+def decoder_fields(
+    settings: Settings, embed: int, heads: int, layers: int, *, pre: bool, deepnorm: bool, scaled: bool = False
+) -> dict[str, Any]:
+    """Fields of the configuration that torchscale and its relatives resolve alike.
+
+    Args:
+        scaled: whether the embedding is scaled where the settings do not say.
+    """
+    return {
+        "hidden_size": embed,
+        "num_layers": layers,
+        "num_heads": heads,
+        "key_dim": embed,
+        "norm_order": "pre" if pre else "post",
+        "residual_alpha": (2.0 * layers) ** 0.25 if deepnorm else 1.0,
+        "final_norm": pre,
+        "embedding_scale": 1.0 if settings.flag("no_scale_embedding", not scaled) else math.sqrt(embed),
+        "embedding_norm": settings.flag("layernorm_embedding", False),
+    }
+
+
 def read_buffers(
     source: Source, prefix: str, num_heads: int, head_k_dim: int, *, language_model: bool = False
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -113,23 +136,17 @@ def read_buffers(
         language_model: whether the configuration names that decay, and not the paper's.
 
     Raises:
-        InputError: as `read_buffer`; angles that differ within a pair, or the decay of the other published schedule.
+        InputError: as `schedules.read_angles` and `schedules.read_named`.
     """
-    name, published = prefix + DECAYS, [paper_log_decay(num_heads), language_model_log_decay(num_heads)]
-    formulas = ["gamma = 1 - 2^(-5-h)", "gamma = 1 - exp(linspace(log 1/32, log 1/512))"]
-    refusal = InputError(
-        f"tensor {name!r} holds {formulas[not language_model]}",
-        f"{formulas[language_model]}, as the configuration says",
-        "correct the configuration (use_lm_decay)",
-    )
-    refuse_other(source, name, published[language_model], published[not language_model], refusal)
-    frequencies = read_angles(source, prefix + ANGLES, head_k_dim)
-    return floats(read_buffer(source, name, published[language_model])), frequencies
+    frequencies = schedules.read_angles(source, prefix + ANGLES, head_k_dim)
+    decays = [schedules.paper_log_decay(num_heads), language_model_log_decay(num_heads)]
+    decay = schedules.read_named(source, prefix + DECAYS, "use_lm_decay", language_model, decays)
+    return schedules.floats(decay), frequencies
 
 
 def language_model_log_decay(num_heads: int) -> Array:
     """log of `language_model_gammas`, float32 `[H]`."""
-    return log_float32(language_model_gammas(num_heads))
+    return schedules.log_float32(schedules.language_model_gammas(num_heads))
 
 
 def written_buffers(config: RetNetConfig, prefix: str = "") -> dict[str, Array]:
@@ -142,7 +159,15 @@ def written_buffers(config: RetNetConfig, prefix: str = "") -> dict[str, Array]:
     return {name: narrow[name] if np.array_equal(narrow[name], exact) else exact for name, exact in buffers.items()}
 
 
-def activation_word(config: RetNetConfig) -> str:
-    """What the configuration calls the activation of the feed-forward network."""
+def written_sizes(config: RetNetConfig) -> dict[str, Any]:
+    """What torchscale and syncdoth both write of a model, by their keys."""
     activation = config.feed_forward.activation
-    return {to: word for word, to in ACTIVATIONS.items()}.get(activation, activation)
+    return {
+        "decoder_embed_dim": config.hidden_size,
+        "decoder_value_embed_dim": config.value_dim,
+        "decoder_retention_heads": config.num_heads,
+        "decoder_ffn_embed_dim": config.feed_forward.dim,
+        "decoder_layers": config.num_layers,
+        "decoder_normalize_before": config.norm_order == "pre",
+        "activation_fn": {to: word for word, to in ACTIVATIONS.items()}.get(activation, activation),
+    }

@@ -14,29 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from retnet_tools.config import (
-    Activation,
-    BlockNorm,
-    FeedForward,
-    FeedForwardKind,
-    HeadNorm,
-    NormKind,
-    RetNetConfig,
-    ScoreNormalization,
-)
+from retnet_tools.config import Activation, BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
+from retnet_tools.formats import schedules
+from retnet_tools.formats import torchscale_tensors as tensors
 from retnet_tools.formats.inert import HUGGING_FACE
-from retnet_tools.formats.schedules import (
-    floats,
-    linspace_frequencies,
-    log_float32,
-    paper_gammas,
-    read_buffer,
-    refuse_other,
-    xatl_language_model_gammas,
-)
 from retnet_tools.formats.settings import Keys, Only, Settings, words
 from retnet_tools.formats.spec import FormatSpec, Modules, NameTable, Reading, Source, in_layers, module_names
-from retnet_tools.formats.torchscale_tensors import decoder_names
 from retnet_tools.formats.transforms import head_part
 
 ANGLES, DECAYS = "model.retnet_rel_pos.angle", "model.retnet_rel_pos.decay"
@@ -68,12 +51,11 @@ XATL_KEYS = words(
     """
 )
 KEYS = Keys(
-    read=words(
+    read=tensors.KEYS
+    | words(
         """
-        activation_fn decoder_embed_dim decoder_ffn_embed_dim decoder_layers decoder_normalize_before
-        decoder_retention_heads decoder_value_embed_dim deepnorm groupnorm_affine layernorm_embedding layernorm_eps
-        lm_head_bias no_scale_embedding parallel_residual retnet_stability_update rotary_percentage
-        shared_attention_norm subln tie_word_embeddings use_bias use_glu use_lm_decay use_rms_norm vocab_size
+        groupnorm_affine lm_head_bias parallel_residual retnet_stability_update rotary_percentage shared_attention_norm
+        tie_word_embeddings use_bias use_glu use_lm_decay use_rms_norm
         """
     ),
     only={
@@ -91,12 +73,12 @@ KEYS = Keys(
 )
 
 
-def _names(kind: FeedForwardKind) -> NameTable:
+def _names(kind: str) -> NameTable:
     head_norm = module_names(in_layers("model.layers", {"retention.group_norm": "retention.head_norm"}))
-    return {**decoder_names(kind, "model.", "lm_head"), **head_norm}
+    return {**tensors.decoder_names(kind, "model.", "lm_head"), **head_norm}
 
 
-def _lit_names(kind: FeedForwardKind) -> NameTable:
+def _lit_names(kind: str) -> NameTable:
     return module_names({**LIT_ROOT, **in_layers("transformer.h", {**LIT_LAYER, **LIT_FFN[kind]})})
 
 
@@ -138,8 +120,8 @@ def resolve(source: Source) -> RetNetConfig:
         raise settings.wrong("decoder_retention_heads", heads, f"a divisor of decoder_embed_dim = {embed}")
     head_k_dim, layers = embed // heads, settings.size("decoder_layers", 12)
     eps, bias = settings.number("layernorm_eps", 1e-6), settings.flag("use_bias", False)
-    norm: NormKind = "rms" if settings.flag("use_rms_norm", True) else "layer"
-    block_norm = BlockNorm(norm, eps, bias=norm == "layer")
+    block_norm = BlockNorm("rms", eps) if settings.flag("use_rms_norm", True) else BlockNorm("layer", eps, bias=True)
+    shared_norm = HeadNorm(block_norm.kind, eps, "shared", bias=bias and block_norm.bias)
     affine, stable = settings.flag("groupnorm_affine", False), settings.flag("retnet_stability_update", False)
     decay, frequencies = _schedules(source, heads, head_k_dim)
     if ignored := [name for name in IGNORED_BY_KERNELS if settings.flag(name, False)]:
@@ -151,26 +133,18 @@ def resolve(source: Source) -> RetNetConfig:
     if parallel and not pre:
         raise settings.wrong("parallel_residual", True, "decoder_normalize_before with it", "this is not supported")
     return RetNetConfig(
+        **tensors.decoder_fields(settings, embed, heads, layers, pre=pre, deepnorm=deepnorm),
         vocab_size=settings.size("vocab_size", 50257),
-        hidden_size=embed,
-        num_layers=layers,
-        num_heads=heads,
-        key_dim=embed,
         value_dim=settings.size("decoder_value_embed_dim", 1280),
         decay=decay,
         rotary_frequencies=frequencies,
         score_normalization=ScoreNormalization(head_k_dim**-0.5, stable, "sum_of_abs" if stable else "none"),
-        head_norm=HeadNorm(norm, eps, "shared", bias=bias and norm == "layer") if affine else HeadNorm("rms", eps),
+        head_norm=shared_norm if affine else HeadNorm("rms", eps),
         block_norm=block_norm,
         feed_forward=_feed_forward(settings, block_norm if subln else None),
-        norm_order="pre" if pre else "post",
         parallel_residual=parallel,
         shared_block_norm=shared,
-        residual_alpha=(2.0 * layers) ** 0.25 if deepnorm else 1.0,
-        final_norm=pre,
         projection_bias=bias,
-        embedding_scale=1.0 if settings.flag("no_scale_embedding", True) else math.sqrt(embed),
-        embedding_norm=settings.flag("layernorm_embedding", False),
         tie_word_embeddings=settings.flag("tie_word_embeddings", False),
         head_bias=settings.flag("lm_head_bias", False),
     )
@@ -209,13 +183,12 @@ def _schedules(source: Source, heads: int, head_k_dim: int) -> tuple[tuple[float
     rotated = int(head_k_dim * part)
     if rotated % 2 or rotated > head_k_dim:
         raise settings.wrong("rotary_percentage", part, f"an even number of the {head_k_dim} dimensions of a head")
-    published = [log_float32(gammas(heads), base=2) for gammas in (paper_gammas, xatl_language_model_gammas)]
-    refusal = settings.wrong("use_lm_decay", language_model, f"{not language_model}, as the stored {DECAYS!r} says")
-    refuse_other(source, DECAYS, published[language_model], published[not language_model], refusal)
-    angles = read_buffer(source, ANGLES, linspace_frequencies(rotated))
-    log2_gamma = read_buffer(source, DECAYS, published[language_model])
-    frequencies = floats(angles) + (0.0,) * ((head_k_dim - rotated) // 2)
-    return floats(log2_gamma.astype(np.float64) * math.log(2)), frequencies
+    angles = schedules.read_buffer(source, ANGLES, schedules.linspace_frequencies(rotated))
+    frequencies = schedules.floats(angles) + (0.0,) * ((head_k_dim - rotated) // 2)
+    gammas = schedules.paper_gammas(heads), schedules.language_model_gammas(heads, -5.0, -9.0)
+    decays = [schedules.log_float32(schedule, base=2) for schedule in gammas]
+    log2_gamma = schedules.read_named(source, DECAYS, "use_lm_decay", language_model, decays)
+    return schedules.floats(log2_gamma.astype(np.float64) * math.log(2)), frequencies
 
 
 def _is_settings(document: Mapping[str, Any]) -> bool:

@@ -15,7 +15,7 @@ from retnet_tools.errors import InputError
 from retnet_tools.formats.inert import TRAINING
 from retnet_tools.formats.schedules import name_of_all, read_angles
 from retnet_tools.formats.settings import Keys, Settings, words
-from retnet_tools.formats.spec import FormatSpec, Modules, NameTable, Reading, Source, in_layers, module_names
+from retnet_tools.formats.spec import FormatSpec, NameTable, Reading, Source, in_layers, module_names
 from retnet_tools.paper import language_model_decay
 
 ORIGIN = "yet-another-retnet"
@@ -23,7 +23,7 @@ ANGLES = "decoder.layers.{i}.retention.thetas"
 MARK = ANGLES.format(i=0)
 HEAD_NORM_EPS = 1e-6
 ACTIVATIONS: dict[str, Activation] = {"swish": "silu", "gelu": "gelu", "relu": "relu"}
-LAYER: Modules = {
+LAYER = {
     "norm1": "retention_norm",
     "retention.q_proj": "retention.q_proj",
     "retention.k_proj": "retention.k_proj",
