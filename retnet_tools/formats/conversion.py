@@ -16,18 +16,11 @@ from retnet_tools.errors import ConfigError, InputError, UsageError
 from retnet_tools.formats.mapping import expand_names, map_weights
 from retnet_tools.formats.provenance import provenance_section
 from retnet_tools.formats.settings import Settings
-from retnet_tools.formats.spec import AS_STORED, Checkpoint, Document, FormatSpec, Source, Transform, Writing
+from retnet_tools.formats.spec import AS_STORED, Checkpoint, FormatSpec, Source, Transform, Writing
 from retnet_tools.formats.storage import PlannedTensor, StoredTensors, planned
 from retnet_tools.formats.writer import DEFAULT_SHARD_SIZE, INDEX_FILE, CheckpointLayout, shard
 from retnet_tools.tokenizing.carried import carried_text
-from retnet_tools.weights import (
-    Array,
-    BlockSource,
-    WeightSource,
-    canonical_shapes,
-    check_weights,
-    read_blocks,
-)
+from retnet_tools.weights import Array, BlockSource, WeightSource, canonical_shapes, check_weights, read_blocks
 
 CARD_FILE = "README.md"
 SCHEDULES = ("decay", "rotary_frequencies")
@@ -144,12 +137,11 @@ def _stored_tensors(
         if canonical not in shapes:
             continue
         transform = writing.transforms.get(template, AS_STORED)
-        info = weights.info(canonical)
-        target = NUMPY_DTYPES[dtype] if dtype is not None else info.dtype
+        own = weights.info(canonical).dtype
+        target = own if dtype is None else NUMPY_DTYPES[dtype]
         read = partial(_blocks, weights, canonical, transform, target)
-        region = None
-        if transform is AS_STORED and target == info.dtype and isinstance(weights, BlockSource):
-            region = weights.region(canonical)
+        same = transform is AS_STORED and target == own
+        region = weights.region(canonical) if same and isinstance(weights, BlockSource) else None
         tensors.append(PlannedTensor(transform.stored_shape(shapes[canonical]), target, name, read, region))
         names[name] = canonical
     by_name = {tensor.name: tensor for tensor in tensors}
@@ -173,20 +165,13 @@ def _blocks(weights: WeightSource, canonical: str, transform: Transform, dtype: 
 def _check_reads_back(
     config: RetNetConfig, target: FormatSpec, writing: Writing, tensors: Sequence[PlannedTensor]
 ) -> tuple[str, ...]:
-    """What is written must read as the same model, schedules up to float32 rounding; gives what to note about them.
-
-    Raises:
-        UsageError: the format cannot express the model; lists every field that would be lost.
-    """
+    """What is written must read as the same model, schedules up to float32 rounding; gives what to note about them."""
     stored = StoredTensors({tensor.name: tensor for tensor in tensors})
-    document = Document(None, writing.settings_file, writing.settings)
     try:
-        settings = Settings.declared(target.layout, writing.settings, target.keys)
-        reading = target.read(Source(stored, settings, document))
+        reading = target.read(Source(stored, Settings.declared(target.layout, writing.settings, target.keys)))
     except (InputError, ConfigError) as error:
-        raise UsageError(
-            f"{target.name} cannot express this model: {error.found}", error.expected, "convert to another format"
-        ) from error
+        found = f"{target.name} cannot express this model: {error.found}"
+        raise UsageError(found, error.expected, "convert to another format") from error
     differences = list(_differences(config.to_dict(), reading.config.to_dict()))
     rounded = [name for name, wanted, got in differences if name in SCHEDULES and _equal_as_float32(wanted, got)]
     lost = [_lost(*difference) for difference in differences if difference[0] not in rounded]

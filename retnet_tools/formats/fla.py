@@ -14,6 +14,7 @@ from typing import Any
 
 from retnet_tools.config import Activation, BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
 from retnet_tools.formats.inert import HUGGING_FACE
+from retnet_tools.formats.mapping import halves_to_pairs, row_range
 from retnet_tools.formats.schedules import floats, paper_log_decay, rope_frequencies
 from retnet_tools.formats.settings import Keys, Only, Settings, words
 from retnet_tools.formats.spec import (
@@ -26,7 +27,6 @@ from retnet_tools.formats.spec import (
     in_layers,
     module_names,
 )
-from retnet_tools.formats.transforms import halves_to_pairs, row_range
 from retnet_tools.formats.xatl import XATL_KEYS
 
 ORIGIN = "flash-linear-attention"

@@ -15,11 +15,11 @@ import numpy as np
 from retnet_tools.config import BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
 from retnet_tools.errors import InputError
 from retnet_tools.formats.inert import TRAINING
+from retnet_tools.formats.mapping import TRANSPOSED, joined_heads
 from retnet_tools.formats.schedules import floats, language_model_gammas, read_xpos
 from retnet_tools.formats.settings import Keys, Settings, words
 from retnet_tools.formats.spec import FormatSpec, NameTable, Reading, Source, module_names
 from retnet_tools.formats.storage import StoredTensors
-from retnet_tools.formats.transforms import TRANSPOSED, joined_heads
 
 ORIGIN = "Jamie-Stirling"
 MARK = "retentions.0.retentions.0.W_Q"

@@ -1,12 +1,15 @@
 """Finds out which format a checkpoint is, from its tensors and its configuration together, and what it is to read.
 
-What wrappers put around the names comes off before the format sees one (see `wrappers`).
+What wrappers put around the names comes off before the format sees one. Prefixes (`module.`, `_orig_mod.`, `model.`,
+`net.`, and chains of these) stand before every name: whatever makes a format's marks fit is the prefix. Those that wrap
+the blocks inside a model leave their word in the middle. A wrapper may have the output projection itself, outside of
+the prefix; and a model may be saved without its own outermost part.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from retnet_tools.errors import InputError
@@ -15,7 +18,14 @@ from retnet_tools.formats.files import CONFIG_NAMES, CheckpointFiles
 from retnet_tools.formats.foreign import refuse_foreign
 from retnet_tools.formats.settings import Settings
 from retnet_tools.formats.spec import NO_DOCUMENT, Document, FormatSpec, Source
-from retnet_tools.formats.wrappers import base_prefixes, prefixes, unwrapped, without_words
+from retnet_tools.formats.storage import StoredTensors
+
+INERT_TENSORS = frozenset({"n_averaged"})
+"""Counters of torch's averaged models, beside the weights."""
+# torch.compile, FSDP (torch's, fairscale's), activation checkpointing, Fabric.
+_WORD = re.compile(
+    r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module|_forward_module)\."
+)
 
 
 def find_format(files: CheckpointFiles, formats: Sequence[FormatSpec]) -> FormatSpec:
@@ -25,13 +35,13 @@ def find_format(files: CheckpointFiles, formats: Sequence[FormatSpec]) -> Format
         InputError: none, with the nearest and the first thing that differs from it; or several.
     """
     refuse_foreign(files)
-    documents, names = _documents(files), without_words(files.tensors).locations
+    documents, names = _documents(files), _without_words(files.tensors).locations
     told = [spec for spec in formats if not spec.needs_settings or _has_settings(spec, documents)]
-    found = [spec for spec in told if prefixes(names, spec.marks)] or [s for s in told if base_prefixes(names, s)]
+    found = [spec for spec in told if _prefixes(names, spec.marks)] or [s for s in told if _base_prefixes(names, s)]
     if len(found) > 1:
         found = [spec for spec in found if _named(spec, _kinds(names)) == 1.0] or found
     if len(found) > 1:
-        lengths = [min(map(len, prefixes(names, spec.marks)), default=0) for spec in found]
+        lengths = [min(map(len, _prefixes(names, spec.marks)), default=0) for spec in found]
         found = [spec for spec, length in zip(found, lengths, strict=True) if length == min(lengths)]
     if len(found) == 1:
         return found[0]
@@ -52,7 +62,7 @@ def read_source(spec: FormatSpec, files: CheckpointFiles, ignore_keys: Collectio
     Raises:
         InputError: no configuration where the format needs one, or a key of it that the format does not know.
     """
-    stored, prefix = unwrapped(without_words(files.tensors), spec)
+    stored, prefix = _unwrapped(_without_words(files.tensors), spec)
     document = _choose_document(spec, files)
     return Source(stored, Settings.declared(spec.layout, document.values, spec.keys, ignore_keys), document, prefix)
 
@@ -131,14 +141,71 @@ def _not_found(
     mixed = [
         spec.layout
         for spec in (max(formats, key=lambda s: _named(s, kinds)), nearest)
-        if prefixes(names, spec.marks) or _has_settings(spec, documents)
+        if _prefixes(names, spec.marks) or _has_settings(spec, documents)
     ]
     if len(set(mixed)) == 2:
         return InputError(
             f"{name} has tensors of {mixed[0]}, a configuration of {mixed[1]}", "one layout", "see --config"
         )
     near = f"{name} is no known layout; the nearest is {nearest.layout}"
-    missing = next((mark for mark in nearest.marks if not prefixes(names, (mark,))), None)
+    missing = next((mark for mark in nearest.marks if not _prefixes(names, (mark,))), None)
     if missing is not None:
         return InputError(near, f"the tensor {missing!r}", "see docs/formats.md")
     return InputError(near, f"a configuration with {nearest.settings_words}", "name it: --config FILE")
+
+
+def _renamed(stored: StoredTensors, names: Mapping[str, str]) -> StoredTensors:
+    """Tensors under other names: from each name here to the stored one."""
+    return StoredTensors({name: stored.locations[old] for name, old in names.items()}, stored.metadata)
+
+
+def _without_words(stored: StoredTensors) -> StoredTensors:
+    """The tensors, their names without the words that wrappers put in the middle."""
+    names = {_WORD.sub("", name): name for name in stored.names()}
+    return _renamed(stored, names) if len(names) == len(stored.locations) else stored
+
+
+def _prefixes(names: Iterable[str], marks: Sequence[str]) -> list[str]:
+    """Every prefix with which all marks are among the names, the shortest first."""
+    known = set(names)
+    ends = [name.removesuffix(marks[0]) for name in known if name.endswith(marks[0])]
+    found = [p for p in ends if (not p or p.endswith(".")) and all(p + mark in known for mark in marks)]
+    return sorted(found, key=lambda prefix: (len(prefix), prefix))
+
+
+def _base_prefixes(names: Iterable[str], spec: FormatSpec) -> list[str]:
+    """The same of a model that was saved without its outermost part."""
+    return _prefixes(names, [mark.removeprefix(spec.base) for mark in spec.marks]) if spec.base else []
+
+
+def _unwrapped(stored: StoredTensors, spec: FormatSpec) -> tuple[StoredTensors, str]:
+    """The tensors under a format's names, and the prefix that came off.
+
+    Raises:
+        InputError: several prefixes that fit, or a name without the one that does.
+    """
+    found, base = _prefixes(stored.names(), spec.marks), ""
+    if not found and (found := _base_prefixes(stored.names(), spec)):
+        base = spec.base
+    if len(found) > 1:
+        raise InputError(f"weights under {' and '.join(map(repr, found))}", f"one {spec.layout}", "save one of them")
+    prefix = found[0] if found else ""  # without any the format says what it misses
+    heads = _heads(stored, spec, prefix, base)
+    names = {base + name.removeprefix(prefix): name for name in stored.names() if name.startswith(prefix)}
+    for name in heads.values():
+        names.pop(base + name.removeprefix(prefix), None)
+    for name in stored.names():
+        if not name.startswith(prefix) and name not in INERT_TENSORS and name not in heads.values():
+            raise InputError(f"unknown tensor {name!r}", f"names that start with {prefix!r}", "remove it")
+    for name in INERT_TENSORS:
+        names.pop(base + name, None)
+    return _renamed(stored, {**names, **heads}), prefix
+
+
+def _heads(stored: StoredTensors, spec: FormatSpec, prefix: str, base: str) -> dict[str, str]:
+    """The parts of an output projection that a wrapper has itself, by the format's name for each."""
+    words = prefix.split(".")[:-1]
+    places = [".".join((*words[:i], "")) for i in range(len(words) + 1)]
+    heads = [(to, place + name) for name, to in spec.outer_head.items() for place in places]
+    heads = [(to, name) for to, name in heads if name in stored.locations]
+    return {to: name for to, name in heads if base or prefix + to not in stored.locations}

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -112,22 +111,18 @@ def read_buffer(source: Source, name: str, published: Array, *, rtol: float = OT
 
 
 def read_named(
-    source: Source, name: str, flag: str, stated: bool, schedules: Sequence[Array], *, rtol: float = OTHER_SCHEDULE
+    source: Source, name: str, named: Array, other: Array, refusal: InputError, *, rtol: float = OTHER_SCHEDULE
 ) -> Array:
-    """`read_buffer` of one of two published schedules.
-
-    Args:
-        flag: the key of the configuration that names it, where it stands for `stated`.
-        schedules: of the flag off, and on.
+    """`read_buffer` of the one of two published schedules that the configuration names.
 
     Raises:
-        InputError: as `read_buffer`; the buffer is the schedule that the configuration does not name.
+        InputError: as `read_buffer`; the refusal, of a buffer that is the other schedule.
     """
-    named, other, location = schedules[stated], schedules[not stated], source.stored.locations.get(name)
+    location = source.stored.locations.get(name)
     if location is not None and location.shape == other.shape:
         found = location.read()
         if _is_alike(found, other, rtol) and not _is_alike(found, named, rtol):
-            raise source.settings.wrong(flag, stated, f"{not stated}, as the stored {name!r} says")
+            raise refusal
     return read_buffer(source, name, named, rtol=rtol)
 
 

@@ -13,7 +13,7 @@ from retnet_tools.config import BlockNorm, FeedForward, HeadNorm, RetNetConfig, 
 from retnet_tools.errors import InputError
 from retnet_tools.formats import schedules
 from retnet_tools.formats.inert import HUGGING_FACE
-from retnet_tools.formats.mapping import is_tied
+from retnet_tools.formats.mapping import is_tied, row_range
 from retnet_tools.formats.settings import Keys, words
 from retnet_tools.formats.spec import (
     FormatSpec,
@@ -25,7 +25,6 @@ from retnet_tools.formats.spec import (
     in_layers,
     module_names,
 )
-from retnet_tools.formats.transforms import row_range
 
 EMBEDDING, HEAD = "model.embedding.weight", "lm_head.weight"
 DECAY, SCALE = "model.blocks.{i}.msr.decay", "model.blocks.{i}.msr.xpos.scale"
@@ -112,7 +111,8 @@ def _decay(source: Source, heads: int) -> tuple[float, ...]:
     """log(gamma) of the gammas that every layer stores."""
     gammas = schedules.language_model_gammas(heads), schedules.paper_gammas(heads)
     paper, name = source.settings.flag("use_default_gamma", False), schedules.name_of_all(source.stored, DECAY)
-    gamma = schedules.read_named(source, name, "use_default_gamma", paper, gammas, rtol=SAME_GAMMAS)
+    refusal = source.settings.wrong("use_default_gamma", paper, f"{not paper}, as the stored {name!r} says")
+    gamma = schedules.read_named(source, name, gammas[paper], gammas[not paper], refusal, rtol=SAME_GAMMAS)
     if not np.all((gamma > 0) & (gamma <= 1)):
         raise InputError(f"tensor {name!r} holds {gamma.tolist()}", "numbers in (0, 1]")
     return schedules.floats(np.log(gamma.astype(np.float64)))

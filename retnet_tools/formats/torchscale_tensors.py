@@ -138,9 +138,13 @@ def read_buffers(
     Raises:
         InputError: as `schedules.read_angles` and `schedules.read_named`.
     """
-    frequencies = schedules.read_angles(source, prefix + ANGLES, head_k_dim)
+    frequencies, name = schedules.read_angles(source, prefix + ANGLES, head_k_dim), prefix + DECAYS
     decays = [schedules.paper_log_decay(num_heads), language_model_log_decay(num_heads)]
-    decay = schedules.read_named(source, prefix + DECAYS, "use_lm_decay", language_model, decays)
+    formulas = ["gamma = 1 - 2^(-5-h)", "gamma = 1 - exp(linspace(log 1/32, log 1/512))"]
+    expected = f"{formulas[language_model]}, as the configuration says"
+    held, action = f"tensor {name!r} holds {formulas[not language_model]}", "correct the configuration (use_lm_decay)"
+    refusal = InputError(held, expected, action)
+    decay = schedules.read_named(source, name, decays[language_model], decays[not language_model], refusal)
     return schedules.floats(decay), frequencies
 
 

@@ -18,9 +18,9 @@ from retnet_tools.config import Activation, BlockNorm, FeedForward, HeadNorm, Re
 from retnet_tools.formats import schedules
 from retnet_tools.formats import torchscale_tensors as tensors
 from retnet_tools.formats.inert import HUGGING_FACE
+from retnet_tools.formats.mapping import head_part
 from retnet_tools.formats.settings import Keys, Only, Settings, words
 from retnet_tools.formats.spec import FormatSpec, Modules, NameTable, Reading, Source, in_layers, module_names
-from retnet_tools.formats.transforms import head_part
 
 ANGLES, DECAYS = "model.retnet_rel_pos.angle", "model.retnet_rel_pos.decay"
 QKV = tuple(f"retention.{name}_proj" for name in "qkv")
@@ -187,7 +187,8 @@ def _schedules(source: Source, heads: int, head_k_dim: int) -> tuple[tuple[float
     frequencies = schedules.floats(angles) + (0.0,) * ((head_k_dim - rotated) // 2)
     gammas = schedules.paper_gammas(heads), schedules.language_model_gammas(heads, -5.0, -9.0)
     decays = [schedules.log_float32(schedule, base=2) for schedule in gammas]
-    log2_gamma = schedules.read_named(source, DECAYS, "use_lm_decay", language_model, decays)
+    refusal = settings.wrong("use_lm_decay", language_model, f"{not language_model}, as the stored {DECAYS!r} says")
+    log2_gamma = schedules.read_named(source, DECAYS, decays[language_model], decays[not language_model], refusal)
     return schedules.floats(log2_gamma.astype(np.float64) * math.log(2)), frequencies
 
 

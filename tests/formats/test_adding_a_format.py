@@ -18,10 +18,10 @@ from retnet_tools.config import BlockNorm, FeedForward, HeadNorm, RetNetConfig, 
 from retnet_tools.errors import InputError
 from retnet_tools.formats import open_checkpoint
 from retnet_tools.formats.inert import TRAINING
+from retnet_tools.formats.mapping import row_range
 from retnet_tools.formats.settings import Keys, Settings, words
 from retnet_tools.formats.spec import FormatSpec, Reading, Source, in_layers, module_names
 from retnet_tools.formats.storage import StoredTensors
-from retnet_tools.formats.transforms import row_range
 from retnet_tools.jobs.convert import ConvertRequest, convert
 from retnet_tools.jobs.verify import VerifyRequest, verify
 from retnet_tools.paper import paper_decay, paper_rotary_frequencies
