@@ -12,18 +12,18 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
-import onnx_ir as ir
+from onnx_ir import Value
 
 from retnet_tools.config import BlockNorm, RetNetConfig
 from retnet_tools.graph.contract import FLOAT16_STATE_LIMIT, state_scale, step_inputs, step_outputs
-from retnet_tools.graph.nodes import epsilon, graph_value, tensor_type
+from retnet_tools.graph.nodes import Pair, epsilon, graph_value, tensor_type
 from retnet_tools.graph.positions import PositionValues, position_values
 from retnet_tools.graph.standard_ops import NormWeights, StandardOps
 from retnet_tools.graph.weighted import BuiltGraph, WeightedBuilder
 from retnet_tools.weights import canonical_shapes
 
 WIDE = "float32"
-TokenInputs = tuple[ir.Value, ir.Value, ir.Value | None]
+TokenInputs = tuple[Value, Value, Value | None]
 """Ids `[B, T]` or embeddings `[B, T, D]`, positions `[B, T]`, and a mask of keys `[B, T, 1]` float32: 1 at real tokens,
 0 at padding; None where every token is real."""
 
@@ -47,22 +47,22 @@ class DecoderBuilder(WeightedBuilder, ABC):
         self.config, self.state_dtype = config, state_dtype
 
     @abstractmethod
-    def read(self, inputs: Sequence[ir.Value]) -> TokenInputs:
+    def read(self, inputs: Sequence[Value]) -> TokenInputs:
         """The inputs but for the states, ready for use."""
 
     @abstractmethod
-    def token_axis(self, x: ir.Value) -> ir.Value:
+    def token_axis(self, x: Value) -> Value:
         """`[rows, N]` to `[B, T, N]`."""
 
     @abstractmethod
-    def retention(self, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def retention(self, q: Value, k: Value, v: Value, past: Value) -> Pair:
         """Output `[B, T, H*V]` and state `[B, H, K, V]` of rotated q, k `[B, T, H*K]` and v `[B, T, H*V]`, float32."""
 
     @abstractmethod
-    def last_rows(self, x: ir.Value) -> ir.Value:
+    def last_rows(self, x: Value) -> Value:
         """`[rows, D]` to `[B, D]`: the row of the last real token of each sequence."""
 
-    def further_outputs(self) -> list[ir.Value]:
+    def further_outputs(self) -> list[Value]:
         """Outputs after the states."""
         return []
 
@@ -78,7 +78,7 @@ class DecoderBuilder(WeightedBuilder, ABC):
         x, present = self._layers(self._embed(tokens), terms, inputs[-layers:])
         return self.finish(self.name, inputs, [self.logits(x), *present, *self.further_outputs()], specs)
 
-    def _embed(self, tokens: ir.Value) -> ir.Value:
+    def _embed(self, tokens: Value) -> Value:
         g, config = self.g, self.config
         g.scope = "embedding"
         if config.has_vocabulary:
@@ -89,14 +89,14 @@ class DecoderBuilder(WeightedBuilder, ABC):
         x = g.scale(x, config.embedding_scale, self.dtype)
         return self.ops.norm(g, x, self._norm("embedding_norm")) if config.embedding_norm else x
 
-    def _layers(self, x: ir.Value, terms: PositionValues, past: Sequence[ir.Value]) -> tuple[ir.Value, list[ir.Value]]:
-        config, present = self.config, []
+    def _layers(self, x: Value, terms: PositionValues, past: Sequence[Value]) -> tuple[Value, list[Value]]:
+        g, config, present = self.g, self.config, []
         pre = config.norm_order == "pre"
         # Pre-norm: Y = MSR(LN(X)) + X. Each sum is made together with the norm that follows it.
-        normed = self.ops.norm(self.g, x, self._norm("layers.0.retention_norm")) if pre else x
+        normed = self.ops.norm(g, x, self._norm("layers.0.retention_norm")) if pre else x
         for i in range(config.num_layers):
             name, last = f"layers.{i}", i + 1 == config.num_layers
-            self.g.scope = f"{name}/retention"
+            g.scope = f"{name}/retention"
             y, state = self._retention(f"{name}.retention", normed, terms, past[i])
             present.append(state)
             if last:
@@ -104,32 +104,28 @@ class DecoderBuilder(WeightedBuilder, ABC):
                 x, y = self.last_rows(x), self.last_rows(y)
             if config.parallel_residual:
                 entry = self._parallel_input(f"{name}.ffn_norm", x, normed, last)
-                x = self.g.op("Add", self._scaled(x), y)
+                x = g.op("Add", g.scale(x, config.residual_alpha, self.dtype), y)
             else:
-                norms = {"own": f"{name}.retention_norm", "following": f"{name}.ffn_norm"}
-                x, entry = self._add_norm(self._scaled(x), y, **norms)
-                x = self._scaled(x)
-            self.g.scope = f"{name}/ffn"
+                x = g.scale(x, config.residual_alpha, self.dtype)
+                x, entry = self._add_norm(x, y, own=f"{name}.retention_norm", following=f"{name}.ffn_norm")
+                x = g.scale(x, config.residual_alpha, self.dtype)
+            g.scope = f"{name}/ffn"
             y = self._feed_forward(f"{name}.ffn", entry)
             following = "final_norm" if last else f"layers.{i + 1}.retention_norm"
             x, normed = self._add_norm(x, y, own=f"{name}.ffn_norm", following=following)
         if config.final_norm and not pre:
-            normed = self.ops.norm(self.g, normed, self._norm("final_norm"))
+            normed = self.ops.norm(g, normed, self._norm("final_norm"))
         if config.output_norm is not None:
-            normed = self.ops.norm(self.g, normed, self._norm("output_norm", config.output_norm))
+            normed = self.ops.norm(g, normed, self._norm("output_norm", config.output_norm))
         return normed, present
 
-    def _parallel_input(self, norm: str, x: ir.Value, normed: ir.Value, last: bool) -> ir.Value:
+    def _parallel_input(self, norm: str, x: Value, normed: Value, last: bool) -> Value:
         """What the feed-forward network reads where it reads the layer's input x: LN_2 X, or the layer's LN_1 X."""
         if not self.config.shared_block_norm:
             return self.ops.norm(self.g, x, self._norm(norm))
         return self.last_rows(normed) if last else normed
 
-    def _scaled(self, x: ir.Value) -> ir.Value:
-        """alpha x."""
-        return self.g.scale(x, self.config.residual_alpha, self.dtype)
-
-    def _add_norm(self, x: ir.Value, y: ir.Value, *, own: str, following: str) -> tuple[ir.Value, ir.Value]:
+    def _add_norm(self, x: Value, y: Value, *, own: str, following: str) -> Pair:
         """The residual stream after a block gave y, and what the next block reads.
 
         Args:
@@ -145,7 +141,7 @@ class DecoderBuilder(WeightedBuilder, ABC):
         total, normed = self.ops.add_norm(self.g, x, y, self._norm(following if order == "pre" else own))
         return (total, normed) if order == "pre" else (normed, normed)
 
-    def _retention(self, name: str, x: ir.Value, terms: PositionValues, past: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def _retention(self, name: str, x: Value, terms: PositionValues, past: Value) -> Pair:
         g, config = self.g, self.config
         parts = ("q_proj", "k_proj", "v_proj", "gate_proj")[: 3 if config.gate is None else 4]
         names = tuple(f"{name}.{part}" for part in parts)
@@ -170,7 +166,7 @@ class DecoderBuilder(WeightedBuilder, ABC):
         y = self.linear(y, f"{name}.out_proj", (f"{name}.out_proj",), config.projection_bias)
         return y, g.cast(present, WIDE, self.state_dtype)
 
-    def _for_float16_states(self, q: ir.Value, k: ir.Value, v: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+    def _for_float16_states(self, q: Value, k: Value, v: Value) -> tuple[Value, Value, Value]:
         """q / c, c k and v, so that the state is c S, with k and v limited; c is a power of two and rounds nothing."""
         g, limit = self.g, np.array(FLOAT16_STATE_LIMIT, dtype=np.float32)
         low, high = g.constant("state_limit_low", -limit), g.constant("state_limit_high", limit)
@@ -179,7 +175,7 @@ class DecoderBuilder(WeightedBuilder, ABC):
         k = g.op("Mul", k, g.constant("state_scale", scale.astype(np.float32)))  # [H*K], as k
         return g.op("Mul", q, g.constant("state_scale_inverse", (1 / scale).astype(np.float32))), k, v
 
-    def _rotate(self, x: ir.Value, cos: ir.Value, sin: ir.Value, heads: int) -> ir.Value:
+    def _rotate(self, x: Value, cos: Value, sin: Value, heads: int) -> Value:
         """q or k `[B, T, H*K]` by phases as `PositionValues` has them."""
         g, config = self.g, self.config
         if not config.has_head_rotation:
@@ -189,7 +185,7 @@ class DecoderBuilder(WeightedBuilder, ABC):
         x = g.op("RotaryEmbedding", g.reshape(x, 0, -1, config.head_k_dim), cos, sin, interleaved=1, num_heads=1)
         return g.reshape(x, 0, -1, config.key_dim)  # [B, T*H, K] -> [B, T, H*K]
 
-    def _repeat(self, x: ir.Value, size: int) -> ir.Value:
+    def _repeat(self, x: Value, size: int) -> Value:
         """Each head of k or v once for every query head that shares it."""
         g, groups = self.g, self.config.num_kv_groups
         if groups == 1:
@@ -198,7 +194,7 @@ class DecoderBuilder(WeightedBuilder, ABC):
         x = g.op("Expand", x, g.integers(1, 1, 1, groups, 1))
         return g.reshape(x, 0, 0, self.config.num_heads * size)
 
-    def _head_norm(self, name: str, y: ir.Value, terms: PositionValues) -> ir.Value:
+    def _head_norm(self, name: str, y: Value, terms: PositionValues) -> Value:
         g, config = self.g, self.config
         norm, heads, size = config.head_norm, config.num_heads, config.head_v_dim
         y = g.reshape(y, 0, 0, heads, size)  # [B, T, H*V] -> [B, T, H, V]
@@ -217,7 +213,7 @@ class DecoderBuilder(WeightedBuilder, ABC):
                 y = g.op(op_type, y, parameter)
         return y
 
-    def _feed_forward(self, name: str, x: ir.Value) -> ir.Value:
+    def _feed_forward(self, name: str, x: Value) -> Value:
         g, ffn = self.g, self.config.feed_forward
         if ffn.kind == "glu":
             merged = self.linear(x, f"{name}.gate_up_proj", (f"{name}.gate_proj", f"{name}.up_proj"), ffn.bias)
@@ -229,7 +225,7 @@ class DecoderBuilder(WeightedBuilder, ABC):
             y = self.ops.norm(g, y, self._norm(f"{name}.norm", ffn.norm))
         return self.linear(y, f"{name}.down_proj", (f"{name}.down_proj",), ffn.bias)
 
-    def logits(self, x: ir.Value) -> ir.Value:
+    def logits(self, x: Value) -> Value:
         """Logits `[B, 1, vocab]` float32 of `[B, D]`; without a head, `[B, 1, D]`."""
         g = self.g
         g.scope = "lm_head"

@@ -49,6 +49,8 @@ MANIFEST_FILE = "retnet.json"
 CARD_FILE = "README.md"
 CARD_TITLE = "# RetNet, quantized"
 """A line of every card that `quantize` writes; a README without it is somebody else's."""
+EXPORT_AGAIN = "export the checkpoint again"
+"""What to do with a folder that does not keep the contract."""
 
 INPUT_IDS = "input_ids"
 INPUTS_EMBEDS = "inputs_embeds"

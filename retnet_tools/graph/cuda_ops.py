@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import onnx_ir as ir
+from onnx_ir import Value
 
 from retnet_tools.config import Activation
 from retnet_tools.graph.cuda_retention import step_form, tokens_form
 from retnet_tools.graph.decay import StepDecay, TokenDecay
-from retnet_tools.graph.nodes import GraphBuilder
+from retnet_tools.graph.nodes import GraphBuilder, Pair
 from retnet_tools.graph.ops import FusedOps
 from retnet_tools.graph.standard_ops import StandardOps
 from retnet_tools.graph.weight_tensors import BlockedMatrix
@@ -23,7 +23,7 @@ from retnet_tools.weights import Array
 class CudaStandardOps(StandardOps):
     """ai.onnx operators that have CUDA kernels in every type."""
 
-    def wide_features(self, g: GraphBuilder, feature_map: Activation | None, x: ir.Value, dtype: str) -> ir.Value:
+    def wide_features(self, g: GraphBuilder, feature_map: Activation | None, x: Value, dtype: str) -> Value:
         """In float32 from the start, since LeakyRelu has no bfloat16 there; Elu, which has no kernel, in parts.
 
         Elu(x) = Relu(x) + e^min(x, 0) - 1.
@@ -34,7 +34,7 @@ class CudaStandardOps(StandardOps):
             return g.op("Add", g.op("Relu", x), g.op("Sub", g.op("Exp", g.op("Min", x, zero)), one))
         return x if feature_map is None else self.activate(g, feature_map, x)
 
-    def dequantize(self, g: GraphBuilder, matrix: BlockedMatrix, codes: ir.Value, *others: ir.Value) -> ir.Value:
+    def dequantize(self, g: GraphBuilder, matrix: BlockedMatrix, codes: Value, *others: Value) -> Value:
         """(code - zero point) * scale, whose whole numbers every float type holds: DequantizeLinear knows no blocks of
         bytes there, and no bfloat16.
         """
@@ -49,9 +49,7 @@ class CudaStandardOps(StandardOps):
 class CudaFusedOps(FusedOps, CudaStandardOps):
     """With ONNX Runtime's contrib operators; retention in the form of `retnet_tools.graph.cuda_retention`."""
 
-    def retention_step(
-        self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value, decay: StepDecay
-    ) -> tuple[ir.Value, ir.Value]:
+    def retention_step(self, g: GraphBuilder, q: Value, k: Value, v: Value, past: Value, decay: StepDecay) -> Pair:
         """LinearAttention over one token, with split keys where that meets a better kernel, or matrix products."""
         form = step_form(*_head_sizes(past))
         if form.kernel is None:
@@ -60,9 +58,7 @@ class CudaFusedOps(FusedOps, CudaStandardOps):
         tokens = replace(split.tokens(g), heads=len(decay.log_gamma))
         return self.split_keys(g, q, k, v, past, tokens, form.key_splits)
 
-    def retention_tokens(
-        self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value, decay: TokenDecay
-    ) -> tuple[ir.Value, ir.Value]:
+    def retention_tokens(self, g: GraphBuilder, q: Value, k: Value, v: Value, past: Value, decay: TokenDecay) -> Pair:
         """LinearAttention, with split keys where the shape would be refused, or a Scan.
 
         `decay` is of each key dimension, `[B, T, H*K]`, which splits with the keys as it stands.
@@ -73,8 +69,8 @@ class CudaFusedOps(FusedOps, CudaStandardOps):
         return self.split_keys(g, q, k, v, past, decay, form.key_splits)
 
     def split_keys(
-        self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value, decay: TokenDecay, parts: int
-    ) -> tuple[ir.Value, ir.Value]:
+        self, g: GraphBuilder, q: Value, k: Value, v: Value, past: Value, decay: TokenDecay, parts: int
+    ) -> Pair:
         """q S = sum_s q_s S_s: each head is `parts` heads of K / parts that share v.
 
         Of q, k `[B, T, H*K]`, v `[B, T, H*V]` and the past S `[B, H, K, V]`: o `[B, T, H*V]` and the last S.
@@ -96,7 +92,7 @@ class CudaFusedOps(FusedOps, CudaStandardOps):
         return g.reshape(output, 0, 0, heads * head_v_dim), g.reshape(present, 0, heads, head_k_dim, head_v_dim)
 
 
-def _head_sizes(past: ir.Value) -> tuple[int, int]:
+def _head_sizes(past: Value) -> tuple[int, int]:
     """K and V of a state `[B, H, K, V]`."""
     assert past.shape is not None
     _, _, head_k_dim, head_v_dim = past.shape

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_ir as ir
+from onnx_ir import Value
 
 from retnet_tools.graph.nodes import GraphBuilder
 from retnet_tools.weights import Array
@@ -23,7 +23,7 @@ class TokenDecay:
     """log(gamma) of every token as a graph value, `[B, T, H]` or `[B, T, H*K]`; 0 at padded tokens."""
 
     heads: int
-    log_gamma: ir.Value
+    log_gamma: Value
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class StepDecay:
     """log(gamma) `[H]` or `[H, K]`, and the graph's position_ids `[B, T]`, which tell operators the batch size."""
 
     log_gamma: Array
-    position_ids: ir.Value
+    position_ids: Value
 
-    def log_gamma_rows(self, g: GraphBuilder) -> ir.Value:
+    def log_gamma_rows(self, g: GraphBuilder) -> Value:
         """log(gamma) of every token, `[B, T, H]` or `[B, T, H*K]`: LinearAttention indexes it by batch and time."""
         table = g.constant("log_gamma", self.log_gamma.astype(np.float32).reshape(1, -1))
         zeros = g.op("Sub", self.position_ids, self.position_ids)
@@ -56,13 +56,13 @@ class ChunkDecay:
     """
 
     heads: int
-    matrix: ir.Value
-    xi: ir.Value
-    zeta: ir.Value
-    carried: ir.Value
+    matrix: Value
+    xi: Value
+    zeta: Value
+    carried: Value
 
 
-def chunk_decay(g: GraphBuilder, log_gamma: Array, length: ir.Value, counts: ir.Value) -> ChunkDecay:
+def chunk_decay(g: GraphBuilder, log_gamma: Array, length: Value, counts: Value) -> ChunkDecay:
     """The powers of a chunk, or of several of one length, made once for all layers.
 
     Args:
@@ -74,7 +74,7 @@ def chunk_decay(g: GraphBuilder, log_gamma: Array, length: ir.Value, counts: ir.
     logs = g.constant("log_gamma_heads", log_gamma.astype(np.float32).reshape(heads, 1, 1))
     zero, one = g.int64("zero", 0), g.int64("one", 1)
 
-    def powers(exponents: ir.Value) -> ir.Value:
+    def powers(exponents: Value) -> Value:
         """gamma^n for int64 exponents `[..., 1, N, M]` as `[..., H, N, M]`."""
         return g.op("Exp", g.op("Mul", g.cast(exponents, "int64", "float32"), logs))
 
@@ -103,7 +103,7 @@ class Chunks:
         size: C, an int64 scalar.
     """
 
-    def __init__(self, g: GraphBuilder, shape: ir.Value, length: ir.Value) -> None:
+    def __init__(self, g: GraphBuilder, shape: Value, length: Value) -> None:
         one = g.int64("one", 1)
         self.size = g.op("Min", length, g.int64("chunk_size", CHUNK_SIZE))
         self._number = g.op("Div", g.op("Add", length, g.op("Sub", self.size, one)), self.size)
@@ -114,19 +114,19 @@ class Chunks:
         self._cut = g.op("Concat", batch, number, size, g.integers(-1), axis=0)
         self._whole = g.op("Concat", batch, padded, g.integers(-1), axis=0)
 
-    def counts(self, g: GraphBuilder, counts: ir.Value) -> ir.Value:
+    def counts(self, g: GraphBuilder, counts: Value) -> Value:
         """Real tokens of each row in each chunk, `[N, B, 1]`, from those of the row, `[B, 1]`."""
         zero, one = g.int64("zero", 0), g.int64("one", 1)
         starts = g.op("Mul", g.op("Range", zero, self._number, one), self.size)
         left = g.op("Sub", counts, g.op("Unsqueeze", starts, g.integers(1, 2)))
         return g.op("Min", g.op("Max", left, zero), self.size)
 
-    def split(self, g: GraphBuilder, x: ir.Value) -> ir.Value:
+    def split(self, g: GraphBuilder, x: Value) -> Value:
         """`[B, T, W]` to `[N, B, C, W]`."""
         filled = g.op("Pad", x, self._fill, None, g.integers(1))
         return g.op("Transpose", g.op("Reshape", filled, self._cut), perm=[1, 0, 2, 3])  # [B, N, C, W] -> [N, B, C, W]
 
-    def join(self, g: GraphBuilder, x: ir.Value) -> ir.Value:
+    def join(self, g: GraphBuilder, x: Value) -> Value:
         """`[N, B, C, W]` to `[B, T, W]`."""
         whole = g.op("Reshape", g.op("Transpose", x, perm=[1, 0, 2, 3]), self._whole)  # [B, N, C, W] -> [B, N*C, W]
         return g.op("Slice", whole, g.integers(0), self._length, g.integers(1))

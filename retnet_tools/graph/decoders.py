@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import onnx_ir as ir
+from onnx_ir import Value
 
 from retnet_tools.graph.builder import DecoderBuilder, TokenInputs
 from retnet_tools.graph.contract import prefill_inputs
 from retnet_tools.graph.decay import ChunkDecay, StepDecay, TokenDecay, chunk_decay
+from retnet_tools.graph.nodes import Pair
 from retnet_tools.graph.positions import log_decay
 from retnet_tools.weights import Array
 
@@ -20,21 +21,21 @@ class StepBuilder(DecoderBuilder):
     name = "retnet_step"
     _decay: StepDecay
 
-    def read(self, inputs: Sequence[ir.Value]) -> TokenInputs:
+    def read(self, inputs: Sequence[Value]) -> TokenInputs:
         """Every token is real."""
         tokens, position_ids = inputs
         self._decay = StepDecay(log_decay(self.config), position_ids)
         return tokens, position_ids, None
 
-    def token_axis(self, x: ir.Value) -> ir.Value:
+    def token_axis(self, x: Value) -> Value:
         """One row is one sequence."""
         return self.g.op("Unsqueeze", x, self.g.integers(1))  # [B, N] -> [B, 1, N]
 
-    def retention(self, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def retention(self, q: Value, k: Value, v: Value, past: Value) -> Pair:
         """One step of the recurrence."""
         return self.ops.retention_step(self.g, q, k, v, past, self._decay)
 
-    def last_rows(self, x: ir.Value) -> ir.Value:
+    def last_rows(self, x: Value) -> Value:
         """The only row."""
         return x
 
@@ -54,15 +55,15 @@ class PrefillBuilder(DecoderBuilder):
     name = "retnet_prefill"
     input_specs = staticmethod(prefill_inputs)
     _decay: ChunkDecay | TokenDecay
-    _shape: ir.Value
-    _length: ir.Value
-    _last: ir.Value
+    _shape: Value
+    _length: Value
+    _last: Value
 
-    def read(self, inputs: Sequence[ir.Value]) -> TokenInputs:
+    def read(self, inputs: Sequence[Value]) -> TokenInputs:
         """Padding is where attention_mask is 0."""
         return self.blank_padding(*inputs)
 
-    def blank_padding(self, tokens: ir.Value, position_ids: ir.Value, mask: ir.Value) -> TokenInputs:
+    def blank_padding(self, tokens: Value, position_ids: Value, mask: Value) -> TokenInputs:
         """Padding blanked, and what depends on the mask made once for all layers.
 
         Args:
@@ -94,7 +95,7 @@ class PrefillBuilder(DecoderBuilder):
             tokens = g.op("Where", g.op("Equal", column, one), tokens, blank)
         return tokens, position_ids, key_mask
 
-    def _right_padded(self, mask: ir.Value, counts: ir.Value) -> ir.Value:
+    def _right_padded(self, mask: Value, counts: Value) -> Value:
         """Whether each row of a mask with the sums n_b `[B, 1]` is n_b ones, then zeros, `[B, 1, 1]`."""
         g = self.g
         numbers = g.op("Range", g.int64("zero", 0), self._length, g.int64("one", 1))
@@ -103,20 +104,20 @@ class PrefillBuilder(DecoderBuilder):
         right = g.op("Equal", g.op("ReduceSum", equal, g.integers(1), keepdims=1), self._length)
         return g.op("Unsqueeze", right, g.integers(-1))
 
-    def chunk_terms(self, log_gamma: Array, counts: ir.Value) -> ChunkDecay:
+    def chunk_terms(self, log_gamma: Array, counts: Value) -> ChunkDecay:
         """Powers of gamma: all T tokens, of which `counts` `[B, 1]` are real, are one chunk."""
         return chunk_decay(self.g, log_gamma, self._length, counts)
 
-    def token_axis(self, x: ir.Value) -> ir.Value:
+    def token_axis(self, x: Value) -> Value:
         """Rows are the tokens of one sequence after another."""
         return self.g.op("Reshape", x, self._shape)  # [B*T, N] -> [B, T, N]
 
-    def retention(self, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def retention(self, q: Value, k: Value, v: Value, past: Value) -> Pair:
         """A chunk by matrix products, or token by token where gamma belongs to the key dimension."""
         if isinstance(self._decay, TokenDecay):
             return self.ops.retention_tokens(self.g, q, k, v, past, self._decay)
         return self.ops.retention_chunk(self.g, q, k, v, past, self._decay)
 
-    def last_rows(self, x: ir.Value) -> ir.Value:
+    def last_rows(self, x: Value) -> Value:
         """Row n_b - 1 of sequence b, and row 0 of one that is padding alone."""
         return self.g.op("GatherND", self.token_axis(x), self._last, batch_dims=1)  # [B*T, D] -> [B, D]

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
+from onnx_ir import Value
 
 from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import UsageError
@@ -27,6 +27,7 @@ from retnet_tools.graph.builder import TokenInputs
 from retnet_tools.graph.contract import genai_inputs, genai_outputs, padding_id
 from retnet_tools.graph.decay import ChunkDecay, Chunks, StepDecay, TokenDecay, chunk_decay
 from retnet_tools.graph.decoders import PrefillBuilder
+from retnet_tools.graph.nodes import Pair
 from retnet_tools.graph.positions import log_decay
 from retnet_tools.tokenizing.carried import CarriedText
 from retnet_tools.tokenizing.files import TOKENIZER_FILE
@@ -51,14 +52,14 @@ class GenaiBuilder(PrefillBuilder):
 
     name = "retnet_genai"
     _step: StepDecay
-    _one_token: ir.Value
+    _one_token: Value
     _chunks: Chunks
-    _conv_states: list[ir.Value]
+    _conv_states: list[Value]
 
     input_specs = staticmethod(genai_inputs)
     output_specs = staticmethod(genai_outputs)
 
-    def read(self, inputs: Sequence[ir.Value]) -> TokenInputs:
+    def read(self, inputs: Sequence[Value]) -> TokenInputs:
         """Padding is where position_ids is 0 in a column other than the first."""
         g = self.g
         tokens, position_ids, *self._conv_states = inputs
@@ -77,12 +78,12 @@ class GenaiBuilder(PrefillBuilder):
         mask = g.op("Where", unknown, minus_one, g.cast(real, "bool", "int64"))
         return self.blank_padding(tokens, position_ids, mask)
 
-    def chunk_terms(self, log_gamma: Array, counts: ir.Value) -> ChunkDecay:
+    def chunk_terms(self, log_gamma: Array, counts: Value) -> ChunkDecay:
         """Several chunks of one length."""
         self._chunks = Chunks(self.g, self._shape, self._length)
         return chunk_decay(self.g, log_gamma, self._chunks.size, self._chunks.counts(self.g, counts))
 
-    def retention(self, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def retention(self, q: Value, k: Value, v: Value, past: Value) -> Pair:
         """A step, or chunks one after another."""
         decay = self._decay
         if isinstance(decay, TokenDecay):
@@ -99,12 +100,12 @@ class GenaiBuilder(PrefillBuilder):
         )
         return y, present
 
-    def logits(self, x: ir.Value) -> ir.Value:
+    def logits(self, x: Value) -> Value:
         """Logits `[B, 1, vocab + 1]`."""
         lowest = self.g.float32("lowest", float(np.finfo(np.float32).min))
         return self.g.op("Pad", super().logits(x), self.g.integers(0, 1), lowest, self.g.integers(-1))
 
-    def further_outputs(self) -> list[ir.Value]:
+    def further_outputs(self) -> list[Value]:
         """conv_state, which RetNet has none of; onnxruntime-genai finds no recurrent_state without it."""
         return [self.g.op("Identity", state) for state in self._conv_states]
 

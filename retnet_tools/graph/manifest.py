@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import ConfigError, InputError
-from retnet_tools.graph.contract import MANIFEST_FILE, MAX_POSITION, TensorSpec, state_scale
-from retnet_tools.graph.ops import OPERATOR_SETS
+from retnet_tools.graph.contract import EXPORT_AGAIN, MANIFEST_FILE, MAX_POSITION, TensorSpec, state_scale
 from retnet_tools.graph.quantization import Quantization
 from retnet_tools.graph.targets import TARGET_DEVICES
 
@@ -87,27 +87,17 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_FILE
     if not path.is_file():
-        raise InputError(
-            f"{folder} has no {MANIFEST_FILE}",
-            "a folder written by `retnet-tools export`",
-            "export the checkpoint first",
-        )
+        expected = "a folder written by `retnet-tools export`"
+        raise InputError(f"{folder} has no {MANIFEST_FILE}", expected, "export the checkpoint first")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        if data["schema_version"] != SCHEMA_VERSION:
-            raise InputError(
-                f"{path} has schema_version {data['schema_version']}",
-                str(SCHEMA_VERSION),
-                "export the checkpoint again",
-            )
+        if (version := data["schema_version"]) != SCHEMA_VERSION:
+            raise InputError(f"{path} has schema_version {version}", str(SCHEMA_VERSION), EXPORT_AGAIN)
         # Exports from before there was a choice were for the CPU.
         data.setdefault("device", "cpu")
-        for name, choices in (
-            *(("dtype", FLOATS), ("state_dtype", FLOATS)),
-            *(("ops", tuple(OPERATOR_SETS)), ("device", tuple(TARGET_DEVICES))),
-        ):
-            if data[name] not in choices:
-                raise InputError(f"{path} has {name} {data[name]!r}", f"one of {', '.join(choices)}", "export again")
+        for name, choices in (("dtype", FLOATS), ("state_dtype", FLOATS), ("device", TARGET_DEVICES)):
+            _check_choice(path, data, name, choices)
+        _check_choice(path, data, "ops", TARGET_DEVICES[data["device"]].operators)
         return Manifest(
             config=RetNetConfig.from_dict(data["config"]),
             dtype=data["dtype"],
@@ -116,16 +106,21 @@ def read_manifest(folder: Path) -> Manifest:
             quantization=None if data["quantization"] is None else Quantization.from_dict(data["quantization"]),
             provenance=data["provenance"],
             graphs={
-                name: {side: tuple(_spec(s) for s in specs) for side, specs in graph.items()}
+                name: {side: tuple(map(_spec, specs)) for side, specs in graph.items()}
                 for name, graph in data["graphs"].items()
             },
             tokenizer_files=tuple(data["tokenizer_files"]),
             device=data["device"],
         )
     except ConfigError as error:
-        raise InputError(f"{path}: {error.found}", error.expected, "export the checkpoint again") from error
+        raise InputError(f"{path}: {error.found}", error.expected, EXPORT_AGAIN) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not a manifest ({error})", "the JSON that export writes") from error
+
+
+def _check_choice(path: Path, data: Mapping[str, Any], name: str, choices: Iterable[str]) -> None:
+    if data[name] not in choices:
+        raise InputError(f"{path} has {name} {data[name]!r}", f"one of {', '.join(choices)}", "export again")
 
 
 def _spec(data: dict[str, Any]) -> TensorSpec:

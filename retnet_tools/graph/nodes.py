@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir import Value
 
 from retnet_tools.dtypes import convert
 from retnet_tools.graph.contract import TensorSpec
@@ -14,15 +15,13 @@ from retnet_tools.weights import Array
 
 ELEMENT_TYPES = {
     "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-    "int64": ir.DataType.INT64,
-    "int32": ir.DataType.INT32,
-    "uint8": ir.DataType.UINT8,
-    "int8": ir.DataType.INT8,
-    "uint4": ir.DataType.UINT4,
-    "int4": ir.DataType.INT4,
+    **{
+        name: ir.DataType[name.upper()]
+        for name in ("float16", "bfloat16", "int64", "int32", "uint8", "int8", "uint4", "int4")
+    },
 }
+Pair = tuple[Value, Value]
+"""Two graph values: of retention its output and the state after it."""
 
 
 def tensor_type(dtype: str) -> ir.TensorType:
@@ -30,9 +29,9 @@ def tensor_type(dtype: str) -> ir.TensorType:
     return ir.TensorType(ELEMENT_TYPES[dtype])
 
 
-def graph_value(spec: TensorSpec) -> ir.Value:
+def graph_value(spec: TensorSpec) -> Value:
     """A graph input."""
-    return ir.Value(name=spec.name, shape=ir.Shape(spec.shape), type=tensor_type(spec.dtype))
+    return Value(name=spec.name, shape=ir.Shape(spec.shape), type=tensor_type(spec.dtype))
 
 
 def epsilon(eps: float) -> float:
@@ -49,15 +48,15 @@ class GraphBuilder:
 
     def __init__(self, parent: GraphBuilder | None = None, scope: str = "") -> None:
         self.nodes: list[ir.Node] = []
-        self.initializers: dict[str, ir.Value] = {}
+        self.initializers: dict[str, Value] = {}
         self.scope = scope
         self._root: GraphBuilder = parent._root if parent else self
         self._names: dict[str, int] = {}
-        self._shared: dict[str, ir.Value] = {}
+        self._shared: dict[str, Value] = {}
 
     def node(
-        self, op_type: str, *inputs: ir.Value | None, domain: str = "", outputs: int = 1, **attributes: Any
-    ) -> list[ir.Value]:
+        self, op_type: str, *inputs: Value | None, domain: str = "", outputs: int = 1, **attributes: Any
+    ) -> list[Value]:
         """Append a node; returns its outputs."""
         name = f"{self.scope}/{op_type}"
         count = self._names.get(name, 0)
@@ -69,41 +68,41 @@ class GraphBuilder:
         self.nodes.append(node)
         return list(node.outputs)
 
-    def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+    def op(self, op_type: str, *inputs: Value | None, domain: str = "", **attributes: Any) -> Value:
         """Append a node with one output."""
         return self.node(op_type, *inputs, domain=domain, **attributes)[0]
 
-    def constant(self, name: str, array: Array) -> ir.Value:
+    def constant(self, name: str, array: Array) -> Value:
         """A small constant, stored in the outermost graph, once for each name."""
         initializers = self._root.initializers
         if name not in initializers:
             tensor = ir.tensor(array, name=name)
-            initializers[name] = ir.Value(
+            initializers[name] = Value(
                 name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
             )
         return initializers[name]
 
-    def int64(self, name: str, value: int) -> ir.Value:
+    def int64(self, name: str, value: int) -> Value:
         """A scalar constant."""
         return self.constant(name, np.array(value, dtype=np.int64))
 
-    def float32(self, name: str, value: float) -> ir.Value:
+    def float32(self, name: str, value: float) -> Value:
         """A scalar constant."""
         return self.constant(name, np.array(value, dtype=np.float32))
 
-    def integers(self, *values: int) -> ir.Value:
+    def integers(self, *values: int) -> Value:
         """A vector of int64, for shapes and axes."""
         return self.constant("ints_" + "_".join(map(str, values)), np.array(values, dtype=np.int64))
 
-    def reshape(self, x: ir.Value, *shape: int) -> ir.Value:
+    def reshape(self, x: Value, *shape: int) -> Value:
         """Reshape to a constant shape, with 0 (keep) and -1 (infer)."""
         return self.op("Reshape", x, self.integers(*shape))
 
-    def cast(self, x: ir.Value, source: str, target: str) -> ir.Value:
+    def cast(self, x: Value, source: str, target: str) -> Value:
         """Cast, or the value itself where the types agree already."""
         return x if source == target else self.op("Cast", x, to=ELEMENT_TYPES[target])
 
-    def scale(self, x: ir.Value, factor: float, dtype: str) -> ir.Value:
+    def scale(self, x: Value, factor: float, dtype: str) -> Value:
         """x times a constant, in the type of x.
 
         Raises:
@@ -114,7 +113,7 @@ class GraphBuilder:
         array = convert(f"scale {factor:g}", np.array([factor]), ELEMENT_TYPES[dtype].numpy()).reshape(())
         return self.op("Mul", x, self.constant(f"scale_{factor!r}_{dtype}", array))
 
-    def once(self, key: str, make: Callable[[GraphBuilder], ir.Value]) -> ir.Value:
+    def once(self, key: str, make: Callable[[GraphBuilder], Value]) -> Value:
         """A value that the whole graph shares: made on first use, in the outermost graph."""
         root = self._root
         if key not in root._shared:
@@ -122,11 +121,11 @@ class GraphBuilder:
         return root._shared[key]
 
     def subgraph(
-        self, name: str, count: int, make: Callable[[GraphBuilder, list[ir.Value]], tuple[ir.Value, ...]]
+        self, name: str, count: int, make: Callable[[GraphBuilder, list[Value]], tuple[Value, ...]]
     ) -> ir.Graph:
         """A graph inside a node: `count` float32 inputs, float32 outputs."""
         body = GraphBuilder(self, f"{self.scope}/{name}")
-        inputs = [ir.Value(name=f"{body.scope}/in_{i}", type=tensor_type("float32")) for i in range(count)]
+        inputs = [Value(name=f"{body.scope}/in_{i}", type=tensor_type("float32")) for i in range(count)]
         outputs = make(body, inputs)
         for value in outputs:
             value.type = tensor_type("float32")
@@ -135,10 +134,10 @@ class GraphBuilder:
 
 def scan(
     g: GraphBuilder,
-    step: Callable[[GraphBuilder, ir.Value, list[ir.Value]], tuple[ir.Value, ir.Value]],
-    state: ir.Value,
-    sequences: list[ir.Value],
-) -> tuple[ir.Value, ir.Value]:
+    step: Callable[[GraphBuilder, Value, list[Value]], tuple[Value, Value]],
+    state: Value,
+    sequences: list[Value],
+) -> Pair:
     """A Scan along the first axis of float32 sequences: the last state, and the outputs `[T, ...]`.
 
     Args:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-import onnx_ir as ir
+from onnx_ir import Value
 
 from retnet_tools.config import Activation
 from retnet_tools.graph.decay import StepDecay, TokenDecay
-from retnet_tools.graph.nodes import GraphBuilder, epsilon
+from retnet_tools.graph.nodes import GraphBuilder, Pair, epsilon
 from retnet_tools.graph.standard_ops import OPSET, Fragment, NormWeights, StandardOps, given
 from retnet_tools.graph.weight_tensors import BlockedMatrix
 
@@ -35,7 +35,7 @@ class FusedOps(StandardOps):
         "silu": lambda g, x: g.op("QuickGelu", x, domain=MICROSOFT, alpha=1.0),
     }
 
-    def add_norm(self, g: GraphBuilder, x: ir.Value, y: ir.Value, weights: NormWeights) -> tuple[ir.Value, ir.Value]:
+    def add_norm(self, g: GraphBuilder, x: Value, y: Value, weights: NormWeights) -> Pair:
         """Skip(Simplified)LayerNormalization: norm and sum in one node."""
         norm, bias = weights.norm, weights.bias
         if norm.kind == "rms" and bias is not None:
@@ -46,7 +46,7 @@ class FusedOps(StandardOps):
         mean.name = deviation.name = ""
         return total, normed
 
-    def linear_blocked(self, g: GraphBuilder, x: ir.Value, matrix: BlockedMatrix, bias: ir.Value | None) -> ir.Value:
+    def linear_blocked(self, g: GraphBuilder, x: Value, matrix: BlockedMatrix, bias: Value | None) -> Value:
         """MatMulNBits."""
         (rows, columns), format = matrix.shape, matrix.format
         shape = (rows, matrix.blocks, format.block_size * format.bits // 8)
@@ -64,7 +64,7 @@ class FusedOps(StandardOps):
             accuracy_level=matrix.accuracy_level or 0,
         )
 
-    def gather_blocked(self, g: GraphBuilder, matrix: BlockedMatrix, ids: ir.Value) -> ir.Value:
+    def gather_blocked(self, g: GraphBuilder, matrix: BlockedMatrix, ids: Value) -> Value:
         """GatherBlockQuantized, which reads a row with what fills up its last block."""
         (rows, columns), format = matrix.shape, matrix.format
         width = matrix.blocks * format.block_size
@@ -82,15 +82,11 @@ class FusedOps(StandardOps):
             return x
         return g.op("Slice", x, g.integers(0), g.integers(columns), g.integers(-1))  # [B, T, width] -> [B, T, K]
 
-    def retention_step(
-        self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value, decay: StepDecay
-    ) -> tuple[ir.Value, ir.Value]:
+    def retention_step(self, g: GraphBuilder, q: Value, k: Value, v: Value, past: Value, decay: StepDecay) -> Pair:
         """LinearAttention over one token."""
         return self.retention_tokens(g, q, k, v, past, decay.tokens(g))
 
-    def retention_tokens(
-        self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value, decay: TokenDecay
-    ) -> tuple[ir.Value, ir.Value]:
+    def retention_tokens(self, g: GraphBuilder, q: Value, k: Value, v: Value, past: Value, decay: TokenDecay) -> Pair:
         """LinearAttention with the `gated` update: S = exp(decay) S + k (x) v, o = q S."""
         output, present = g.node(
             "LinearAttention",
@@ -105,7 +101,7 @@ class FusedOps(StandardOps):
         return output, present
 
 
-def _zero_points(matrix: BlockedMatrix) -> list[ir.Value | None]:
+def _zero_points(matrix: BlockedMatrix) -> list[Value | None]:
     """As MatMulNBits and GatherBlockQuantized read them; none where they are the middle."""
     if matrix.format.symmetric:
         return []

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_ir as ir
+from onnx_ir import Value
 
 from retnet_tools.config import RetNetConfig
 from retnet_tools.graph.contract import POSITION_RADIX
@@ -30,19 +30,19 @@ class PositionValues:
     Phases are `[B, T, K/2]`; `[B, T*H, K/2]`, a head one more token, where each head has frequencies of its own.
     """
 
-    cos: ir.Value
-    sin: ir.Value
-    key_cos: ir.Value
-    key_sin: ir.Value
-    score_scale: ir.Value | None
+    cos: Value
+    sin: Value
+    key_cos: Value
+    key_sin: Value
+    score_scale: Value | None
 
 
 def position_values(
     g: GraphBuilder,
     config: RetNetConfig,
-    position_ids: ir.Value,
-    table: Callable[[str, Array], ir.Value],
-    key_mask: ir.Value | None,
+    position_ids: Value,
+    table: Callable[[str, Array], Value],
+    key_mask: Value | None,
 ) -> PositionValues:
     """Look up and combine the tables.
 
@@ -55,7 +55,7 @@ def position_values(
     high = g.op("Div", position_ids, radix)
     low = g.op("Sub", position_ids, g.op("Mul", high, radix))
 
-    def lookup(tables: dict[str, Array], name: str) -> ir.Value:
+    def lookup(tables: dict[str, Array], name: str) -> Value:
         return g.op("Gather", table(name, tables[name]), high if name.endswith("high") else low, axis=0)
 
     phases = phase_tables(config)

@@ -13,9 +13,7 @@ import onnx_ir as ir
 
 from retnet_tools.errors import InputError
 from retnet_tools.formats.storage import StoredTensors, TensorLocation, contiguous_strides
-from retnet_tools.graph.contract import WEIGHTS_FILE
-
-EXPORT_AGAIN = "export the checkpoint again"
+from retnet_tools.graph.contract import EXPORT_AGAIN, WEIGHTS_FILE
 
 
 @dataclass(frozen=True)

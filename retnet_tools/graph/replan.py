@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import onnx_ir as ir
-
 from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import InputError
 from retnet_tools.formats import Checkpoint
 from retnet_tools.formats.storage import StoredTensors, TensorLocation
+from retnet_tools.graph.contract import EXPORT_AGAIN
 from retnet_tools.graph.decoders import StepBuilder
 from retnet_tools.graph.export import ExportPlan, export_notes
 from retnet_tools.graph.manifest import Manifest, read_manifest
-from retnet_tools.graph.reader import EXPORT_AGAIN, load_graph, read_graphs
+from retnet_tools.graph.reader import load_graph, read_graphs
 from retnet_tools.graph.targets import find_target, operator_set
 from retnet_tools.graph.weight_tensors import WeightTensor
 from retnet_tools.graph.weighted import BuiltGraph
@@ -44,11 +43,7 @@ def plan_of_export(folder: Path) -> ExportPlan:
     graphs = {}
     for name, border in manifest.graphs.items():
         graph = load_graph(folder / name)
-        own = {
-            tensor.name: stored[tensor.name]
-            for value in graph.initializers.values()
-            if isinstance(tensor := value.const_value, ir.ExternalTensor) and tensor.name is not None
-        }
+        own = {weight: stored[weight] for weight in graph.initializers if weight in stored}
         graphs[name] = BuiltGraph(graph, border["inputs"], border["outputs"], own)
     checkpoint = Checkpoint(
         path=folder,

@@ -7,20 +7,20 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
-import onnx_ir as ir
+from onnx_ir import Value
 
 from retnet_tools.config import Activation, BlockNorm
 from retnet_tools.graph.decay import ChunkDecay, Chunks, StepDecay, TokenDecay
-from retnet_tools.graph.nodes import GraphBuilder, epsilon, scan
+from retnet_tools.graph.nodes import GraphBuilder, Pair, epsilon, scan
 from retnet_tools.graph.weight_tensors import BlockedMatrix, blocked_rows, stored_integer
 
 OPSET = 23
 """The first ai.onnx opset with RMSNormalization and RotaryEmbedding; ONNX Runtime runs both on CPU and CUDA."""
 
-Fragment = Callable[[GraphBuilder, ir.Value], ir.Value]
+Fragment = Callable[[GraphBuilder, Value], Value]
 
 
-def _relu2(g: GraphBuilder, x: ir.Value) -> ir.Value:
+def _relu2(g: GraphBuilder, x: Value) -> Value:
     y = g.op("Relu", x)
     return g.op("Mul", y, y)
 
@@ -30,8 +30,8 @@ class NormWeights:
     """The parameters of a block norm as graph values."""
 
     norm: BlockNorm
-    weight: ir.Value
-    bias: ir.Value | None
+    weight: Value
+    bias: Value | None
 
 
 class StandardOps:
@@ -51,15 +51,15 @@ class StandardOps:
         "tanh": lambda g, x: g.op("Tanh", x),
     }
 
-    def activate(self, g: GraphBuilder, activation: Activation, x: ir.Value) -> ir.Value:
+    def activate(self, g: GraphBuilder, activation: Activation, x: Value) -> Value:
         """Any activation of the configuration."""
         return self.activations[activation](g, x)
 
-    def wide_features(self, g: GraphBuilder, feature_map: Activation | None, x: ir.Value, dtype: str) -> ir.Value:
+    def wide_features(self, g: GraphBuilder, feature_map: Activation | None, x: Value, dtype: str) -> Value:
         """The feature map of q or k, where there is one, of x in `dtype`, in float32."""
         return g.cast(x if feature_map is None else self.activate(g, feature_map, x), dtype, "float32")
 
-    def norm(self, g: GraphBuilder, x: ir.Value, weights: NormWeights) -> ir.Value:
+    def norm(self, g: GraphBuilder, x: Value, weights: NormWeights) -> Value:
         """RMSNorm or LayerNorm over the last dimension, accumulated in float32."""
         eps, bias = epsilon(weights.norm.eps), weights.bias
         if weights.norm.kind == "rms":
@@ -67,12 +67,12 @@ class StandardOps:
             return y if bias is None else g.op("Add", y, bias)
         return g.op("LayerNormalization", x, weights.weight, *given(bias), axis=-1, epsilon=eps)
 
-    def add_norm(self, g: GraphBuilder, x: ir.Value, y: ir.Value, weights: NormWeights) -> tuple[ir.Value, ir.Value]:
+    def add_norm(self, g: GraphBuilder, x: Value, y: Value, weights: NormWeights) -> Pair:
         """x + y, and the norm of it, for `[rows, D]`."""
         total = g.op("Add", x, y)
         return total, self.norm(g, total, weights)
 
-    def linear_blocked(self, g: GraphBuilder, x: ir.Value, matrix: BlockedMatrix, bias: ir.Value | None) -> ir.Value:
+    def linear_blocked(self, g: GraphBuilder, x: Value, matrix: BlockedMatrix, bias: Value | None) -> Value:
         """y = x W^T + b for a quantized W `[N, K]` and x `[rows, K]`.
 
         ONNX Runtime makes one MatMulNBits of these nodes, since blocks run along the first axis.
@@ -84,17 +84,15 @@ class StandardOps:
         weight = g.op("DequantizeLinear", *inputs, axis=0, block_size=matrix.format.block_size)
         return g.op("Gemm", x, weight, *given(bias))
 
-    def gather_blocked(self, g: GraphBuilder, matrix: BlockedMatrix, ids: ir.Value) -> ir.Value:
+    def gather_blocked(self, g: GraphBuilder, matrix: BlockedMatrix, ids: Value) -> Value:
         """Rows of a quantized matrix `[N, K]`: `[B, T]` int64 to `[B, T, K]`."""
         return self.dequantize(g, matrix, *blocked_rows(g, matrix, ids))
 
-    def dequantize(self, g: GraphBuilder, matrix: BlockedMatrix, codes: ir.Value, *others: ir.Value) -> ir.Value:
+    def dequantize(self, g: GraphBuilder, matrix: BlockedMatrix, codes: Value, *others: Value) -> Value:
         """w of rows as `blocked_rows` gives them."""
         return g.op("DequantizeLinear", codes, *others, axis=-1, block_size=matrix.format.block_size)
 
-    def retention_step(
-        self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value, decay: StepDecay
-    ) -> tuple[ir.Value, ir.Value]:
+    def retention_step(self, g: GraphBuilder, q: Value, k: Value, v: Value, past: Value, decay: StepDecay) -> Pair:
         """S_n = gamma S_(n-1) + k_n^T v_n, o_n = q_n S_n (Eq. 6) for one token, in float32.
 
         Of q, k `[B, 1, H*K]`, v `[B, 1, H*V]` and the past S `[B, H, K, V]`: o `[B, 1, H*V]` and S_n.
@@ -107,9 +105,7 @@ class StandardOps:
         output = g.op("MatMul", g.reshape(q, 0, heads, 1, -1), present)  # [B, H, 1, V]
         return g.reshape(output, 0, 1, -1), present
 
-    def retention_chunk(
-        self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value, decay: ChunkDecay
-    ) -> tuple[ir.Value, ir.Value]:
+    def retention_chunk(self, g: GraphBuilder, q: Value, k: Value, v: Value, past: Value, decay: ChunkDecay) -> Pair:
         """O = (Q K^T * D) V + (Q * xi) R, R' = (K * zeta)^T V + gamma^n R (Eq. 7, corrected), in float32.
 
         Of q, k `[B, T, H*K]`, k zero at padded tokens, v `[B, T, H*V]` and R `[B, H, K, V]`: O `[B, T, H*V]` and R'.
@@ -128,15 +124,15 @@ class StandardOps:
         return g.reshape(output, 0, 0, -1), present
 
     def retention_chunks(
-        self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value, decay: ChunkDecay, chunks: Chunks
-    ) -> tuple[ir.Value, ir.Value]:
+        self, g: GraphBuilder, q: Value, k: Value, v: Value, past: Value, decay: ChunkDecay, chunks: Chunks
+    ) -> Pair:
         """`retention_chunk` over one chunk after another in a Scan: time and memory linear in T.
 
         Args:
             chunks: how T is cut; zeta and carried of the decay have the chunks as their first axis.
         """
 
-        def step(body: GraphBuilder, state: ir.Value, chunk: list[ir.Value]) -> tuple[ir.Value, ir.Value]:
+        def step(body: GraphBuilder, state: Value, chunk: list[Value]) -> Pair:
             query, key, value, zeta, carried = chunk
             terms = replace(decay, zeta=zeta, carried=carried)
             output, state = self.retention_chunk(body, query, key, value, state, terms)
@@ -146,9 +142,7 @@ class StandardOps:
         present, outputs = scan(g, step, past, sequences)
         return chunks.join(g, outputs), present
 
-    def retention_tokens(
-        self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value, decay: TokenDecay
-    ) -> tuple[ir.Value, ir.Value]:
+    def retention_tokens(self, g: GraphBuilder, q: Value, k: Value, v: Value, past: Value, decay: TokenDecay) -> Pair:
         """S_n = diag(gamma_n) S_(n-1) + k_n^T v_n, o_n = q_n S_n (Eq. 6), token by token in a Scan, in float32.
 
         For a gamma of each key dimension; shapes as those of `retention_chunk`. As matrix products it would need
@@ -157,7 +151,7 @@ class StandardOps:
         heads = decay.heads
         gamma = g.once("gamma_rows", lambda root: _time_first(root, root.op("Exp", decay.log_gamma)))
 
-        def step(body: GraphBuilder, state: ir.Value, tokens: list[ir.Value]) -> tuple[ir.Value, ir.Value]:
+        def step(body: GraphBuilder, state: Value, tokens: list[Value]) -> Pair:
             query, key, value, factor = tokens  # [B, H*K], [B, H*K], [B, H*V], [B, H*K]
             kept = body.op("Mul", state, body.reshape(factor, 0, heads, -1, 1))
             outer = body.op("Mul", body.reshape(key, 0, heads, -1, 1), body.reshape(value, 0, heads, 1, -1))
@@ -169,11 +163,11 @@ class StandardOps:
         return _time_first(g, outputs), present
 
 
-def given(value: ir.Value | None) -> list[ir.Value]:
+def given(value: Value | None) -> list[Value]:
     """An optional input at the end of a node's."""
     return [] if value is None else [value]
 
 
-def _time_first(g: GraphBuilder, x: ir.Value) -> ir.Value:
+def _time_first(g: GraphBuilder, x: Value) -> Value:
     """`[B, T, N]` to `[T, B, N]`, and back."""
     return g.op("Transpose", x, perm=[1, 0, 2])

@@ -106,4 +106,4 @@ def find_target(graphs: Iterable[str]) -> ExportTarget:
         if names == set(target.graphs):
             return target
     known = " | ".join(", ".join(target.graphs) for target in TARGETS.values())
-    raise InputError(f"an export of {', '.join(sorted(names)) or 'no graphs'}", known, "export the checkpoint again")
+    raise InputError(f"an export of {', '.join(sorted(names)) or 'no graphs'}", known, contract.EXPORT_AGAIN)

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir import Value
 
 from retnet_tools.graph.nodes import ELEMENT_TYPES, GraphBuilder, tensor_type
 from retnet_tools.graph.quantization import AccuracyLevel, BlockFormat
@@ -59,11 +60,11 @@ class WeightTensor:
         size = math.ceil(math.prod(self.shape) * ELEMENT_TYPES[self.dtype].itemsize)
         return size if self.same_as is None else 0
 
-    def declared(self, initializers: dict[str, ir.Value], stored: dict[str, WeightTensor]) -> ir.Value:
+    def declared(self, initializers: dict[str, Value], stored: dict[str, WeightTensor]) -> Value:
         """The graph value of the tensor, entered in both once for each name."""
         if self.name not in stored:
             stored[self.name] = self
-            initializers[self.name] = ir.Value(name=self.name, shape=ir.Shape(self.shape), type=tensor_type(self.dtype))
+            initializers[self.name] = Value(name=self.name, shape=ir.Shape(self.shape), type=tensor_type(self.dtype))
         return initializers[self.name]
 
 
@@ -87,31 +88,31 @@ class BlockedMatrix:
     dtype: str
     accuracy_level: AccuracyLevel | None
     shared: bool
-    declare: Callable[[WeightTensor], ir.Value]
+    declare: Callable[[WeightTensor], Value]
 
     @property
     def blocks(self) -> int:
         """Blocks in a row."""
         return self.format.blocks(self.shape[1])
 
-    def part(self, part: PartName, layout: Layout, dtype: str, shape: tuple[int, ...]) -> ir.Value:
+    def part(self, part: PartName, layout: Layout, dtype: str, shape: tuple[int, ...]) -> Value:
         """A part as it is stored."""
         content = QuantizedPart(part, self.format, layout)
         return self.declare(WeightTensor(f"{self.name}.{part}", dtype, shape, self.sources, part=content))
 
-    def view(self, part: PartName, layout: Layout, dtype: str, shape: tuple[int, ...]) -> ir.Value:
+    def view(self, part: PartName, layout: Layout, dtype: str, shape: tuple[int, ...]) -> Value:
         """A part for the lookup, which may have another shape or type than the product's; the same bytes."""
         if not self.shared:
             return self.part(part, layout, dtype, shape)
         return self.declare(WeightTensor(f"{self.name}.{part}.view", dtype, shape, same_as=f"{self.name}.{part}"))
 
-    def scales(self, layout: Layout) -> ir.Value:
+    def scales(self, layout: Layout) -> Value:
         """One scale a block."""
         shape = (self.shape[0], self.blocks)
         return self.part("scales", layout, self.dtype, shape if layout == "rows" else shape[::-1])
 
 
-def blocked_rows(g: GraphBuilder, matrix: BlockedMatrix, ids: ir.Value) -> list[ir.Value]:
+def blocked_rows(g: GraphBuilder, matrix: BlockedMatrix, ids: Value) -> list[Value]:
     """Columns `ids` `[B, T]` as rows of codes `[B, T, K]`, scales `[B, T, blocks]` and, if it has any, zero points."""
     # Views, since ONNX Runtime makes no MatMulNBits of parts that another node reads too.
     scales = matrix.view("scales", "columns", matrix.dtype, (matrix.blocks, matrix.shape[0]))
@@ -124,12 +125,12 @@ def stored_integer(format: BlockFormat) -> str:
     return f"{'' if format.symmetric else 'u'}int{format.bits}"
 
 
-def _column_values(g: GraphBuilder, matrix: ir.Value, ids: ir.Value) -> ir.Value:
+def _column_values(g: GraphBuilder, matrix: Value, ids: Value) -> Value:
     """Columns `ids` `[B, T]` of `[R, N]`, as `[B, T, R]`."""
     return g.op("Transpose", g.op("Gather", matrix, ids, axis=1), perm=[1, 2, 0])
 
 
-def _integers(g: GraphBuilder, matrix: BlockedMatrix, part: PartName, rows: int, ids: ir.Value) -> ir.Value:
+def _integers(g: GraphBuilder, matrix: BlockedMatrix, part: PartName, rows: int, ids: Value) -> Value:
     """Columns `ids` of a part `[rows, N]`, as `[B, T, rows]` of a byte each."""
     columns, kind = matrix.shape[0], stored_integer(matrix.format)
     if matrix.format.bits == 8:

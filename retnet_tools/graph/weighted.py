@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
+from onnx_ir import Value
 
 from retnet_tools.config import BlockNorm
 from retnet_tools.graph.contract import TensorSpec
@@ -42,7 +43,7 @@ class WeightedBuilder:
         self.g = GraphBuilder()
         self.stored: dict[str, WeightTensor] = {}
 
-    def linear(self, x: ir.Value, name: str, sources: tuple[str, ...], bias: bool) -> ir.Value:
+    def linear(self, x: Value, name: str, sources: tuple[str, ...], bias: bool) -> Value:
         """y = x W^T + b; several sources are merged along their outputs."""
         parts = ("weight", "bias") if bias else ("weight",)
         merged = (self._merged(f"{name}.{part}", tuple(f"{source}.{part}" for source in sources)) for part in parts)
@@ -52,16 +53,16 @@ class WeightedBuilder:
         """The parameters of a norm."""
         return NormWeights(norm, self.weight(f"{name}.weight"), self.weight(f"{name}.bias") if norm.bias else None)
 
-    def weight(self, name: str) -> ir.Value:
+    def weight(self, name: str) -> Value:
         """One weight by its canonical name."""
         return self._merged(name, (name,))
 
-    def table(self, name: str, table: Array) -> ir.Value:
+    def table(self, name: str, table: Array) -> Value:
         """A computed table."""
         tensor = WeightTensor(name, table.dtype.name, table.shape, table=table)
         return tensor.declared(self.g.initializers, self.stored)
 
-    def finish(self, name: str, inputs: list[ir.Value], outputs: list[ir.Value], border: Border) -> BuiltGraph:
+    def finish(self, name: str, inputs: list[Value], outputs: list[Value], border: Border) -> BuiltGraph:
         """The graph, its outputs named as its border says."""
         for value, spec in zip(outputs, border[1], strict=True):
             value.name, value.shape, value.type = spec.name, ir.Shape(spec.shape), tensor_type(spec.dtype)
@@ -71,7 +72,7 @@ class WeightedBuilder:
         )
         return BuiltGraph(graph, *border, self.stored)
 
-    def _merged(self, name: str, sources: tuple[str, ...]) -> ir.Value:
+    def _merged(self, name: str, sources: tuple[str, ...]) -> Value:
         rows = sum(self.shapes[source][0] for source in sources)
         tensor = WeightTensor(name, self.dtype, (rows, *self.shapes[sources[0]][1:]), sources)
         return tensor.declared(self.g.initializers, self.stored)
