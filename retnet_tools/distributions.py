@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -14,36 +13,17 @@ _BLOCK = 1 << 18
 """Logits that are worked on at a time: five float64 copies of them take 10 MB."""
 
 
-@dataclass(frozen=True)
-class TokenDivergence:
-    """What a model and a baseline expected before each of N tokens; all `[N]`.
+class TokenTable(SimpleNamespace):
+    """Figures of N tokens, a column `[N]` each under its name: `table.nll`."""
 
-    Attributes:
-        nll: -ln p(token), nats.
-        baseline_nll: the same of the baseline.
-        kl: KL(baseline || model) over the vocabulary, nats.
-        same_top: bool, whether both rank the same token first.
-    """
-
-    nll: Array
-    baseline_nll: Array
-    kl: Array
-    same_top: Array
-
-    @property
-    def delta_p(self) -> Array:
-        """p(token) - p_baseline(token)."""
-        return np.asarray(np.exp(-self.nll) - np.exp(-self.baseline_nll))
+    def __getitem__(self, chosen: Array | slice) -> TokenTable:
+        """Some of the tokens, by index or mask."""
+        return TokenTable(**{name: column[chosen] for name, column in vars(self).items()})
 
     @classmethod
-    def concatenate(cls, parts: Sequence[Self]) -> Self:
-        """Tokens of several calls, in order."""
-        names = ("nll", "baseline_nll", "kl", "same_top")
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
-
-    def __getitem__(self, chosen: Array) -> Self:
-        """Some of the tokens, by index or mask."""
-        return self.__class__(*(a[chosen] for a in (self.nll, self.baseline_nll, self.kl, self.same_top)))
+    def concatenate(cls, parts: Sequence[TokenTable]) -> TokenTable:
+        """Tokens of several calls that have the same columns, in order."""
+        return cls(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])})
 
 
 def log_softmax(logits: Array) -> Array:
@@ -71,7 +51,7 @@ def token_nll(logits: Array, tokens: Array) -> Array:
     """-ln p(token) of logits `[N, vocab]` for tokens `[N]`, as `[N]` float64 nats."""
     result = np.empty(len(tokens))
     for part in _blocks(logits):
-        result[part] = _nll(log_softmax(logits[part]), tokens[part])
+        result[part] = -_of_tokens(log_softmax(logits[part]), tokens[part])
     return result
 
 
@@ -85,22 +65,33 @@ def mean_kl(baseline: Array, logits: Array) -> float:
     return total / len(p)
 
 
-def compare_logits(baseline: Array, logits: Array, tokens: Array) -> TokenDivergence:
-    """Compare two models' logits `[N, vocab]` before the tokens `[N]`.
+TokenFigure = Callable[[Array, Array, Array], Array]
+"""A figure `[N]` of a baseline's and a model's log-probabilities `[N, vocab]` before the tokens `[N]`."""
+
+TOKEN_FIGURES: dict[str, TokenFigure] = {
+    "nll": lambda base, model, tokens: -_of_tokens(model, tokens),
+    "baseline_nll": lambda base, model, tokens: -_of_tokens(base, tokens),
+    "delta_p": lambda base, model, tokens: np.exp(_of_tokens(model, tokens)) - np.exp(_of_tokens(base, tokens)),
+    "kl": lambda base, model, tokens: kl_divergence(base, model),
+    "same_top": lambda base, model, tokens: base.argmax(-1) == model.argmax(-1),
+}
+"""What a model and a baseline are compared by, token by token, in nats and parts of 1; every row is a column."""
+
+
+def compare_logits(baseline: Array, logits: Array, tokens: Array) -> TokenTable:
+    """Compare two models' logits `[N, vocab]` before the tokens `[N]`: a column for each of `TOKEN_FIGURES`.
 
     Memory: 10 MB beside the logits.
     """
     parts = []
     for part in _blocks(logits):
-        log_p, log_q = log_softmax(baseline[part]), log_softmax(logits[part])
-        top = logits[part].argmax(-1) == baseline[part].argmax(-1)
-        kl = kl_divergence(log_p, log_q)
-        parts.append(TokenDivergence(_nll(log_q, tokens[part]), _nll(log_p, tokens[part]), kl, top))
-    return TokenDivergence.concatenate(parts)
+        compared = log_softmax(baseline[part]), log_softmax(logits[part]), tokens[part]
+        parts.append(TokenTable(**{name: figure(*compared) for name, figure in TOKEN_FIGURES.items()}))
+    return TokenTable.concatenate(parts)
 
 
-def _nll(log_p: Array, tokens: Array) -> Array:
-    return -np.take_along_axis(log_p, tokens[:, None], -1)[:, 0]
+def _of_tokens(log_p: Array, tokens: Array) -> Array:
+    return np.take_along_axis(log_p, tokens[:, None], -1)[:, 0]
 
 
 def _blocks(logits: Array) -> list[slice]:

@@ -16,20 +16,28 @@ from retnet_tools.tokenizing.files import TOKENIZER_FILE
 from retnet_tools.weights import Array
 
 
-class LogitsSource(Protocol):
-    """A model that is shown token rows and says what it expected next (teacher forcing).
+class TokenReader(Protocol):
+    """A model as far as texts become its tokens.
 
     Attributes:
         name: its path, for people.
-        description: kind and number type, for people.
         tokenizer_files: files beside it, its tokenizer among them if it has one.
-        notes: what the user should know about how it was read.
     """
 
     name: str
-    description: str
     vocab_size: int
     tokenizer_files: tuple[Path, ...]
+
+
+class LogitsSource(TokenReader, Protocol):
+    """A model that is shown token rows and says what it expected next (teacher forcing).
+
+    Attributes:
+        description: kind and number type, for people.
+        notes: what the user should know about how it was read.
+    """
+
+    description: str
     notes: tuple[str, ...]
 
     def stream(self, rows: Array, block: int) -> Iterator[Array]:

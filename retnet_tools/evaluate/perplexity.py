@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from retnet_tools.evaluate.divergence import Divergence, divergence
-from retnet_tools.evaluate.estimates import Estimate, mean, ratio
+from retnet_tools.evaluate.estimates import Divergence, Estimate, divergence, mean, ratio
 from retnet_tools.evaluate.logits import LogitsSource
 from retnet_tools.evaluate.positions import ByPosition, by_position
 from retnet_tools.evaluate.scored_text import ScoredText
-from retnet_tools.evaluate.scoring import DEFAULT_BATCH, score_text
-from retnet_tools.evaluate.windows import Windows
-from retnet_tools.progress import Progress
+from retnet_tools.evaluate.scoring import DEFAULT_BATCH, Windows, score_text
+from retnet_tools.progress import Progress, no_progress
 from retnet_tools.weights import Array
 
 
@@ -74,7 +72,7 @@ def measure_perplexity(
     baseline: LogitsSource | None = None,
     batch: int = DEFAULT_BATCH,
     positions: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> PerplexityReport:
     """Score a text with a model, and with a baseline at the same time; see `score_text` for memory and errors.
 
@@ -89,7 +87,6 @@ def measure_perplexity(
     tokens = scoring.tokens[scoring.tokens.scored]
     sizes = None if text.sizes is None else text.sizes[tokens.index]
     context, stride = windows.sizes(len(text.ids))
-    both = tokens.divergence
     return PerplexityReport(
         name=source.name,
         description=source.description,
@@ -102,8 +99,8 @@ def measure_perplexity(
         scored_tokens=len(tokens.nll),
         scored_bytes=None if sizes is None else int(sizes.sum()),
         model=perplexity(tokens.nll, sizes),
-        baseline=None if both is None else perplexity(both.baseline_nll, sizes),
-        divergence=None if both is None else divergence(both),
+        baseline=None if baseline is None else perplexity(tokens.baseline_nll, sizes),
+        divergence=None if baseline is None else divergence(tokens),
         by_position=by_position(scoring.tokens) if positions else None,
         tokens_per_second=scoring.fed / scoring.seconds,
         notes=(*source.notes, *(baseline.notes if baseline else ()), *text.notes),

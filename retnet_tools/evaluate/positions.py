@@ -13,8 +13,8 @@ from typing import Literal
 
 import numpy as np
 
+from retnet_tools.distributions import TokenTable
 from retnet_tools.evaluate.estimates import Estimate, mean, student_t
-from retnet_tools.evaluate.scoring import PredictedTokens
 from retnet_tools.weights import Array
 
 CONFIDENCE = 0.95
@@ -80,7 +80,7 @@ class ByPosition:
     trend: Trend | None
 
 
-def by_position(tokens: PredictedTokens) -> ByPosition:
+def by_position(tokens: TokenTable) -> ByPosition:
     """Bins by context, 1, 2, 3-4, 5-8, 9-16 and so on, and the trend of the divergence.
 
     Every prediction of the rows that do not overlap takes part, also those that are not scored.
@@ -88,9 +88,7 @@ def by_position(tokens: PredictedTokens) -> ByPosition:
     tokens = tokens[tokens.apart]
     octave = np.ceil(np.log2(tokens.context)).astype(np.int64)
     bins = tuple(_bin(tokens[octave == k], int(k)) for k in np.unique(octave))
-    if tokens.divergence is None:
-        return ByPosition(bins, None)
-    return ByPosition(bins, trend(tokens.context, tokens.divergence.kl, _clusters(tokens)))
+    return ByPosition(bins, trend(tokens.context, tokens.kl, _clusters(tokens)) if "kl" in vars(tokens) else None)
 
 
 def trend(context: Array, values: Array, clusters: Array) -> Trend:
@@ -117,20 +115,19 @@ def trend(context: Array, values: Array, clusters: Array) -> Trend:
     return Trend(slope, slope - half, slope + half, len(names), level)
 
 
-def _bin(tokens: PredictedTokens, octave: int) -> PositionBin:
-    d = tokens.divergence
+def _bin(tokens: TokenTable, octave: int) -> PositionBin:
+    against = "kl" in vars(tokens)
     return PositionBin(
         first=(1 << octave) // 2 + 1 if octave else 1,
         last=min(1 << octave, int(tokens.context.max())),
         tokens=len(tokens.nll),
         nll=mean(tokens.nll),
-        baseline_nll=None if d is None else mean(d.baseline_nll),
-        kld=None if d is None else mean(d.kl),
+        baseline_nll=mean(tokens.baseline_nll) if against else None,
+        kld=mean(tokens.kl) if against else None,
     )
 
 
-def _clusters(tokens: PredictedTokens) -> Array:
-    if len(np.unique(tokens.row)) >= LEAST_CLUSTERS:
-        return tokens.row
-    pieces = (tokens.context - 1) // CLUSTER_TOKENS
+def _clusters(tokens: TokenTable) -> Array:
+    few = len(np.unique(tokens.row)) < LEAST_CLUSTERS
+    pieces = (tokens.context - 1) // CLUSTER_TOKENS if few else np.zeros_like(tokens.row)
     return np.asarray(tokens.row * (int(pieces.max()) + 1) + pieces)

@@ -10,12 +10,12 @@ from retnet_tools.errors import UsageError
 from retnet_tools.evaluate.logits import ExportLogits, LogitsSource
 from retnet_tools.evaluate.perplexity import measure_perplexity
 from retnet_tools.evaluate.scored_text import read_tokens
-from retnet_tools.evaluate.windows import Windows
+from retnet_tools.evaluate.scoring import Windows
 from retnet_tools.graph.contract import STEP_FILE
 from retnet_tools.graph.export import ExportPlan
 from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.graph.quantization import HalfType, Quality, WeightType
-from retnet_tools.progress import Progress
+from retnet_tools.progress import Progress, no_progress
 from retnet_tools.quantize.card import update_record
 from retnet_tools.quantize.scheme import HALF_TYPES
 from retnet_tools.tokenizing.text_files import Text
@@ -24,7 +24,7 @@ WINDOWS = Windows(512)
 """How the text is cut: the windows that `perplexity` uses where nothing else is said."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Planned:
     """What reads the text, before it is written."""
 
@@ -73,7 +73,7 @@ def measure_quality(
     *,
     limit: int | None = None,
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Quality:
     """Measure a quantized folder against its float parent and write the figures into its retnet.json and card.
 

@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from retnet_tools.errors import InputError, UsageError
+from retnet_tools.evaluate.logits import TokenReader
 from retnet_tools.runtime.codec import IdCodec
-from retnet_tools.tokenizing.files import TokenizerSearch, find_tokenizer
+from retnet_tools.tokenizing.files import find_tokenizer
 from retnet_tools.tokenizing.token_ids import check_vocabulary
 from retnet_tools.weights import Array
-
-
-class TokenReader(Protocol):
-    """A model as far as texts become its tokens; a `LogitsSource` is one."""
-
-    @property
-    def name(self) -> str:
-        """Its path, for people."""
-        ...
-
-    @property
-    def vocab_size(self) -> int:
-        """How many token ids there are."""
-        ...
-
-    @property
-    def tokenizer_files(self) -> Sequence[Path]:
-        """Files beside it, its tokenizer among them if it has one."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -81,21 +61,22 @@ def read_tokens(
             f"{baseline.name} has a vocabulary of {baseline.vocab_size}, {source.name} of {source.vocab_size}",
             "two models of one vocabulary",
         )
-    tokenizer = None
+    tokenizer, sizes, notes = None, None, tuple[str, ...]()
     if token_ids:
-        result = ScoredText(np.array(IdCodec().encode(text), dtype=np.int64), None)
+        ids = np.array(IdCodec().encode(text), dtype=np.int64)
     else:
-        tokenizer = (
-            _find(source).require(f"a text for {source.name}", "add one, or give token ids: --token-ids").tokenizer
-        )
-        result = _encode(tokenizer, text)
-        if baseline is not None:
-            result = replace(result, notes=_check_tokenizer(tokenizer, source, baseline, text, result.ids))
-    result = _first(result, limit)
+        search = find_tokenizer(source.tokenizer_files, source.vocab_size)
+        tokenizer = search.require(f"a text for {source.name}", "add one, or give token ids: --token-ids").tokenizer
+        encoding = tokenizer.encode(text)
+        ids = np.array(encoding.ids, dtype=np.int64)
+        sizes = byte_sizes(text, np.array([end for _, end in encoding.offsets], dtype=np.int64))[:limit]
+        notes = () if baseline is None else _check_tokenizer(tokenizer, source, baseline, text, ids)
+    ids = ids[:limit]
     if start_token is not None:
-        result = _after(_token_id(start_token, tokenizer, source), result)
-    check_vocabulary(result.ids, source.vocab_size, tokenizer, InputError)
-    return result
+        ids = np.concatenate([[_token_id(start_token, tokenizer, source)], ids])
+        sizes = None if sizes is None else np.concatenate([[0], sizes])
+    check_vocabulary(ids, source.vocab_size, tokenizer, InputError)
+    return ScoredText(ids, sizes, notes)
 
 
 def byte_sizes(text: str, ends: Array) -> Array:
@@ -107,20 +88,10 @@ def byte_sizes(text: str, ends: Array) -> Array:
     return np.diff(offsets[reached], prepend=0)
 
 
-def _find(source: TokenReader) -> TokenizerSearch:
-    return find_tokenizer(source.tokenizer_files, source.vocab_size)
-
-
-def _encode(tokenizer: Any, text: str) -> ScoredText:
-    encoding = tokenizer.encode(text)
-    ends = np.array([end for _, end in encoding.offsets], dtype=np.int64)
-    return ScoredText(np.array(encoding.ids, dtype=np.int64), byte_sizes(text, ends))
-
-
 def _check_tokenizer(
     tokenizer: Any, source: TokenReader, baseline: TokenReader, text: str, ids: Array
 ) -> tuple[str, ...]:
-    found = _find(baseline).found
+    found = find_tokenizer(baseline.tokenizer_files, baseline.vocab_size).found
     if found is None:
         return (f"{baseline.name} has no tokenizer: that its tokens mean the same is not checked",)
     other = found.tokenizer
@@ -130,17 +101,6 @@ def _check_tokenizer(
             "two models of one tokenizer",
         )
     return ()
-
-
-def _first(text: ScoredText, limit: int | None) -> ScoredText:
-    if limit is None:
-        return text
-    return replace(text, ids=text.ids[:limit], sizes=None if text.sizes is None else text.sizes[:limit])
-
-
-def _after(token: int, text: ScoredText) -> ScoredText:
-    sizes = None if text.sizes is None else np.concatenate([[0], text.sizes])
-    return replace(text, ids=np.concatenate([[token], text.ids]), sizes=sizes)
 
 
 def _token_id(word: str, tokenizer: Any, source: TokenReader) -> int:

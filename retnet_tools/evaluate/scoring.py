@@ -1,4 +1,5 @@
-"""A text run through a model, and a baseline beside it, token by token."""
+"""A text run through a model, and a baseline beside it, token by token: which tokens of it are fed together, which
+predictions count, and what each of them gave."""
 
 from __future__ import annotations
 
@@ -8,53 +9,88 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from retnet_tools.distributions import TokenDivergence, compare_logits, token_nll
+from retnet_tools.distributions import TokenTable, compare_logits, token_nll
 from retnet_tools.errors import InputError, UsageError
 from retnet_tools.evaluate.logits import LogitsSource
-from retnet_tools.evaluate.windows import Row, Windows
-from retnet_tools.progress import Progress
+from retnet_tools.progress import Progress, no_progress
 from retnet_tools.weights import Array
 
 DEFAULT_BATCH = 16
+DEFAULT_CONTEXT = 512
 _BLOCK_ELEMENTS = 1 << 22
 _LONGEST_BLOCK = 128
-_COLUMNS = ("index", "row", "context", "scored", "apart", "nll")
 
 
 @dataclass(frozen=True)
-class PredictedTokens:
-    """Predictions, one entry each, `[N]`, ordered by row and place.
+class Row:
+    """Tokens `start` to `start + length - 1` of the text, fed as one sequence from zero states.
+
+    After each of them the next token of the text is predicted: `length` predictions, of tokens `start + 1` to
+    `start + length`. Those after the first `skipped` are scored; all have more than `skipped` tokens of context.
 
     Attributes:
-        index: which token of the text was predicted.
-        row: in which row.
-        context: how many tokens of the row were seen before it, 1 or more.
-        scored: whether it counts (see `Windows`).
-        apart: whether its row is one of those that do not overlap.
-        nll: -ln p(token), nats.
-        divergence: from the baseline, or None.
+        apart: whether this row is one of those that do not overlap, from which figures by position are taken.
     """
 
-    index: Array
-    row: Array
-    context: Array
-    scored: Array
-    apart: Array
-    nll: Array
-    divergence: TokenDivergence | None
+    start: int
+    length: int
+    skipped: int
+    apart: bool
 
-    def __getitem__(self, chosen: Array) -> PredictedTokens:
-        """Some of them, by index or mask."""
-        columns = {name: getattr(self, name)[chosen] for name in _COLUMNS}
-        return PredictedTokens(**columns, divergence=None if self.divergence is None else self.divergence[chosen])
 
-    @classmethod
-    def concatenate(cls, parts: Sequence[PredictedTokens]) -> PredictedTokens:
-        """Predictions of several blocks, put in order."""
-        columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS}
-        divergences = [part.divergence for part in parts if part.divergence is not None]
-        joined = cls(**columns, divergence=TokenDivergence.concatenate(divergences) if divergences else None)
-        return joined[np.lexsort((joined.context, joined.row))]
+@dataclass(frozen=True)
+class Windows:
+    """A text cut into rows of `context` tokens, each `stride` further on than the one before.
+
+    Row k feeds tokens k stride to k stride + context - 1 and its last `stride` predictions are scored. So of a text
+    t_0 ... t_(N-1) the tokens from t_(context - stride + 1) on are scored, each exactly once, each seen with at least
+    context - stride + 1 and at most `context` tokens before it; what comes earlier serves as context alone. The last
+    row ends with the text and may be shorter.
+
+    Attributes:
+        context: tokens fed in a row; 0 feeds the whole text as one row, every token but the first being scored.
+        stride: None is half the context, as llama-perplexity scores the second half; `context` scores everything
+            but t_0, with as little as one token of context.
+
+    Raises:
+        UsageError: a number out of range.
+    """
+
+    context: int = DEFAULT_CONTEXT
+    stride: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.context < 0:
+            raise UsageError(f"--context {self.context}", "at least 1, or 0 for the whole text in one row")
+        if self.stride is not None and self.context == 0:
+            raise UsageError(f"--stride {self.stride} with --context 0", "no stride where all is one row")
+        if self.stride is not None and not 1 <= self.stride <= self.context:
+            raise UsageError(f"--stride {self.stride}", f"1 to {self.context}, the context")
+
+    def sizes(self, tokens: int) -> tuple[int, int]:
+        """Context and stride for a text of so many tokens."""
+        context = self.context or max(1, tokens - 1)
+        half = max(1, context // 2) if self.context else context
+        return context, self.stride or half
+
+    def rows(self, tokens: int) -> Iterator[Row]:
+        """The rows of a text of `tokens` tokens.
+
+        Raises:
+            UsageError: a text so short that no token would be scored.
+        """
+        context, stride = self.sizes(tokens)
+        skipped = context - stride
+        if tokens < skipped + 2:
+            raise UsageError(
+                f"a text of {tokens} token{'' if tokens == 1 else 's'}",
+                f"at least {skipped + 2}, so that one has {skipped + 1} before it",
+                "take a longer text, a smaller --context or --context 0" if skipped else "take a longer text",
+            )
+        every = -(-context // stride)
+        for k in range(-(-(tokens - 1 - skipped) // stride)):
+            start = k * stride
+            yield Row(start, min(context, tokens - 1 - start), skipped, k % every == 0)
 
 
 @dataclass(frozen=True)
@@ -62,12 +98,16 @@ class Scoring:
     """What a run gave.
 
     Attributes:
+        tokens: the predictions, ordered by row and place, with these columns: `index`, which token of the text was
+            predicted; `row`, in which row; `context`, how many tokens of the row were seen before it, 1 or more;
+            `scored`, whether it counts; `apart`, whether its row is one of those that do not overlap; `nll`, -ln p of
+            the token in nats; and with a baseline the others of `retnet_tools.distributions.TOKEN_FIGURES`.
         rows: how many there were.
         fed: tokens that the model was fed, a token in two rows counted twice.
         seconds: that the model took for them, without the baseline and the statistics.
     """
 
-    tokens: PredictedTokens
+    tokens: TokenTable
     rows: int
     fed: int
     seconds: float
@@ -81,7 +121,7 @@ def score_text(
     baseline: LogitsSource | None = None,
     batch: int = DEFAULT_BATCH,
     all_positions: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Scoring:
     """Predict the tokens of a text `[N]` with a model and, on the same rows at the same time, with a baseline.
 
@@ -101,17 +141,17 @@ def score_text(
         raise UsageError(f"--batch {batch}", "at least 1")
     rows = list(windows.rows(len(ids)))
     total, done = sum(row.length for row in rows), 0
-    clock, mean, parts = _Clock(), _RunningMean(), list[PredictedTokens]()
+    clock, parts, nll, scored = _Clock(), list[TokenTable](), 0.0, 0
     for first in range(0, len(rows), batch):
         group = _Group(ids, rows[first : first + batch], first, all_positions)
         for start, logits, base in _blocks(group.inputs, source, baseline, clock):
             part = group.predictions(start, logits, base, source, baseline)
             parts.append(part)
-            mean.add(part.nll[part.scored])
             done += group.real_tokens(start, logits.shape[1])
-            if progress is not None:
-                progress(f"tokens, {mean}", done, total)
-    return Scoring(PredictedTokens.concatenate(parts), len(rows), total, clock.seconds)
+            nll, scored = nll + float(part.nll[part.scored].sum()), scored + int(part.scored.sum())
+            progress(f"tokens, mean NLL {nll / scored:.4f}" if scored else "tokens, reading context", done, total)
+    tokens = TokenTable.concatenate(parts)
+    return Scoring(tokens[np.lexsort((tokens.context, tokens.row))], len(rows), total, clock.seconds)
 
 
 def _blocks(
@@ -144,7 +184,7 @@ class _Group:
 
     def predictions(
         self, start: int, logits: Array, base: Array | None, source: LogitsSource, baseline: LogitsSource | None
-    ) -> PredictedTokens:
+    ) -> TokenTable:
         """What counts among the predictions of a block that begins at a place in the rows."""
         place = start + np.arange(logits.shape[1])
         real = place < self.lengths[:, None]  # [B, n]
@@ -153,17 +193,18 @@ class _Group:
         row, column = np.nonzero(kept)
         index = self.starts[row] + start + column + 1
         tokens = self.ids[index]
-        q, divergence = _finite(logits[row, column], index, source), None
-        if base is not None and baseline is not None:
-            divergence = compare_logits(_finite(base[row, column], index, baseline), q, tokens)
-        return PredictedTokens(
+        q = _finite(logits[row, column], index, source)
+        if base is None or baseline is None:
+            figures = TokenTable(nll=token_nll(q, tokens))
+        else:
+            figures = compare_logits(_finite(base[row, column], index, baseline), q, tokens)
+        return TokenTable(
             index=index,
             row=self.first + row,
             context=start + column + 1,
             scored=scored[row, column],
             apart=self.apart[row],
-            nll=token_nll(q, tokens) if divergence is None else divergence.nll,
-            divergence=divergence,
+            **vars(figures),
         )
 
 
@@ -180,20 +221,6 @@ class _Clock:
             self.seconds += time.perf_counter() - began
             yield block
             began = time.perf_counter()
-
-
-class _RunningMean:
-    """The mean NLL so far, in words."""
-
-    def __init__(self) -> None:
-        self.total, self.count = 0.0, 0
-
-    def add(self, nll: Array) -> None:
-        """Add `[N]` tokens."""
-        self.total, self.count = self.total + float(nll.sum()), self.count + len(nll)
-
-    def __str__(self) -> str:
-        return f"mean NLL {self.total / self.count:.4f}" if self.count else "reading context"
 
 
 def _finite(logits: Array, index: Array, source: LogitsSource) -> Array:

@@ -15,8 +15,7 @@ from retnet_tools.progress import Progress, in_megabytes, no_progress
 
 if TYPE_CHECKING:
     from retnet_tools.config import RetNetConfig
-    from retnet_tools.evaluate.horizon import HeadMemory
-    from retnet_tools.evaluate.lint import Finding
+    from retnet_tools.evaluate.lint import Finding, HeadMemory
     from retnet_tools.formats.source import CheckpointSource
     from retnet_tools.graph.manifest import Manifest
     from retnet_tools.weights import WeightSource
@@ -119,8 +118,7 @@ def inspect_model(request: InspectRequest, model: StoredModel, progress: Progres
     Raises:
         InputError: a file that ends early.
     """
-    from retnet_tools.evaluate.horizon import head_memories
-    from retnet_tools.evaluate.lint import SEVERITIES, lint_config, lint_tokenizer
+    from retnet_tools.evaluate.lint import SEVERITIES, head_memories, lint_config, lint_tokenizer
     from retnet_tools.evaluate.weight_lint import lint_weights
 
     config, by_dtype = model.config, Counter[str]()

@@ -58,7 +58,7 @@ class PerplexityRequest(CheckpointRequest):
 
     def __post_init__(self) -> None:
         from retnet_tools.dtypes import parse_dtype
-        from retnet_tools.evaluate.windows import Windows
+        from retnet_tools.evaluate.scoring import Windows
         from retnet_tools.runtime.providers import parse_device
 
         super().__post_init__()
@@ -94,7 +94,7 @@ def perplexity(request: PerplexityRequest, progress: Progress = no_progress) -> 
     from retnet_tools.evaluate.logits import is_export
     from retnet_tools.evaluate.perplexity import measure_perplexity
     from retnet_tools.evaluate.scored_text import read_tokens
-    from retnet_tools.evaluate.windows import Windows
+    from retnet_tools.evaluate.scoring import Windows
     from retnet_tools.formats.source import CheckpointSource
     from retnet_tools.runtime.providers import parse_device
     from retnet_tools.tokenizing.text_files import read_text

@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from retnet_tools.console import print_line, result_console, result_table
-from retnet_tools.evaluate.horizon import gamma_text
-from retnet_tools.evaluate.lint import SEVERITIES, Severity, counted
+from retnet_tools.evaluate.lint import SEVERITIES, Severity, counted, gamma_text
 from retnet_tools.graph.contract import WEIGHTS_FILE
 from retnet_tools.jobs.inspect import InspectResult, StoredModel
 from retnet_tools.quantize.scheme import scheme_text

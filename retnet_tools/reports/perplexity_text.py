@@ -10,8 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from retnet_tools.console import print_line, result_console, result_table
-from retnet_tools.evaluate.divergence import Divergence
-from retnet_tools.evaluate.estimates import INDEPENDENCE, Estimate
+from retnet_tools.evaluate.estimates import INDEPENDENCE, Divergence, Estimate
 from retnet_tools.evaluate.perplexity import Perplexity, PerplexityReport
 from retnet_tools.evaluate.positions import CONFIDENCE, LEAST_CLUSTERS, ByPosition, PositionBin, Trend
 from retnet_tools.jobs.perplexity import PerplexityResult

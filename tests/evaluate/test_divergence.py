@@ -8,21 +8,21 @@ import statistics
 import numpy as np
 import pytest
 
-from retnet_tools.distributions import TokenDivergence, compare_logits
-from retnet_tools.evaluate.divergence import divergence
+from retnet_tools.distributions import TokenTable, compare_logits
+from retnet_tools.evaluate.estimates import divergence
 from tests.evaluate.test_estimates import jackknife
 
 TOKENS, VOCAB = 2000, 50
 
 
 @pytest.fixture(scope="module")
-def tokens() -> TokenDivergence:
+def tokens() -> TokenTable:
     rng = np.random.default_rng(0)
     base = 2 * rng.standard_normal((TOKENS, VOCAB))
     return compare_logits(base, base + 0.3 * rng.standard_normal(base.shape), rng.integers(0, VOCAB, TOKENS))
 
 
-def test_every_figure_is_the_plain_sum_of_its_definition(tokens: TokenDivergence) -> None:
+def test_every_figure_is_the_plain_sum_of_its_definition(tokens: TokenTable) -> None:
     found = divergence(tokens)
     q, base, kl = ([float(x) for x in a] for a in (tokens.nll, tokens.baseline_nll, tokens.kl))
     dp = [math.exp(-a) - math.exp(-b) for a, b in zip(q, base, strict=True)]
@@ -48,7 +48,7 @@ def test_every_figure_is_the_plain_sum_of_its_definition(tokens: TokenDivergence
     assert found.correlation == pytest.approx(statistics.correlation(q, base))
 
 
-def test_errors_know_what_model_and_baseline_have_in_common(tokens: TokenDivergence) -> None:
+def test_errors_know_what_model_and_baseline_have_in_common(tokens: TokenTable) -> None:
     found = divergence(tokens)
     q, base = tokens.nll, tokens.baseline_nll
     apart = math.hypot(statistics.stdev(q), statistics.stdev(base)) / math.sqrt(TOKENS)
@@ -68,7 +68,7 @@ def test_errors_know_what_model_and_baseline_have_in_common(tokens: TokenDiverge
     assert found.rms_delta_p.error == pytest.approx(jackknife(TOKENS, rms), rel=0.05)
 
 
-def test_a_model_against_itself_is_zero_everywhere(tokens: TokenDivergence) -> None:
+def test_a_model_against_itself_is_zero_everywhere(tokens: TokenTable) -> None:
     logits = np.random.default_rng(1).standard_normal((40, VOCAB))
     found = divergence(compare_logits(logits, logits, np.arange(40)))
     assert (found.mean_kld.value, found.max_kld, found.rms_delta_p.value, found.log_ppl_ratio.value) == (0, 0, 0, 0)
@@ -78,6 +78,8 @@ def test_a_model_against_itself_is_zero_everywhere(tokens: TokenDivergence) -> N
 
 def test_figures_out_of_the_range_of_float64_are_not_numbers_rather_than_errors() -> None:
     huge = np.full(5, 1e6)
-    found = divergence(TokenDivergence(huge, huge, np.zeros(5), np.ones(5, bool)))
+    found = divergence(
+        TokenTable(nll=huge, baseline_nll=huge, kl=np.zeros(5), delta_p=np.zeros(5), same_top=np.ones(5, bool))
+    )
     assert math.isnan(found.ppl_difference.value)
     assert math.isnan(found.correlation)

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 
-from retnet_tools.evaluate.horizon import HeadMemory, gamma_text, head_memories
+from retnet_tools.evaluate.lint import HeadMemory, gamma_text, head_memories
 from tests.helpers import ABLATIONS, BASE
 
 

@@ -15,7 +15,7 @@ from retnet_tools.evaluate.logits import ExportLogits
 from retnet_tools.evaluate.perplexity import PerplexityReport, measure_perplexity, perplexity
 from retnet_tools.evaluate.positions import Trend
 from retnet_tools.evaluate.scored_text import ScoredText
-from retnet_tools.evaluate.windows import Windows
+from retnet_tools.evaluate.scoring import Windows
 from retnet_tools.jobs.perplexity import PerplexityRequest, PerplexityResult
 from retnet_tools.model.streaming import CheckpointLogits
 from retnet_tools.reports.perplexity_text import estimate_text, perplexity_document, trend_text

@@ -7,20 +7,21 @@ import math
 import numpy as np
 import pytest
 
-from retnet_tools.distributions import TokenDivergence
+from retnet_tools.distributions import TokenTable
 from retnet_tools.evaluate.positions import LEAST_CLUSTERS, by_position, trend
-from retnet_tools.evaluate.scoring import PredictedTokens
 from retnet_tools.weights import Array
 
 
-def predictions(rows: int, context: int, kl: Array | None = None, seed: int = 0) -> PredictedTokens:
+def predictions(rows: int, context: int, kl: Array | None = None, seed: int = 0) -> TokenTable:
     """`rows` rows of `context` predictions; `kl` is `[rows, context]`."""
     size = rows * context
     nll = np.random.default_rng(seed).gamma(2.0, 1.0, size)
-    d = None if kl is None else TokenDivergence(nll, nll + 0.1, kl.ravel(), np.ones(size, bool))
+    against = {} if kl is None else {"baseline_nll": nll + 0.1, "kl": kl.ravel(), "same_top": np.ones(size, bool)}
     row, place = np.divmod(np.arange(size), context)
     everything = np.ones(size, bool)
-    return PredictedTokens(np.arange(size) + 1, row, place + 1, everything, everything, nll, d)
+    return TokenTable(
+        index=np.arange(size) + 1, row=row, context=place + 1, scored=everything, apart=everything, nll=nll, **against
+    )
 
 
 def test_bins_are_octaves_of_the_context_and_hold_their_predictions() -> None:
@@ -37,7 +38,7 @@ def test_bins_are_octaves_of_the_context_and_hold_their_predictions() -> None:
 def test_octaves_are_exact_at_powers_of_two_up_to_the_last_position() -> None:
     context = np.array([n for k in range(1, 25) for n in (2**k - 1, 2**k, 2**k + 1)])
     size, everything = len(context), np.ones(len(context), bool)
-    tokens = PredictedTokens(np.arange(size), np.zeros(size, int), context, everything, everything, context * 1.0, None)
+    tokens = TokenTable(row=np.zeros(size, int), context=context, apart=everything, nll=context * 1.0)
     for b in by_position(tokens).bins:
         members = [c for c in context if b.first <= c <= b.last]
         assert b.tokens == len(members)
@@ -46,7 +47,7 @@ def test_octaves_are_exact_at_powers_of_two_up_to_the_last_position() -> None:
 
 def test_only_rows_that_are_apart_take_part() -> None:
     tokens = predictions(4, 8)
-    half = PredictedTokens(**{**vars(tokens), "apart": tokens.row % 2 == 0})
+    half = TokenTable(**{**vars(tokens), "apart": tokens.row % 2 == 0})
     assert sum(b.tokens for b in by_position(half).bins) == 16
 
 

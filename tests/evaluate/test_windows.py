@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retnet_tools.errors import UsageError
-from retnet_tools.evaluate.windows import Windows
+from retnet_tools.evaluate.scoring import Windows
 
 
 @given(data=st.data(), tokens=st.integers(2, 200), context=st.integers(1, 80))

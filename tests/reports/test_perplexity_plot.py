@@ -12,7 +12,7 @@ import pytest
 from retnet_tools.errors import OutputError, RetNetToolsError, UsageError
 from retnet_tools.evaluate.perplexity import PerplexityReport, measure_perplexity
 from retnet_tools.evaluate.scored_text import ScoredText
-from retnet_tools.evaluate.windows import Windows
+from retnet_tools.evaluate.scoring import Windows
 from retnet_tools.plotting import check_plot
 from retnet_tools.reports.perplexity_plot import draw, write_plot
 from tests.sources import MarkovLogits
