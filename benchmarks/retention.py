@@ -34,9 +34,9 @@ from retnet_tools.graph.ops import FusedOps
 from retnet_tools.graph.standard_ops import StandardOps
 from retnet_tools.machine import this_machine
 from retnet_tools.paper import paper_decay
-from retnet_tools.runtime.binding import Binding
-from retnet_tools.runtime.buffers import zero_buffer
-from retnet_tools.runtime.providers import Device, check_device, open_session, parse_device
+from retnet_tools.runtime.buffers import Binding, zero_buffer
+from retnet_tools.runtime.onnx_session import open_session
+from retnet_tools.runtime.providers import Device, check_device, parse_device
 
 HEADS = [(8, 256, 512), (8, 256, 432), (16, 256, 512), (16, 256, 432), (8, 160, 320), (16, 128, 256), (8, 64, 128)]
 """H x K x V: the paper's, torchscale's 1.3b and 6.7b, syncdoth's 300m, and smaller ones."""

@@ -34,7 +34,8 @@ from retnet_tools.graph.ops import FusedOps
 from retnet_tools.graph.weighted import BuiltGraph, WeightedBuilder
 from retnet_tools.machine import available_memory, this_machine
 from retnet_tools.runtime.buffers import Buffer, buffer_of, spare_buffer
-from retnet_tools.runtime.providers import Device, open_session
+from retnet_tools.runtime.onnx_session import open_session
+from retnet_tools.runtime.providers import Device
 from retnet_tools.weights import Array
 
 if TYPE_CHECKING:

@@ -17,12 +17,13 @@ from retnet_tools.bench.transformer_graph import (
     TransformerConfig,
     cache_names,
 )
-from retnet_tools.errors import ProviderError, UsageError
+from retnet_tools.errors import UsageError
 from retnet_tools.graph.contract import INPUT_IDS, LOGITS, TensorSpec
 from retnet_tools.graph.nodes import ELEMENT_TYPES
-from retnet_tools.runtime.binding import Binding
-from retnet_tools.runtime.buffers import buffer_of
-from retnet_tools.runtime.providers import Device, open_session
+from retnet_tools.runtime.buffers import Binding, buffer_of
+from retnet_tools.runtime.failures import CaptureError
+from retnet_tools.runtime.onnx_session import open_session
+from retnet_tools.runtime.providers import Device
 from retnet_tools.weights import Array
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class TransformerSession:
         cuda_graph: bool | None = None,
     ) -> None:
         self.config, self.dtype, self.device = config, ELEMENT_TYPES[dtype].numpy(), device
-        self.eager_reason = "it runs on the CPU" if device.kind == "cpu" else None
+        self.eager_reason = device.provider.eager_reason
         if self.eager_reason is None and cuda_graph is False:
             self.eager_reason = "it was asked for"
         self._session = self._open(folder / TRANSFORMER_FILE, threads)
@@ -87,9 +88,7 @@ class TransformerSession:
         if self.eager_reason is None:
             try:
                 return open_session(path, self.device, threads, cuda_graph=True)
-            except ProviderError as error:
-                if "graph capture" not in str(error):
-                    raise
+            except CaptureError as error:
                 self.eager_reason = error.found
         return open_session(path, self.device, threads)
 

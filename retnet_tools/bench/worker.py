@@ -25,7 +25,7 @@ from retnet_tools.bench.floor import Probes, ProbeSpec
 from retnet_tools.bench.measurements import Measurements
 from retnet_tools.bench.specs import EngineSpec
 from retnet_tools.errors import RetNetToolsError
-from retnet_tools.runtime.providers import is_out_of_memory
+from retnet_tools.runtime.failures import is_out_of_memory
 
 _MODULE = "retnet_tools.bench.worker"
 Spec = EngineSpec | ProbeSpec
@@ -148,14 +148,14 @@ def _attempt(answer: Callable[[Any], Any], message: Any) -> tuple[bool, Any]:
     try:
         return True, answer(message)
     except RetNetToolsError as error:
-        if error.__cause__ is not None and is_out_of_memory(str(error.__cause__)):
+        if is_out_of_memory(error):
             shortage = MemoryShortageError(error.found, error.expected, error.action)
             shortage.exit_code = error.exit_code
             return False, shortage
         return False, error
     except Exception as error:
         text = " ".join(str(error).split())
-        if isinstance(error, MemoryError) or is_out_of_memory(text) or "bad_alloc" in text:
+        if isinstance(error, MemoryError) or is_out_of_memory(error) or "bad_alloc" in text:
             reason = f"not enough memory ({text})" if text else "not enough memory"
             return False, MemoryShortageError(reason, action="measure smaller batches or contexts")
         return False, RetNetToolsError(f"unexpected {type(error).__name__} while measuring: {text}")

@@ -1,4 +1,4 @@
-"""Tensors that graphs read and write in place: arrays on the CPU, memory of CUDA's own on a GPU.
+"""Tensors that graphs read and write in place, and graphs bound to them: arrays on the CPU, CUDA's memory on a GPU.
 
 ONNX Runtime's own values on a GPU come from an arena of the process that grows by powers of two and gives nothing back.
 So memory comes from cudaMalloc here, goes back with its buffer, and graphs are bound to its address.
@@ -9,20 +9,25 @@ from __future__ import annotations
 import math
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 
+from retnet_tools.graph.contract import TensorSpec
 from retnet_tools.runtime.cuda import cuda_runtime
 from retnet_tools.runtime.device_memory import enough_memory
+from retnet_tools.runtime.failures import CaptureError, one_line
 from retnet_tools.weights import Array
 
 if TYPE_CHECKING:
     import onnxruntime
 
     from retnet_tools.runtime.providers import Device
+
+EAGER = -1
+"""The `gpu_graph_id` that ONNX Runtime neither captures nor replays."""
 
 
 class Buffer(ABC):
@@ -52,6 +57,20 @@ class Buffer(ABC):
         """Let a graph write it."""
         binding.bind_output(name, *self._place)
 
+    @classmethod
+    @abstractmethod
+    def of(cls, array: Array, device: Device) -> Buffer:
+        """A buffer with this content."""
+
+    @classmethod
+    @abstractmethod
+    def empty(cls, shape: Sequence[int], dtype: Any, device: Device) -> Buffer:
+        """A buffer whose content does not matter."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Set every element to 0."""
+
     @abstractmethod
     def read(self) -> Array:
         """A copy of the content, in an array of its own."""
@@ -77,6 +96,20 @@ class HostBuffer(Buffer):
     def __init__(self, array: Array) -> None:
         self._array = np.ascontiguousarray(array).reshape(np.shape(array))
         self.shape, self.dtype, self.address = self._array.shape, self._array.dtype, self._array.ctypes.data
+
+    @classmethod
+    def of(cls, array: Array, device: Device) -> HostBuffer:
+        """The array itself."""
+        return cls(array)
+
+    @classmethod
+    def empty(cls, shape: Sequence[int], dtype: Any, device: Device) -> HostBuffer:
+        """A new array."""
+        return cls(np.empty(shape, dtype=dtype))
+
+    def clear(self) -> None:
+        """In place."""
+        self._array[...] = 0
 
     def read(self) -> Array:
         """One copy."""
@@ -105,6 +138,18 @@ class DeviceBuffer(Buffer):
         with enough_memory(device, f"a buffer of {list(shape)} {self.dtype}", self.size_bytes):
             self.address = self._runtime.allocate(self.size_bytes)
         weakref.finalize(self, self._runtime.release, self.address).atexit = False
+
+    @classmethod
+    def of(cls, array: Array, device: Device) -> DeviceBuffer:
+        """New memory with a copy."""
+        buffer = cls(np.shape(array), np.asarray(array).dtype, device)
+        buffer.write(array)
+        return buffer
+
+    @classmethod
+    def empty(cls, shape: Sequence[int], dtype: Any, device: Device) -> DeviceBuffer:
+        """New memory."""
+        return cls(shape, dtype, device)
 
     def read(self) -> Array:
         """One copy, into an array that is the caller's."""
@@ -139,11 +184,7 @@ def buffer_of(array: Array, device: Device) -> Buffer:
     Raises:
         ProviderError: no memory on the device.
     """
-    if device.kind == "cpu":
-        return HostBuffer(array)
-    buffer = DeviceBuffer(np.shape(array), np.asarray(array).dtype, device)
-    buffer.write(array)
-    return buffer
+    return device.provider.buffers.of(array, device)
 
 
 def zero_buffer(shape: Sequence[int], dtype: Any, device: Device) -> Buffer:
@@ -152,9 +193,7 @@ def zero_buffer(shape: Sequence[int], dtype: Any, device: Device) -> Buffer:
     Raises:
         ProviderError: no memory on the device.
     """
-    if device.kind == "cpu":
-        return HostBuffer(np.zeros(shape, dtype=dtype))
-    buffer = DeviceBuffer(shape, dtype, device)
+    buffer = spare_buffer(shape, dtype, device)
     buffer.clear()
     return buffer
 
@@ -165,6 +204,72 @@ def spare_buffer(shape: Sequence[int], dtype: Any, device: Device) -> Buffer:
     Raises:
         ProviderError: no memory on the device.
     """
-    if device.kind == "cpu":
-        return HostBuffer(np.empty(shape, dtype=dtype))
-    return DeviceBuffer(shape, dtype, device)
+    return device.provider.buffers.empty(shape, dtype, device)
+
+
+class Binding:
+    """A graph with everything bound once: tokens and logits in buffers of its own, states where they lie.
+
+    Args:
+        session: the graph.
+        feeds: the inputs but for the states, of the shapes that every run will have; the first is `[B, ...]`.
+        past, present: the states to read and to write by name, the same buffers where the graph works in place.
+        output: the first output, `[B, 1, ...]`.
+        device: of the session.
+        graph_id: of the CUDA graph that runs of these buffers are; None runs kernel by kernel. No two bindings of a
+            session may share one: a replay reads and writes what its capture did.
+        needed: bytes that a run allocates, as far as is known.
+
+    Raises:
+        ProviderError: no memory on the device.
+    """
+
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        feeds: Mapping[str, Array],
+        past: Mapping[str, Buffer],
+        present: Mapping[str, Buffer],
+        output: TensorSpec,
+        device: Device,
+        graph_id: int | None = None,
+        needed: int | None = None,
+    ) -> None:
+        import onnxruntime
+
+        self._session, self._device, self._needed, self._captured = session, device, needed, graph_id is not None
+        self._options = onnxruntime.RunOptions()
+        self._options.add_run_config_entry("gpu_graph_id", str(EAGER if graph_id is None else graph_id))
+        self._binding = session.io_binding()
+        # Scalars are sizes, which kernels read on the CPU.
+        self._feeds = {
+            name: buffer_of(np.array(array), device) if np.ndim(array) else HostBuffer(np.array(array))
+            for name, array in feeds.items()
+        }
+        first = next(iter(feeds.values()))
+        self._what = f"a run of {' x '.join(map(str, np.shape(first)[:2]))} tokens"
+        self._output = zero_buffer((len(first), *map(int, output.shape[1:])), output.dtype, device)
+        # Graphs know addresses only.
+        self._states = (*past.values(), *present.values())
+        for name, buffer in (*self._feeds.items(), *past.items()):
+            buffer.bind_input(self._binding, name)
+        for name, buffer in ((output.name, self._output), *present.items()):
+            buffer.bind_output(self._binding, name)
+
+    def run(self, feeds: Mapping[str, Array], *, fetch: bool) -> Array | None:
+        """Run once; a copy of the first output `[B, ...]`, its second axis left out, where it is asked for.
+
+        Raises:
+            OutOfMemoryError: no memory on the device.
+            CaptureError: whatever a run that is captured or replayed fails of.
+        """
+        for name, array in feeds.items():
+            self._feeds[name].write(np.asarray(array))
+        try:
+            with enough_memory(self._device, self._what, self._needed):
+                self._session.run_with_iobinding(self._binding, self._options)
+        except Exception as error:
+            if self._captured:
+                raise CaptureError(one_line(error)) from error
+            raise
+        return self._output.read()[:, 0] if fetch else None

@@ -21,6 +21,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -61,7 +62,9 @@ class BulkOptions:
         """A hash of everything but the prompts that decides what a row gets."""
         stopping = [self.stopping.max_tokens, sorted(self.stopping.end_ids), list(self.stopping.strings)]
         model = [session.manifest.fingerprint(), session.manifest.ops, codec.fingerprint]
-        how = [stopping, dataclasses.asdict(self.sampling), self.batch, self.chunk_size]
+        how: list[Any] = [stopping, self.sampling.settings(), self.batch, self.chunk_size]
+        if self.sampling.steps:
+            how.append([_step_name(step) for step in self.sampling.steps])
         return hashlib.sha256(json.dumps([model, how]).encode()).hexdigest()
 
 
@@ -268,6 +271,13 @@ def _id(row: _BulkRow) -> Any:
     except (ValueError, RecursionError):
         return row.index
     return found
+
+
+def _step_name(step: Any) -> str:
+    """What tells a sampling step from another, in every process."""
+    if isinstance(step, partial):
+        return f"{_step_name(step.func)} {step.args} {step.keywords}"
+    return f"{step.__module__}.{step.__qualname__}"
 
 
 def _write(file: IO[bytes], document: dict[str, Any]) -> None:

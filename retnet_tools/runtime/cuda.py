@@ -5,8 +5,10 @@ Error numbers are those of CUresult and cudaError_t, which agree where both are 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
+import io
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -16,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from retnet_tools.errors import ProviderError
+from retnet_tools.runtime.failures import OutOfMemoryError
 from retnet_tools.weights import Array
 
 _WINDOWS = sys.platform == "win32"
-_NO_DEVICE = 100
+_NO_MEMORY, _NO_DEVICE = 2, 100
 _HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3
 # CUdevice_attribute
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR, _MULTIPROCESSORS, _SHARED_MEMORY = 75, 76, 16, 97
@@ -80,6 +83,16 @@ def library_folders() -> list[Path]:
     found = (folder for root in roots for pattern in patterns for folder in sorted(root.glob(pattern)))
     toolkits = (Path(path) for name in ("CUDA_PATH", "CUDA_HOME") if (path := os.environ.get(name)))
     return [*(toolkit / ("bin" if _WINDOWS else "lib64") for toolkit in toolkits), *found]
+
+
+def cuda_libraries() -> dict[str, str | None]:
+    """Load the libraries of the CUDA provider: where each was found, None for one that is missing."""
+    import onnxruntime
+
+    # It prints what it cannot load to stdout, which is for results.
+    with contextlib.redirect_stdout(io.StringIO()):
+        onnxruntime.preload_dlls()
+    return find_libraries(library_names(cuda_major()), library_folders())
 
 
 def _loads(place: str) -> bool:
@@ -230,7 +243,8 @@ class CudaRuntime:
             text = self._library.cudaGetErrorString(ctypes.c_int(code))
             # Else ONNX Runtime would find this error after a kernel of its own.
             self._library.cudaGetLastError()
-            raise ProviderError(f"{name} fails on cuda:{self._index.value} ({(text or b'error').decode()}, {code})")
+            kind = OutOfMemoryError if code == _NO_MEMORY else ProviderError
+            raise kind(f"{name} fails on cuda:{self._index.value} ({(text or b'error').decode()}, {code})")
 
 
 @cache

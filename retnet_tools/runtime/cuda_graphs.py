@@ -21,8 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from retnet_tools.runtime.binding import Binding
-from retnet_tools.runtime.buffers import Buffer
+from retnet_tools.runtime.buffers import Binding, Buffer
 from retnet_tools.runtime.recurrent_state import RecurrentState
 from retnet_tools.weights import Array
 

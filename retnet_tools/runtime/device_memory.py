@@ -1,7 +1,7 @@
 """Device memory: what a graph, states and a chunk of a prompt need, held against what is free before it is asked for.
 
 Sizes in bytes. Weights are counted once for each graph that is open, step and prefill being sessions of their own,
-unless they share them (`retnet_tools.runtime.shared_weights`). What they need besides is estimated, on the high side.
+unless they share them (`opening.SharedWeights`). What they need besides is estimated, on the high side.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
@@ -19,9 +20,13 @@ from retnet_tools.graph.contract import state_shape
 from retnet_tools.graph.manifest import Manifest
 from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.graph.reader import load_graph
-from retnet_tools.runtime.cuda import cuda_runtime
-from retnet_tools.runtime.providers import SMALLER, Device, is_out_of_memory
+from retnet_tools.runtime.failures import OutOfMemoryError, failure_type
 
+if TYPE_CHECKING:
+    from retnet_tools.runtime.providers import Device
+
+SMALLER = "a smaller batch, --dtype fp16, --quantize int8 or int4, another device, or --device cpu"
+"""What to do where the memory of a device does not suffice."""
 LIBRARY_BYTES = 256 << 20
 """Room for kernels that are loaded when they are first needed, and for cuBLAS: 32 MiB a handle since 9.0."""
 
@@ -58,7 +63,7 @@ def chunk_bytes(config: RetNetConfig, dtype: str, batch: int, tokens: int) -> in
 
 
 def check_memory(device: Device, needed: int, what: str) -> None:
-    """Check that a device has room, before anything is loaded; nothing to check on the CPU.
+    """Check that a device with memory of its own has room, before anything is loaded.
 
     Args:
         what: it is needed for, as the error says it.
@@ -66,15 +71,11 @@ def check_memory(device: Device, needed: int, what: str) -> None:
     Raises:
         ProviderError: it has not.
     """
-    if device.kind == "cpu":
+    if device.provider.memory is None:
         return
-    free, total = cuda_runtime(device.index).memory()
+    free, total = device.provider.memory(device.index)
     if needed > free:
-        raise ProviderError(
-            f"{what} needs {_gigabytes(needed)} on {device}, where {_gigabytes(free)} of {_gigabytes(total)} are free",
-            "",
-            SMALLER,
-        )
+        raise ProviderError(f"{what} needs {_gigabytes(needed)} on {device}, where {_room(free, total)}", "", SMALLER)
 
 
 @contextmanager
@@ -86,18 +87,20 @@ def enough_memory(device: Device, what: str, needed: int | None = None) -> Itera
         needed: bytes for it, as far as is known.
 
     Raises:
-        ProviderError: in place of the error that came.
+        OutOfMemoryError: in place of the error that came.
     """
     try:
         yield
     except Exception as error:
-        if device.kind == "cpu" or not is_out_of_memory(str(error)):
+        if device.provider.memory is None or failure_type(error) is not OutOfMemoryError:
             raise
-        free, total = cuda_runtime(device.index).memory()
+        room = _room(*device.provider.memory(device.index))
         amount = "more memory" if needed is None else f"about {_gigabytes(needed)} more"
-        raise ProviderError(
-            f"{what} needs {amount} on {device}, where {_gigabytes(free)} of {_gigabytes(total)} are free", "", SMALLER
-        ) from error
+        raise OutOfMemoryError(f"{what} needs {amount} on {device}, where {room}", "", SMALLER) from error
+
+
+def _room(free: int, total: int) -> str:
+    return f"{_gigabytes(free)} of {_gigabytes(total)} are free"
 
 
 def _gigabytes(count: int) -> str:

@@ -18,8 +18,8 @@ from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.graph.reader import load_graph
 from retnet_tools.runtime import cuda, installation
 from retnet_tools.runtime.device_memory import LIBRARY_BYTES, graph_bytes, state_bytes
-from retnet_tools.runtime.placement import node_placement
-from retnet_tools.runtime.providers import Device, check_device, cuda_libraries, open_session
+from retnet_tools.runtime.onnx_session import misplaced, node_placement, open_session
+from retnet_tools.runtime.providers import CPU, CUDA, Device, check_device
 
 PACKAGES = ("onnx", "onnx-ir", "numpy", "torch", "onnxruntime-genai", "onnxruntime-genai-cuda")
 
@@ -105,7 +105,7 @@ def diagnose() -> Diagnosis:
     import onnxruntime
 
     # First the libraries: the driver may lie where only this finds it.
-    libraries = cuda_libraries()
+    libraries = cuda.cuda_libraries()
     driver_cuda, devices = _devices()
     used = installation.onnxruntime_in_use()
     return Diagnosis(
@@ -126,7 +126,7 @@ def diagnose() -> Diagnosis:
         libraries=libraries,
         driver_cuda=driver_cuda,
         devices=devices,
-        cuda_problem=device_problem(Device("cuda")),
+        cuda_problem=device_problem(Device(CUDA.name)),
     )
 
 
@@ -161,10 +161,7 @@ def _opened(path: Path, device: Device) -> GraphPlacement:
         placement = node_placement(open_session(path, device, 1, prepack=False))
     except RetNetToolsError as error:
         return GraphPlacement(path.name, {}, {}, False, size, str(error))
-    on_cpu: Counter[str] = Counter()
-    if device.kind == "cuda":
-        shapes = {node.name for node in cpu_nodes(load_graph(path)) if node.reason == "shapes"}
-        on_cpu = placement.on_cpu(shapes)
+    on_cpu = sum(misplaced(path, device, placement), Counter())
     return GraphPlacement(path.name, placement.counts, dict(on_cpu), False, size)
 
 
@@ -210,5 +207,5 @@ def _version(name: str) -> str | None:
 
 def usable_devices(device: Device) -> Sequence[Device]:
     """The CPU, and the device that was asked for where it is another that can be used."""
-    other = device.kind != "cpu" and device_problem(device) is None
-    return [Device("cpu"), device] if other else [Device("cpu")]
+    cpu = Device(CPU.name)
+    return [cpu] if device.kind == cpu.kind or device_problem(device) is not None else [cpu, device]

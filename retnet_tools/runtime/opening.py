@@ -1,20 +1,27 @@
-"""Opens the graphs of an exported folder: on the device that was asked for, with CUDA graphs where they can be had."""
+"""Opens the graphs of an exported folder: on the device that was asked for, with CUDA graphs where they can be had, and
+with one copy of the weights for several; ONNX Runtime would load one for each.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
 
 from retnet_tools.errors import InputError, ProviderError
 from retnet_tools.graph.contract import MANIFEST_FILE, STEP_FILE, TensorSpec
 from retnet_tools.graph.cuda_kernels import cpu_nodes
 from retnet_tools.graph.manifest import Manifest
 from retnet_tools.graph.reader import load_graph
+from retnet_tools.runtime.buffers import DeviceBuffer
 from retnet_tools.runtime.device_memory import LIBRARY_BYTES, check_memory, graph_bytes, tensor_bytes
-from retnet_tools.runtime.providers import Device, check_device, check_retention, cpu_instead, open_session
-from retnet_tools.runtime.shared_weights import SharedWeights, stored_tensors
+from retnet_tools.runtime.failures import CaptureError
+from retnet_tools.runtime.onnx_session import kernels_are_known, open_session
+from retnet_tools.runtime.providers import Device, check_device, cpu_instead
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -43,7 +50,7 @@ class GraphOpener:
         self._folder, self._manifest, self._threads = folder, manifest, threads
         self._shared: SharedWeights | None = None
         self.device = device
-        self.eager_reason = "it runs on the CPU" if device.kind == "cpu" else eager_reason
+        self.eager_reason = device.provider.eager_reason or eager_reason
 
     def open_step(
         self, inputs: Sequence[TensorSpec], profile: Path | None = None, *, beside: Sequence[str] = ()
@@ -58,21 +65,22 @@ class GraphOpener:
             ProviderError, InputError: as `open`.
         """
         try:
-            check_retention(self._manifest, self.device)
-            if beside and self.device.kind == "cuda" and not self.device.cpu_fallback:
+            self.device.provider.check_model(self._manifest, self.device)
+            if beside and self.device.provider.memory is not None and not self.device.cpu_fallback:
                 self._share((STEP_FILE, *beside))
             if self.eager_reason is None:
                 try:
                     return self.open(STEP_FILE, inputs, cuda_graph=True)
-                except ProviderError as error:
-                    if "graph capture" not in str(error):
-                        raise
-                    self._capture_no_more(error.found)
+                except CaptureError as error:
+                    reason = error.found
+                # What is wrong with the graph itself, if anything is, is found here.
+                return self.open_eager_step(inputs, reason)
             return self.open(STEP_FILE, inputs, profile=profile)
         except ProviderError as error:
             if not self.device.cpu_fallback:
                 raise
-            self.device, self.eager_reason = cpu_instead(error), "it runs on the CPU"
+            self.device = cpu_instead(error)
+            self.eager_reason = self.device.provider.eager_reason
             return self.open(STEP_FILE, inputs, profile=profile)
 
     def open_eager_step(self, inputs: Sequence[TensorSpec], reason: str) -> onnxruntime.InferenceSession:
@@ -84,8 +92,10 @@ class GraphOpener:
         Raises:
             ProviderError, InputError: as `open`.
         """
-        self._capture_no_more(reason)
-        return self.open(STEP_FILE, inputs)
+        session = self.open(STEP_FILE, inputs)
+        self.eager_reason = reason
+        warnings.warn(f"no CUDA graphs, steps run kernel by kernel: {reason}", EagerStepsWarning, stacklevel=4)
+        return session
 
     def open(
         self,
@@ -103,7 +113,7 @@ class GraphOpener:
             InputError: a graph that cannot be read, or another than the manifest says.
         """
         path = self._folder / name
-        if self.device.kind == "cuda":
+        if self.device.provider.memory is not None:
             check_device(self.device)
             needed = 0 if self._shared is not None else graph_bytes(path)
             check_memory(self.device, needed + LIBRARY_BYTES, f"{name} of {self._folder}")
@@ -122,16 +132,65 @@ class GraphOpener:
         return session
 
     def _share(self, names: Sequence[str]) -> None:
-        """Load the weights of these graphs once for all, where there is room for everything they need."""
+        """Load the weights of these graphs once for all, where there is room for everything they need.
+
+        A node without a kernel goes to the CPU, and would read weights of the device there before it can be refused. So
+        nothing is shared where there is one, or where kernels are not known.
+        """
         check_device(self.device)
-        paths = [self._folder / name for name in names]
-        weights = sum(map(tensor_bytes, stored_tensors(paths).values()))
+        paths, known = [self._folder / name for name in names], kernels_are_known()
+        weights = sum(map(tensor_bytes, stored_tensors(paths).values())) if known else sum(map(graph_bytes, paths))
         needed = weights + len(names) * LIBRARY_BYTES
         check_memory(self.device, needed, f"{' and '.join(names)} of {self._folder}")
-        # A node without a kernel goes to the CPU, and would read weights there before it can be refused.
-        if not any(node.reason == "no kernel" for path in paths for node in cpu_nodes(load_graph(path))):
+        if known and not any(node.reason == "no kernel" for path in paths for node in cpu_nodes(load_graph(path))):
             self._shared = SharedWeights(paths, self.device)
 
-    def _capture_no_more(self, reason: str) -> None:
-        self.eager_reason = reason
-        warnings.warn(f"no CUDA graphs, steps run kernel by kernel: {reason}", EagerStepsWarning, stacklevel=4)
+
+def stored_tensors(paths: Iterable[Path]) -> dict[str, ir.ExternalTensor]:
+    """The tensors of weights.data that graphs use, by name; a name is one tensor in all graphs of a folder."""
+    values = (value for path in paths for value in load_graph(path).initializers.values())
+    return {t.name: t for value in values if isinstance(t := value.const_value, ir.ExternalTensor) and t.name}
+
+
+class SharedWeights:
+    """The weights of some graphs, loaded once. Sessions that use them must not outlive this.
+
+    Memory besides: one tensor at a time.
+
+    Args:
+        paths: the graphs.
+
+    Raises:
+        ProviderError: no memory on the device.
+    """
+
+    def __init__(self, paths: Sequence[Path], device: Device) -> None:
+        self._names = {path.name: frozenset(stored_tensors((path,))) for path in paths}
+        # Kept here, since values of ONNX Runtime know addresses only.
+        self._buffers: list[DeviceBuffer] = []
+        self._values: dict[str, onnxruntime.OrtValue] = {}
+        binding = _empty_session().io_binding()
+        for name, tensor in stored_tensors(paths).items():
+            buffer = DeviceBuffer((tensor_bytes(tensor),), np.uint8, device)
+            buffer.write(np.frombuffer(tensor.tobytes(), dtype=np.uint8))
+            self._buffers.append(buffer)
+            # How a value of memory that is not ONNX Runtime's own is made: nothing is run.
+            place = (device.kind, device.index, tensor.dtype.value, tensor.shape.numpy(), buffer.address)
+            binding.clear_binding_outputs()
+            binding.bind_output("y", *place)
+            (self._values[name],) = binding.get_outputs()
+
+    def of(self, graph: str) -> Mapping[str, onnxruntime.OrtValue]:
+        """The weights of one of the graphs, by the name of its file."""
+        return {name: value for name, value in self._values.items() if name in self._names[graph]}
+
+
+def _empty_session() -> onnxruntime.InferenceSession:
+    import onnxruntime
+
+    x = ir.Value(name="x", shape=ir.Shape((1,)), type=ir.TensorType(ir.DataType.FLOAT))
+    node = ir.node("Identity", [x])
+    node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type = "y", x.shape, x.type
+    graph = ir.Graph([x], list(node.outputs), nodes=[node], opset_imports={"": 17}, name="empty")
+    model = ir.to_proto(ir.Model(graph, ir_version=8)).SerializeToString()
+    return onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])

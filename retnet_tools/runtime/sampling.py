@@ -1,11 +1,16 @@
-"""Choosing the next token from logits."""
+"""Choosing the next token from logits: a list of steps, each of which changes logits or leaves tokens out, then a draw.
+
+A step is a function `Candidates -> Candidates`. Steps of one's own are given as `Sampling(steps=...)`.
+"""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, TypedDict
 
 import numpy as np
@@ -18,14 +23,78 @@ _FIRST_RANKED = 256
 
 
 @dataclass(frozen=True)
+class Candidates:
+    """The tokens that one sequence may go on with, in the order in which a draw walks through them.
+
+    Attributes:
+        ids: `[N]` int64.
+        logits: `[N]`, of these tokens.
+        seen: `[vocab]` bool, the tokens that the sequence holds already, prompt included.
+    """
+
+    ids: Array
+    logits: Array
+    seen: Array
+
+    @cached_property
+    def weights(self) -> Array:
+        """`[N]` float64, exp(l - max l): probabilities but for their sum."""
+        wide = self.logits.astype(np.float64)
+        return np.asarray(np.exp(wide - wide.max()))
+
+    def keep(self, index: Array) -> Candidates:
+        """Those at these places, or where a mask is true."""
+        return Candidates(self.ids[index], self.logits[index], self.seen)
+
+
+Step = Callable[[Candidates], Candidates]
+
+
+def repetition_penalty(candidates: Candidates, penalty: float) -> Candidates:
+    """Logits of tokens that are there already become l / r where positive and l r where negative (arXiv 1909.05858)."""
+    wide, seen = candidates.logits.astype(np.float64), candidates.seen[candidates.ids]
+    moved = np.where(seen, np.where(wide > 0, wide / penalty, wide * penalty), wide)
+    return dataclasses.replace(candidates, logits=moved)
+
+
+def temperature(candidates: Candidates, value: float) -> Candidates:
+    """(l - max l) / T: probabilities to the power of 1 / T."""
+    with np.errstate(over="ignore"):
+        scaled = (candidates.logits.astype(np.float64) - float(candidates.logits.max())) / value
+    return dataclasses.replace(candidates, logits=scaled)
+
+
+def top_k(candidates: Candidates, count: int) -> Candidates:
+    """The most likely tokens, the most likely first."""
+    return candidates.keep(most_likely(candidates.weights, count)) if count < len(candidates.ids) else candidates
+
+
+def top_p(candidates: Candidates, share: float) -> Candidates:
+    """The smallest set of tokens whose probability reaches a share, the most likely first."""
+    weights = candidates.weights
+    total, count = weights.sum(), min(_FIRST_RANKED, len(weights))
+    ranked = most_likely(weights, count)
+    while count < len(weights) and weights[ranked].sum() < share * total:
+        count = min(8 * count, len(weights))
+        ranked = most_likely(weights, count)
+    # A token stays while the tokens before it have not reached the share.
+    before = np.cumsum(weights[ranked]) - weights[ranked]
+    return candidates.keep(ranked[before < share * total])
+
+
+def min_p(candidates: Candidates, share: float) -> Candidates:
+    """Tokens of at least this share of the probability of the most likely one."""
+    return candidates.keep(candidates.weights >= share * candidates.weights.max())
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How to choose a token.
 
-    Logits l_i of tokens that the sequence holds already (prompt included) become l_i / r where positive and l_i r where
-    negative, with r = `repetition_penalty` (CTRL, arXiv 1909.05858). Then p_i is softmax(l / temperature), restricted
-    to the `top_k` most likely tokens (0: all), to the smallest set whose probability reaches `top_p` (1: all), and to
-    tokens of at least `min_p` times the probability of the most likely one (0: all). Temperature 0 takes the most
-    likely token. Rows draw from streams of their own, so that what a row gets does not depend on its neighbours.
+    Logits go through `repetition_penalty` (1 changes nothing) and `steps`, of one's own; `temperature` 0 takes the most
+    likely token then, else they go on through `top_k` (0: all), `top_p` (1: all) and `min_p` (0: all), and p_i is the
+    softmax of what is left. Rows draw from streams of their own, so that what a row gets does not depend on its
+    neighbours.
 
     Raises:
         UsageError: a value out of range.
@@ -37,6 +106,7 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int = 0
+    steps: tuple[Step, ...] = ()
 
     def __post_init__(self) -> None:
         if not (0 <= self.temperature < float("inf")):
@@ -52,6 +122,26 @@ class Sampling:
         if self.seed < 0:
             raise UsageError(f"--seed {self.seed}", "0 or more")
 
+    def chain(self) -> tuple[Step, ...]:
+        """The steps that logits go through."""
+        drawn = (
+            (partial(temperature, value=self.temperature), True),
+            (partial(top_k, count=self.top_k), self.top_k > 0),
+            (partial(top_p, share=self.top_p), self.top_p < 1),
+            (partial(min_p, share=self.min_p), self.min_p > 0),
+        )
+        penalty = partial(repetition_penalty, penalty=self.repetition_penalty)
+        return (
+            *([penalty] if self.repetition_penalty != 1 else ()),
+            *self.steps,
+            *(step for step, used in drawn if used and self.temperature > 0),
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """The numbers, by name, without steps of one's own."""
+        names = (field.name for field in dataclasses.fields(self) if field.name != "steps")
+        return {name: getattr(self, name) for name in names}
+
 
 class SamplingFields(TypedDict, total=False):
     """The fields of `Sampling`, as keyword arguments."""
@@ -62,6 +152,7 @@ class SamplingFields(TypedDict, total=False):
     min_p: float
     repetition_penalty: float
     seed: int
+    steps: tuple[Step, ...]
 
 
 class Sampler:
@@ -75,6 +166,7 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, streams: Sequence[np.random.Generator], seen: Array) -> None:
         self.sampling, self.streams, self.seen = sampling, list(streams), seen
+        self._chain = sampling.chain()
 
     @classmethod
     def for_rows(cls, sampling: Sampling, rows: Iterable[int], vocab_size: int) -> Sampler:
@@ -116,50 +208,22 @@ class Sampler:
             raise InputError(
                 "the model gives logits that are not finite", "numbers", "look for its cause with retnet-tools inspect"
             )
-        logits = penalized(logits, self.seen[row], self.sampling.repetition_penalty)
+        candidates = Candidates(np.arange(len(logits)), logits, self.seen[row])
+        for step in self._chain:
+            candidates = step(candidates)
+        if not len(candidates.ids):
+            raise UsageError("a sampling step that leaves no token", "at least one")
         if self.sampling.temperature == 0:
-            return int(logits.argmax())
-        ids, weights = candidates(logits, self.sampling)
-        reached = np.cumsum(weights)
+            return int(candidates.ids[candidates.logits.argmax()])
+        reached = np.cumsum(candidates.weights)
         place = np.searchsorted(reached, self.streams[row].random() * reached[-1], side="right")
-        return int(ids[min(int(place), len(ids) - 1)])
+        return int(candidates.ids[min(int(place), len(reached) - 1)])
 
 
 def _place(stream: np.random.Generator) -> tuple[int, int]:
     """What decides all that a stream will draw."""
     state = stream.bit_generator.state["state"]
     return state["state"], state["inc"]
-
-
-def penalized(logits: Array, seen: Array, penalty: float) -> Array:
-    """`[vocab]` logits with those of seen tokens moved away from being chosen."""
-    if penalty == 1:
-        return logits
-    wide = logits.astype(np.float64)
-    return np.where(seen, np.where(wide > 0, wide / penalty, wide * penalty), wide)
-
-
-def candidates(logits: Array, sampling: Sampling) -> tuple[Array, Array]:
-    """Ids that may be drawn from `[vocab]` logits, and their weights in float64, for a temperature above 0."""
-    with np.errstate(over="ignore"):
-        scaled = (logits.astype(np.float64) - float(logits.max())) / sampling.temperature
-    weights = np.exp(scaled)
-    ids = np.arange(len(weights))
-    if 0 < sampling.top_k < len(weights):
-        ids = most_likely(weights, sampling.top_k)
-        weights = weights[ids]
-    if sampling.top_p < 1:
-        total, count = weights.sum(), min(_FIRST_RANKED, len(weights))
-        ranked = most_likely(weights, count)
-        while count < len(weights) and weights[ranked].sum() < sampling.top_p * total:
-            count = min(8 * count, len(weights))
-            ranked = most_likely(weights, count)
-        # A token stays while the tokens before it have not reached top_p.
-        before = np.cumsum(weights[ranked]) - weights[ranked]
-        ranked = ranked[before < sampling.top_p * total]
-        ids, weights = ids[ranked], weights[ranked]
-    kept = weights >= sampling.min_p * weights.max()
-    return ids[kept], weights[kept]
 
 
 def most_likely(weights: Array, count: int) -> Array:
@@ -174,9 +238,11 @@ def most_likely(weights: Array, count: int) -> Array:
 
 
 def probabilities(logits: Array, sampling: Sampling) -> Array:
-    """The distribution that is drawn from, `[B, vocab]` float64, for a temperature above 0; no repetition penalty."""
+    """The distribution that is drawn from, `[B, vocab]` float64, for a temperature above 0 and no tokens so far."""
     result: Array = np.zeros(logits.shape)
     for row, values in zip(result, logits, strict=True):
-        ids, weights = candidates(values, sampling)
-        row[ids] = weights / weights.sum()
+        candidates = Candidates(np.arange(len(values)), values, np.zeros(len(values), dtype=np.bool_))
+        for step in sampling.chain():
+            candidates = step(candidates)
+        row[candidates.ids] = candidates.weights / candidates.weights.sum()
     return result

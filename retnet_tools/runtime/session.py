@@ -27,10 +27,10 @@ from retnet_tools.graph.contract import (
     step_outputs,
 )
 from retnet_tools.graph.manifest import read_manifest
-from retnet_tools.runtime.binding import Binding
-from retnet_tools.runtime.buffers import Buffer
+from retnet_tools.runtime.buffers import Binding, Buffer
 from retnet_tools.runtime.cuda_graphs import StepGraphs
 from retnet_tools.runtime.device_memory import chunk_bytes
+from retnet_tools.runtime.failures import CaptureError
 from retnet_tools.runtime.opening import GraphOpener
 from retnet_tools.runtime.prompts import PREFILL_CHUNK_SIZE, Prompts
 from retnet_tools.runtime.providers import Device
@@ -108,7 +108,7 @@ class DecoderSession:
         self._opener = GraphOpener(folder, self.manifest, device or Device("cpu"), threads, eager_reason)
         self._step = self._opener.open_step(self._inputs, profile, beside=(PREFILL_FILE,) if prompts else ())
         self.device, self.eager_reason = self._opener.device, self._opener.eager_reason
-        self.in_place = self.device.kind == "cpu" if in_place is None else in_place
+        self.in_place = self.device.provider.in_place if in_place is None else in_place
         self._states: weakref.WeakSet[RecurrentState] = weakref.WeakSet()
         # Not a method of this session, which would then live until the next garbage collection.
         bind = partial(_bind, self._step, self._output, self.device)
@@ -235,10 +235,8 @@ class DecoderSession:
         failure = None
         try:
             logits = (binding or self._bind_step(state, feeds)).run(feeds, fetch=fetch)
-        except Exception as error:
-            if binding is None:
-                raise
-            failure = " ".join(str(error).split())
+        except CaptureError as error:
+            failure = error.found
         if failure is not None:
             # It writes the other set of buffers, so the states are what they were before it.
             binding = None

@@ -8,7 +8,8 @@ A state file is safetensors. Tensors, for B rows of a model of L layers:
     seen                        [B, vocab]    bool, tokens of the row, for the repetition penalty ([B, 0] of a stack)
 
 Its metadata holds `format`, `schema_version`, the `fingerprint` of the model (`Manifest.fingerprint`), `token_hashes`
-(`retnet_tools.runtime.sequences.Sequences`), `sampling` and `streams` (the state of each row's random numbers).
+(`retnet_tools.runtime.sequences.Sequences`), `sampling` (without steps of one's own) and
+`streams` (the state of each row's random numbers).
 """
 
 from __future__ import annotations
@@ -171,7 +172,7 @@ def write_state(path: Path, state: StateFile, *, force: bool = False) -> None:
         "schema_version": SCHEMA_VERSION,
         "fingerprint": json.dumps(state.fingerprint),
         "token_hashes": json.dumps(state.token_hashes),
-        "sampling": json.dumps(dataclasses.asdict(state.sampling)),
+        "sampling": json.dumps(state.sampling.settings()),
         "streams": json.dumps(state.streams),
     }
     with staged_file(path, force=force) as partial:

@@ -22,7 +22,7 @@ from retnet_tools.graph.quantization import Scheme
 from retnet_tools.paper import MODEL_SIZES, paper_config
 from retnet_tools.quantize.blockwise import dequantize_rows, quantize_rows
 from retnet_tools.random_weights import RandomWeights
-from retnet_tools.runtime.binding import Binding
+from retnet_tools.runtime.buffers import Binding
 from retnet_tools.runtime.providers import Device
 from retnet_tools.weights import canonical_shapes
 from tests.bench.transformer_reference import CONFIG, transformer_logits

@@ -18,7 +18,7 @@ from retnet_tools.bench.options import Case
 from retnet_tools.bench.specs import RetNetSpec, TorchSpec
 from retnet_tools.bench.worker import MemoryShortageError, Worker, WorkerError, _attempt
 from retnet_tools.errors import InputError, RetNetToolsError
-from retnet_tools.runtime import device_memory
+from retnet_tools.runtime import cuda
 from retnet_tools.runtime.device_memory import enough_memory
 from retnet_tools.runtime.providers import Device
 from retnet_tools.runtime.session import DecoderSession
@@ -114,7 +114,7 @@ class OutOfMemory:
     ("batch", "message"), [(1, "not enough"), (2, "Failed to allocate"), (3, "a chunk needs about")]
 )
 def test_no_memory_is_an_error_of_its_own(batch: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_memory, "cuda_runtime", lambda index: SimpleNamespace(memory=lambda: (1, 2)))
+    monkeypatch.setattr(cuda, "cuda_runtime", lambda index: SimpleNamespace(memory=lambda: (1, 2)))
     process = Measurements(OutOfMemory, SimpleNamespace(device=Device("cpu")))
     succeeded, error = _attempt(process.run, Case("decode", 1, 0, batch))
     assert not succeeded

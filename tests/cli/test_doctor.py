@@ -104,7 +104,9 @@ def test_devices_and_libraries_are_listed(monkeypatch: pytest.MonkeyPatch, cli) 
     found = CudaDevice(0, "NVIDIA H100", (9, 0), 85_000_000_000, 132, 227 << 10)
     memory = (diagnosis.DeviceMemory(found, 80_000_000_000),)
     monkeypatch.setattr(diagnosis, "_devices", lambda: ("13.0", memory))
-    monkeypatch.setattr(diagnosis, "cuda_libraries", lambda: {"libcudart.so.13": "/lib/libcudart.so.13", "x": None})
+    monkeypatch.setattr(
+        diagnosis.cuda, "cuda_libraries", lambda: {"libcudart.so.13": "/lib/libcudart.so.13", "x": None}
+    )
     out = cli("doctor", "--no-self-test").out
     assert "driver       for CUDA up to 13.0" in out
     assert "library      libcudart.so.13: /lib/libcudart.so.13" in out

@@ -155,8 +155,8 @@ def test_a_state_keeps_the_arrays_that_it_is_given() -> None:
 
 @pytest.mark.parametrize("text", ["CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED", "CUDA failure 2: out of memory"])
 def test_a_run_without_memory_is_one_line(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from retnet_tools.runtime import device_memory
-    from retnet_tools.runtime.binding import Binding
+    from retnet_tools.runtime import cuda
+    from retnet_tools.runtime.buffers import Binding
 
     class Memory:
         def memory(self) -> tuple[int, int]:
@@ -166,7 +166,7 @@ def test_a_run_without_memory_is_one_line(text: str, tmp_path: Path, monkeypatch
         def run_with_iobinding(self, *arguments: object) -> None:
             raise RuntimeError(text)
 
-    monkeypatch.setattr(device_memory, "cuda_runtime", lambda index: Memory())
+    monkeypatch.setattr(cuda, "cuda_runtime", lambda index: Memory())
     session = DecoderSession(export(BASE, random_source(BASE, 1), tmp_path / "out"), threads=1)
     state = session.new_state(3)
     session.step(np.zeros(3, dtype=int), state)

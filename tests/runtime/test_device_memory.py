@@ -11,7 +11,7 @@ from retnet_tools.errors import ProviderError
 from retnet_tools.graph.contract import PREFILL_FILE, STEP_FILE
 from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.paper import model_size
-from retnet_tools.runtime import device_memory
+from retnet_tools.runtime import cuda
 from retnet_tools.runtime.device_memory import check_memory, chunk_bytes, enough_memory, graph_bytes, state_bytes
 from retnet_tools.runtime.providers import Device
 from tests.exports import export
@@ -44,7 +44,7 @@ class Memory:
 
 @pytest.fixture
 def nearly_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_memory, "cuda_runtime", lambda index: Memory(2 * 10**9))
+    monkeypatch.setattr(cuda, "cuda_runtime", lambda index: Memory(2 * 10**9))
 
 
 def test_a_graph_needs_its_weights_and_tables(tmp_path: Path) -> None:

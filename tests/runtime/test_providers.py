@@ -13,8 +13,9 @@ import pytest
 
 from retnet_tools.errors import InputError, ProviderError, UsageError
 from retnet_tools.paper import paper_config
-from retnet_tools.runtime import cuda, installation, providers
-from retnet_tools.runtime.providers import CpuFallbackWarning, Device, check_device, open_session, parse_device
+from retnet_tools.runtime import cuda, failures, installation, onnx_session
+from retnet_tools.runtime.onnx_session import open_session
+from retnet_tools.runtime.providers import PROVIDERS, CpuFallbackWarning, Device, check_device, parse_device
 from tests.exports import export
 from tests.fake_gpu import LIBRARIES, ROOT, FakeGpu, libraries, needs_fake_gpu
 from tests.helpers import ABLATIONS, BASE, random_source
@@ -85,7 +86,7 @@ def test_a_session_that_fell_back_to_the_cpu_is_refused(monkeypatch: pytest.Monk
         def get_providers(self) -> list[str]:
             return ["CPUExecutionProvider"]
 
-    monkeypatch.setattr(providers, "check_device", lambda device: None)
+    monkeypatch.setattr(onnx_session, "check_device", lambda device: None)
     monkeypatch.setattr(onnxruntime, "InferenceSession", FellBack)
     with pytest.raises(ProviderError, match="CUDAExecutionProvider did not start"):
         open_session(Path("step.onnx"), Device("cuda"))
@@ -106,7 +107,7 @@ def test_products_in_float32_do_not_use_tf32(monkeypatch: pytest.MonkeyPatch) ->
         def get_provider_graph_assignment_info(self) -> list[object]:
             return []
 
-    monkeypatch.setattr(providers, "check_device", lambda device: None)
+    monkeypatch.setattr(onnx_session, "check_device", lambda device: None)
     monkeypatch.setattr(onnxruntime, "InferenceSession", Opened)
     open_session(Path("step.onnx"), Device("cuda", 2), cuda_graph=True)
     ((name, options),) = asked
@@ -210,7 +211,7 @@ def test_heads_that_linear_attention_refuses_are_refused_before_they_run(tmp_pat
 
 def test_what_onnxruntime_prints_while_it_looks_stays_off_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     with contextlib.redirect_stderr(io.StringIO()):
-        providers.cuda_libraries()
+        cuda.cuda_libraries()
     assert capsys.readouterr().out == ""
 
 
@@ -271,3 +272,98 @@ def test_room_for_prompts_is_checked_before_anything_is_loaded(folder: Path) -> 
     assert found.startswith(
         f"4 step.onnx and prefill.onnx of {folder} needs 0.54 GB on cuda:0, where 0.42 GB of 0.42 GB"
     )
+
+
+OTHER_KERNELS = """
+import onnxruntime, sys
+from retnet_tools.graph import cuda_kernels
+table = cuda_kernels._table()
+if "version" in sys.argv:
+    onnxruntime.__version__ = "1.99.0"
+if "kernel" in sys.argv:
+    # As if the table, made of another version, had a kernel that this one lacks.
+    table["kernels"]["Elu"] = [{}]
+sys.argv[2:] = [word for word in sys.argv[2:] if word not in ("version", "kernel")]
+"""
+
+
+@needs_fake_gpu
+def test_a_node_that_the_table_of_another_version_did_not_foresee_is_a_warning(tmp_path: Path) -> None:
+    config = ABLATIONS["feature_map_elu"]
+    out = export(config, random_source(config, 1), tmp_path / "out")
+    code = OTHER_KERNELS + OPEN
+    # The table is of the onnxruntime in use: whatever is on the CPU is refused, foreseen or not.
+    for known in ((), ("kernel",)):
+        found = FakeGpu().run(code, out, "cuda", *known).stdout
+        assert found.startswith("4 4 nodes of step.onnx have no place on cuda:0: Elu (4); expected every node on the")
+    # It is of another: what it foresaw is refused, what it did not is a warning.
+    assert FakeGpu().run(code, out, "cuda", "version").stdout.startswith("4 4 nodes of step.onnx have no place")
+    result = FakeGpu().run(code, out, "cuda", "version", "kernel")
+    assert result.stdout == "opened on cuda:0 CUDAExecutionProvider\n"
+    assert "UnforeseenPlacementWarning: 4 nodes: Elu (4) of step.onnx run on the CPU beside cuda:0" in result.stderr
+    assert "no CUDA graphs, steps run kernel by kernel: " in result.stderr
+
+
+@needs_fake_gpu
+def test_weights_are_shared_by_graphs_only_where_kernels_are_known(folder: Path) -> None:
+    """A node that is on the CPU unforeseen would read them there."""
+    code = OTHER_KERNELS + OPEN.replace("cpu_fallback=len(sys.argv) > 3)", "cpu_fallback=False), prompts=True").replace(
+        'print("opened on"', 'print(session._opener._shared is not None, "opened on"'
+    )
+    assert FakeGpu(memory_bytes=2 << 30).run(code, folder, "cuda").stdout.startswith("True opened on cuda:0")
+    result = FakeGpu(memory_bytes=2 << 30).run(code, folder, "cuda", "version")
+    assert result.stdout.startswith("False opened on cuda:0")
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        ("CUDA failure 2: out of memory", failures.OutOfMemoryError),
+        ("[ONNXRuntimeError] : 6 : Failed to allocate memory for requested buffer", failures.OutOfMemoryError),
+        ("CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED", failures.OutOfMemoryError),
+        ("[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : no Cos(22)", failures.NoKernelError),
+        ("CUDA failure 900: fake error", ProviderError),
+    ],
+)
+def test_errors_of_other_libraries_are_types(words: str, kind: type[ProviderError]) -> None:
+    assert failures.failure_type(RuntimeError(words)) is kind
+    assert failures.failure_type(kind("any words: out of memory")) is kind
+
+
+@needs_fake_gpu
+def test_failures_on_a_device_have_their_types(folder: Path) -> None:
+    code = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from retnet_tools.errors import ProviderError
+from retnet_tools.runtime import DecoderSession, Device
+from retnet_tools.runtime.buffers import DeviceBuffer
+from retnet_tools.runtime.cuda import cuda_runtime
+found = []
+def failing(action):
+    try:
+        action()
+    except ProviderError as error:
+        found.append([type(error).__name__, type(error.__cause__).__name__])
+failing(lambda: cuda_runtime(0).allocate(1 << 40))
+failing(lambda: DeviceBuffer([1 << 40], np.float32, Device("cuda")))
+session = DecoderSession(Path(sys.argv[1]), Device("cuda"))
+state = session.new_state()
+session.step([1], state)
+feeds = {"input_ids": np.array([[1]]), "position_ids": np.array([[1]])}
+binding = session._graphs.binding(state, feeds)
+failing(lambda: binding.run(feeds, fetch=False))
+print(json.dumps(found))
+"""
+    found = FakeGpu(environment={"FAKE_CUDA_CAPTURE": "901"}).evaluate(code, folder)
+    assert [kind for kind, _ in found] == ["OutOfMemoryError", "OutOfMemoryError", "CaptureError"]
+    assert found[1][1] == "OutOfMemoryError"
+
+
+def test_each_provider_is_a_row_that_says_what_is_its_own() -> None:
+    assert {row.name: row.memory is not None for row in PROVIDERS.values()} == {"cpu": False, "cuda": True}
+    assert all(Device(row.name).provider is row for row in PROVIDERS.values())
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "retnet_tools" / "runtime").glob("*.py")]
+    assert not [line for text in sources for line in text.splitlines() if '== "cuda"' in line or '== "cpu"' in line]

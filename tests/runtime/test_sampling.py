@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from retnet_tools.errors import InputError, UsageError
-from retnet_tools.runtime.sampling import Sampler, Sampling, penalized, probabilities
+from retnet_tools.runtime.sampling import Candidates, Sampler, Sampling, probabilities, repetition_penalty
 
 LOGITS = np.log(np.array([[0.5, 0.25, 0.15, 0.1], [0.1, 0.2, 0.3, 0.4]], dtype=np.float32))
 
@@ -108,7 +108,8 @@ def test_a_repetition_penalty_moves_seen_tokens_away_from_being_chosen() -> None
     assert one.sample(logits).tolist() == [0]
     one.observe(0, [0])
     assert one.sample(logits).tolist() == [1]
-    np.testing.assert_array_equal(penalized(logits[0], np.array([True, False, True, False]), 2.0), [1, 1.5, -2, -1.5])
+    seen = Candidates(np.arange(4), logits[0], np.array([True, False, True, False]))
+    np.testing.assert_array_equal(repetition_penalty(seen, 2.0).logits, [1, 1.5, -2, -1.5])
     one.observe(0, np.array([1, 2, 3]))
     assert one.sample(logits).tolist() == [0]
 

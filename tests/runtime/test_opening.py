@@ -12,8 +12,9 @@ import pytest
 from retnet_tools.graph.contract import PREFILL_FILE, STEP_FILE, past_name
 from retnet_tools.paper import paper_config
 from retnet_tools.runtime.device_memory import LIBRARY_BYTES, graph_bytes
-from retnet_tools.runtime.providers import Device, open_session
-from retnet_tools.runtime.shared_weights import stored_tensors
+from retnet_tools.runtime.onnx_session import open_session
+from retnet_tools.runtime.opening import stored_tensors
+from retnet_tools.runtime.providers import Device
 from tests.exports import export, zero_states
 from tests.fake_gpu import FakeGpu, needs_fake_gpu
 from tests.helpers import ABLATIONS, BASE, random_source
