@@ -81,19 +81,17 @@ def open_checkpoint(
     except ConfigError as error:
         raise InputError(f"{files.path}: {error.found}", error.expected, error.action) from error
     except (OverflowError, RecursionError) as error:
-        raise InputError(
-            f"the configuration of {files.path} is out of range ({error})", "the numbers of a model", "correct it"
-        ) from error
+        found = f"the configuration of {files.path} is out of range ({error})"
+        raise InputError(found, "the numbers of a model", "correct it") from error
     assumed = reading.assumed_clamp and clamp is None
     LOG.debug("%s is %s", files.path, reading.version)
-    clamp_note = (CLAMP_NOTE.format(clamp=reading.config.score_normalization.clamp),) if assumed else ()
-    settings_file = source.document.file
+    clamp_note = [CLAMP_NOTE.format(clamp=reading.config.score_normalization.clamp)] * assumed
     return Checkpoint(
         path=files.path,
         format=reading.version,
         config=reading.config if clamp is None else _with_clamp(reading, clamp),
         weights=map_weights(source.stored, reading, source.prefix),
-        source_files=[*([settings_file] if settings_file else []), *files.weight_files],
+        source_files=[file for file in (source.document.file, *files.weight_files) if file is not None],
         tokenizer_files=files.tokenizer_files,
         notes=[*files.notes, *source.notes, *source.settings.notes(), *clamp_note],
         card_files=files.card_files,

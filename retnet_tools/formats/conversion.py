@@ -30,8 +30,7 @@ SCHEDULE_ROUNDING = 4 * 2.0**-23
 Its float32 evaluation differs from the exact numbers by 3.3 steps of 2^-23 at most: 2.3 from the exponent, whose error
 of 2^-25 the power takes times ln 10000, and half a step each from power and quotient. torch's power adds half a step.
 """
-SHORT = 30
-"""Characters of two values that a refusal still shows."""
+MAX_SHOWN = 30
 
 
 @dataclass(frozen=True)
@@ -197,4 +196,4 @@ def _differences(a: object, b: object, path: str = "") -> Iterator[tuple[str, ob
 
 def _lost(field: str, wanted: object, got: object) -> str:
     a, b = (f"{value:g}" if isinstance(value, float) else repr(value) for value in (wanted, got))
-    return field if a == b or len(a + b) > SHORT else f"{field} = {a} ({b})"
+    return field if a == b or len(a + b) > MAX_SHOWN else f"{field} = {a} ({b})"

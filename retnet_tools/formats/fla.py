@@ -17,21 +17,11 @@ from retnet_tools.formats.inert import HUGGING_FACE
 from retnet_tools.formats.mapping import halves_to_pairs, row_range
 from retnet_tools.formats.schedules import floats, paper_log_decay, rope_frequencies
 from retnet_tools.formats.settings import Keys, Only, Settings, words
-from retnet_tools.formats.spec import (
-    FormatSpec,
-    NameTable,
-    Reading,
-    Source,
-    Transform,
-    Writing,
-    in_layers,
-    module_names,
-)
+from retnet_tools.formats.spec import FormatSpec, Reading, Source, Transform, Writing, in_layers, module_names
 from retnet_tools.formats.xatl import XATL_KEYS
 
 ORIGIN = "flash-linear-attention"
 EMBEDDING, OLD_EMBEDDING = "model.embeddings.weight", "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 FFN_GATE, FFN_UP = "model.layers.{i}.mlp.gate_proj.weight", "model.layers.{i}.mlp.up_proj.weight"
 FFN_PARTS = ("layers.{i}.ffn.gate_proj.weight", "layers.{i}.ffn.up_proj.weight")
 FFN_MULTIPLE = 256
@@ -45,19 +35,24 @@ ACTIVATIONS: dict[str, Activation] = {
     **{"relu": "relu", "relu2": "relu2", "leaky_relu": "leaky_relu", "elu": "elu"},
     **{"sigmoid": "sigmoid", "tanh": "tanh"},
 }
-ROOT = {"model.embeddings": "embedding", "lm_head": "lm_head"}
 LAYER = {
     "attn_norm": "retention_norm",
-    "attn.q_proj": "retention.q_proj",
-    "attn.k_proj": "retention.k_proj",
-    "attn.v_proj": "retention.v_proj",
+    **{f"attn.{x}_proj": f"retention.{x}_proj" for x in "qkv"},
     "attn.g_proj": "retention.gate_proj",
     "attn.o_proj": "retention.out_proj",
     "mlp_norm": "ffn_norm",
-    "mlp.gate_proj": "ffn.gate_proj",
-    "mlp.up_proj": "ffn.up_proj",
-    "mlp.down_proj": "ffn.down_proj",
+    **{f"mlp.{x}_proj": f"ffn.{x}_proj" for x in ("gate", "up", "down")},
 }
+FUSED_NAMES, PLAIN_NAMES = (
+    module_names(
+        {"model.embeddings": "embedding", "lm_head": "lm_head"}
+        | in_layers("model.layers", LAYER)
+        | {"model.norm": "final_norm"}
+        | in_layers("model.layers", {f"attn.{head_norm}": "retention.head_norm"})
+    )
+    for head_norm in ("g_norm_swish_gate", "g_norm")
+)
+"""The head norm's name tells whether it is fused with a swish gate."""
 KEYS = Keys(
     read=words(
         """
@@ -78,19 +73,8 @@ KEYS = Keys(
         prenorm_residual_strategy share_conv_kernel use_gk use_gv use_l2warp
         """
     ),
-    aliases={
-        "rms_norm_eps": "norm_eps",
-        "num_attention_heads": "num_heads",
-        "num_key_value_heads": "num_kv_heads",
-    },
+    aliases={"rms_norm_eps": "norm_eps", "num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads"},
 )
-
-
-def _names(*, fused: bool) -> NameTable:
-    """The names of a model; the head norm's tells whether it is fused with a swish gate."""
-    head_norm = "attn.g_norm_swish_gate" if fused else "attn.g_norm"
-    layers, norms = (in_layers("model.layers", modules) for modules in (LAYER, {head_norm: "retention.head_norm"}))
-    return module_names({**ROOT, **layers, "model.norm": "final_norm", **norms})
 
 
 def _rotation(config: RetNetConfig) -> dict[str, Transform]:
@@ -101,14 +85,14 @@ def _rotation(config: RetNetConfig) -> dict[str, Transform]:
 def _read(source: Source) -> Reading:
     settings, locations = source.settings, source.stored.locations
     if any("_conv1d." in name for name in locations):
-        raise settings.wrong(
-            "use_short_conv", True, "no short convolutions, whose tensors the file holds", "they are not supported"
-        )
+        expected = "no short convolutions, whose tensors the file holds"
+        raise settings.wrong("use_short_conv", True, expected, "they are not supported")
     if settings.flag("use_short_conv", False):
         source.notes.append("use_short_conv does nothing in this model, which has no convolutions")
     config = resolve(settings)
     fused = settings.text("hidden_act", "swish") == "swish" and settings.flag("fuse_norm", True)
-    names, changes = dict(_names(fused=fused and config.gate is not None)), _rotation(config)
+    names = dict(FUSED_NAMES if fused and config.gate is not None else PLAIN_NAMES)
+    changes = _rotation(config)
     dim, gate = config.feed_forward.dim, locations.get(FFN_GATE.format(i=0))
     merged = gate is not None and gate.shape[:1] == (2 * dim,) and FFN_UP.format(i=0) not in locations
     if OLD_EMBEDDING in locations:
@@ -201,7 +185,8 @@ def _write(config: RetNetConfig, assumed_clamp: bool) -> Writing:
         "fuse_norm": True,
         "tie_word_embeddings": config.tie_word_embeddings,
     }
-    return Writing(settings, _names(fused=config.gate == "silu"), transforms=_rotation(config))
+    names = FUSED_NAMES if config.gate == "silu" else PLAIN_NAMES
+    return Writing(settings, names, transforms=_rotation(config))
 
 
 def _is_settings(document: Mapping[str, Any]) -> bool:
@@ -218,9 +203,9 @@ FLA = FormatSpec(
     is_settings=_is_settings,
     settings_words='"model_type": "retnet", hidden_size and num_heads',
     marks=("model.layers.0.attn.q_proj.weight", "model.norm.weight"),
-    names={**_names(fused=True), **_names(fused=False), OLD_EMBEDDING: None},
+    names=(*FUSED_NAMES, *PLAIN_NAMES, OLD_EMBEDDING),
     read=_read,
     base="model.",
-    outer_head={HEAD: HEAD},
+    outer_head={"lm_head.weight": "lm_head.weight"},
     write=_write,
 )

@@ -34,9 +34,7 @@ LAYER = {
     "ffns.{i}.2": "ffn.down_proj",
 }
 PROJECTIONS = {
-    "retentions.{i}.retentions.{h}.W_Q": "layers.{i}.retention.q_proj.weight",
-    "retentions.{i}.retentions.{h}.W_K": "layers.{i}.retention.k_proj.weight",
-    "retentions.{i}.retentions.{h}.W_V": "layers.{i}.retention.v_proj.weight",
+    **{f"retentions.{{i}}.retentions.{{h}}.W_{x}": f"layers.{{i}}.retention.{x.lower()}_proj.weight" for x in "QKV"},
     "retentions.{i}.W_G": "layers.{i}.retention.gate_proj.weight",
     "retentions.{i}.W_O": "layers.{i}.retention.out_proj.weight",
 }
@@ -52,11 +50,8 @@ def _read(source: Source) -> Reading:
     stored = source.stored
     for name in stored.names():
         if name.endswith(".theta"):
-            raise InputError(
-                f"tensor {name!r} belongs to the complex-valued RetNet of {ORIGIN}",
-                "its real-valued one",
-                "this kind of model is not supported",
-            )
+            found = f"tensor {name!r} belongs to the complex-valued RetNet of {ORIGIN}"
+            raise InputError(found, "its real-valued one", "this kind of model is not supported")
     for name in (MARK, GATE, FFN):
         if len(stored.locations[name].shape if name in stored.locations else ()) != 2:
             raise InputError(f"no matrix {name!r}", f"the tensors of a {ORIGIN} RetNet", "name its file")

@@ -65,9 +65,8 @@ def map_weights(stored: StoredTensors, reading: Reading, prefix: str = "") -> St
         transform = transforms[canonical]
         for name in parts[canonical]:
             if name not in stored.locations:
-                raise InputError(
-                    f"no tensor {prefix + name!r}", f"it, for {canonical!r}", "file or configuration is incomplete"
-                )
+                missing = f"no tensor {prefix + name!r}"
+                raise InputError(missing, f"it, for {canonical!r}", "file or configuration is incomplete")
             _check_tensor(prefix + name, stored.info(name), transform.stored_shape(shape), canonical)
         first, *others = (stored.locations[name] for name in parts[canonical])
         made = _MadeTensor(shape, first.dtype, (first, *others), transform)
@@ -130,11 +129,8 @@ def _tied(reading: Reading, stored: StoredTensors) -> NameTable:
 
 def _check_tie(stored: StoredTensors, head: str, embedding: str) -> None:
     if not is_tied(stored, head, embedding) and embedding in stored.locations:
-        raise InputError(
-            f"the configuration ties the embeddings but {head!r} differs from {embedding!r}",
-            "the same values",
-            "correct the configuration or the file",
-        )
+        found = f"the configuration ties the embeddings but {head!r} differs from {embedding!r}"
+        raise InputError(found, "the same values", "correct the configuration or the file")
 
 
 def _hint(canonical: str | None) -> str:
@@ -145,11 +141,8 @@ def _hint(canonical: str | None) -> str:
 
 def _check_tensor(name: str, info: TensorInfo, shape: Shape, canonical: str) -> None:
     if info.shape != shape:
-        raise InputError(
-            f"tensor {name!r} has shape {list(info.shape)}",
-            f"{list(shape)} for {canonical!r}",
-            "check that the configuration belongs to these weights",
-        )
+        found, action = f"tensor {name!r} has shape {list(info.shape)}", "the configuration belongs to these weights"
+        raise InputError(found, f"{list(shape)} for {canonical!r}", f"check that {action}")
     if not is_floating(info.dtype):
         raise InputError(f"tensor {name!r} is {info.dtype}", "float16, bfloat16, float32 or float64")
 

@@ -47,17 +47,13 @@ def find_format(files: CheckpointFiles, formats: Sequence[FormatSpec]) -> Format
         return found[0]
     if found:
         words = [spec.name for spec in found]
-        raise InputError(
-            f"{files.path.name} could be {' or '.join(words)}", "one format", f"choose with --from {words[0]}"
-        )
+        several = f"{files.path.name} could be {' or '.join(words)}"
+        raise InputError(several, "one format", f"choose with --from {words[0]}")
     raise _not_found(files.path, names, documents, formats)
 
 
 def read_source(spec: FormatSpec, files: CheckpointFiles, ignore_keys: Collection[str] = ()) -> Source:
     """What a checkpoint has for this format to read.
-
-    Args:
-        ignore_keys: configuration keys that the user answers for.
 
     Raises:
         InputError: no configuration where the format needs one, or a key of it that the format does not know.
@@ -96,11 +92,8 @@ def _choose_document(spec: FormatSpec, files: CheckpointFiles) -> Document:
         found = documents  # the format says what it misses
     if not found:
         if spec.needs_settings:
-            raise InputError(
-                f"no {spec.layout} configuration with {files.path.name}",
-                spec.settings_words,
-                "put it beside the weights, or name it with --config",
-            )
+            missing, action = f"no {spec.layout} configuration with {files.path.name}", "put it beside the weights"
+            raise InputError(missing, spec.settings_words, f"{action}, or name it with --config")
         return NO_DOCUMENT
     if any(document.name in CONFIG_NAMES for document in found):
         found = [document for document in found if document.file is None or document.name in CONFIG_NAMES]
@@ -111,11 +104,8 @@ def _choose_document(spec: FormatSpec, files: CheckpointFiles) -> Document:
         for key in sorted(spec.keys.read):
             values = first.values.get(key), other.values.get(key)
             if values[0] != values[1] and not (partial and None in values):
-                raise InputError(
-                    f"{first.name} and {other.name} of {files.path.name} differ in {key}",
-                    "one",
-                    "name it with --config",
-                )
+                two = f"{first.name} and {other.name} of {files.path.name} differ in {key}"
+                raise InputError(two, "one", "name it with --config")
     beside = next((other for other in others if first.file is None and other.file is not None), None)
     if beside is None:
         return first
@@ -144,9 +134,8 @@ def _not_found(
         if _prefixes(names, spec.marks) or _has_settings(spec, documents)
     ]
     if len(set(mixed)) == 2:
-        return InputError(
-            f"{name} has tensors of {mixed[0]}, a configuration of {mixed[1]}", "one layout", "see --config"
-        )
+        both = f"{name} has tensors of {mixed[0]}, a configuration of {mixed[1]}"
+        return InputError(both, "one layout", "see --config")
     near = f"{name} is no known layout; the nearest is {nearest.layout}"
     missing = next((mark for mark in nearest.marks if not _prefixes(names, (mark,))), None)
     if missing is not None:

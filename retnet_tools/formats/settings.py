@@ -16,9 +16,7 @@ from retnet_tools.errors import InputError, UsageError, did_you_mean
 
 Choice = TypeVar("Choice")
 
-MAX_COUNT = 1 << 24
-MAX_SHOWN = 60
-MAX_NUMBER = sys.float_info.max
+MAX_COUNT, MAX_NUMBER, MAX_SHOWN = 1 << 24, sys.float_info.max, 60
 
 
 def words(text: str) -> frozenset[str]:
@@ -28,12 +26,7 @@ def words(text: str) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Only:
-    """A key that must hold one of these values, or be absent.
-
-    Attributes:
-        values: what the format's reader knows.
-        expected: what they mean, for the error.
-    """
+    """A key that must hold one of these values, or be absent; `expected` says for the error what they mean."""
 
     values: tuple[Any, ...]
     expected: str
@@ -83,10 +76,7 @@ class Settings:
 
     @classmethod
     def declared(cls, origin: str, document: Mapping[str, Any], keys: Keys, ignored: Collection[str] = ()) -> Settings:
-        """The settings of a stored document, every key of which is known, neutral or to be ignored.
-
-        Args:
-            ignored: keys that the user answers for.
+        """The settings of a stored document, every key of which is known, neutral, or ignored as the user says.
 
         Raises:
             InputError: a key that is not known or holds what is not supported, or two names of one key that differ.

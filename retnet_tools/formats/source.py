@@ -12,11 +12,7 @@ from retnet_tools.formats.hub import local_checkpoint
 
 @dataclass(frozen=True)
 class CheckpointSource:
-    """What `open_checkpoint` takes, by its names; `path` may be a name on the hub, and `revision` one of it.
-
-    Attributes:
-        path: a folder or a file; a name on the hub is fetched and replaced by where it lies.
-    """
+    """What `open_checkpoint` takes, by its names, and the revision of what came from the hub."""
 
     path: Path
     format: str | None = None
@@ -28,11 +24,7 @@ class CheckpointSource:
 
     @classmethod
     def of(cls, name: str | Path, revision: str | None = None) -> CheckpointSource:
-        """A path or a name on the hub, which is fetched now.
-
-        Raises:
-            InputError, UsageError: as `local_checkpoint`.
-        """
+        """A path or a name on the hub, which is fetched now; raises as `local_checkpoint`."""
         return cls(local_checkpoint(str(name), revision), revision=revision)
 
     @property
@@ -41,16 +33,7 @@ class CheckpointSource:
         return any((self.format, self.config, self.entry, self.clamp, self.ignore_keys))
 
     def open(self) -> Checkpoint:
-        """The checkpoint.
-
-        Raises:
-            InputError, UsageError: as `open_checkpoint`.
-        """
+        """The checkpoint; raises as `open_checkpoint`."""
         return open_checkpoint(
-            self.path,
-            self.format,
-            config=self.config,
-            entry=self.entry,
-            clamp=self.clamp,
-            ignore_keys=self.ignore_keys,
+            self.path, self.format, config=self.config, entry=self.entry, clamp=self.clamp, ignore_keys=self.ignore_keys
         )

@@ -52,7 +52,7 @@ class Transform:
 AS_STORED = Transform(lambda shape: shape, lambda parts: parts[0])
 
 
-def in_layers(prefix: str, modules: Modules) -> Modules:
+def in_layers(prefix: str, modules: Modules) -> dict[str, str | tuple[str, ...]]:
     """The modules of one layer by their whole names, where those of all layers begin with a prefix and the number."""
     return {f"{prefix}.{{i}}.{name}": _each(to, lambda one: f"layers.{{i}}.{one}") for name, to in modules.items()}
 

@@ -140,9 +140,8 @@ def _is_pre_norm(settings: Settings, stored: StoredTensors, deepnorm: bool) -> b
     which only pre-norm has."""
     stated, has_final_norm = settings.flag("decoder_normalize_before", True), FINAL_NORM in stored.locations
     if has_final_norm and not stated:
-        raise settings.wrong(
-            "decoder_normalize_before", False, f"true, since the file holds {FINAL_NORM!r}", "correct the configuration"
-        )
+        expected = f"true, since the file holds {FINAL_NORM!r}"
+        raise settings.wrong("decoder_normalize_before", False, expected, "correct the configuration")
     return has_final_norm if deepnorm else stated
 
 
@@ -172,9 +171,8 @@ def _vocab_size(settings: Settings, stored: StoredTensors) -> int:
         raise InputError(f"tensor {EMBEDDING!r} has shape {list(shape)}", f"decoder_embed_dim = {embed} columns")
     stated = settings.raw("vocab_size")
     if stated not in (None, -1) and stated != shape[0]:
-        raise InputError(
-            f"the embedding {EMBEDDING!r} has {shape[0]} rows", f"vocab_size = {stated!r}", "correct vocab_size"
-        )
+        rows = f"the embedding {EMBEDDING!r} has {shape[0]} rows"
+        raise InputError(rows, f"vocab_size = {stated!r}", "correct vocab_size")
     return shape[0]
 
 

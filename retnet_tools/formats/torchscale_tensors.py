@@ -34,9 +34,7 @@ KEYS = words(
 )
 _LAYER = {
     "retention_layer_norm": "retention_norm",
-    "retention.q_proj": "retention.q_proj",
-    "retention.k_proj": "retention.k_proj",
-    "retention.v_proj": "retention.v_proj",
+    **{f"retention.{x}_proj": f"retention.{x}_proj" for x in "qkv"},
     "retention.g_proj": "retention.gate_proj",
     "retention.out_proj": "retention.out_proj",
     "final_layer_norm": "ffn_norm",

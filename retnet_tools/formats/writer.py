@@ -83,8 +83,6 @@ def write_checkpoint(path: Path, layout: CheckpointLayout, *, force: bool, progr
     Memory: one block of a tensor (16 MB), or a whole one where its format transforms it.
 
     Args:
-        path: the folder, made if it does not exist.
-        force: replace a checkpoint that is there.
         progress: called with the bytes of each tensor once it is written.
 
     Returns:
@@ -114,12 +112,7 @@ def write_checkpoint(path: Path, layout: CheckpointLayout, *, force: bool, progr
 
 
 def check_folder(path: Path, layout: CheckpointLayout, *, force: bool) -> None:
-    """Check that a checkpoint may be written to a path.
-
-    Raises:
-        UsageError: a checkpoint is there and `force` is not set.
-        OutputError: the path is a file.
-    """
+    """Refuse a path that is a file, or where a checkpoint is and `force` is not set."""
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file", "a folder", "name another output")
     if force or not path.is_dir():

@@ -20,7 +20,7 @@ from retnet_tools.formats import torchscale_tensors as tensors
 from retnet_tools.formats.inert import HUGGING_FACE
 from retnet_tools.formats.mapping import head_part
 from retnet_tools.formats.settings import Keys, Only, Settings, words
-from retnet_tools.formats.spec import FormatSpec, Modules, NameTable, Reading, Source, in_layers, module_names
+from retnet_tools.formats.spec import FormatSpec, Modules, Reading, Source, in_layers, module_names
 
 ANGLES, DECAYS = "model.retnet_rel_pos.angle", "model.retnet_rel_pos.decay"
 QKV = tuple(f"retention.{name}_proj" for name in "qkv")
@@ -42,6 +42,11 @@ LIT_FFN = {
     "glu": {"mlp.swiglu.w1": "ffn.gate_proj", "mlp.swiglu.w2": "ffn.up_proj", "mlp.swiglu.w3": "ffn.down_proj"},
     "plain": {"mlp.mlp.fc1": "ffn.up_proj", "mlp.mlp.fc2": "ffn.down_proj"},
 }
+LIT_NAMES = {
+    kind: module_names(LIT_ROOT | in_layers("transformer.h", {**LIT_LAYER, **ffn})) for kind, ffn in LIT_FFN.items()
+}
+HEAD_NORM = module_names(in_layers("model.layers", {"retention.group_norm": "retention.head_norm"}))
+NAMES = {kind: {**tensors.decoder_names(kind, "model.", "lm_head"), **HEAD_NORM} for kind in LIT_NAMES}
 ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "gelu_new": "gelu_tanh", "swish": "silu", "relu": "relu"}
 IGNORED_BY_KERNELS = ("use_lm_decay", "retnet_stability_update")
 XATL_KEYS = words(
@@ -73,15 +78,6 @@ KEYS = Keys(
 )
 
 
-def _names(kind: str) -> NameTable:
-    head_norm = module_names(in_layers("model.layers", {"retention.group_norm": "retention.head_norm"}))
-    return {**tensors.decoder_names(kind, "model.", "lm_head"), **head_norm}
-
-
-def _lit_names(kind: str) -> NameTable:
-    return module_names({**LIT_ROOT, **in_layers("transformer.h", {**LIT_LAYER, **LIT_FFN[kind]})})
-
-
 def _read(source: Source) -> Reading:
     if source.settings.flag("shared_attention_norm", False):
         # Without the second norm its Hugging Face code leaves the feed-forward network without any; its training code
@@ -93,7 +89,7 @@ def _read(source: Source) -> Reading:
             "open the .pth file of the training",
         )
     config = resolve(source)
-    return Reading(config, "syncdoth/RetNet-XATL", _names(config.feed_forward.kind))
+    return Reading(config, "syncdoth/RetNet-XATL", NAMES[config.feed_forward.kind])
 
 
 def _read_lit(source: Source) -> Reading:
@@ -105,7 +101,7 @@ def _read_lit(source: Source) -> Reading:
         for i, name in enumerate(QKV)
         for part in ("weight", "bias")
     }
-    return Reading(config, "syncdoth/RetNet-XATL (lit)", _lit_names(config.feed_forward.kind), transforms=transforms)
+    return Reading(config, "syncdoth/RetNet-XATL (lit)", LIT_NAMES[config.feed_forward.kind], transforms=transforms)
 
 
 def resolve(source: Source) -> RetNetConfig:
@@ -204,7 +200,7 @@ XATL = FormatSpec(
     is_settings=_is_settings,
     settings_words='"model_type": "retnet" and rotary_percentage',
     marks=("model.layers.0.retention.q_proj.weight", "model.embed_tokens.weight"),
-    names={**_names("glu"), **_names("plain")},
+    names=(*NAMES["glu"], *NAMES["plain"]),
     read=_read,
     base="model.",
     outer_head={name: name for name in ("lm_head.weight", "lm_head.bias")},
@@ -216,6 +212,6 @@ XATL_LIT = FormatSpec(
     is_settings=_is_settings,
     settings_words='"model_type": "retnet" and rotary_percentage',
     marks=("transformer.h.0.attn.reten.weight", "transformer.wte.weight"),
-    names={**_lit_names("glu"), **_lit_names("plain")},
+    names=(*LIT_NAMES["glu"], *LIT_NAMES["plain"]),
     read=_read_lit,
 )

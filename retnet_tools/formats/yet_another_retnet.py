@@ -25,19 +25,15 @@ HEAD_NORM_EPS = 1e-6
 ACTIVATIONS: dict[str, Activation] = {"swish": "silu", "gelu": "gelu", "relu": "relu"}
 LAYER = {
     "norm1": "retention_norm",
-    "retention.q_proj": "retention.q_proj",
-    "retention.k_proj": "retention.k_proj",
-    "retention.v_proj": "retention.v_proj",
+    **{f"retention.{x}_proj": f"retention.{x}_proj" for x in "qkv"},
     "retention.g_proj": "retention.gate_proj",
     "retention.out_proj": "retention.out_proj",
     "norm2": "ffn_norm",
     "linear1": "ffn.up_proj",
     "linear2": "ffn.down_proj",
 }
-NAMES: NameTable = {
-    **module_names({"embedding": "embedding", "out": "lm_head", **in_layers("decoder.layers", LAYER)}),
-    ANGLES: None,
-}
+MODULES = {"embedding": "embedding", "out": "lm_head", **in_layers("decoder.layers", LAYER)}
+NAMES: NameTable = {**module_names(MODULES), ANGLES: None}
 UNTOLD = ("activation", "norm_first", "layer_norm_eps")
 
 
@@ -46,11 +42,9 @@ def _read(source: Source) -> Reading:
     if MARK not in stored.locations:
         raise InputError(f"no tensor {MARK!r}", "rotary angles: a model without relative positions is not supported")
     if not settings.values:
-        raise InputError(
-            f"nothing with these {ORIGIN} weights tells {', '.join(UNTOLD)}",
-            'a JSON such as {"activation": "swish", "norm_first": true, "layer_norm_eps": 1e-6}',
-            "write it as args.json beside them, or name it with --config",
-        )
+        found = f"nothing with these {ORIGIN} weights tells {', '.join(UNTOLD)}"
+        expected = 'a JSON such as {"activation": "swish", "norm_first": true, "layer_norm_eps": 1e-6}'
+        raise InputError(found, expected, "write it as args.json beside them, or name it with --config")
     sizes = _sizes(source)
     embed, heads = settings.count("d_model", sizes["d_model"]), settings.count("nhead", sizes["nhead"])
     if embed % heads:
