@@ -96,14 +96,16 @@ def _fill(rows: Array, start: int, chunk: Chunk, place: TensorLocation) -> None:
     """
     before = chunk.offsets[0]
     first, last = max(start, before), min(start + len(rows), before + chunk.sizes[0])
-    if first < last and chunk.sizes[1:] == rows.shape[1:] and place.is_contiguous():
-        place.rows(first - before, last - first).read_into(rows[first - start : last - start])
+    if first >= last:
         return
-    columns = tuple(slice(o, o + n) for o, n in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True))
-    part = place.rows(first - before, max(0, last - first))
+    target, part = rows[first - start : last - start], place.rows(first - before, last - first)
+    if target.shape == part.shape and part.is_contiguous():
+        part.read_into(target)
+        return
+    columns = (slice(o, o + n) for o, n in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True))
+    target = target[(slice(None), *columns)]
     for row, count in part.row_ranges():
-        at = first - start + row
-        rows[(slice(at, at + count), *columns)] = part.rows(row, count).read()
+        target[row : row + count] = part.rows(row, count).read()
 
 
 def open_dcp(metadata_file: Path, entry: str | None = None) -> tuple[StoredTensors, Choice]:
@@ -143,8 +145,7 @@ Places = dict[tuple[str, tuple[int, ...]], Chunk]
 
 def _places(metadata_file: Path, data: Any, names: Mapping[str, Any]) -> Places:
     """The regions of all chunks, by the tensor's name and the chunk's offsets."""
-    folder = metadata_file.parent
-    places: Places = {}
+    folder, places = metadata_file.parent, Places()
     files: dict[str, tuple[Path, int]] = {}
     for key, value in _entries(metadata_file, data).items():
         index = _entries(metadata_file, key)

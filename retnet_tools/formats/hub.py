@@ -42,11 +42,6 @@ class HubOrigin:
     repository: str
     commit: str
 
-    @property
-    def name(self) -> str:
-        """The last part of the repository's name."""
-        return self.repository.rpartition("/")[2]
-
 
 def local_checkpoint(name: str, revision: str | None = None) -> Path:
     """The path of a checkpoint; one that is named as on the hub is fetched into the hub's cache first.

@@ -17,7 +17,7 @@ from retnet_tools.errors import InputError
 from retnet_tools.formats.content import short_name
 from retnet_tools.formats.stand_ins import Global, Shell, UnsafeGlobalError, call, is_tensor, look_up, new_object
 
-INT32, UINT8, UINT32, UINT64 = map(struct.Struct, ("<i", "<B", "<I", "<Q"))
+INT32, UINT8, UINT16, UINT32, UINT64 = map(struct.Struct, ("<i", "<B", "<H", "<I", "<Q"))
 FLOAT64 = struct.Struct(">d")
 MAX_LINE = 1 << 20
 MAX_INTEGER_BYTES = 1 << 10
@@ -42,11 +42,9 @@ def unpickle(file: IO[bytes], path: Path, find_storage: Callable[[Any], Any] | N
     try:
         return machine.run()
     except UnsafeGlobalError as error:
-        raise InputError(
-            f"refused pickle global {str(error)[:80]!r} in {short_name(path)}",
-            "tensors and plain data only",
-            "load it where you trust it and save model.state_dict()",
-        ) from error
+        found = f"refused pickle global {str(error)[:80]!r} in {short_name(path)}"
+        action = "load it where you trust it and save model.state_dict()"
+        raise InputError(found, "tensors and plain data only", action) from error
     except InputError:
         raise
     except Exception as error:  # a corrupt pickle can raise anything
@@ -82,9 +80,7 @@ class _Machine:
         return self.stack.pop()
 
     def take(self, count: int) -> bytes:
-        if not 0 <= count <= self._left:
-            raise EOFError("data past its end")
-        data = self.read(count)
+        data = self.read(count) if 0 <= count <= self._left else b""
         if len(data) != count:
             raise EOFError("data past its end")
         return data
@@ -112,12 +108,6 @@ class _Machine:
         items, self.stack = self.stack, self.marks.pop()
         return items
 
-    def pop(self) -> None:
-        if self.stack:
-            self.stack.pop()
-        else:
-            self.pop_mark()
-
     def last(self, count: int) -> list[Any]:
         if len(self.stack) < count:
             raise ValueError("an empty stack")
@@ -133,27 +123,22 @@ class _Machine:
     def find(self, module: Any, name: Any) -> Global:
         if not isinstance(module, str) or not isinstance(name, str):
             raise ValueError("a global without a name")
-        key = (module, name)
-        if key not in self._globals:
-            self._globals[key] = look_up(module, name)
-        return self._globals[key]
+        if (module, name) not in self._globals:
+            self._globals[module, name] = look_up(module, name)
+        return self._globals[module, name]
 
     def persistent(self) -> None:
         if self._find_storage is None:
             raise ValueError("a storage where there is none")
         self.stack[-1] = self._find_storage(self.stack[-1])
 
-    def reduce(self) -> None:
+    def make(self, how: Callable[[Any, Any], Any]) -> None:
         arguments = self.stack.pop()
-        self.stack[-1] = call(self.stack[-1], arguments)
-
-    def new(self) -> None:
-        arguments = self.stack.pop()
-        self.stack[-1] = new_object(self.stack[-1], arguments)
+        self.stack[-1] = how(self.stack[-1], arguments)
 
     def new_with_names(self) -> None:
         self.stack.pop()
-        self.new()
+        self.make(new_object)
 
     def object(self) -> None:
         kind, *arguments = self.pop_mark()
@@ -181,25 +166,22 @@ class _Machine:
             target = target.items
         if not isinstance(target, dict) or len(items) % 2:
             raise ValueError(f"entries for {type(target).__name__}")
-        target.update(pairs(items))
+        target.update(_pairs(items))
 
 
-def pairs(items: list[Any]) -> dict[Any, Any]:
-    """Keys and values in turn, as a dict."""
-    names = [name if type(name) is str else key(name) for name in items[::2]]
+def _pairs(items: list[Any]) -> dict[Any, Any]:
+    names = [name if type(name) is str else _key(name) for name in items[::2]]
     return dict(zip(names, items[1::2], strict=True))
 
 
-def key(value: Any) -> Any:
+def _key(value: Any) -> Any:
     """A key that is cheap to hash: nested tuples take exponential time, so that they become keys of their own."""
-    if isinstance(value, tuple):
-        flat = all(isinstance(part, str | int | float | bool | None) for part in value)
-        return value if flat else Shell("key")
-    return value if isinstance(value, SIMPLE_KEYS) else Shell("key")
+    parts = value if isinstance(value, tuple) else ()
+    cheap = all(isinstance(part, str | int | float | bool | None) for part in parts)
+    return value if cheap and isinstance(value, (tuple, *SIMPLE_KEYS)) else Shell("key")
 
 
-def integer(text: str) -> Any:
-    """An integer or truth value of protocol 0."""
+def _integer(text: str) -> Any:
     if text in ("00", "01"):
         return text == "01"
     if len(text) > MAX_INTEGER_BYTES:
@@ -207,12 +189,11 @@ def integer(text: str) -> Any:
     return int(text.rstrip("L") or "0")
 
 
-def long(data: bytes) -> Any:
-    """An integer in bytes."""
+def _long(data: bytes) -> Any:
     return int.from_bytes(data, "little", signed=True) if len(data) <= MAX_INTEGER_BYTES else Shell("int")
 
 
-def text(data: bytes) -> str | bytes:
+def _text(data: bytes) -> str | bytes:
     """A string of Python 2, which may be bytes."""
     try:
         return data.decode("utf-8")
@@ -220,14 +201,13 @@ def text(data: bytes) -> str | bytes:
         return data
 
 
-def quoted(line: bytes) -> str | bytes:
-    """A string of protocol 0."""
+def _quoted(line: bytes) -> str | bytes:
     if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in b"\"'":
         raise ValueError("a string without quotes")
-    return text(line[1:-1].decode("unicode_escape").encode("latin1"))
+    return _text(line[1:-1].decode("unicode_escape").encode("latin1"))
 
 
-def unicode(data: bytes) -> str:
+def _unicode(data: bytes) -> str:
     """Text in UTF-8, halves of pairs allowed, as pickle does."""
     return data.decode("utf-8", "surrogatepass")
 
@@ -245,38 +225,42 @@ def _pair(machine: _Machine) -> None:
     machine.stack[-1] = machine.stack[-1], second
 
 
+def _sized(layout: struct.Struct, made: Callable[[bytes], Any]) -> Callable[[_Machine], None]:
+    """The operation that pushes what data of a size makes, the size before it."""
+    return lambda m: m.push(made(m.take(m.number(layout))))
+
+
 # Those that pickles are made of almost wholly have no call of a method inside: they decide how long reading takes.
-_Operation = Callable[[_Machine], Any]
-OPERATIONS: dict[bytes, _Operation] = {
+OPERATIONS: dict[bytes, Callable[[_Machine], Any]] = {
     b"\x80": lambda m: m.take(1),  # protocol
     b"\x95": lambda m: m.take(8),  # frame
     b"(": _Machine.mark,
-    b"0": _Machine.pop,
+    b"0": lambda m: m.stack.pop() if m.stack else m.pop_mark(),
     b"1": _Machine.pop_mark,
     b"2": lambda m: m.push(m.stack[-1]),
     b"N": lambda m: m.stack.append(None),
     b"\x88": lambda m: m.push(True),
     b"\x89": lambda m: m.push(False),
-    b"I": lambda m: m.push(integer(m.name())),
-    b"L": lambda m: m.push(integer(m.name())),
+    b"I": lambda m: m.push(_integer(m.name())),
+    b"L": lambda m: m.push(_integer(m.name())),
     b"J": lambda m: m.push(m.number(INT32)),
     b"K": lambda m: m.stack.append(m.read(1)[0]),
-    b"M": lambda m: m.stack.append(int.from_bytes(m.take(2), "little")),
-    b"\x8a": lambda m: m.push(long(m.take(m.number(UINT8)))),
-    b"\x8b": lambda m: m.push(long(m.take(m.number(INT32)))),
+    b"M": lambda m: m.stack.append(m.number(UINT16)),
+    b"\x8a": _sized(UINT8, _long),
+    b"\x8b": _sized(INT32, _long),
     b"F": lambda m: m.push(float(m.line())),
     b"G": lambda m: m.push(m.number(FLOAT64)),
-    b"S": lambda m: m.push(quoted(m.line())),
-    b"T": lambda m: m.push(text(m.take(m.number(UINT32)))),
-    b"U": lambda m: m.push(text(m.take(m.number(UINT8)))),
-    b"B": lambda m: m.push(m.take(m.number(UINT32))),
-    b"C": lambda m: m.push(m.take(m.number(UINT8))),
-    b"\x8e": lambda m: m.push(m.take(m.number(UINT64))),
-    b"\x96": lambda m: m.push(m.take(m.number(UINT64))),
+    b"S": lambda m: m.push(_quoted(m.line())),
+    b"T": _sized(UINT32, _text),
+    b"U": _sized(UINT8, _text),
+    b"B": _sized(UINT32, bytes),
+    b"C": _sized(UINT8, bytes),
+    b"\x8e": _sized(UINT64, bytes),
+    b"\x96": _sized(UINT64, bytes),
     b"V": lambda m: m.push(m.line().decode("raw_unicode_escape")),
-    b"X": lambda m: m.push(unicode(m.take(m.number(UINT32)))),
-    b"\x8c": lambda m: m.stack.append(unicode(m.take(m.read(1)[0]))),
-    b"\x8d": lambda m: m.push(unicode(m.take(m.number(UINT64)))),
+    b"X": _sized(UINT32, _unicode),
+    b"\x8c": lambda m: m.stack.append(_unicode(m.take(m.read(1)[0]))),
+    b"\x8d": _sized(UINT64, _unicode),
     b")": lambda m: m.stack.append(()),
     b"t": lambda m: m.push(tuple(m.pop_mark())),
     b"\x85": lambda m: m.push(tuple(m.last(1))),
@@ -287,7 +271,7 @@ OPERATIONS: dict[bytes, _Operation] = {
     b"a": lambda m: m.append(m.last(1)),
     b"e": lambda m: m.append(m.pop_mark()),
     b"}": lambda m: m.stack.append({}),
-    b"d": lambda m: m.push(pairs(m.pop_mark())),
+    b"d": lambda m: m.push(_pairs(m.pop_mark())),
     b"s": lambda m: m.set_items(m.last(2)),
     b"u": lambda m: m.set_items(m.pop_mark()),
     # A set is a list here: nothing in it is hashed.
@@ -305,8 +289,8 @@ OPERATIONS: dict[bytes, _Operation] = {
     b"\x93": lambda m: m.push(m.find(*m.last(2))),
     b"i": lambda m: m.push(new_object(m.find(m.name(), m.name()), tuple(m.pop_mark()))),
     b"o": _Machine.object,
-    b"R": _Machine.reduce,
-    b"\x81": _Machine.new,
+    b"R": lambda m: m.make(call),
+    b"\x81": lambda m: m.make(new_object),
     b"\x92": _Machine.new_with_names,
     b"b": _Machine.build,
     b"Q": _Machine.persistent,

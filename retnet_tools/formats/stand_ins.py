@@ -44,16 +44,16 @@ OLD_NAMES = {"builtins.xrange": "range", "builtins.unicode": "str", "builtins.lo
 # Functions and classes whose results are read over.
 OPAQUE = words(
     """
-    builtins.complex builtins.slice builtins.range builtins.iter builtins.enumerate builtins.zip builtins.reversed
-    builtins.bytearray builtins.bool builtins.int builtins.float builtins.str builtins.bytes collections.deque
-    collections.ChainMap datetime.datetime datetime.date datetime.time datetime.timedelta datetime.timezone
-    zoneinfo.ZoneInfo._unpickle decimal.Decimal fractions.Fraction uuid.UUID pathlib.Path pathlib.PosixPath
-    pathlib.WindowsPath pathlib.PurePath pathlib.PurePosixPath pathlib.PureWindowsPath pathlib._local.Path
-    pathlib._local.PosixPath pathlib._local.WindowsPath pathlib._local.PurePath pathlib._local.PurePosixPath
-    pathlib._local.PureWindowsPath argparse.Namespace types.SimpleNamespace types.MappingProxyType functools.partial
-    itertools.count itertools.chain itertools.cycle itertools.repeat itertools.islice re._compile logging.getLogger
-    random.Random _random.Random array.array array._array_reconstructor io.BytesIO io.StringIO ipaddress.IPv4Address
-    ipaddress.IPv6Address numpy.ndarray numpy.ma.core._mareconstruct
+    _codecs.encode builtins.complex builtins.slice builtins.range builtins.iter builtins.enumerate builtins.zip
+    builtins.reversed builtins.bytearray builtins.bool builtins.int builtins.float builtins.str builtins.bytes
+    collections.deque collections.ChainMap datetime.datetime datetime.date datetime.time datetime.timedelta
+    datetime.timezone zoneinfo.ZoneInfo._unpickle decimal.Decimal fractions.Fraction uuid.UUID pathlib.Path
+    pathlib.PosixPath pathlib.WindowsPath pathlib.PurePath pathlib.PurePosixPath pathlib.PureWindowsPath
+    pathlib._local.Path pathlib._local.PosixPath pathlib._local.WindowsPath pathlib._local.PurePath
+    pathlib._local.PurePosixPath pathlib._local.PureWindowsPath argparse.Namespace types.SimpleNamespace
+    types.MappingProxyType functools.partial itertools.count itertools.chain itertools.cycle itertools.repeat
+    itertools.islice re._compile logging.getLogger random.Random _random.Random array.array array._array_reconstructor
+    io.BytesIO io.StringIO ipaddress.IPv4Address ipaddress.IPv6Address numpy.ndarray numpy.ma.core._mareconstruct
     numpy.random.bit_generator.__pyx_unpickle_SeedSequence numpy.random.bit_generator.__pyx_unpickle_SeedlessSequence
     numpy.random.mtrand.RandomState numpy.random.mtrand.__randomstate_ctor numpy.random._pickle.__randomstate_ctor
     numpy.random._pickle.__generator_ctor numpy.random._pickle.__bit_generator_ctor torch.device torch.Generator
@@ -108,12 +108,6 @@ class Shell:
         return {name: value for part in (*self.parts, self.items) for name, value in part.items()}
 
 
-class Encoded(NamedTuple):
-    """Text that stands for bytes, which nothing has made yet."""
-
-    text: str
-
-
 class Storage(NamedTuple):
     """A flat run of `numel` elements under a key of the file; `start` elements lie before it where it is a view."""
 
@@ -149,11 +143,7 @@ def is_tensor(value: Any) -> bool:
 
 
 def look_up(module: str, name: str) -> Global:
-    """The stand-in of a global.
-
-    Raises:
-        UnsafeGlobalError: nothing that a checkpoint may even mention.
-    """
+    """The stand-in of a global; one that a checkpoint may not even mention is an `UnsafeGlobalError`."""
     found = Global(OLD_MODULES.get(module, module), name)
     if found.qualified in OLD_NAMES:
         found = Global("builtins", OLD_NAMES[found.qualified])
@@ -164,12 +154,7 @@ def look_up(module: str, name: str) -> Global:
 
 
 def call(function: Any, arguments: Any) -> Any:
-    """What a REDUCE gives.
-
-    Raises:
-        UnsafeGlobalError: a call that is in no table.
-        ValueError: arguments that no real file has.
-    """
+    """What a REDUCE gives; a call that is in no table is an `UnsafeGlobalError`."""
     if not isinstance(function, Global) or not isinstance(arguments, tuple):
         raise ValueError("a call of something that is no global")
     if (known := CALLS.get(function.qualified)) is not None:
@@ -181,11 +166,7 @@ def call(function: Any, arguments: Any) -> Any:
 
 
 def new_object(kind: Any, arguments: Any) -> Any:
-    """What NEWOBJ gives: an object of a class, its `__init__` never run.
-
-    Raises:
-        ValueError: no class.
-    """
+    """What NEWOBJ gives: an object of a class, its `__init__` never run."""
     if not isinstance(kind, Global) or not isinstance(arguments, tuple):
         raise ValueError("an object of something that is no class")
     if kind.qualified in MAPPINGS:
@@ -209,12 +190,11 @@ def _mapping(*arguments: Any) -> Any:
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> TensorView | StrangeTensor:
     if isinstance(storage, StrangeTensor):
         return storage
-    described = isinstance(storage, Storage) and isinstance(shape, tuple) and isinstance(strides, tuple)
-    if not described or len(shape) + len(strides) > 2 * MAX_DIMENSIONS:
-        raise ValueError("a tensor with a broken description")
-    if not all(type(n) is int for n in (offset, *shape, *strides)):
-        raise ValueError("a tensor with a broken description")
-    return TensorView(storage, storage.dtype, offset, shape, strides)
+    if isinstance(storage, Storage) and isinstance(shape, tuple) and isinstance(strides, tuple):
+        few = len(shape) + len(strides) <= 2 * MAX_DIMENSIONS
+        if few and all(type(n) is int for n in (offset, *shape, *strides)):
+            return TensorView(storage, storage.dtype, offset, shape, strides)
+    raise ValueError("a tensor with a broken description")
 
 
 def _typed_tensor(storage: Any, offset: Any, shape: Any, strides: Any, _: Any, __: Any, dtype: Any, *___: Any) -> Any:
@@ -269,12 +249,17 @@ def _attribute(owner: Any, name: Any = None) -> Global:
 def _numpy_scalar(dtype: Any = None, data: Any = None, *_: Any) -> Any:
     """A number where its type is one of the usual ones and little-endian."""
     code = dtype.arguments[0] if isinstance(dtype, Shell) and dtype.arguments else None
-    if isinstance(dtype, Shell) and isinstance(dtype.state, tuple) and ">" in dtype.state[:2]:
-        code = None
-    raw = data.text.encode("latin1", "replace") if isinstance(data, Encoded) and len(data.text) <= 8 else data
-    if code not in NUMBER_CODES or not isinstance(raw, bytes) or len(raw) != int(code[1:]):
+    if code not in NUMBER_CODES or (isinstance(dtype.state, tuple) and ">" in dtype.state[:2]):
         return Shell("numpy.generic")
-    return np.frombuffer(raw, np.dtype("<" + code)).item()
+    if isinstance(data, Shell) and data.kind == "_codecs.encode":  # protocol 2 spells bytes as text
+        text = data.arguments[0]
+        data = text.encode("latin1", "replace") if isinstance(text, str) and len(text) <= 8 else None
+    size = int(code[1:])
+    return (
+        np.frombuffer(data, f"<{code}").item()
+        if isinstance(data, bytes) and len(data) == size
+        else Shell("numpy.generic")
+    )
 
 
 def _shell(kind: str) -> Callable[..., Shell]:
@@ -295,7 +280,6 @@ CALLS: dict[str, Callable[..., Any]] = {
         lambda *items: items[0] if items else [],
     ),
     "builtins.getattr": _attribute,
-    "_codecs.encode": lambda text="", *_: Encoded(text) if isinstance(text, str) else text,
     "copyreg._reconstructor": _reconstructed,
     "copyreg.__newobj__": lambda kind, *arguments: new_object(kind, arguments),
     "copyreg.__newobj_ex__": lambda kind, arguments, _: new_object(kind, arguments),

@@ -80,11 +80,7 @@ class TensorLocation(LazyTensor):
         return (self.file,)
 
     def read(self) -> Array:
-        """The tensor, contiguous and owned by the caller; memory: its span, once more if it is not contiguous.
-
-        Raises:
-            InputError: the file ends before the tensor does.
-        """
+        """The tensor, contiguous and owned by the caller; memory: its span, once more if it is not contiguous."""
         values = np.empty(self.span, self.dtype)
         self.read_into(values)
         if self.is_contiguous():

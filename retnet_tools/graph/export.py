@@ -176,7 +176,7 @@ def kernel_notes(plan: ExportPlan) -> tuple[str, ...]:
 def default_output(checkpoint: Path, target: str = "onnx") -> Path:
     """`<name>-<target>` beside the checkpoint, or in the current folder where that lies in the hub's cache."""
     if (origin := hub_origin(checkpoint)) is not None:
-        return Path(f"{origin.name}-{target}")
+        return Path(f"{origin.repository.rpartition('/')[2]}-{target}")
     path = checkpoint.resolve() if checkpoint.name in ("", "..") else checkpoint
     return path.with_name(f"{path.stem if path.is_file() else path.name}-{target}")
 
