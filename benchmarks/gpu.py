@@ -151,14 +151,14 @@ def write_model(name: str, state: Path, *, quick: bool) -> None:
     from retnet_tools.dtypes import parse_dtype
     from retnet_tools.formats.source import CheckpointSource
     from retnet_tools.jobs.request import shipped_checkpoint
-    from retnet_tools.quantize.scheme import SchemeOptions
+    from retnet_tools.quantize.options import options_of
 
     model, scratch = MODELS[name], state / "models" / name
     scratch.mkdir(parents=True, exist_ok=True)
     path, size = (CheckpointSource(shipped_checkpoint()), None) if quick else (None, model.size)
     dtype = parse_dtype(model.dtype, ("float32", "float16"))
-    scheme = SchemeOptions(block_size=None if quick else model.block_size)
-    options = ModelOptions(path, size, dtype, model.quantize, None, scheme, "cuda")
+    quantize = options_of(model.quantize, block_size=None if quick else model.block_size)
+    options = ModelOptions(path, size, dtype, quantize, None, "cuda")
     print(make_model(options, scratch, lambda what, done, total: None).folder)
 
 

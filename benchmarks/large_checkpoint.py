@@ -21,8 +21,8 @@ from retnet_tools.formats.canonical import write_canonical
 from retnet_tools.graph.export import plan_export, write_export
 from retnet_tools.machine import this_machine
 from retnet_tools.paper import MODEL_SIZES, VOCABULARY_SIZE
-from retnet_tools.quantize.plan import plan_target, write_quantized
-from retnet_tools.quantize.scheme import NO_OPTIONS, parse_target
+from retnet_tools.quantize.options import QuantizeOptions
+from retnet_tools.quantize.steps import plan_quantized, write_quantized
 from retnet_tools.random_weights import RandomWeights
 from retnet_tools.weights import canonical_shapes
 
@@ -57,8 +57,7 @@ def write_exports(folder: Path, size: str, ops: str, kinds: Iterable[str]) -> di
         elif kind == "float32":
             write_export(plan, folder / kind, force=False, progress=lambda count: None)
         else:
-            quantized = plan_target(plan, parse_target(kind), NO_OPTIONS)
-            write_quantized(quantized, folder / kind, force=False, progress=lambda count: None)
+            write_quantized(plan_quantized(plan, QuantizeOptions(kind)), folder / kind, force=False)
         sizes[kind] = (folder / kind / "weights.data").stat().st_size
     return sizes
 

@@ -32,8 +32,8 @@ from large_checkpoint import machine
 from retnet_tools.graph.contract import WEIGHTS_FILE
 from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.graph.nodes import ELEMENT_TYPES
-from retnet_tools.quantize.budget import matrix_bytes
-from retnet_tools.quantize.scheme import matrix_formats
+from retnet_tools.graph.quantization import matrix_bytes
+from retnet_tools.quantize.options import matrix_formats
 from retnet_tools.weights import canonical_shapes
 
 DOCUMENT = Path(__file__).with_suffix(".json")

@@ -15,7 +15,7 @@ from large_checkpoint import machine, print_document, random_weights, write_expo
 
 from retnet_tools.config import RetNetConfig
 from retnet_tools.graph.manifest import read_manifest
-from retnet_tools.graph.quantization import BITS
+from retnet_tools.graph.quantization import CODE_TYPES
 from retnet_tools.paper import MODEL_SIZES, VOCABULARY_SIZE
 
 Case = TypeVar("Case", bound=Hashable)
@@ -99,7 +99,7 @@ def _scheme(folder: Path) -> dict[str, Any] | None:
     if scheme is None:
         return None
     return {
-        "bits": BITS[scheme.type],
+        "bits": CODE_TYPES[scheme.type].bits,
         "block_size": scheme.block_size,
         "symmetric": scheme.symmetric,
         "accuracy_level": scheme.accuracy_level,

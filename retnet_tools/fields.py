@@ -10,7 +10,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from retnet_tools.errors import ConfigError
 
@@ -29,9 +29,9 @@ def check_types(instance: Any, prefix: str = "") -> None:
     """Check that every field holds what its annotation says: a Python that ignores annotations would take `"no"` as
     true.
 
-    Known are bool, int, float (finite; an int will do), str, `Literal`, classes, unions of them (of dataclasses those
-    that the choices of their field `type` tell apart), `tuple[X, ...]` and `Sequence[X]` of one of these, which have to
-    be tuples, and each or None.
+    Known are bool, int, float (finite; an int will do), str, `Literal`, `Annotated[str, table]` (a key of the table
+    when it is looked at), classes, unions of them (of dataclasses those that the choices of their field `type` tell
+    apart), `tuple[X, ...]` and `Sequence[X]` of one of these, which have to be tuples, and each or None.
 
     Raises:
         ConfigError: a field of another type, by name.
@@ -87,7 +87,7 @@ def from_json(kind: Any, data: Any, where: str = "") -> Any:
 
 @functools.cache
 def _types(kind: Any) -> dict[str, Any]:
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
@@ -122,7 +122,7 @@ def _member(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
     """The one of several dataclasses whose field `type` may be what it is in a JSON object."""
     if not isinstance(value, Mapping) or "type" not in value:
         return kinds[0]
-    choices = {kind: get_args(_types(kind)["type"]) for kind in kinds}
+    choices = {kind: _choices(_types(kind)["type"]) for kind in kinds}
     for kind in kinds:
         if value["type"] in choices[kind]:
             return kind
@@ -134,10 +134,10 @@ def _check(name: str, value: Any, kind: Any) -> None:
     if _is_optional(kind):
         if value is not None:
             _check(name, value, _without_none(kind))
-    elif get_origin(kind) is Literal:
+    elif get_origin(kind) in (Literal, Annotated):
         # 1 == True and 4 == 4.0, but they are not the same choice.
-        if not any(value == choice and type(value) is type(choice) for choice in get_args(kind)):
-            raise _wrong(name, value, f"one of {', '.join(map(str, get_args(kind)))}")
+        if not any(value == choice and type(value) is type(choice) for choice in _choices(kind)):
+            raise _wrong(name, value, f"one of {', '.join(map(str, _choices(kind)))}")
     elif get_origin(kind) in (tuple, Sequence):
         if not isinstance(value, tuple):
             raise _wrong(name, value, f"a tuple of {_IN_PLURAL.get(get_args(kind)[0], 'objects')}")
@@ -148,6 +148,10 @@ def _check(name: str, value: Any, kind: Any) -> None:
             raise _wrong(name, value, _IN_WORDS[float])
     elif not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise _wrong(name, value, _IN_WORDS.get(kind, getattr(kind, "__name__", str(kind))))
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) is Literal else tuple(kind.__metadata__[0])
 
 
 def _is_optional(kind: Any) -> bool:

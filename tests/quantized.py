@@ -13,10 +13,9 @@ from onnx import numpy_helper
 from onnx.external_data_helper import load_external_data_for_model
 
 from retnet_tools.config import RetNetConfig
-from retnet_tools.graph.quantization import WeightType
 from retnet_tools.graph.replan import plan_of_export
-from retnet_tools.quantize.plan import plan_quantization, write_quantized
-from retnet_tools.quantize.scheme import SchemeOptions, make_scheme
+from retnet_tools.quantize.options import QuantizeOptions
+from retnet_tools.quantize.steps import plan_quantized, write_quantized
 from retnet_tools.weights import Array, canonical_shapes
 from tests.helpers import MemorySource
 
@@ -26,11 +25,10 @@ MERGED = {
 }
 
 
-def quantize(folder: Path, out: Path, kind: WeightType, **options: Any) -> Path:
+def quantize(folder: Path, out: Path, kind: str, **options: Any) -> Path:
     """Quantize an exported folder to another and return that."""
-    plan = plan_of_export(folder)
-    plan = plan_quantization(plan, make_scheme(kind, SchemeOptions(**options), ops=plan.ops))
-    write_quantized(plan, out, force=False, progress=lambda count: None)
+    plan = plan_quantized(plan_of_export(folder), QuantizeOptions(kind, **options))
+    write_quantized(plan, out, force=False)
     return out
 
 

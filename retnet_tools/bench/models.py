@@ -32,9 +32,9 @@ from retnet_tools.paper import VOCABULARY_SIZE, model_size
 from retnet_tools.progress import Progress
 from retnet_tools.quantize.contents import QuantizedContents
 from retnet_tools.quantize.methods import RoundToNearest
-from retnet_tools.quantize.plan import plan_target, write_quantized
+from retnet_tools.quantize.options import QuantizeOptions
 from retnet_tools.quantize.rewrite import quantize_graph
-from retnet_tools.quantize.scheme import NO_OPTIONS, SchemeOptions, parse_target
+from retnet_tools.quantize.steps import plan_quantized, write_quantized
 from retnet_tools.random_weights import RandomWeights
 from retnet_tools.staging import staged_folder
 from retnet_tools.weights import WeightSource, canonical_shapes
@@ -88,17 +88,15 @@ class ModelOptions:
     Attributes:
         source: an exported folder or a checkpoint.
         size: a published size, with random weights.
-        quantize: what `--quantize` names.
-        scheme: how, where that is int8 or int4.
+        quantize: how to quantize it, if at all.
         device: whose kernels a checkpoint is exported for.
     """
 
     source: CheckpointSource | None
     size: str | None
     dtype: FloatName | None
-    quantize: str | None
+    quantize: QuantizeOptions | None
     ops: str | None
-    scheme: SchemeOptions = NO_OPTIONS
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -106,10 +104,6 @@ class ModelOptions:
             raise UsageError(f"both {self.source.path} and --size {self.size}", "one of them")
         if self.size is not None:
             model_size(self.size)
-        if self.quantize is not None:
-            parse_target(self.quantize)
-        elif self.scheme != NO_OPTIONS:
-            raise UsageError("options of a quantization scheme without --quantize", "--quantize int8 or int4")
 
     @property
     def path(self) -> Path | None:
@@ -136,7 +130,7 @@ def plan_model(options: ModelOptions) -> ExportPlan | None:
         checkpoint = _checkpoint(options)
         dtype, ops = options.dtype or "float32", options.ops or "fused"
         plan = plan_export(checkpoint, dtype=dtype, ops=ops, device=options.device)
-    return plan if options.quantize is None else plan_target(plan, parse_target(options.quantize), options.scheme)
+    return plan if options.quantize is None else plan_quantized(plan, options.quantize)
 
 
 def make_model(options: ModelOptions, scratch: Path, progress: Progress, *, copies: int = 1) -> Model:
@@ -153,14 +147,7 @@ def make_model(options: ModelOptions, scratch: Path, progress: Progress, *, copi
     if plan is not None:
         _check_space(scratch, copies * plan.weight_bytes)
         folder = scratch / EXPORT_FOLDER
-        total, done = plan.weight_bytes, 0
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            progress(f"writing {folder}", done, total)
-
-        write_quantized(plan, folder, force=False, progress=advance)
+        write_quantized(plan, folder, force=False, progress=progress)
     assert folder is not None
     manifest = read_manifest(folder)
     if not {STEP_FILE, PREFILL_FILE} <= set(manifest.graphs):

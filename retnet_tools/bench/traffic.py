@@ -19,7 +19,7 @@ from retnet_tools.config import RetNetConfig
 from retnet_tools.graph.contract import STEP_FILE, state_shape
 from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.graph.ops import LOOKUPS
-from retnet_tools.graph.quantization import BlockFormat, Scheme
+from retnet_tools.graph.quantization import Scheme, matrix_bytes
 from retnet_tools.graph.reader import load_graph
 from retnet_tools.weights import canonical_shapes
 
@@ -129,7 +129,7 @@ def weight_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: str, scheme: Sche
         if name == "embedding.weight" and not tied:
             continue
         format = scheme.format_of(name) if scheme is not None and len(shape) == 2 else None
-        total += math.prod(shape) * _itemsize(dtype) if format is None else _blocked_bytes(shape, dtype, format)
+        total += matrix_bytes(shape, format, _itemsize(dtype))
     return total
 
 
@@ -147,14 +147,6 @@ def bytes_read_whole(folder: Path, graph: str = STEP_FILE) -> int:
         if isinstance(tensor, ir.ExternalTensor) and any(use.node.op_type not in LOOKUPS for use in value.uses()):
             total += math.ceil(math.prod(tensor.shape.numpy()) * tensor.dtype.itemsize)
     return total
-
-
-def _blocked_bytes(shape: tuple[int, ...], dtype: str, format: BlockFormat) -> int:
-    """Codes, whose last block of a row is filled up; a scale for each block; zero points of an asymmetric format."""
-    rows, columns = shape
-    blocks = format.blocks(columns)
-    zeros = 0 if format.symmetric else math.ceil(blocks * format.bits / 8)
-    return rows * (blocks * format.block_size * format.bits // 8 + blocks * _itemsize(dtype) + zeros)
 
 
 def _linear_flops(shapes: Mapping[str, tuple[int, ...]], layers: int) -> int:

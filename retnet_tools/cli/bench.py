@@ -102,7 +102,7 @@ def bench(
     from retnet_tools.errors import UsageError
     from retnet_tools.jobs.request import CheckpointOrShipped
     from retnet_tools.plotting import check_plot
-    from retnet_tools.quantize.scheme import SchemeOptions
+    from retnet_tools.quantize.options import options_of
     from retnet_tools.runtime.providers import parse_device, usable_device
 
     target, form = parse_device(device, cpu_fallback=cpu_fallback), "json" if as_json else parse_format(output)
@@ -111,7 +111,7 @@ def bench(
     if plot is not None:
         check_plot(plot, force=force)
     number_type = None if dtype is None else parse_dtype(dtype, ("float32", "float16", "bfloat16"))
-    scheme = SchemeOptions(block_size=block_size, accuracy_level=accuracy_level)
+    how_small = options_of(quantize, block_size=block_size, accuracy_level=accuracy_level)
     how: dict[str, Any] = {
         "format": source_format,
         "config": config,
@@ -125,7 +125,7 @@ def bench(
     origin = None if size is not None else CheckpointOrShipped(model or "", **how).source()
     if origin is not None:
         options.say_shipped(origin.path)
-    chosen = ModelOptions(origin, size, number_type, quantize, ops, scheme, target.kind)
+    chosen = ModelOptions(origin, size, number_type, how_small, ops, target.kind)
     target = usable_device(target)
     if folder is not None and not folder.is_dir():
         raise UsageError(f"no folder {folder}", "--folder with one that exists")

@@ -5,23 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from retnet_tools.console import print_message, progress_bar
-from retnet_tools.errors import UsageError
 from retnet_tools.jobs.request import parse_size
 from retnet_tools.progress import in_megabytes
 from retnet_tools.tokenizing import text_files
 
 if TYPE_CHECKING:
     from retnet_tools.graph.export import ExportPlan
-    from retnet_tools.graph.quantization import HalfType, WeightType
-    from retnet_tools.quantize.request import LearningOptions
-    from retnet_tools.quantize.scheme import SchemeOptions
+    from retnet_tools.quantize.options import QuantizeOptions
     from retnet_tools.quantize.unfinished import Workplace
 
 Calibration = Annotated[
@@ -45,36 +41,47 @@ KeepMerged = Annotated[
 
 
 def options(
+    type: str | None,
+    block_size: int | None,
+    symmetric: bool | None,
+    accuracy_level: int | None,
+    method: str | None,
+    exclude: list[str] | None,
+    tensor_type: list[str] | None,
     calibration: Path | None,
     tokens: int | None,
     seed: int | None,
     target_size: str | None,
     target_bits: float | None,
     keep_merged: bool,
-) -> LearningOptions:
-    """What is to be learnt from a text, as given.
+) -> QuantizeOptions | None:
+    """What is asked for, as given; None where nothing is.
 
     Raises:
         UsageError: options that do not go together, or values out of range.
     """
-    from retnet_tools.quantize.budget import Budget
-    from retnet_tools.quantize.calibration import CalibrationOptions
-    from retnet_tools.quantize.request import LearningOptions
+    from retnet_tools.quantize.options import options_of
 
-    draw = {name: value for name, value in (("tokens", tokens), ("seed", seed)) if value is not None}
-    if calibration is None and draw:
-        raise UsageError("--calibration-tokens or --seed without a text", "--calibration FILE")
-    text = None if calibration is None else CalibrationOptions(calibration, **draw)
-    size = None if target_size is None else parse_size(target_size)
-    budget = None if size is None and target_bits is None else Budget(size, target_bits)
-    return LearningOptions(text, budget, keep_merged)
+    return options_of(
+        type,
+        block_size=block_size,
+        symmetric=symmetric,
+        accuracy_level=accuracy_level,
+        method=method,
+        exclude=tuple(exclude or ()),
+        tensor_types=tuple(tensor_type or ()),
+        calibration=calibration,
+        calibration_tokens=tokens,
+        seed=seed,
+        target_size=None if target_size is None else parse_size(target_size),
+        target_bits=target_bits,
+        keep_merged=keep_merged,
+    )
 
 
 def run(
     plan: ExportPlan,
-    kind: WeightType | HalfType | None,
-    scheme: SchemeOptions,
-    learning: LearningOptions,
+    options: QuantizeOptions | None,
     out: Path,
     held_out: text_files.Text | None,
     *,
@@ -85,27 +92,20 @@ def run(
 
     Args:
         held_out: what quality will be measured on.
-
-    Raises:
-        UsageError: something to learn without `--quantize`, besides what planning and writing raise.
     """
     from retnet_tools.graph.export import write_export
-    from retnet_tools.quantize.plan import make_method, write_quantized
-    from retnet_tools.quantize.request import NO_LEARNING, plan_request
+    from retnet_tools.quantize.steps import plan_quantized, write_quantized
 
-    if kind is None and learning != NO_LEARNING:
-        raise UsageError("options of a quantization scheme without --quantize", "--quantize int8 or int4")
-    learning = replace(learning, unseen=None if held_out is None else held_out.sha256)
-    with _workplace(out, dry_run=dry_run) as work:
-        method = None
-        with progress_bar() as steps:
-            if kind is not None:
-                plan, text = plan_request(plan, kind, scheme, learning, work=work, progress=steps)
-                method = None if dry_run else make_method(plan, text, work=work, progress=steps)
+    unseen = None if held_out is None else held_out.sha256
+    with _workplace(out, dry_run=dry_run) as work, progress_bar() as steps:
+        if options is not None:
+            plan = plan_quantized(plan, options, work=work, progress=steps, unseen=unseen)
         if not dry_run:
-            write = write_export if kind is None else partial(write_quantized, method=method)
-            with progress_bar() as progress:
-                manifest = write(plan, out, force=force, progress=in_megabytes(progress, "write", plan.weight_bytes))
+            if options is None:
+                told = in_megabytes(steps, "write", plan.weight_bytes)
+                manifest = write_export(plan, out, force=force, progress=told)
+            else:
+                manifest = write_quantized(plan, out, force=force, work=work, progress=steps)
             plan = replace(plan, quantization=manifest.quantization)
     return plan
 
@@ -128,8 +128,6 @@ def _workplace(out: Path, *, dry_run: bool) -> Iterator[Workplace]:
             raise
         if dry_run:
             _say_kept(work, "the same command without --dry-run goes on from there")
-        else:
-            work.remove()
 
 
 def _say_kept(work: Workplace, what: str) -> None:

@@ -70,21 +70,33 @@ def export(
     from retnet_tools.graph.targets import export_target, target_device
     from retnet_tools.reports.decoding import export_document, export_text
 
-    options = quantizing.options(block_size, symmetric, accuracy_level, method, exclude, tensor_type)
-    learning = calibrating.options(calibration, calibration_tokens, seed, target_size, target_bits, keep_merged)
-    kind = quantizing.parse(quantize, options)
+    options = calibrating.options(
+        quantize,
+        block_size,
+        symmetric,
+        accuracy_level,
+        method,
+        exclude,
+        tensor_type,
+        calibration,
+        calibration_tokens,
+        seed,
+        target_size,
+        target_bits,
+        keep_merged,
+    )
     target = export_target(to).name
     number_type = parse_dtype(dtype, ("float32", "float16", "bfloat16"))
     state_type = parse_dtype(state_dtype, ("float32", "float16"))
     chosen = source.checkpoint_source(checkpoint, source_format, config, entry, clamp, revision, ignore_key)
     path = chosen.path
-    ending = f"{target}{quantizing.ending(kind)}" + ("" if target_device(device).name == "cpu" else f"-{device}")
+    ending = f"{target}{quantizing.ending(options)}" + ("" if target_device(device).name == "cpu" else f"-{device}")
     out = output or (default_output(path, ending) if checkpoint else Path(f"{path.name}-{ending}"))
     if not dry_run:
-        quantizing.check_output(out, path, kind, force=force)
+        quantizing.check_output(out, path, options, force=force)
     plan = plan_export(chosen.open(), dtype=number_type, ops=ops, state_dtype=state_type, target=target, device=device)
-    held_out, quality = quantizing.read_text(text, text_tokens, plan, kind), None
-    plan = calibrating.run(plan, kind, options, learning, out, held_out, force=force, dry_run=dry_run)
+    held_out, quality = quantizing.read_text(text, text_tokens, plan, options), None
+    plan = calibrating.run(plan, options, out, held_out, force=force, dry_run=dry_run)
     if held_out is not None and not dry_run:
         quality = quantizing.measure(out, chosen, held_out, text_tokens)
     document = export_document(plan, out, written=not dry_run, quality=quality)

@@ -12,9 +12,7 @@ from retnet_tools.cli import calibrating, quantizing
 
 def quantize(
     folder: Annotated[Path, typer.Argument(help="Exported folder with float weights.", show_default=False)],
-    target: Annotated[
-        str, typer.Option("--quantize", help="int8, int4 (weights in blocks), fp16 or bf16.", show_default=False)
-    ],
+    target: Annotated[str, typer.Option("--quantize", help=quantizing.TYPES, show_default=False)],
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder to make; <name>-<type> beside it if left out.")
     ] = None,
@@ -41,18 +39,30 @@ def quantize(
     from retnet_tools.formats.source import CheckpointSource
     from retnet_tools.graph.export import default_output
     from retnet_tools.graph.replan import plan_of_export
-    from retnet_tools.quantize.scheme import TARGET_WORDS, parse_target
     from retnet_tools.reports.decoding import export_document, export_text
 
-    options = quantizing.options(block_size, symmetric, accuracy_level, method, exclude, tensor_type)
-    learning = calibrating.options(calibration, calibration_tokens, seed, target_size, target_bits, keep_merged)
-    kind = parse_target(target)
-    out = output or default_output(folder, TARGET_WORDS[kind])
+    options = calibrating.options(
+        target,
+        block_size,
+        symmetric,
+        accuracy_level,
+        method,
+        exclude,
+        tensor_type,
+        calibration,
+        calibration_tokens,
+        seed,
+        target_size,
+        target_bits,
+        keep_merged,
+    )
+    assert options is not None
+    out = output or default_output(folder, options.word)
     if not dry_run:
-        quantizing.check_output(out, folder, kind, force=force)
+        quantizing.check_output(out, folder, options, force=force)
     plan, quality = plan_of_export(folder), None
-    held_out = quantizing.read_text(text, text_tokens, plan, kind)
-    plan = calibrating.run(plan, kind, options, learning, out, held_out, force=force, dry_run=dry_run)
+    held_out = quantizing.read_text(text, text_tokens, plan, options)
+    plan = calibrating.run(plan, options, out, held_out, force=force, dry_run=dry_run)
     if held_out is not None and not dry_run:
         quality = quantizing.measure(out, CheckpointSource(folder), held_out, text_tokens)
     document = export_document(plan, out, written=not dry_run, quality=quality)

@@ -8,21 +8,26 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from retnet_tools.errors import UsageError
+from retnet_tools.graph.quantization import CODE_TYPES, HALF_TYPES
 from retnet_tools.tokenizing import text_files
 
 if TYPE_CHECKING:
     from retnet_tools.formats.source import CheckpointSource
     from retnet_tools.graph.export import ExportPlan
-    from retnet_tools.graph.quantization import HalfType, Quality, WeightType
-    from retnet_tools.quantize.scheme import SchemeOptions
+    from retnet_tools.graph.quantization import Quality
+    from retnet_tools.quantize.options import QuantizeOptions
+
+_CODES, _HALVES = " or ".join(CODE_TYPES), " or ".join(HALF_TYPES.values())
+TYPES = f"{', '.join(CODE_TYPES)} (weights in blocks), {_HALVES}."
+_SIZES = ", ".join(f"{row.name}: {row.block_size}" for row in CODE_TYPES.values())
 
 Target = Annotated[
     str | None,
-    typer.Option("--quantize", help="Weights in blocks of int8 or int4, or everything but states in fp16 or bf16."),
+    typer.Option("--quantize", help=f"Weights in blocks of {_CODES}, or everything but states in {_HALVES}."),
 ]
 BlockSize = Annotated[
     int | None,
-    typer.Option("--block-size", help="Weights that share a scale: 32, 64 or 128 (int8: 128, int4: 64 if left out)."),
+    typer.Option("--block-size", help=f"Weights that share a scale: 32, 64 or 128 ({_SIZES} if left out)."),
 ]
 Symmetric = Annotated[
     bool | None,
@@ -45,7 +50,7 @@ Exclude = Annotated[
 ]
 TensorType = Annotated[
     list[str] | None,
-    typer.Option("--tensor-type", metavar="REGEX=TYPE", help="int8 or int4 for some matrices; may be repeated."),
+    typer.Option("--tensor-type", metavar="REGEX=TYPE", help=f"{_CODES} for some matrices; may be repeated."),
 ]
 
 Text = Annotated[
@@ -57,7 +62,7 @@ TextTokens = Annotated[
 ]
 
 
-def check_output(out: Path, source: Path, kind: WeightType | HalfType | None, *, force: bool) -> None:
+def check_output(out: Path, source: Path, options: QuantizeOptions | None, *, force: bool) -> None:
     """Check that an output may be written, and that it is not its own source.
 
     Raises:
@@ -68,12 +73,12 @@ def check_output(out: Path, source: Path, kind: WeightType | HalfType | None, *,
     from retnet_tools.staging import check_target
 
     check_target(out, marker=MANIFEST_FILE, force=force, source=source)
-    if kind is not None:
+    if options is not None:
         check_card(out)
 
 
 def read_text(
-    file: Path | None, limit: int | None, plan: ExportPlan, kind: WeightType | HalfType | None
+    file: Path | None, limit: int | None, plan: ExportPlan, options: QuantizeOptions | None
 ) -> text_files.Text | None:
     """The text to measure on, if there is one, and if what is planned can be measured on it.
 
@@ -88,7 +93,7 @@ def read_text(
             raise UsageError("--text-tokens without a text", "--text FILE")
         return None
     text = text_files.read_text(file)
-    check_measurable(plan, kind, text, limit)
+    check_measurable(plan, None if options is None else options.type, text, limit)
     return text
 
 
@@ -104,37 +109,6 @@ def measure(folder: Path, baseline: CheckpointSource, text: text_files.Text, lim
         return measure_quality(folder, parent, text, limit=limit, progress=progress)
 
 
-def options(
-    block_size: int | None,
-    symmetric: bool | None,
-    accuracy_level: int | None,
-    method: str | None,
-    exclude: list[str] | None,
-    tensor_type: list[str] | None,
-) -> SchemeOptions:
-    """The options of a scheme, as given."""
-    from retnet_tools.quantize.scheme import SchemeOptions
-
-    return SchemeOptions(block_size, symmetric, accuracy_level, method, tuple(exclude or ()), tuple(tensor_type or ()))
-
-
-def parse(target: str | None, options: SchemeOptions) -> WeightType | HalfType | None:
-    """What `--quantize` names; None without it.
-
-    Raises:
-        UsageError: a type that does not exist, or options of a scheme without one.
-    """
-    from retnet_tools.quantize.scheme import NO_OPTIONS, parse_target
-
-    if target is not None:
-        return parse_target(target)
-    if options != NO_OPTIONS:
-        raise UsageError("options of a quantization scheme without --quantize", "--quantize int8 or int4")
-    return None
-
-
-def ending(kind: WeightType | HalfType | None) -> str:
+def ending(options: QuantizeOptions | None) -> str:
     """What the name of a quantized folder ends with."""
-    from retnet_tools.quantize.scheme import TARGET_WORDS
-
-    return "" if kind is None else f"-{TARGET_WORDS[kind]}"
+    return "" if options is None else f"-{options.word}"

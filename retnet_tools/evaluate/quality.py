@@ -14,10 +14,9 @@ from retnet_tools.evaluate.scoring import Windows
 from retnet_tools.graph.contract import STEP_FILE
 from retnet_tools.graph.export import ExportPlan
 from retnet_tools.graph.manifest import read_manifest
-from retnet_tools.graph.quantization import HalfType, Quality, WeightType
+from retnet_tools.graph.quantization import HALF_TYPES, Quality
 from retnet_tools.progress import Progress, no_progress
 from retnet_tools.quantize.card import update_record
-from retnet_tools.quantize.scheme import HALF_TYPES
 from retnet_tools.tokenizing.text_files import Text
 
 WINDOWS = Windows(512)
@@ -33,14 +32,12 @@ class _Planned:
     tokenizer_files: tuple[Path, ...]
 
 
-def check_measurable(
-    plan: ExportPlan, target: WeightType | HalfType | None, text: Text, limit: int | None = None
-) -> None:
+def check_measurable(plan: ExportPlan, target: str | None, text: Text, limit: int | None = None) -> None:
     """Check before anything is planned, measured or written that what will be written can be measured on a text.
 
     Args:
         plan: of float weights.
-        target: what `--quantize` names, if anything.
+        target: the type that it is to be quantized to, if any.
         text: the text.
         limit: tokens of it to take at most.
 

@@ -18,13 +18,12 @@ import numpy as np
 from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import UsageError
 from retnet_tools.graph.quantization import Calibration
+from retnet_tools.quantize.options import SEQUENCE
 from retnet_tools.tokenizing.files import find_tokenizer
 from retnet_tools.tokenizing.text_files import text_pieces
 from retnet_tools.tokenizing.token_ids import check_vocabulary
 from retnet_tools.weights import Array
 
-SEQUENCE = 512
-DEFAULT_TOKENS = 128 * SEQUENCE
 _AROUND = 256
 """Characters on each side of a cut that show whether a token would reach across it."""
 _TRIES = 64
@@ -44,29 +43,15 @@ class CalibrationText:
     sequences: Array
 
 
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """Where a text comes from.
+def read_calibration(
+    file: Path, tokens: int, seed: int, config: RetNetConfig, tokenizer_files: Sequence[Path]
+) -> CalibrationText:
+    """Read, tokenize and draw. A text of less than a sequence is taken as it is.
 
-    Attributes:
+    Args:
         file: a text in UTF-8.
         tokens: how many to take, at most; in whole sequences.
         seed: of the draw.
-    """
-
-    file: Path
-    tokens: int = DEFAULT_TOKENS
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.tokens < SEQUENCE:
-            raise UsageError(f"{self.tokens} tokens to calibrate on", f"at least {SEQUENCE}, one sequence")
-
-
-def read_calibration(
-    options: CalibrationOptions, config: RetNetConfig, tokenizer_files: Sequence[Path]
-) -> CalibrationText:
-    """Read, tokenize and draw. A text of less than a sequence is taken as it is.
 
     Raises:
         UsageError: a model without a vocabulary, no tokenizer, a tokenizer of another vocabulary, no text.
@@ -74,24 +59,20 @@ def read_calibration(
     """
     if not config.has_vocabulary:
         raise UsageError("a text for a stack without embedding", "a model with a vocabulary", "use --method rtn")
-    tokenizer = find_tokenizer(tokenizer_files, config.vocab_size).require(f"a text, {options.file}").tokenizer
+    tokenizer = find_tokenizer(tokenizer_files, config.vocab_size).require(f"a text, {file}").tokenizer
     digest = hashlib.sha256()
-    ids = np.concatenate(
-        [
-            np.empty(0, dtype=np.int64),
-            *(np.array(part, dtype=np.int64) for part in _encode(tokenizer, text_pieces(options.file, digest))),
-        ]
-    )
+    parts = [np.array(part, dtype=np.int64) for part in _encode(tokenizer, text_pieces(file, digest))]
+    ids = np.concatenate([np.empty(0, dtype=np.int64), *parts])
     if not len(ids):
-        raise UsageError(f"{options.file} holds no text", "a text to calibrate on")
+        raise UsageError(f"{file} holds no text", "a text to calibrate on")
     check_vocabulary(ids, config.vocab_size, tokenizer)
-    sequences = draw_sequences(ids, options.tokens, options.seed)
+    sequences = draw_sequences(ids, tokens, seed)
     record = Calibration(
-        text=options.file.name,
+        text=file.name,
         sha256=digest.hexdigest(),
         tokens=sequences.size,
         sequence=sequences.shape[1],
-        seed=options.seed,
+        seed=seed,
         ids_sha256=hash_ids(sequences),
     )
     return CalibrationText(record, sequences)

@@ -14,7 +14,7 @@ from retnet_tools.errors import UsageError
 from retnet_tools.graph.contract import CARD_FILE, CARD_TITLE, MANIFEST_FILE, WEIGHTS_FILE
 from retnet_tools.graph.manifest import Manifest, read_manifest
 from retnet_tools.graph.quantization import Calibration, MixedPrecision, Quality, Quantization
-from retnet_tools.quantize.scheme import matrix_formats, matrix_names, scheme_text
+from retnet_tools.quantize.options import matrix_formats, matrix_names, scheme_text
 
 _MOST_SENSITIVE = 5
 """Matrices that the card names."""
@@ -101,7 +101,7 @@ def update_record(folder: Path, record: Quantization) -> None:
 def _facts(manifest: Manifest, record: Quantization) -> list[tuple[str, str]]:
     scheme, blocks, matrices = record.scheme, record.blocks, matrix_names(manifest.config)
     formats = dict.fromkeys(matrices) if blocks is None else matrix_formats(blocks, manifest.config)
-    kinds = Counter(manifest.dtype if format is None else f"int{format.bits}" for format in formats.values())
+    kinds = Counter(manifest.dtype if format is None else format.type.name for format in formats.values())
     share = record.weight_bytes / record.float_bytes
     return [
         ("scheme", f"`{_escaped(scheme_text(scheme))}`"),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.graph.quantization import BlockFormat
 from retnet_tools.graph.weight_tensors import Layout
 from retnet_tools.quantize.blockwise import QuantizedRows
@@ -23,11 +24,12 @@ def pack(rows: QuantizedRows, format: BlockFormat, layout: Layout) -> tuple[Arra
     """Codes, scales and zero points as stored; types below a byte as their bytes, in one dimension."""
     codes, scales, zeros = rows.codes, rows.scales, rows.zero_points
     if layout == "rows":
-        packed = _pairs(_fill(codes, zeros, format), format).reshape(*scales.shape, -1)
-        return packed, scales, None if zeros is None else _pairs(zeros, format)
-    flip = format.middle if format.symmetric else 0
+        pack_codes = format.type.pack
+        packed = pack_codes(_fill(codes, zeros, format)).reshape(*scales.shape, -1)
+        return np.ascontiguousarray(packed), scales, None if zeros is None else pack_codes(zeros)
+    middle = np.uint8(format.middle if format.symmetric else 0)
     return (
-        _whole(codes.T ^ np.uint8(flip), format),
+        _whole(codes.T - middle, format),
         np.ascontiguousarray(scales.T),
         None if zeros is None else _whole(zeros.T, format),
     )
@@ -45,17 +47,7 @@ def _fill(codes: Array, zeros: Array | None, format: BlockFormat) -> Array:
     return filled
 
 
-def _pairs(codes: Array, format: BlockFormat) -> Array:
-    """Neighbours along the last axis in one byte; an odd one is alone in the low bits."""
-    if format.bits == 8:
-        return np.ascontiguousarray(codes)
-    packed = np.zeros((*codes.shape[:-1], -(-codes.shape[-1] // 2)), dtype=np.uint8)
-    packed |= codes[..., 0::2] & 15
-    packed[..., : codes.shape[-1] // 2] |= codes[..., 1::2] << 4
-    return packed
-
-
 def _whole(codes: Array, format: BlockFormat) -> Array:
-    """A matrix as ONNX stores it: `[rows, columns]` of bytes, or one row of pairs."""
+    """A matrix as ONNX stores it: `[rows, columns]` of bytes, or one row of codes side by side."""
     codes = np.ascontiguousarray(codes)
-    return codes if format.bits == 8 else _pairs(codes.reshape(-1), format)
+    return format.type.pack(codes.reshape(-1)) if ELEMENT_TYPES[format.type.element].itemsize < 1 else codes

@@ -19,10 +19,11 @@ from retnet_tools.distributions import mean_kl
 from retnet_tools.graph.quantization import BlockFormat, Calibration
 from retnet_tools.model.layerwise import EMBEDDING, Block, Head, block_count, embed, head_matrix
 from retnet_tools.quantize.blockwise import dequantize_rows, quantize_rows
-from retnet_tools.quantize.calibration import SEQUENCE, hash_ids
+from retnet_tools.quantize.calibration import hash_ids
 from retnet_tools.quantize.float_weights import FloatWeights
 from retnet_tools.quantize.hidden_states import batches, not_finite
 from retnet_tools.quantize.methods import MethodTask
+from retnet_tools.quantize.options import SEQUENCE
 from retnet_tools.quantize.unfinished import hash_work
 from retnet_tools.weights import Array
 

@@ -11,9 +11,9 @@ from retnet_tools.evaluate.quality import quality_text
 from retnet_tools.graph.contract import state_shape
 from retnet_tools.graph.export import ExportPlan, kernel_notes
 from retnet_tools.graph.nodes import ELEMENT_TYPES
-from retnet_tools.graph.quantization import Quality
+from retnet_tools.graph.quantization import HALF_TYPES, Quality
 from retnet_tools.quantize.card import coarse_text
-from retnet_tools.quantize.scheme import HALF_TYPES, scheme_text
+from retnet_tools.quantize.options import scheme_text
 from retnet_tools.runtime.bulk import BulkSummary
 from retnet_tools.runtime.decode import Generations
 

@@ -14,7 +14,7 @@ from retnet_tools.console import print_line, result_console, result_table
 from retnet_tools.evaluate.lint import SEVERITIES, Severity, counted, gamma_text
 from retnet_tools.graph.contract import WEIGHTS_FILE
 from retnet_tools.jobs.inspect import InspectResult, StoredModel
-from retnet_tools.quantize.scheme import scheme_text
+from retnet_tools.quantize.options import scheme_text
 
 SCHEMA_VERSION = 1
 _COLOURS: dict[Severity, str] = {"error": "bold red", "warning": "yellow", "info": "cyan"}

@@ -17,7 +17,8 @@ from retnet_tools.graph.contract import PREFILL_FILE, STEP_FILE
 from retnet_tools.graph.export import plan_export
 from retnet_tools.graph.quantization import Scheme
 from retnet_tools.paper import MODEL_SIZES
-from retnet_tools.quantize.plan import plan_quantization, write_quantized
+from retnet_tools.quantize.plan import plan_blocks
+from retnet_tools.quantize.steps import write_quantized
 from tests.exports import checkpoint
 from tests.helpers import ABLATIONS, BASE, random_source
 
@@ -33,8 +34,8 @@ MEDIUM = replace(MODEL_SIZES["medium"].config(2003), num_layers=2)
 
 def written(config: RetNetConfig, folder: Path, scheme: Scheme | None, dtype: str, ops: str) -> Path:
     plan = plan_export(checkpoint(config, random_source(config, 1)), dtype=dtype, ops=ops)
-    plan = plan if scheme is None else plan_quantization(plan, scheme)
-    write_quantized(plan, folder, force=False, progress=lambda count: None)
+    plan = plan if scheme is None else plan_blocks(plan, scheme)
+    write_quantized(plan, folder, force=False)
     return folder
 
 

@@ -15,8 +15,8 @@ from retnet_tools.graph.cuda_kernels import CpuNode, cpu_nodes, kernel_version
 from retnet_tools.graph.export import kernel_notes, plan_export
 from retnet_tools.graph.nodes import GraphBuilder, tensor_type
 from retnet_tools.graph.ops import MICROSOFT, OPERATOR_SETS
-from retnet_tools.quantize.plan import plan_quantization
-from retnet_tools.quantize.scheme import SchemeOptions, make_scheme
+from retnet_tools.quantize.options import QuantizeOptions
+from retnet_tools.quantize.plan import plan_blocks
 from tests.exports import checkpoint, export
 from tests.fake_gpu import FakeGpu, needs_fake_gpu
 from tests.helpers import ABLATIONS, BASE, OTHER_LAYERS, random_source
@@ -83,7 +83,7 @@ def test_every_node_of_an_export_for_cuda_has_a_kernel_and_steps_leave_none_on_t
 @pytest.mark.parametrize("name", ["base", "tied", "projection_bias", "plain_ffn", *OTHER_LAYERS])
 def test_quantized_weights_have_kernels_too(name: str, ops: str, dtype: str, bits: str, symmetric: bool) -> None:
     plan = plan_export(checkpoint(ABLATIONS[name], random_source(BASE, 1)), dtype=dtype, ops=ops, device="cuda")
-    plan = plan_quantization(plan, make_scheme(bits, SchemeOptions(block_size=32, symmetric=symmetric), ops=ops))
+    plan = plan_blocks(plan, QuantizeOptions(bits, block_size=32, symmetric=symmetric).scheme(ops))
     for file, built in plan.graphs.items():
         missing = {node.operator for node in cpu_nodes(built.graph) if node.reason == "no kernel"}
         # ONNX Runtime makes MatMulNBits of DequantizeLinear, which has no bfloat16.

@@ -14,7 +14,7 @@ from retnet_tools.progress import Progress
 from retnet_tools.quantize.blockwise import QuantizedRows, dequantize_rows
 from retnet_tools.quantize.calibration import CalibrationText
 from retnet_tools.quantize.methods import Method, MethodTask
-from retnet_tools.quantize.scheme import matrix_formats
+from retnet_tools.quantize.options import matrix_formats
 from retnet_tools.quantize.unfinished import Workplace
 from retnet_tools.tokenizing.files import load_tokenizer
 from retnet_tools.weights import Array, WeightSource

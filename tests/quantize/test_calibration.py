@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from retnet_tools.errors import InputError, UsageError
-from retnet_tools.quantize.calibration import SEQUENCE, CalibrationOptions, draw_sequences, read_calibration
+from retnet_tools.quantize.calibration import draw_sequences, read_calibration
+from retnet_tools.quantize.options import DEFAULT_TOKENS, SEQUENCE, QuantizeOptions
 from retnet_tools.tokenizing import text_files
 from retnet_tools.tokenizing.files import load_tokenizer
 from tests.helpers import ABLATIONS, BASE
@@ -36,7 +37,7 @@ def test_a_short_text_is_taken_as_it_is(available: int, shape: tuple[int, int]) 
 
 def test_the_record_names_the_text_and_what_was_taken() -> None:
     checkpoint = fixture()
-    text = read_calibration(CalibrationOptions(TEXT, 1100), checkpoint.config, checkpoint.tokenizer_files)
+    text = read_calibration(TEXT, 1100, 0, checkpoint.config, checkpoint.tokenizer_files)
     assert text.record.text == "calibration.txt"
     assert text.record.sha256 == hashlib.sha256(TEXT.read_bytes()).hexdigest()
     assert text.record.tokens == text.sequences.size == 1024
@@ -51,8 +52,7 @@ def test_the_record_names_the_text_and_what_was_taken() -> None:
 def test_another_draw_has_another_record() -> None:
     checkpoint = fixture()
     records = [
-        read_calibration(CalibrationOptions(TEXT, 1024, seed), checkpoint.config, checkpoint.tokenizer_files).record
-        for seed in (0, 1)
+        read_calibration(TEXT, 1024, seed, checkpoint.config, checkpoint.tokenizer_files).record for seed in (0, 1)
     ]
     assert (records[0].seed, records[1].seed) == (0, 1)
     assert records[0].ids_sha256 != records[1].ids_sha256
@@ -65,7 +65,7 @@ def test_a_text_in_pieces_gives_the_same_tokens(size: int, tmp_path: Path, monke
     text = tmp_path / "text"
     text.write_bytes(TEXT.read_bytes().replace(b"\n\n", b"\n\n\n  \n\n")[:150_000])
     monkeypatch.setattr(text_files, "PIECE", size)
-    found = read_calibration(CalibrationOptions(text), checkpoint.config, checkpoint.tokenizer_files)
+    found = read_calibration(text, DEFAULT_TOKENS, 0, checkpoint.config, checkpoint.tokenizer_files)
     ids = load_tokenizer(FIXTURE / "tokenizer.json").encode(text.read_bytes().decode()).ids
     count = len(ids) // SEQUENCE
     assert len(found.sequences) == count > 30
@@ -75,7 +75,7 @@ def test_a_text_in_pieces_gives_the_same_tokens(size: int, tmp_path: Path, monke
 def test_newlines_of_another_system_stay_as_they_are(tmp_path: Path) -> None:
     checkpoint, text = fixture(), tmp_path / "text"
     text.write_bytes(TEXT.read_bytes()[:9000].replace(b"\n", b"\r\n"))
-    found = read_calibration(CalibrationOptions(text), checkpoint.config, checkpoint.tokenizer_files)
+    found = read_calibration(text, DEFAULT_TOKENS, 0, checkpoint.config, checkpoint.tokenizer_files)
     ids = load_tokenizer(FIXTURE / "tokenizer.json").encode(text.read_bytes().decode()).ids
     np.testing.assert_array_equal(found.sequences[0], ids[:SEQUENCE])
     assert text_files.read_text(text) == text_files.Text("text", found.record.sha256, text.read_bytes().decode())
@@ -102,18 +102,18 @@ def test_a_text_that_cannot_be_used_is_refused(content, error, message: str, tmp
         (tmp_path / "text").write_bytes(content)
     checkpoint = fixture()
     with pytest.raises(error, match=message):
-        read_calibration(CalibrationOptions(tmp_path / "text"), checkpoint.config, checkpoint.tokenizer_files)
+        read_calibration(tmp_path / "text", DEFAULT_TOKENS, 0, checkpoint.config, checkpoint.tokenizer_files)
 
 
 def test_a_model_without_a_tokenizer_or_of_another_vocabulary_is_refused() -> None:
     with pytest.raises(UsageError, match=r"calibration\.txt, but no tokenizer\.json with the model"):
-        read_calibration(CalibrationOptions(TEXT), BASE, [])
+        read_calibration(TEXT, DEFAULT_TOKENS, 0, BASE, [])
     with pytest.raises(UsageError, match=r"token '.*' \(id \d+\) in the text; expected 0 to 60"):
-        read_calibration(CalibrationOptions(TEXT), BASE, [FIXTURE / "tokenizer.json"])
+        read_calibration(TEXT, DEFAULT_TOKENS, 0, BASE, [FIXTURE / "tokenizer.json"])
     with pytest.raises(UsageError, match="a text for a stack without embedding"):
-        read_calibration(CalibrationOptions(TEXT), ABLATIONS["stack"], [FIXTURE / "tokenizer.json"])
+        read_calibration(TEXT, DEFAULT_TOKENS, 0, ABLATIONS["stack"], [FIXTURE / "tokenizer.json"])
 
 
 def test_less_than_a_sequence_is_refused() -> None:
     with pytest.raises(UsageError, match="511 tokens to calibrate on; expected at least 512"):
-        CalibrationOptions(TEXT, 511)
+        QuantizeOptions("int4", calibration=TEXT, calibration_tokens=511)

@@ -21,9 +21,10 @@ from retnet_tools.model.retention import retention_chunkwise
 from retnet_tools.model.retnet import load_model
 from retnet_tools.quantize import gptq_run
 from retnet_tools.quantize.blockwise import QuantizedRows, quantize_rows
-from retnet_tools.quantize.calibration import SEQUENCE, CalibrationOptions, read_calibration
+from retnet_tools.quantize.calibration import read_calibration
 from retnet_tools.quantize.gptq_run import Gptq
 from retnet_tools.quantize.methods import MethodTask, RoundToNearest
+from retnet_tools.quantize.options import SEQUENCE
 from retnet_tools.quantize.unfinished import Workplace
 from tests.helpers import ABLATIONS, BASE, random_source, random_tokens
 from tests.quantize.calibrated import FIXTURE, INT4, all_rows, fixture, fixture_tokens, make_task, with_rows
@@ -62,8 +63,8 @@ def test_every_kind_of_model_comes_nearer_than_to_nearest(name: str, tmp_path: P
 @pytest.mark.slow
 def test_the_trained_model_loses_a_quarter_less_on_unseen_text(tmp_path: Path) -> None:
     checkpoint, scheme = fixture(), Scheme("int4", 64, method="gptq")
-    options = CalibrationOptions(FIXTURE / "calibration.txt", 32 * SEQUENCE)
-    text = read_calibration(options, checkpoint.config, checkpoint.tokenizer_files)
+    file = FIXTURE / "calibration.txt"
+    text = read_calibration(file, 32 * SEQUENCE, 0, checkpoint.config, checkpoint.tokenizer_files)
     sequences, unseen = text.sequences, fixture_tokens("heldout.txt", 16, 256)
     task = make_task(checkpoint.config, checkpoint.weights, tmp_path, scheme=scheme, sequences=sequences)
     found = divergence(task, all_rows(Gptq(task), task), unseen)
@@ -160,7 +161,6 @@ KILL = """
 import os, signal, sys
 from pathlib import Path
 from retnet_tools.formats import open_checkpoint
-from retnet_tools.quantize.calibration import SEQUENCE, CalibrationOptions, read_calibration
 from retnet_tools.quantize.gptq_run import Gptq
 from tests.quantize.calibrated import make_task
 checkpoint = open_checkpoint(Path(sys.argv[1]))

@@ -21,12 +21,12 @@ QUANTIZE = (
 import sys
 from pathlib import Path
 from retnet_tools.graph.replan import plan_of_export
-from retnet_tools.quantize.plan import plan_quantization, write_quantized
-from retnet_tools.quantize.scheme import make_scheme
+from retnet_tools.quantize.options import QuantizeOptions
+from retnet_tools.quantize.steps import plan_quantized, write_quantized
 plan = plan_of_export(Path(sys.argv[1]))
-plan = plan_quantization(plan, make_scheme("int4", ops=plan.ops))
+plan = plan_quantized(plan, QuantizeOptions("int4"))
 before = peak_resident()
-write_quantized(plan, Path(sys.argv[2]), force=False, progress=lambda count: None)
+write_quantized(plan, Path(sys.argv[2]), force=False)
 print(peak_resident() - before)
 """
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from retnet_tools.graph.quantization import BlockFormat
+from retnet_tools.graph.quantization import BlockFormat, matrix_bytes
 from retnet_tools.quantize.packing import pack
 from tests.quantize.test_blockwise import FLOAT32, decode, quantize_rows, weights
 from tests.tolerances import FLOAT16_PRODUCT, FLOAT32_PRODUCT
@@ -164,3 +165,11 @@ def test_at_level_4_no_more_is_lost_than_rounded_activations_explain(
     tolerance = FLOAT32_PRODUCT if scale_type is np.float32 else FLOAT16_PRODUCT
     allowed = activation_rounding(double, weight, format.block_size) + tolerance * np.abs(expected).max()
     assert (lost <= allowed).all()
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("shape", [(5, 256), (3, 200), (1, 33)])
+def test_bytes_of_a_matrix_are_those_that_are_packed(format: BlockFormat, shape: tuple[int, int]) -> None:
+    parts = pack(quantize_rows(weights(*shape), format, FLOAT32), format, "rows")
+    assert matrix_bytes(shape, format, 4) == sum(part.nbytes for part in parts if part is not None)
+    assert matrix_bytes(shape, None, 2) == 2 * math.prod(shape)

@@ -26,9 +26,9 @@ from retnet_tools.quantize.blockwise import QuantizedRows
 from retnet_tools.quantize.calibration import CalibrationText
 from retnet_tools.quantize.card import update_record
 from retnet_tools.quantize.methods import MethodSpec, RoundToNearest
-from retnet_tools.quantize.plan import make_method, plan_half, plan_quantization, plan_target, write_quantized
-from retnet_tools.quantize.scheme import SchemeOptions, make_scheme
-from retnet_tools.quantize.unfinished import Workplace
+from retnet_tools.quantize.options import QuantizeOptions
+from retnet_tools.quantize.plan import plan_blocks, plan_half
+from retnet_tools.quantize.steps import plan_quantized, write_quantized
 from retnet_tools.runtime.session import DecoderSession
 from tests.exports import checkpoint, export
 from tests.helpers import ABLATIONS, BASE, OTHER_LAYERS, MemorySource, random_source, random_tokens
@@ -69,12 +69,12 @@ def test_quantizing_at_export_equals_quantizing_the_export(
 ) -> None:
     config, source = ABLATIONS["tied"], random_source(ABLATIONS["tied"], 2, dtype=stored)
     plan = plan_export(checkpoint(config, source), dtype=dtype, ops=ops, target=target)
-    options = SchemeOptions(exclude=("layers.0.*k_proj",), tensor_types=("v_proj=int8",))
-    at_once = plan_quantization(plan, make_scheme("int4", options, ops=ops))
-    write_quantized(at_once, tmp_path / "at_once", force=False, progress=lambda count: None)
+    options = QuantizeOptions("int4", exclude=("layers.0.*k_proj",), tensor_types=("v_proj=int8",))
+    at_once = plan_quantized(plan, options)
+    write_quantized(at_once, tmp_path / "at_once", force=False)
     write_export(plan, tmp_path / "float", force=False, progress=lambda count: None)
-    later = plan_quantization(plan_of_export(tmp_path / "float"), make_scheme("int4", options, ops=ops))
-    write_quantized(later, tmp_path / "later", force=False, progress=lambda count: None)
+    later = plan_quantized(plan_of_export(tmp_path / "float"), options)
+    write_quantized(later, tmp_path / "later", force=False)
     assert contents(tmp_path / "later") == contents(tmp_path / "at_once")
 
 
@@ -85,7 +85,7 @@ def test_half_precision_equals_an_export_in_it(ops: str, dtype: str, target: str
     source = random_source(BASE, 3)
     folder = export(BASE, source, tmp_path / "float", ops=ops, target=target)
     plan = plan_half(plan_of_export(folder), dtype)
-    write_quantized(plan, tmp_path / "half", force=False, progress=lambda count: None)
+    write_quantized(plan, tmp_path / "half", force=False)
     expected = contents(export(BASE, source, tmp_path / "expected", ops=ops, dtype=dtype, target=target))
     found = contents(tmp_path / "half")
     assert found.keys() - expected.keys() == {"README.md"}
@@ -105,14 +105,14 @@ def test_half_precision_equals_an_export_in_it(ops: str, dtype: str, target: str
 def test_a_state_does_not_depend_on_how_a_half_type_was_asked_for(tmp_path: Path) -> None:
     source = random_source(BASE, 3)
     plan = plan_half(plan_of_export(export(BASE, source, tmp_path / "float")), "float16")
-    write_quantized(plan, tmp_path / "half", force=False, progress=lambda count: None)
+    write_quantized(plan, tmp_path / "half", force=False)
     exported = export(BASE, source, tmp_path / "expected", dtype="float16")
     assert read_manifest(tmp_path / "half").fingerprint() == read_manifest(exported).fingerprint()
 
 
 def test_half_precision_weights_can_be_quantized(tmp_path: Path) -> None:
     plan = plan_half(plan_of_export(export(BASE, random_source(BASE, 3), tmp_path / "float")), "float16")
-    write_quantized(plan, tmp_path / "half", force=False, progress=lambda count: None)
+    write_quantized(plan, tmp_path / "half", force=False)
     record = read_manifest(quantize(tmp_path / "half", tmp_path / "out", "int4")).quantization
     assert record.scheme.type == "int4"
     assert record.float_bytes == (tmp_path / "half" / contract.WEIGHTS_FILE).stat().st_size
@@ -210,7 +210,7 @@ def test_a_quantized_folder_runs_in_a_session(tmp_path: Path) -> None:
 def test_the_plan_that_is_quantized_stays_as_it_was(tmp_path: Path) -> None:
     plan = plan_export(checkpoint(BASE, random_source(BASE, 9)), dtype="float32", ops="fused")
     expected = export(BASE, random_source(BASE, 9), tmp_path / "expected")
-    plan_quantization(plan, Scheme("int4", 64))
+    plan_blocks(plan, Scheme("int4", 64))
     write_export(plan, tmp_path / "out", force=False, progress=lambda count: None)
     assert contents(tmp_path / "out") == contents(expected)
 
@@ -230,7 +230,7 @@ def test_half_precision_of_half_precision_is_refused(tmp_path: Path) -> None:
 def test_options_of_a_scheme_for_half_precision_are_refused(tmp_path: Path) -> None:
     folder = export(BASE, random_source(BASE, 10), tmp_path / "float")
     with pytest.raises(UsageError, match="options of a quantization scheme with fp16"):
-        plan_target(plan_of_export(folder), "float16", SchemeOptions(block_size=32))
+        plan_quantized(plan_of_export(folder), QuantizeOptions("float16", block_size=32))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -240,9 +240,9 @@ def test_weights_that_are_not_finite_are_refused_by_name(kind, tensor: str, valu
     source = random_source(BASE, 11)
     source.tensors[tensor].flat[3] = value
     folder = export(BASE, source, tmp_path / "float")
-    plan = plan_target(plan_of_export(folder), kind, SchemeOptions())
+    plan = plan_quantized(plan_of_export(folder), QuantizeOptions(kind))
     with pytest.raises(InputError, match=f"tensor '{tensor}' holds 1 NaN or infinite value; expected finite weights"):
-        write_quantized(plan, tmp_path / "out", force=False, progress=lambda count: None)
+        write_quantized(plan, tmp_path / "out", force=False)
     assert [path.name for path in tmp_path.iterdir()] == ["float"]
 
 
@@ -256,9 +256,7 @@ class _Failing(MemorySource):
 def test_a_failure_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
     plan = plan_export(checkpoint(BASE, _Failing(random_source(BASE, 12).tensors)), dtype="float32", ops="fused")
     with pytest.raises(OutputError, match="the disk is full"):
-        write_quantized(
-            plan_quantization(plan, Scheme("int4", 64)), tmp_path / "out", force=False, progress=lambda count: None
-        )
+        write_quantized(plan_blocks(plan, Scheme("int4", 64)), tmp_path / "out", force=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -284,7 +282,7 @@ def test_codes_from_elsewhere_can_be_written(tmp_path: Path) -> None:
 
     for ops in ("fused", "standard"):
         plan = plan_export(checkpoint(BASE, MemorySource({})), dtype="float32", ops=ops)
-        plan = plan_quantization(plan, make_scheme("int4", SchemeOptions(symmetric=False), ops=ops))
+        plan = plan_quantized(plan, QuantizeOptions("int4", symmetric=False))
         write_export(plan, tmp_path / ops, force=False, progress=lambda count: None, read=read)
         session = DecoderSession(tmp_path / ops, threads=1)
         assert np.isfinite(session.step(np.array([3]), session.new_state())).all()
@@ -309,9 +307,9 @@ def test_a_card_does_not_take_the_place_of_somebody_elses_readme(tmp_path: Path)
     (out / "README.md").write_text("# My model\n")
     before = contents(out)
     for kind in ("int4", "float16"):
-        plan = plan_target(plan_of_export(folder), kind, SchemeOptions())
+        plan = plan_quantized(plan_of_export(folder), QuantizeOptions(kind))
         with pytest.raises(UsageError, match=r"README.md is no card that this command wrote; .*move it away"):
-            write_quantized(plan, out, force=True, progress=lambda count: None)
+            write_quantized(plan, out, force=True)
     assert contents(out) == before
 
 
@@ -319,10 +317,10 @@ def test_an_export_is_not_written_over_itself(tmp_path: Path) -> None:
     folder = export(BASE, random_source(BASE, 4), tmp_path / "float")
     (tmp_path / "link").symlink_to(folder)
     before = contents(folder)
-    plan = plan_quantization(plan_of_export(folder), Scheme("int4", 64))
+    plan = plan_blocks(plan_of_export(folder), Scheme("int4", 64))
     for out in (folder, tmp_path / "link"):
         with pytest.raises(UsageError, match="is both input and output; expected another output"):
-            write_quantized(plan, out, force=True, progress=lambda count: None)
+            write_quantized(plan, out, force=True)
     assert contents(folder) == before
 
 
@@ -336,7 +334,7 @@ def test_weights_that_a_half_type_cannot_hold_are_refused_with_what_quantize_has
     source.tensors["final_norm.weight"][3] = 3.4e38
     plan = plan_half(plan_of_export(export(BASE, source, tmp_path / "float")), dtype)
     with pytest.raises(InputError, match=r"'final_norm.weight' has the value 3.4e.38, which") as refusal:
-        write_quantized(plan, tmp_path / "out", force=False, progress=lambda count: None)
+        write_quantized(plan, tmp_path / "out", force=False)
     assert refusal.value.action == action
 
 
@@ -369,7 +367,7 @@ def test_fewer_tokens_than_inputs_are_noted(tmp_path: Path) -> None:
     plan = plan_export(checkpoint(BASE, random_source(BASE, 9)), dtype="float32", ops="fused")
     for tokens, noted in ((47, True), (48, False)):
         text = CalibrationText(Calibration("text", "00" * 32, tokens), np.zeros((1, tokens), dtype=np.int64))
-        notes = plan_quantization(plan, Scheme("int4", 64, method="gptq"), text).notes
+        notes = plan_blocks(plan, Scheme("int4", 64, method="gptq"), text).notes
         assert any(f"{tokens} tokens to calibrate on are fewer than the 48 inputs" in n for n in notes) == noted
 
 
@@ -396,12 +394,9 @@ def test_a_calibrated_method_sees_every_matrix_under_its_name(tmp_path: Path, mo
     plan = plan_of_export(export(BASE, source, tmp_path / "float"))
     scheme = Scheme("int4", 64, method="learned")
     with pytest.raises(UsageError, match="--method learned without a text"):
-        plan_quantization(plan, scheme)
-    quantized = plan_quantization(plan, scheme, text)
-    with pytest.raises(UsageError, match="--method learned without a text"):
-        write_quantized(quantized, tmp_path / "out", force=False, progress=lambda count: None)
-    method = make_method(quantized, text, work=Workplace(tmp_path / "work"))
-    manifest = write_quantized(quantized, tmp_path / "out", force=False, progress=lambda count: None, method=method)
+        plan_blocks(plan, scheme)
+    quantized = plan_blocks(plan, scheme, text)
+    manifest = write_quantized(quantized, tmp_path / "out", force=False)
     assert manifest.quantization.calibration == text.record
     assert made == [(BASE, sorted(source.names()), text, {BlockFormat(4, 64, True)}, np.float32)]
     assert dict(seen) == {name: array.shape for name, array in source.tensors.items() if array.ndim == 2}
