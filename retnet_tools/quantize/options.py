@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -89,7 +90,7 @@ class QuantizeOptions:
             raise UsageError("--keep-merged without a target", "--target-size or --target-bits")
         if self.is_half and self.calibration is not None:
             raise UsageError(f"a text to calibrate on with {self.type} weights", f"--quantize {_code_words()}")
-        if self.is_half and self != QuantizeOptions(self.type):
+        if self.is_half and _asks_for_something(vars(self)):
             raise UsageError(f"options of a quantization scheme with {self.word}", "none of them")
 
     @property
@@ -148,8 +149,7 @@ def options_of(type: str | None, **given: Any) -> QuantizeOptions | None:
     """
     if type is not None:
         return QuantizeOptions(type, **given)
-    defaults = {field.name: field.default for field in dataclasses.fields(QuantizeOptions)}
-    if any(value != defaults[name] for name, value in given.items()):
+    if _asks_for_something(given):
         raise UsageError("options of a quantization scheme without --quantize", f"--quantize {_code_words()}")
     return None
 
@@ -219,6 +219,11 @@ def scheme_text(scheme: Scheme | HalfScheme) -> str:
     rules = [f"{rule.type} where {rule.pattern}" for rule in scheme.tensor_types]
     rules += [f"float where {pattern}" for pattern in scheme.exclude]
     return ", ".join([f"{scheme.type} in blocks of {scheme.block_size}, {kind}, {scheme.method}{level}", *rules])
+
+
+def _asks_for_something(given: Mapping[str, Any]) -> bool:
+    defaults = {field.name: field.default for field in dataclasses.fields(QuantizeOptions)}
+    return any(value != defaults[name] for name, value in given.items() if name != "type")
 
 
 def _code_name(word: str) -> str | None:
