@@ -116,9 +116,7 @@ def test_size_and_bits_together_are_refused() -> None:
     "given", [{"block_size": 32}, {"symmetric": False}, {"accuracy_level": 0}, {"exclude": ("a",)}, {"seed": 0}]
 )
 def test_options_without_a_type_are_refused(given: dict) -> None:
-    with pytest.raises(
-        UsageError, match="options of a quantization scheme without --quantize; expected"
-    ):
+    with pytest.raises(UsageError, match="options of a quantization scheme without --quantize; expected"):
         options_of(None, **given)
 
 
