@@ -1,4 +1,4 @@
-"""Puts the recorded benchmarks into docs/benchmarks.md, between its markers.
+"""Puts the recorded benchmarks into docs/benchmarks.md, between its markers, and draws them.
 
     python benchmarks/docs_tables.py            rewrite docs/benchmarks.md
     python benchmarks/docs_tables.py --check    exit code 1 where it is not what the records say
@@ -10,6 +10,7 @@ benchmarks/bench/ (`benchmarks/record.py`). A section whose records are not ther
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import re
 import sys
@@ -33,9 +34,14 @@ from docs_cells import (
     weights,
 )
 
+from retnet_tools.bench.plot import write_plot
+from retnet_tools.bench.results import BenchReport
+from retnet_tools.fields import from_json
+
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks" / "bench"
 PAGE = "docs/benchmarks.md"
+PICTURES = ("context", "flat")
 SCHEMA_VERSION = 3
 TYPES = ("float32", "float16", "int8", "int4")
 LONG_CONTEXT = 8192
@@ -155,8 +161,8 @@ def contexts(device: str) -> str | None:
     headings = ["context", "batch", "RetNet tokens/s", "GB"]
     for name in others:
         headings += [f"{ALTERNATIVES[name]} tokens/s", "GB"]
-    picture = f"![Latency, throughput and memory against context and batch](../benchmarks/bench/{device}-context.svg)"
-    return "\n\n".join(filter(None, (picture, table(headings, lines), skipped(document), origin(document))))
+    drawn = picture(device, "context", "Latency, throughput and memory against context and batch")
+    return "\n\n".join(filter(None, (drawn, table(headings, lines), skipped(document), origin(document))))
 
 
 def positions(device: str) -> str | None:
@@ -180,7 +186,8 @@ def positions(device: str) -> str | None:
     places = [f"ms at {place['position']:,}" for place in documents[0]["flat"]["positions"]]
     headings = ["weights", *places, "ms over the range (95%)", "at most, of a step"]
     headings += ["largest difference of a logit from the float weights' in float64, at each", "largest logit"]
-    return f"{table(headings, lines)}\n\n{origin(*documents)}"
+    drawn = picture(device, "flat", "Latency and throughput at positions up to a million")
+    return f"{drawn}\n\n{table(headings, lines)}\n\n{origin(*documents)}"
 
 
 def operators(device: str) -> str | None:
@@ -257,6 +264,22 @@ def rewritten(text: str) -> str:
     return re.sub(r"<!-- bench:([a-z0-9-]+) -->\n.*?<!-- /bench:\1 -->", section, text, flags=re.DOTALL)
 
 
+def draw_pictures() -> None:
+    """A picture of each record that has one, where there is matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no pictures: there is no matplotlib", file=sys.stderr)
+        return
+    for path in sorted(path for path in FOLDER.glob("*.json") if path.stem.partition("-")[2] in PICTURES):
+        document = read(path)
+        report = from_json(BenchReport, {name: document[name] for name in BenchReport.__dataclass_fields__})
+        write_plot(report, path.with_suffix(".svg"), force=True)
+
+
+def picture(device: str, name: str, text: str) -> str:
+    """The picture of a record."""
+    return f"![{text}](../benchmarks/bench/{device}-{name}.svg)"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
@@ -267,6 +290,7 @@ def main() -> None:
     if arguments.check:
         sys.exit(0 if old == new else f"{PAGE} is not what benchmarks/bench/ says: run benchmarks/docs_tables.py")
     page.write_text(new, encoding="utf-8")
+    draw_pictures()
 
 
 if __name__ == "__main__":

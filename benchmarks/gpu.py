@@ -14,11 +14,8 @@ by the first step that needs them. A step that fails or runs out of time stops n
 whether any did. Results of `retnet-tools bench` are also written to benchmarks/bench/, whose records
 `benchmarks/docs_tables.py` reads.
 
-On a lent host whose commands end after 10 minutes, with an onnxruntime-gpu that is carried in .ort:
-
-    python3 .ort/unpack.py /tmp/ort && . .ort/env.sh /tmp/ort && python3 benchmarks/gpu.py --minutes 9 --results $OUT
-
-again and again while the machine stays; smoke.py and probe.py there are steps too. This file needs no package itself.
+Where commands end after some minutes, `--minutes` less than those, again and again while the machine stays. `--scripts`
+adds those that a host was given beside these. This file needs no package itself.
 """
 
 from __future__ import annotations
@@ -37,7 +34,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gpu_steps import MODELS, MODULES, ORT, PYTHON, ROOT, Step, steps
+from gpu_steps import MODELS, MODULES, PYTHON, ROOT, Step, steps
 
 RESULTS = ROOT / "benchmarks" / "gpu"
 RECORDS = ROOT / "benchmarks" / "bench"
@@ -245,9 +242,6 @@ def run_all(wanted: list[Step], runner: Runner, *, again: bool, timed: bool) -> 
     """Try every step; names of those that failed, and of those for which there was no time."""
     failed, postponed = [], []
     for step in wanted:
-        if step.needs is not None and not step.needs.is_file():
-            print(f"{step.name}: left out, no {step.needs}", flush=True)
-            continue
         if not again and (before := runner.settled(step)) is not None:
             print(f"{step.name}: there already, exit code {before['exit_code']}", flush=True)
             failed += [step.name] if before["exit_code"] != 0 else []
@@ -268,7 +262,7 @@ def main() -> None:
     parser.add_argument("--only", help="names of steps, separated by commas")
     parser.add_argument("--from", dest="first", help="the step to begin with")
     parser.add_argument("--minutes", type=float, help="after which nothing runs; steps that do not fit are left")
-    parser.add_argument("--ort", type=Path, default=ORT, help="folder of smoke.py and probe.py")
+    parser.add_argument("--scripts", type=Path, help="folder with smoke.py or probe.py, which are steps too")
     parser.add_argument("--state", type=Path, default=STATE, help="where results and models stay between calls")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the file with all results")
     parser.add_argument("--quick", action="store_true")
@@ -277,7 +271,7 @@ def main() -> None:
     parser.add_argument("--unpack", type=Path, metavar="FILE", help="make records of the results in a file")
     parser.add_argument("--write", choices=MODELS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    wanted = chosen(steps(arguments.ort), arguments, parser)
+    wanted = chosen(steps(arguments.scripts), arguments, parser)
     if arguments.list:
         for step in wanted:
             print(f"{step.name:<17} {step.minutes:>4.1f} min  {step.record or shlex.join(step.command)[:90]}")

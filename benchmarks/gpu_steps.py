@@ -9,14 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ORT = next(
-    (
-        path
-        for path in (ROOT / ".ort", ROOT / "shared" / "ort-gpu", ROOT.parent / "shared" / "ort-gpu")
-        if path.is_dir()
-    ),
-    ROOT / ".ort",
-)
 PYTHON = (sys.executable,)
 CLI = (*PYTHON, "-m", "retnet_tools.cli.app")
 PYTEST = (*PYTHON, "-m", "pytest", "-m", "cuda", "-q", "-p", "no:cacheprovider")
@@ -98,7 +90,6 @@ class Step:
         minutes: that it takes, about; it is not begun with less time left.
         quick: what `--quick` runs in its place; None leaves the step as it is.
         model: of `MODELS`.
-        needs: a file without which it is left out.
     """
 
     name: str
@@ -106,7 +97,6 @@ class Step:
     minutes: float
     quick: tuple[str, ...] | None = None
     model: str | None = None
-    needs: Path | None = None
 
     @property
     def record(self) -> str | None:
@@ -132,15 +122,22 @@ def script(name: str, minutes: float, quick: str) -> Step:
     return Step(name, command, minutes, (*command, *shlex.split(quick)))
 
 
-def steps(ort: Path) -> list[Step]:
-    """All steps, in order."""
+def steps(scripts: Path | None = None) -> list[Step]:
+    """All steps, in order.
+
+    Args:
+        scripts: a folder of scripts that a host is given beside these: of smoke.py and probe.py those that are there
+            are steps.
+    """
     parallel = ("-n", "4") if importlib.util.find_spec("xdist") else ()
-    probe = (*PYTHON, str(ort / "probe.py"), "--out", "{out}")
+    smoke, probe = ((*PYTHON, str((scripts or ROOT) / name)) for name in ("smoke.py", "probe.py"))
+    probe = (*probe, "--out", "{out}")
+    given = [name for name in ("smoke.py", "probe.py") if scripts is not None and (scripts / name).is_file()]
     once, long = "-p 0 -n 128", "-p 0 -n 32 -r 3"
     return [
         Step("imports", (*PYTHON, "-c", f"import json, {', '.join(MODULES)}, retnet_tools.cli.app\n{_VERSIONS}"), 0.5),
         Step("doctor", (*CLI, "doctor", "--device", "cuda", "--json"), 0.5),
-        Step("smoke", (*PYTHON, str(ort / "smoke.py")), 0.5, needs=ort / "smoke.py"),
+        *([Step("smoke", smoke, 0.5)] if "smoke.py" in given else []),
         Step("tests-first", (*PYTEST, *parallel, *TESTS), 2.0),
         bench("6.7b-float16", "6.7b-fp16", once, 1.5),
         bench("float16", "1.3b-fp16", "-p 512,2048 -n 128 --profile", 1.5),
@@ -154,7 +151,7 @@ def steps(ort: Path) -> list[Step]:
         bench("6.7b-batches", "6.7b-fp16", f"{long} -b 1,8,32,64", 2.0),
         bench("batches", "1.3b-fp16", f"{long} -b 1,8,32,128", 1.5),
         script("retention", 4.0, "--heads 2x128x64 --layers 2 --steps 5"),
-        Step("probe", probe, 5.0, (*probe, "--quick"), needs=ort / "probe.py"),
+        *([Step("probe", probe, 5.0, (*probe, "--quick"))] if "probe.py" in given else []),
         Step("tests", (*PYTEST, *parallel), 9.0),
     ]
 

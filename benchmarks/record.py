@@ -36,19 +36,17 @@ class Run:
 
     Attributes:
         options: after `retnet-tools bench`.
-        picture: whether to draw it too.
     """
 
     name: str
     options: str
-    picture: bool = False
 
 
 CPU = (
     Run("float32", "--size {size} -p 512,2048 -n 64 -t 2 --against torch --profile"),
     Run("int8", "--size {size} --quantize int8 -p 512,2048 -n 64 -t 1,2 --profile"),
     Run("int4", "--size {size} --quantize int4 --block-size 128 -p 512,2048 -n 64 -t 1,2 --profile"),
-    Run("flat", "--size {size} --quantize int8 -p 0 -n 32 -t 2 -r 10 --flat", picture=True),
+    Run("flat", "--size {size} --quantize int8 -p 0 -n 32 -t 2 -r 10 --flat"),
     Run("flat-float32", "--size {size} -p 0 -n 16 -t 2 -r 8 --flat"),
     Run("transformer", "--size {size} --quantize int8 -p 0 -n 32 -d 8192 -t 2 --against transformer,transformer-gqa"),
     Run("transformer-prompt", "--size {size} --quantize int8 -p 512,2048 -n 0 -t 2 -r 3 --against transformer"),
@@ -56,7 +54,6 @@ CPU = (
         "context",
         f"--size {{size}} --quantize int8 -p 0 -n 8 -d {CONTEXTS} -b 1,4,16,64 -t 2 -r 3 "
         "--against transformer,transformer-gqa",
-        picture=True,
     ),
 )
 CUDA = (
@@ -64,12 +61,11 @@ CUDA = (
     Run("float16", "--size {size} --dtype fp16 -p 512,2048 -n 128 --profile"),
     Run("float16-eager", "--size {size} --dtype fp16 -p 0 -n 128 --no-cuda-graph"),
     Run("int4", "--size {size} --dtype fp16 --quantize int4 --block-size 128 -p 512,2048 -n 128 --profile"),
-    Run("flat", "--size {size} --dtype fp16 -p 0 -n 64 -r 10 --flat", picture=True),
+    Run("flat", "--size {size} --dtype fp16 -p 0 -n 64 -r 10 --flat"),
     Run("transformer-prompt", "--size 6.7b --dtype fp16 -p 512,2048,8192 -n 0 -r 3 --against transformer"),
     Run(
         "context",
         f"--size 6.7b --dtype fp16 -p 0 -n 16 -d {CONTEXTS} -b 1,2,4,8,16,32,64 -r 3 --against transformer",
-        picture=True,
     ),
 )
 RUNS = {"cpu": CPU, "cuda": CUDA}
@@ -84,8 +80,6 @@ def record(run: Run, device: str, size: str, folder: Path | None, extra: str) ->
     if folder is not None:
         options += ["--folder", str(folder.resolve())]
     kind = device.partition(":")[0]
-    if run.picture:
-        options += ["--plot", str(FOLDER / f"{kind}-{run.name}.svg"), "--force"]
     began, measured = time.time(), tree()
     process = subprocess.run(
         [sys.executable, "-m", "retnet_tools.cli.app", "bench", *options, "--json"],

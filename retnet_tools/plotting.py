@@ -42,10 +42,15 @@ def save_figure(figure: Figure, path: Path, *, force: bool) -> None:
     Raises:
         RetNetToolsError, UsageError, OutputError: as `check_plot`, or the file cannot be written.
     """
+    from matplotlib import rc_context
+
     check_plot(path, force=force)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        figure.savefig(partial, format=path.suffix[1:].lower(), dpi=_DPI)
+        kind = path.suffix[1:].lower()
+        # The same figure is the same file.
+        with rc_context({"svg.hashsalt": "retnet-tools"}):
+            figure.savefig(partial, format=kind, dpi=_DPI, metadata={"Date": None} if kind == "svg" else None)
         os.replace(partial, path)
     except OSError as error:
         raise OutputError(f"cannot write {path} ({error.strerror or error})", "a file that can be written") from error

@@ -52,6 +52,17 @@ def test_steps_are_listed_in_order_and_from_one_on() -> None:
     assert later == names[names.index("float16") :]
 
 
+def test_scripts_that_a_host_was_given_are_steps_too(gpu_steps, tmp_path: Path) -> None:
+    plain = [step.name for step in gpu_steps.steps()]
+    assert [step.name for step in gpu_steps.steps(tmp_path)] == plain
+    (tmp_path / "smoke.py").write_text("")
+    (tmp_path / "probe.py").write_text("")
+    names = [step.name for step in gpu_steps.steps(tmp_path)]
+    assert set(names) - set(plain) == {"smoke", "probe"}
+    assert names[:3] == ["imports", "doctor", "smoke"]
+    assert [line.split()[0] for line in run("--list", "--scripts", tmp_path).stdout.splitlines()] == names
+
+
 def test_what_cannot_be_imported_is_named_in_one_line() -> None:
     """Python without its installed packages."""
     command = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, 'benchmarks')\n{SCRIPT}"]
@@ -63,7 +74,7 @@ def test_what_cannot_be_imported_is_named_in_one_line() -> None:
 
 def test_every_benchmark_among_the_steps_is_a_command_that_bench_takes(gpu_steps) -> None:
     command = typer.main.get_command(app).commands["bench"]
-    records = [step.record for step in gpu_steps.steps(ROOT) if step.record is not None]
+    records = [step.record for step in gpu_steps.steps() if step.record is not None]
     assert len(records) == len(set(records)) >= 10
     known = {option for parameter in command.params for option in parameter.opts}
     for record in records:
@@ -85,15 +96,14 @@ def test_the_tests_that_come_first_exist(gpu_steps) -> None:
 
 
 def arguments(folder: Path, *more: object) -> tuple[object, ...]:
-    return ("--quick", "--state", folder / "state", "--results", folder / "out", "--ort", folder / "nowhere", *more)
+    return ("--quick", "--state", folder / "state", "--results", folder / "out", *more)
 
 
 @needs_fake_gpu
 def test_results_are_kept_with_their_machine_and_failures_stop_nothing(tmp_path: Path) -> None:
-    only = arguments(tmp_path, "--only", "doctor,smoke,retention-prompt,retention")
+    only = arguments(tmp_path, "--only", "doctor,retention-prompt,retention")
     result = FakeGpu().run(SCRIPT, *only, check=False)
     assert (result.returncode, result.stderr) == (1, "failed: doctor\n")
-    assert f"smoke: left out, no {tmp_path}/nowhere/smoke.py" in result.stdout
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["gpu.json"]
     pack = json.loads((tmp_path / "out" / "gpu.json").read_text())
     assert pack["machine"]["devices"][0]["name"] == "Fake GPU 0"
@@ -146,7 +156,7 @@ def test_a_step_that_runs_out_of_time_is_ended_and_runs_again_where_there_is_mor
         """
 from gpu_steps import PYTHON, Step
 sleep = Step("sleep", (*PYTHON, "-c", "import time; print('began', flush=True); time.sleep(600)"), 0.0)
-globals_["main"].__globals__["steps"] = lambda ort: [sleep]
+globals_["main"].__globals__["steps"] = lambda scripts: [sleep]
 globals_["main"]()
 """,
     )

@@ -173,6 +173,18 @@ def test_check_says_whether_the_page_is_what_the_records_say(
     assert run("--check") == 0
 
 
+def test_pictures_are_drawn_of_the_records(tables: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "cpu-context.json").write_text(json.dumps(document()))
+    (tmp_path / "cpu-flat.json").write_text(json.dumps(document(flat=True)))
+    (tmp_path / "cpu-int8.json").write_text(json.dumps(document()))
+    tables.draw_pictures()
+    drawn = {file.name: file.read_bytes() for file in tmp_path.glob("*.svg")}
+    assert set(drawn) == {"cpu-context.svg", "cpu-flat.svg"}
+    tables.draw_pictures()
+    assert {file.name: file.read_bytes() for file in tmp_path.glob("*.svg")} == drawn
+    assert "(../benchmarks/bench/cpu-flat.svg)" in section(tables, "cpu-flat")
+
+
 def test_rows_that_vary_are_noisy(scripts) -> None:
     rows = [
         {"implementation": "retnet", "test": "tg8", "batch": 1, "threads": None, "tokens_per_second": 100.0} | changes

@@ -4,33 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import subprocess
 import sys
 
 import pytest
-import typer
 
-from retnet_tools.cli.app import app
+from tests.commands import PROGRAM, parse
 
-PROGRAM = typer.main.get_command(app)
 COMMANDS = [((name,), command) for name, command in PROGRAM.commands.items() if not hasattr(command, "commands")]
 COMMANDS += [(("state", name), command) for name, command in PROGRAM.commands["state"].commands.items()]
 NAMES = [words for words, _ in COMMANDS]
 RETNET_TOOLS = [sys.executable, "-m", "retnet_tools.cli.app"]
-
-
-def parse(line: str) -> None:
-    """Parse a command line without running it."""
-    program, *words = shlex.split(line)
-    assert program == "retnet-tools"
-    command, parent = PROGRAM, PROGRAM.make_context(program, ["doctor"])
-    while hasattr(command, "commands"):
-        name, *words = words
-        command = command.commands[name]
-        if hasattr(command, "commands"):
-            parent = command.make_context(name, words[:1], parent=parent)
-    command.make_context(name, words, parent=parent)
 
 
 @pytest.mark.parametrize(("words", "command"), COMMANDS, ids=[" ".join(words) for words in NAMES])
