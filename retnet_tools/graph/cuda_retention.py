@@ -20,23 +20,19 @@ Keys can be split: a head of K is s heads of K / s that share v, and whose outpu
 exactly, and `[B, H, K, V]` is `[B, H s, K/s, V]` in memory. Splitting values would need a transposed state, and leaves
 K, which decides the kernel, as it is: it is not used.
 
-    what             K, V           form                  decided by
-    one token        -> columns     operator              arithmetic: the state is read and written once, in order
-                     K = 64 s,128 s operator, keys split  arithmetic, and to be measured: 4 passes over the state in
-                     and V % 32 = 0                       order; the graph's output is a copy, since a Reshape writes
-                                                          where it is told to. 16 heads of 256 x 512 at 3 TB/s: 11 us
-                                                          and four small nodes
-                     -> warps       operator              to be measured: 2 passes, each lane of a warp in another
-                                                          line of memory: about 18 us for those heads by the rate at
-                                                          which a multiprocessor looks up lines
-                     other          matrix products       to be measured; 7 passes in order (20 us). `shared` would
-                                                          leave all but H multiprocessors idle
-    many tokens,     any            chunks of products    measured on the CPU only (Eq. 7)
+    what          kernel that K, V meet      form               decided by
+    one token     columns, K = 64 s, 128 s   operator, s parts  arithmetic: the state is read and written in order; with
+                                                                s > 1 it is copied too (to be measured: 4 passes, 11 us
+                                                                for 16 heads of 256 x 512 at 3 TB/s), four small nodes
+                  warps                      operator           to be measured: 2 passes, each lane of a warp in another
+                                                                line of memory, about 18 us for those heads
+                  other                      matrix products    to be measured: 7 passes in order (20 us); `shared`
+                                                                would leave all but H multiprocessors idle
+    many tokens,  any                        chunks (Eq. 7)     measured on the CPU only
     gamma by head
-    many tokens,     -> columns     operator              arithmetic
-    gamma by key     -> shared      operator, keys split  arithmetic: the fewest parts that fit
-    dimension                       as little as fits
-                     other          Scan, token by token  nothing else is left
+    many tokens,  columns                    operator, s parts  arithmetic
+    gamma by key  shared                     operator, parts    arithmetic: the fewest parts that fit
+    dimension     other                      Scan over tokens   nothing else is left
 
 `benchmarks/retention.py` measures every form for one token at the heads of published models. That these shapes are
 taken and refused was checked with the operator of onnxruntime 1.31.1 itself, on a device that computes nothing.

@@ -14,7 +14,7 @@ Found with onnxruntime-genai 0.18.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,6 @@ from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import UsageError
 from retnet_tools.graph import contract
 from retnet_tools.graph.builder import TokenInputs
-from retnet_tools.graph.contract import genai_inputs, genai_outputs, padding_id
 from retnet_tools.graph.decay import ChunkDecay, Chunks, StepDecay, TokenDecay, chunk_decay
 from retnet_tools.graph.decoders import PrefillBuilder
 from retnet_tools.graph.nodes import Pair
@@ -51,20 +50,19 @@ class GenaiBuilder(PrefillBuilder):
     """
 
     name = "retnet_genai"
+    input_specs = staticmethod(contract.genai_inputs)
+    output_specs = staticmethod(contract.genai_outputs)
     _step: StepDecay
     _one_token: Value
     _chunks: Chunks
     _conv_states: list[Value]
 
-    input_specs = staticmethod(genai_inputs)
-    output_specs = staticmethod(genai_outputs)
-
     def read(self, inputs: Sequence[Value]) -> TokenInputs:
         """Padding is where position_ids is 0 in a column other than the first."""
         g = self.g
         tokens, position_ids, *self._conv_states = inputs
-        numbers = {"zero": 0, "one": 1, "minus_one": -1, "padding_id": padding_id(self.config), "nowhere": 1 << 40}
-        zero, one, minus_one, padding, nowhere = (g.int64(name, i) for name, i in numbers.items())
+        zero, one, minus_one = g.int64("zero", 0), g.int64("one", 1), g.int64("minus_one", -1)
+        padding, nowhere = g.int64("padding_id", contract.padding_id(self.config)), g.int64("nowhere", 1 << 40)
         tokens = g.op("Where", g.op("Equal", tokens, padding), zero, tokens)
         length = g.op("Gather", g.op("Shape", position_ids), one, axis=0)
         first = g.op("Equal", g.op("Range", zero, length, one), zero)  # [T]
@@ -88,16 +86,10 @@ class GenaiBuilder(PrefillBuilder):
         decay = self._decay
         if isinstance(decay, TokenDecay):
             return super().retention(q, k, v, past)
-        g, ops = self.g, self.ops
-        y, present = g.node(
-            "If",
-            self._one_token,
-            outputs=2,
-            then_branch=g.subgraph("then", 0, lambda body, _: ops.retention_step(body, q, k, v, past, self._step)),
-            else_branch=g.subgraph(
-                "else", 0, lambda body, _: ops.retention_chunks(body, q, k, v, past, decay, self._chunks)
-            ),
-        )
+        g, ops, chunks = self.g, self.ops, self._chunks
+        one = g.subgraph("then", 0, lambda body, _: ops.retention_step(body, q, k, v, past, self._step))
+        more = g.subgraph("else", 0, lambda body, _: ops.retention_chunks(body, q, k, v, past, decay, chunks))
+        y, present = g.node("If", self._one_token, outputs=2, then_branch=one, else_branch=more)
         return y, present
 
     def logits(self, x: Value) -> Value:
@@ -110,30 +102,22 @@ class GenaiBuilder(PrefillBuilder):
         return [self.g.op("Identity", state) for state in self._conv_states]
 
 
-def genai_files(config: RetNetConfig, text: CarriedText, provider: str | None = None) -> dict[str, str]:
+def genai_files(config: RetNetConfig, text: CarriedText, provider: str | None) -> dict[str, str]:
     """genai_config.json, and a tokenizer_config.json where tokenizer.json lies alone, which is not read otherwise.
-
-    Args:
-        config: the model.
-        text: its tokenizer and special tokens.
-        provider: as `genai_config`.
 
     Raises:
         UsageError: a stack without vocabulary.
     """
     if not config.has_vocabulary:
-        raise UsageError(
-            "--to genai of a stack without embedding and head",
-            "a model with a vocabulary, since onnxruntime-genai feeds token ids",
-            "use --to onnx",
-        )
-    end_ids, start_ids = text.special.ids.get("eos", ()), text.special.ids.get("bos", ())
-    files = {contract.GENAI_CONFIG_FILE: genai_config(config, end_ids, start_ids[0] if start_ids else None, provider)}
+        found = "--to genai of a stack without embedding and head"
+        raise UsageError(found, "a model with a vocabulary, since onnxruntime-genai feeds token ids", "use --to onnx")
+    padding = contract.padding_id(config)
+    files = {contract.GENAI_CONFIG_FILE: _genai_config(config, text.special.ids, provider)}
     if text.tokenizer is not None:
         if TOKENIZER_CONFIG_FILE not in text.tokenizer_files:
             files[TOKENIZER_CONFIG_FILE] = "{}\n"
-        if text.tokenizer.id_to_token(contract.padding_id(config)) is not None:
-            files[TOKENIZER_FILE] = _without_padding(text.tokenizer, contract.padding_id(config))
+        if text.tokenizer.id_to_token(padding) is not None:
+            files[TOKENIZER_FILE] = _without_padding(text.tokenizer, padding)
     return files
 
 
@@ -154,27 +138,24 @@ def genai_notes(text: CarriedText, dtype: str) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def genai_config(
-    config: RetNetConfig, end_ids: tuple[int, ...], start_id: int | None, provider: str | None = None
-) -> str:
+def _genai_config(config: RetNetConfig, special: Mapping[str, Sequence[int]], provider: str | None) -> str:
     """The document as JSON.
 
     Args:
-        config: a model with a vocabulary.
-        end_ids: tokens that end a text. Without any the padding token stands in, which is never generated.
-        start_id: the token that starts a text, where it is known.
+        special: ids of the tokens that end (`eos`) and start (`bos`) a text. Without any end the padding token stands
+            in, which is never generated.
         provider: where it runs, in onnxruntime-genai's words; None for the CPU. A graph with branches and loops cannot
             be captured as a CUDA graph; products stay float32.
     """
     padding = contract.padding_id(config)
-    ends = list(end_ids) or [padding]
+    ends, starts = list(special.get("eos", ())) or [padding], special.get("bos", ())
     model = {
         "type": "decoder",
         "vocab_size": config.vocab_size + 1,
         "context_length": contract.MAX_POSITION + 1,
         "eos_token_id": ends if len(ends) > 1 else ends[0],
         "pad_token_id": padding,
-        **({} if start_id is None else {"bos_token_id": start_id}),
+        **({"bos_token_id": starts[0]} if starts else {}),
         "decoder": {
             "filename": contract.GENAI_FILE,
             "hidden_size": config.hidden_size,
