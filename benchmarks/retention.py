@@ -3,7 +3,7 @@
     python benchmarks/retention.py --device cuda -o benchmarks/gpu/retention.json
 
 For each head size and batch: LinearAttention as it is, with split keys, and as matrix products; kernel by kernel and as
-a CUDA graph. `chosen` marks the form that `export --device cuda` takes (`retnet_tools.graph.cuda_retention`): where
+a CUDA graph. `chosen` marks the form that `export --device cuda` takes (`retnet_tools.graph.cuda_ops`): where
 another one is faster, its table is wrong. A graph holds `--layers` of it, each with states of its own, so that they are
 more than a cache holds and a call costs little beside them; times are of one layer: medians over `--rounds` of the mean
 of `--steps` calls, states in two sets of buffers. `gb_per_second` counts the states once read and once written,
@@ -26,8 +26,7 @@ import numpy as np
 import onnx_ir as ir
 
 from retnet_tools.graph.contract import TensorSpec
-from retnet_tools.graph.cuda_ops import CudaFusedOps
-from retnet_tools.graph.cuda_retention import step_form
+from retnet_tools.graph.cuda_ops import CudaFusedOps, step_form
 from retnet_tools.graph.decay import StepDecay, TokenDecay
 from retnet_tools.graph.nodes import GraphBuilder, graph_value, tensor_type
 from retnet_tools.graph.ops import FusedOps

@@ -3,7 +3,7 @@
     python benchmarks/retention_prompt.py --device cuda -o benchmarks/gpu/retention-prompt.json
 
 What `export --device cuda` takes for prompts is chunks; the operator is what it leaves, in the form that runs at these
-heads (`retnet_tools.graph.cuda_retention.tokens_form`). A graph holds `--layers` of it, as `benchmarks/retention.py`
+heads (`retnet_tools.graph.cuda_ops.tokens_form`). A graph holds `--layers` of it, as `benchmarks/retention.py`
 has it; times are of a whole prompt in one layer, chunk after chunk: medians over `--rounds`. `speedup` is against the
 operator.
 """
@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 from retention import HEADS, Stack, microseconds, split, write_rows
 
-from retnet_tools.graph.cuda_retention import tokens_form
+from retnet_tools.graph.cuda_ops import tokens_form
 from retnet_tools.graph.decay import StepDecay, chunk_decay
 from retnet_tools.graph.nodes import GraphBuilder
 from retnet_tools.graph.standard_ops import StandardOps

@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from onnx.external_data_helper import load_external_data_for_model
 
 from retnet_tools.config import RetNetConfig
-from retnet_tools.graph.replan import plan_of_export
+from retnet_tools.graph.export import plan_of_export
 from retnet_tools.quantize.options import QuantizeOptions
 from retnet_tools.quantize.steps import plan_quantized, write_quantized
 from retnet_tools.weights import Array, canonical_shapes

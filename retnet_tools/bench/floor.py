@@ -28,10 +28,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from retnet_tools.graph.builder import WeightedBuilder
 from retnet_tools.graph.contract import TensorSpec
 from retnet_tools.graph.nodes import graph_value
 from retnet_tools.graph.ops import FusedOps
-from retnet_tools.graph.weighted import BuiltGraph, WeightedBuilder
+from retnet_tools.graph.weight_tensors import BuiltGraph
 from retnet_tools.machine import available_memory, this_machine
 from retnet_tools.runtime.buffers import Buffer, buffer_of, spare_buffer
 from retnet_tools.runtime.onnx_session import open_session

@@ -21,13 +21,12 @@ from retnet_tools.errors import OutputError, UsageError
 from retnet_tools.formats import Checkpoint
 from retnet_tools.formats.source import CheckpointSource
 from retnet_tools.graph.contract import MANIFEST_FILE, PREFILL_FILE, STEP_FILE, WEIGHTS_FILE
-from retnet_tools.graph.export import ExportPlan, plan_export
+from retnet_tools.graph.export import ExportPlan, plan_export, plan_of_export
+from retnet_tools.graph.files import file_bytes, float_blocks, write_graph, write_weights
 from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.graph.ops import FusedOps
 from retnet_tools.graph.quantization import Scheme
-from retnet_tools.graph.replan import plan_of_export
-from retnet_tools.graph.weighted import BuiltGraph
-from retnet_tools.graph.writer import file_bytes, float_blocks, write_graph, write_weights
+from retnet_tools.graph.weight_tensors import BuiltGraph
 from retnet_tools.paper import VOCABULARY_SIZE, model_size
 from retnet_tools.progress import Progress
 from retnet_tools.quantize.contents import QuantizedContents

@@ -23,10 +23,11 @@ import onnx_ir as ir
 
 from retnet_tools.config import Activation, BlockNorm, RetNetConfig
 from retnet_tools.errors import UsageError
+from retnet_tools.graph.builder import WeightedBuilder
 from retnet_tools.graph.contract import INPUT_IDS, LOGITS, TensorSpec
 from retnet_tools.graph.nodes import ELEMENT_TYPES, GraphBuilder, graph_value
 from retnet_tools.graph.ops import MICROSOFT, FusedOps
-from retnet_tools.graph.weighted import BuiltGraph, WeightedBuilder
+from retnet_tools.graph.weight_tensors import BuiltGraph
 from retnet_tools.weights import Array, canonical_shapes
 
 TRANSFORMER_FILE = "transformer.onnx"

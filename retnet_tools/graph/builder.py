@@ -8,24 +8,76 @@ is stored once. Retention, rotation, decay and head norms are float32 whatever t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
+import onnx_ir as ir
 from onnx_ir import Value
 
 from retnet_tools.config import BlockNorm, RetNetConfig
-from retnet_tools.graph.contract import FLOAT16_STATE_LIMIT, state_scale, step_inputs, step_outputs
-from retnet_tools.graph.nodes import Pair, epsilon, graph_value, tensor_type
+from retnet_tools.graph.contract import FLOAT16_STATE_LIMIT, TensorSpec, state_scale, step_inputs, step_outputs
+from retnet_tools.graph.nodes import GraphBuilder, Pair, epsilon, graph_value, tensor_type
 from retnet_tools.graph.positions import PositionValues, position_values
 from retnet_tools.graph.standard_ops import NormWeights, StandardOps
-from retnet_tools.graph.weighted import BuiltGraph, WeightedBuilder
-from retnet_tools.weights import canonical_shapes
+from retnet_tools.graph.weight_tensors import BuiltGraph, WeightTensor
+from retnet_tools.weights import Array, canonical_shapes
 
 WIDE = "float32"
 TokenInputs = tuple[Value, Value, Value | None]
 """Ids `[B, T]` or embeddings `[B, T, D]`, positions `[B, T]`, and a mask of keys `[B, T, 1]` float32: 1 at real tokens,
 0 at padding; None where every token is real."""
+Border = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
+"""The inputs and the outputs of a graph."""
+
+
+class WeightedBuilder:
+    """Nodes, and the stored tensors that they read.
+
+    Args:
+        shapes: of all weights, by canonical name.
+        dtype: in which they are stored.
+        ops: the operator set.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtype: str, ops: StandardOps) -> None:
+        self.shapes, self.dtype, self.ops = shapes, dtype, ops
+        self.g = GraphBuilder()
+        self.stored: dict[str, WeightTensor] = {}
+
+    def linear(self, x: Value, name: str, sources: tuple[str, ...], bias: bool) -> Value:
+        """y = x W^T + b; several sources are merged along their outputs."""
+        parts = ("weight", "bias") if bias else ("weight",)
+        merged = (self._merged(f"{name}.{part}", tuple(f"{source}.{part}" for source in sources)) for part in parts)
+        return self.g.op("Gemm", x, *merged, transB=1)
+
+    def norm_weights(self, name: str, norm: BlockNorm) -> NormWeights:
+        """The parameters of a norm."""
+        return NormWeights(norm, self.weight(f"{name}.weight"), self.weight(f"{name}.bias") if norm.bias else None)
+
+    def weight(self, name: str) -> Value:
+        """One weight by its canonical name."""
+        return self._merged(name, (name,))
+
+    def table(self, name: str, table: Array) -> Value:
+        """A computed table."""
+        tensor = WeightTensor(name, table.dtype.name, table.shape, table=table)
+        return tensor.declared(self.g.initializers, self.stored)
+
+    def finish(self, name: str, inputs: list[Value], outputs: list[Value], border: Border) -> BuiltGraph:
+        """The graph, its outputs named as its border says."""
+        for value, spec in zip(outputs, border[1], strict=True):
+            value.name, value.shape, value.type = spec.name, ir.Shape(spec.shape), tensor_type(spec.dtype)
+        initializers, opsets = list(self.g.initializers.values()), dict(self.ops.opsets)
+        graph = ir.Graph(
+            inputs, outputs, nodes=self.g.nodes, initializers=initializers, opset_imports=opsets, name=name
+        )
+        return BuiltGraph(graph, *border, self.stored)
+
+    def _merged(self, name: str, sources: tuple[str, ...]) -> Value:
+        rows = sum(self.shapes[source][0] for source in sources)
+        tensor = WeightTensor(name, self.dtype, (rows, *self.shapes[sources[0]][1:]), sources)
+        return tensor.declared(self.g.initializers, self.stored)
 
 
 class DecoderBuilder(WeightedBuilder, ABC):

@@ -1,4 +1,4 @@
-"""Export: a checkpoint becomes a folder that keeps the contract (`retnet_tools.graph.contract`)."""
+"""Export: a checkpoint or an export becomes a folder that keeps the contract (`retnet_tools.graph.contract`)."""
 
 from __future__ import annotations
 
@@ -8,21 +8,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import InputError
 from retnet_tools.formats import Checkpoint
 from retnet_tools.formats.hub import hub_origin
 from retnet_tools.formats.provenance import provenance, source_digests
-from retnet_tools.graph import contract
+from retnet_tools.formats.storage import StoredTensors, TensorLocation
+from retnet_tools.graph import contract, targets
 from retnet_tools.graph.cuda_kernels import kernel_version
+from retnet_tools.graph.decoders import StepBuilder
+from retnet_tools.graph.files import (
+    BlockReader,
+    file_bytes,
+    float_blocks,
+    load_graph,
+    read_graphs,
+    write_graph,
+    write_weights,
+)
 from retnet_tools.graph.manifest import Manifest, read_manifest
 from retnet_tools.graph.quantization import Quantization
-from retnet_tools.graph.targets import TARGET_FILES, ExportTarget, export_target, operator_set, target_device
-from retnet_tools.graph.weight_tensors import WeightTensor
-from retnet_tools.graph.weighted import BuiltGraph
-from retnet_tools.graph.writer import BlockReader, file_bytes, float_blocks, write_graph, write_weights
+from retnet_tools.graph.weight_tensors import BuiltGraph, WeightTensor
 from retnet_tools.staging import check_target, staged_folder
 from retnet_tools.tokenizing.carried import CarriedText, carried_text
-from retnet_tools.tokenizing.special import GENERATION_FILE
+from retnet_tools.tokenizing.files import TOKENIZER_FILE, load_tokenizer
+from retnet_tools.tokenizing.special import GENERATION_FILE, SpecialTokens
+from retnet_tools.weights import canonical_shapes
 
 GRAPH_BYTES = 8 << 20
 """Room for graphs and manifest when the free space is checked."""
@@ -80,12 +91,59 @@ def plan_export(
         UsageError: an operator set, a target or a device that does not exist, or a model that the target cannot run.
         InputError: files beside the weights that are not what their names say.
     """
-    chosen, operators, config = export_target(target), operator_set(ops, device), checkpoint.config
+    chosen, operators, config = targets.export_target(target), targets.operator_set(ops, device), checkpoint.config
     text = carried_text(checkpoint.tokenizer_files, checkpoint.settings, config.vocab_size)
-    files = chosen.files(config, text, target_device(device).genai_provider)
+    files = chosen.files(config, text, targets.target_device(device).genai_provider)
     graphs = {name: make(config, dtype, state_dtype, operators).build() for name, make in chosen.graphs.items()}
     notes = export_notes(checkpoint, text, chosen, dtype, state_dtype)
     return ExportPlan(checkpoint, dtype, state_dtype, ops, graphs, text, files, notes, device=device)
+
+
+def plan_of_export(folder: Path) -> ExportPlan:
+    """The plan that would write an exported folder of float weights again, bit for bit, from the folder itself.
+
+    Tables are read; weights are read when it is written, by blocks of 16 MB.
+
+    Raises:
+        InputError: not an exported folder, an incomplete one, or one whose weights are quantized already.
+    """
+    manifest = read_manifest(folder)
+    if manifest.quantization is not None and (scheme := manifest.quantization.blocks) is not None:
+        raise InputError(
+            f"{folder} is quantized already ({scheme.type})",
+            "an export with float weights",
+            "quantize the float export, or export the checkpoint again",
+        )
+    tensors = read_graphs(folder, manifest.graphs).tensors
+    stored = _weight_tensors(folder, manifest, tensors)
+    graphs = {}
+    for name, border in manifest.graphs.items():
+        graph = load_graph(folder / name)
+        own = {weight: stored[weight] for weight in graph.initializers if weight in stored}
+        graphs[name] = BuiltGraph(graph, border["inputs"], border["outputs"], own)
+    checkpoint = Checkpoint(
+        path=folder,
+        format=str(manifest.provenance.get("source_format", "unknown")),
+        config=manifest.config,
+        weights=_canonical(manifest.config, stored, tensors),
+        source_files=[],
+        tokenizer_files=[folder / name for name in manifest.tokenizer_files],
+        notes=list(manifest.provenance.get("notes", ())),
+    )
+    text, target = _text(folder, manifest), targets.find_target(manifest.graphs)
+    made = [name for name in target.own_files if name not in manifest.tokenizer_files and (folder / name).is_file()]
+    return ExportPlan(
+        checkpoint,
+        manifest.dtype,
+        manifest.state_dtype,
+        manifest.ops,
+        graphs,
+        text,
+        files={name: (folder / name).read_text(encoding="utf-8") for name in made},
+        notes=export_notes(checkpoint, text, target, manifest.dtype, manifest.state_dtype),
+        provenance=manifest.provenance,
+        device=manifest.device,
+    )
 
 
 def write_export(
@@ -149,7 +207,7 @@ def write_export(
 
 
 def export_notes(
-    checkpoint: Checkpoint, text: CarriedText, target: ExportTarget, dtype: str, state_dtype: str
+    checkpoint: Checkpoint, text: CarriedText, target: targets.ExportTarget, dtype: str, state_dtype: str
 ) -> tuple[str, ...]:
     """What the user should know, about the checkpoint and about running it."""
     slow = [str(h) for h, scale in enumerate(contract.state_scale(checkpoint.config, state_dtype)) if scale < 2**-10]
@@ -164,9 +222,9 @@ def export_notes(
 
 def kernel_notes(plan: ExportPlan) -> tuple[str, ...]:
     """What of an export would not run on its device, graph by graph: nodes that have no kernel there."""
-    notes = []
+    notes, elsewhere = [], targets.target_device(plan.device).elsewhere
     for name, built in plan.graphs.items():
-        missing = [node for node in target_device(plan.device).elsewhere(built.graph) if node.reason == "no kernel"]
+        missing = [node for node in elsewhere(built.graph) if node.reason == "no kernel"]
         kinds = sorted({f"{node.operator} of {' and '.join(dict.fromkeys(node.types))}" for node in missing})
         if kinds:
             notes.append(f"{name}: onnxruntime {kernel_version()} has no CUDA kernel for {', '.join(kinds)}")
@@ -183,13 +241,57 @@ def default_output(checkpoint: Path, target: str = "onnx") -> Path:
 
 def _stale_files(out: Path) -> tuple[str, ...]:
     """Files of an earlier export that a new one replaces or removes."""
-    replaced: tuple[str, ...] = TARGET_FILES
+    replaced: tuple[str, ...] = targets.TARGET_FILES
     try:
         manifest = read_manifest(out)
-        replaced = (*TARGET_FILES, *manifest.tokenizer_files, GENERATION_FILE)
+        replaced = (*targets.TARGET_FILES, *manifest.tokenizer_files, GENERATION_FILE)
         quantized = manifest.quantization is not None
         card = (out / contract.CARD_FILE).read_text(encoding="utf-8").splitlines() if quantized else []
     except (InputError, OSError, UnicodeDecodeError):
         # No earlier export, or none with a card that this tool wrote.
         card = []
     return (*replaced, contract.CARD_FILE) if contract.CARD_TITLE in card else replaced
+
+
+def _canonical(config: RetNetConfig, stored: Mapping[str, WeightTensor], tensors: StoredTensors) -> StoredTensors:
+    """The float weights of an exported folder by canonical name: merged matrices are rows one after another."""
+    shapes, locations = canonical_shapes(config), {}
+    for tensor in stored.values():
+        place, start = tensors.locations[tensor.name], 0
+        assert isinstance(place, TensorLocation)
+        for source in tensor.sources:
+            locations[source] = place.rows(start, shapes[source][0])
+            start += shapes[source][0]
+    return StoredTensors(locations)
+
+
+def _weight_tensors(folder: Path, manifest: Manifest, tensors: StoredTensors) -> dict[str, WeightTensor]:
+    """What each tensor of weights.data is made of; those that belong to no weight are tables."""
+    ops = targets.operator_set(manifest.ops, manifest.device)
+    built = StepBuilder(manifest.config, manifest.dtype, manifest.state_dtype, ops).build().stored
+    expected = {name: tensor for name, tensor in built.items() if tensor.sources}
+    for name, tensor in expected.items():
+        found = tensors.info(name) if name in tensors.locations else None
+        if found is None or (found.dtype.name, found.shape) != (tensor.dtype, tensor.shape):
+            raise InputError(
+                f"{folder} holds {'no' if found is None else 'another'} tensor {name!r}",
+                f"{tensor.dtype} of shape {list(tensor.shape)}, as its manifest says",
+                contract.EXPORT_AGAIN,
+            )
+    stored = {}
+    for name in tensors.names():
+        if name in expected:
+            stored[name] = expected[name]
+        else:
+            table = tensors.read(name)
+            stored[name] = WeightTensor(name, table.dtype.name, table.shape, table=table)
+    return stored
+
+
+def _text(folder: Path, manifest: Manifest) -> CarriedText:
+    """The folder's tokenizer and special tokens as they are. What there is to know of them is in the manifest."""
+    copies = tuple(folder / name for name in manifest.tokenizer_files)
+    generation = folder / GENERATION_FILE
+    tokenizer = load_tokenizer(folder / TOKENIZER_FILE) if folder / TOKENIZER_FILE in copies else None
+    made = {GENERATION_FILE: generation.read_text(encoding="utf-8")} if generation.is_file() else {}
+    return CarriedText(tokenizer, copies, made, SpecialTokens({}, {}, ()), ())

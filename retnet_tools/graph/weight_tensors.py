@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir import Value
 
+from retnet_tools.graph.contract import TensorSpec
 from retnet_tools.graph.nodes import ELEMENT_TYPES, GraphBuilder, tensor_type
 from retnet_tools.graph.quantization import AccuracyLevel, BlockFormat
 from retnet_tools.weights import Array
@@ -66,6 +67,16 @@ class WeightTensor:
             stored[self.name] = self
             initializers[self.name] = Value(name=self.name, shape=ir.Shape(self.shape), type=tensor_type(self.dtype))
         return initializers[self.name]
+
+
+@dataclass(frozen=True)
+class BuiltGraph:
+    """A graph, its border, and the tensors that it expects in weights.data."""
+
+    graph: ir.Graph
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    stored: dict[str, WeightTensor]
 
 
 @dataclass(frozen=True)

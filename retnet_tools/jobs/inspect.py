@@ -200,8 +200,8 @@ def _part_of(name: str) -> str:
 def _open_export(folder: Path) -> StoredModel:
     from retnet_tools.dtypes import NUMPY_DTYPES
     from retnet_tools.graph.contract import MANIFEST_FILE, WEIGHTS_FILE
+    from retnet_tools.graph.files import read_graphs
     from retnet_tools.graph.manifest import SCHEMA_VERSION, read_manifest
-    from retnet_tools.graph.reader import read_graphs
 
     manifest = read_manifest(folder)
     if manifest.state_dtype not in NUMPY_DTYPES:

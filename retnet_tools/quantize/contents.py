@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from retnet_tools.dtypes import convert
+from retnet_tools.graph.files import float_blocks
 from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.graph.weight_tensors import PartName, QuantizedPart, WeightTensor
-from retnet_tools.graph.writer import float_blocks
 from retnet_tools.quantize.blockwise import QuantizedRows, count_coarse_blocks, join_rows
 from retnet_tools.quantize.methods import Method
 from retnet_tools.quantize.packing import pack

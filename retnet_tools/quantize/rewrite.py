@@ -10,8 +10,7 @@ import onnx_ir as ir
 from retnet_tools.graph.nodes import GraphBuilder, tensor_type
 from retnet_tools.graph.quantization import AccuracyLevel, BlockFormat
 from retnet_tools.graph.standard_ops import StandardOps
-from retnet_tools.graph.weight_tensors import BlockedMatrix, WeightTensor
-from retnet_tools.graph.weighted import BuiltGraph
+from retnet_tools.graph.weight_tensors import BlockedMatrix, BuiltGraph, WeightTensor
 
 _PART_ORDER = ("codes", "scales", "zero_points")
 Formats = Mapping[str, BlockFormat | None]

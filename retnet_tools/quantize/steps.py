@@ -16,10 +16,10 @@ from pathlib import Path
 from retnet_tools.errors import InputError, RangeError, UsageError
 from retnet_tools.graph.contract import CARD_FILE
 from retnet_tools.graph.export import ExportPlan, write_export
+from retnet_tools.graph.files import float_blocks
 from retnet_tools.graph.manifest import Manifest
 from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.graph.quantization import Quantization
-from retnet_tools.graph.writer import float_blocks
 from retnet_tools.progress import Progress, in_megabytes, no_progress
 from retnet_tools.quantize.calibration import read_calibration
 from retnet_tools.quantize.card import check_card, model_card

@@ -14,8 +14,8 @@ from retnet_tools import __version__
 from retnet_tools.errors import ProviderError, RetNetToolsError
 from retnet_tools.graph.contract import STEP_FILE
 from retnet_tools.graph.cuda_kernels import cpu_nodes, kernel_version
+from retnet_tools.graph.files import load_graph
 from retnet_tools.graph.manifest import read_manifest
-from retnet_tools.graph.reader import load_graph
 from retnet_tools.runtime import cuda, installation
 from retnet_tools.runtime.device_memory import LIBRARY_BYTES, graph_bytes, state_bytes
 from retnet_tools.runtime.onnx_session import misplaced, node_placement, open_session

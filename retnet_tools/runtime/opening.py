@@ -15,8 +15,8 @@ import onnx_ir as ir
 from retnet_tools.errors import InputError, ProviderError
 from retnet_tools.graph.contract import MANIFEST_FILE, STEP_FILE, TensorSpec
 from retnet_tools.graph.cuda_kernels import cpu_nodes
+from retnet_tools.graph.files import load_graph
 from retnet_tools.graph.manifest import Manifest
-from retnet_tools.graph.reader import load_graph
 from retnet_tools.runtime.buffers import DeviceBuffer
 from retnet_tools.runtime.device_memory import LIBRARY_BYTES, check_memory, graph_bytes, tensor_bytes
 from retnet_tools.runtime.failures import CaptureError

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from retnet_tools.errors import ProviderError, UsageError
-from retnet_tools.graph.cuda_retention import step_kernel, tokens_kernel
+from retnet_tools.graph.cuda_ops import step_kernel, tokens_kernel
 from retnet_tools.graph.manifest import Manifest
 from retnet_tools.runtime import cuda, installation
 from retnet_tools.runtime.buffers import Buffer, DeviceBuffer, HostBuffer

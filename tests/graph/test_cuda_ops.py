@@ -13,10 +13,10 @@ import pytest
 from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import InputError, UsageError
 from retnet_tools.graph.contract import GENAI_FILE, PREFILL_FILE, STEP_FILE
+from retnet_tools.graph.export import plan_of_export
+from retnet_tools.graph.files import load_graph
 from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.graph.ops import OPERATOR_SETS
-from retnet_tools.graph.reader import load_graph
-from retnet_tools.graph.replan import plan_of_export
 from retnet_tools.graph.targets import TARGET_DEVICES, operator_set, target_device
 from retnet_tools.paper import paper_config, paper_rotary_frequencies
 from tests.exports import cpu_runner, export, run_genai, run_prefill, run_steps, zero_states

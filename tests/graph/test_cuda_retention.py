@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from retnet_tools.graph.cuda_retention import KernelForm, step_form, step_kernel, tokens_form
+from retnet_tools.graph.cuda_ops import KernelForm, step_form, step_kernel, tokens_form
 from tests.fake_gpu import FakeGpu, needs_fake_gpu
 
 PAPER_HEADS = [(256, 512), (256, 432)]

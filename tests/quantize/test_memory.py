@@ -20,7 +20,7 @@ QUANTIZE = (
     + """
 import sys
 from pathlib import Path
-from retnet_tools.graph.replan import plan_of_export
+from retnet_tools.graph.export import plan_of_export
 from retnet_tools.quantize.options import QuantizeOptions
 from retnet_tools.quantize.steps import plan_quantized, write_quantized
 plan = plan_of_export(Path(sys.argv[1]))
