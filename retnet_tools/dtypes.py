@@ -14,23 +14,13 @@ from retnet_tools.errors import RangeError, UsageError, did_you_mean
 
 FloatName = Literal["float16", "bfloat16", "float32", "float64"]
 
-ALIASES: dict[str, FloatName] = {
-    "fp16": "float16",
-    "f16": "float16",
-    "half": "float16",
-    "float16": "float16",
-    "bf16": "bfloat16",
-    "bfloat16": "bfloat16",
-    "fp32": "float32",
-    "f32": "float32",
-    "float": "float32",
-    "float32": "float32",
-    "fp64": "float64",
-    "f64": "float64",
-    "double": "float64",
-    "float64": "float64",
+_WORDS: dict[FloatName, tuple[str, ...]] = {
+    "float16": ("fp16", "f16", "half"),
+    "bfloat16": ("bf16",),
+    "float32": ("fp32", "f32", "float"),
+    "float64": ("fp64", "f64", "double"),
 }
-
+ALIASES: dict[str, FloatName] = {word: name for name, words in _WORDS.items() for word in (*words, name)}
 
 NUMPY_DTYPES: dict[FloatName, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),

@@ -41,31 +41,19 @@ def check_types(instance: Any, prefix: str = "") -> None:
 
 
 def check_size(name: str, value: int) -> None:
-    """Check that an integer can be the size of something.
-
-    Raises:
-        ConfigError: below 1, or beyond 2^63 - 1.
-    """
+    """Refuse an integer that is no size of anything: below 1, or beyond 2^63 - 1."""
     if not 1 <= value <= MAX_SIZE:
         raise ConfigError(f"{name} is {reprlib.repr(value)}", "a positive integer, below 2^63")
 
 
 def check_positive(name: str, value: float) -> None:
-    """Check that a number is above zero.
-
-    Raises:
-        ConfigError: it is not.
-    """
+    """Refuse a number that is not above zero."""
     if not value > 0:
         raise ConfigError(f"{name} is {value}", "a positive number")
 
 
 def check_not_negative(name: str, value: float) -> None:
-    """Check that a number is not below zero.
-
-    Raises:
-        ConfigError: it is.
-    """
+    """Refuse a number below zero."""
     if not value >= 0:
         raise ConfigError(f"{name} is {value}", "a number >= 0")
 
@@ -79,10 +67,16 @@ def from_json(kind: Any, data: Any, where: str = "") -> Any:
     Raises:
         ConfigError: a field that is unknown, missing or of the wrong type, by name.
     """
-    types = _types(kind)
-    values = _exact_fields(kind, data, where or "config")
+    types, this = _types(kind), where or "config"
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{this} is {type(data).__name__}", "an object with named fields")
+    if unknown := sorted(set(data) - set(types)):
+        raise ConfigError(f"{this} has unknown field {unknown[0]!r}", f"only {', '.join(types)}")
+    required = {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
+    if missing := sorted(required - set(data)):
+        raise ConfigError(f"{this} has no field {missing[0]!r}", "every required field")
     prefix = f"{where}." if where else ""
-    return kind(**{name: _value(prefix + name, value, types[name]) for name, value in values.items()})
+    return kind(**{name: _value(prefix + name, value, types[name]) for name, value in data.items()})
 
 
 @functools.cache
@@ -91,20 +85,8 @@ def _types(kind: Any) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
-def _exact_fields(kind: Any, data: Any, where: str) -> dict[str, Any]:
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{where} is {type(data).__name__}", "an object with named fields")
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    if unknown := sorted(set(data) - set(fields)):
-        raise ConfigError(f"{where} has unknown field {unknown[0]!r}", f"only {', '.join(fields)}")
-    required = {n for n, f in fields.items() if f.default is dataclasses.MISSING}
-    if missing := sorted(required - set(data)):
-        raise ConfigError(f"{where} has no field {missing[0]!r}", "every required field")
-    return dict(data)
-
-
 def _value(name: str, value: Any, kind: Any) -> Any:
-    if _is_optional(kind):
+    if NoneType in get_args(kind):
         return None if value is None else _value(name, value, _without_none(kind))
     if isinstance(kind, UnionType):
         kind = _member(name, value, get_args(kind))
@@ -131,7 +113,7 @@ def _member(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
 
 
 def _check(name: str, value: Any, kind: Any) -> None:
-    if _is_optional(kind):
+    if NoneType in get_args(kind):
         if value is not None:
             _check(name, value, _without_none(kind))
     elif get_origin(kind) in (Literal, Annotated):
@@ -154,13 +136,8 @@ def _choices(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) is Literal else tuple(kind.__metadata__[0])
 
 
-def _is_optional(kind: Any) -> bool:
-    return NoneType in get_args(kind)
-
-
 def _without_none(kind: Any) -> Any:
-    members = [member for member in get_args(kind) if member is not NoneType]
-    return functools.reduce(operator.or_, members)
+    return functools.reduce(operator.or_, (member for member in get_args(kind) if member is not NoneType))
 
 
 def _is_finite(value: Any) -> bool:

@@ -13,14 +13,7 @@ WORK_OF_A_THREAD = 1 << 32
 
 @dataclass(frozen=True)
 class Machine:
-    """What figures were measured on.
-
-    Attributes:
-        processor: its name.
-        cores: that this process may use.
-        memory_bytes: in all; None where that is not known.
-        system: operating system and release.
-    """
+    """What figures were measured on: `cores` that this process may use, and memory in all, None where unknown."""
 
     processor: str
     cores: int

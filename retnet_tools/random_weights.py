@@ -16,12 +16,7 @@ _BLOCK_BYTES = 16 << 20
 
 
 def noise(shape: tuple[int, ...], start: int = 0) -> Array:
-    """N(0, 1) numbers in float32, as fast as memory is written: from one run that repeats.
-
-    Args:
-        shape: of the array.
-        start: where in the run to begin.
-    """
+    """N(0, 1) numbers in float32, as fast as memory is written: from one run that repeats, from `start` on."""
     run, place = _run(), start % PERIOD
     result = np.empty(math.prod(shape), dtype=np.float32)
     filled = 0

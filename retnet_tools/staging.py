@@ -18,8 +18,6 @@ from retnet_tools.errors import InputError, OutputError, UsageError
 if sys.platform != "win32":
     import fcntl
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
 
 @contextmanager
 def staged_folder(target: Path, *, marker: str, required_bytes: int, stale: Collection[str] = ()) -> Iterator[Path]:
@@ -97,13 +95,11 @@ def appended_file(target: Path) -> Iterator[IO[bytes]]:
 def _partial(target: Path, kind: str, room: str = "free space") -> Iterator[tuple[Path, Path]]:
     """The target without links, and a path beside it; if the work fails, that is removed with the parents made for it.
 
-    Args:
-        kind: what the target is, for errors.
-        room: what a disk that became full should have had.
+    Errors say that the target should have been `kind`, and a full disk should have had `room`.
     """
     target = target.resolve()
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    made = _missing_parents(partial)
+    made = [parent for parent in partial.parents if not parent.exists()]
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(target)
@@ -123,7 +119,7 @@ def _partial(target: Path, kind: str, room: str = "free space") -> Iterator[tupl
 
 def is_disk_full(error: OSError) -> bool:
     """Whether an error says that there is no room to write to."""
-    return error.errno in _DISK_FULL
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_file(target: Path, *, force: bool) -> None:
@@ -136,7 +132,7 @@ def check_file(target: Path, *, force: bool) -> None:
     if target.is_dir():
         raise OutputError(f"{target} is a folder", "a file to write", "name another output")
     if target.exists() and not force:
-        raise UsageError(f"{target} exists already", action="name another output with -o, or add --force to replace it")
+        raise _exists(target)
 
 
 def check_target(target: Path, *, marker: str, force: bool, source: Path | None = None) -> None:
@@ -154,11 +150,15 @@ def check_target(target: Path, *, marker: str, force: bool, source: Path | None 
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not force:
-        raise UsageError(f"{target} exists already", action="name another output with -o, or add --force to replace it")
+        raise _exists(target)
     if not (target / marker).is_file():
         raise OutputError(
             f"{target} is not a folder that this command wrote (no {marker})", action="remove it yourself"
         )
+
+
+def _exists(target: Path) -> UsageError:
+    return UsageError(f"{target} exists already", action="name another output with -o, or add --force to replace it")
 
 
 def _lock(file: IO[bytes], target: Path) -> None:
@@ -181,14 +181,9 @@ def _publish(partial: Path, target: Path, marker: str, stale: Collection[str]) -
         return
     for name in (marker, *stale):
         (target / name).unlink(missing_ok=True)
-    names = sorted((file.name for file in partial.iterdir()), key=lambda name: name == marker)
-    for name in names:
+    for name in sorted((file.name for file in partial.iterdir()), key=lambda name: name == marker):
         os.replace(partial / name, target / name)
     partial.rmdir()
-
-
-def _missing_parents(path: Path) -> list[Path]:
-    return [parent for parent in path.parents if not parent.exists()]
 
 
 def _remove(partial: Path, made: Collection[Path]) -> None:

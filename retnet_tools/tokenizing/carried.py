@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,29 +57,16 @@ def carried_text(files: Sequence[Path], settings: Mapping[str, Any], vocab_size:
     if vocab_size == 0:
         return CarriedText(None, (), {}, SpecialTokens({}, {}, ()), ())
     search, folders = find_tokenizer(files, vocab_size), [file.parent for file in files]
-    found, copies, made = search.found, _companions(files), {}
-    special = special_tokens(
-        folders,
-        vocab_size,
-        None if found is None else found.tokenizer,
-        settings=settings,
-        own=None if found is None else found.special_ids,
-    )
-    if found is not None and found.made:
-        made[TOKENIZER_FILE] = found.tokenizer.to_str()
-    elif found is not None:
-        copies = (*found.files, *copies)
+    found, made, copies = search.found, dict[str, str](), tuple[Path, ...]()
+    tokenizer = own = None
+    if found is not None:
+        tokenizer, own = found.tokenizer, found.special_ids
+        copies = (*(() if found.made else found.files), *(file for file in files if file.name in COMPANIONS))
+        if found.made:
+            made[TOKENIZER_FILE] = tokenizer.to_str()
+    special = special_tokens(folders, vocab_size, tokenizer, settings=settings, own=own)
     document = generation_document(folders, special)
     if document:
         made[GENERATION_FILE] = json.dumps(document, indent=2) + "\n"
-    return CarriedText(
-        None if found is None else found.tokenizer,
-        () if found is None else copies,
-        made,
-        special,
-        (*search.notes, *special.notes, *generation_notes(document)),
-    )
-
-
-def _companions(files: Iterable[Path]) -> tuple[Path, ...]:
-    return tuple(file for file in files if file.name in COMPANIONS)
+    notes = (*search.notes, *special.notes, *generation_notes(document))
+    return CarriedText(tokenizer, copies, made, special, notes)

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from retnet_tools.errors import InputError, RetNetToolsError, UsageError
-from retnet_tools.tokenizing.byte_level import END_OF_TEXT, byte_level_tokenizer, read_byte_level
-from retnet_tools.tokenizing.fairseq import SPECIAL_IDS, fairseq_byte_level, fairseq_sentence_piece, read_dictionary
-from retnet_tools.tokenizing.sentence_piece import read_sentence_piece, sentence_piece_tokenizer
-from retnet_tools.tokenizing.special import (
-    SPECIAL_TOKENS_FILE,
-    TOKENIZER_CONFIG_FILE,
-    read_json,
-    token_text,
+from retnet_tools.tokenizing.fairseq import (
+    END_OF_TEXT,
+    SPECIAL_IDS,
+    byte_level_tokenizer,
+    fairseq_byte_level,
+    fairseq_sentence_piece,
+    read_byte_level,
+    read_dictionary,
 )
+from retnet_tools.tokenizing.sentence_piece import read_sentence_piece, sentence_piece_tokenizer
+from retnet_tools.tokenizing.special import SPECIAL_TOKENS_FILE, TOKENIZER_CONFIG_FILE, read_json, token_text
 
 TOKENIZER_FILE = "tokenizer.json"
 COMPANIONS = (TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE, "chat_template.jinja", "chat_template.json")
@@ -77,11 +79,7 @@ class TokenizerSearch:
     problems: tuple[RetNetToolsError, ...]
 
     def require(self, purpose: str, action: str = "add one") -> FoundTokenizer:
-        """The tokenizer.
-
-        Args:
-            purpose: what needs it.
-            action: what to do where there is none.
+        """The tokenizer that something (`purpose`) needs, or what to do (`action`).
 
         Raises:
             UsageError: there is none.
@@ -120,11 +118,8 @@ def load_tokenizer(file: Path) -> Any:
 
 def find_tokenizer(files: Iterable[Path], vocab_size: int) -> TokenizerSearch:
     """The tokenizer among a model's files: tokenizer.json, or one made of fairseq's dictionary, of a SentencePiece
-    model or of a byte-level BPE, the first of these that can be used.
-
-    Args:
-        files: of a folder.
-        vocab_size: of the model: pieces that a dictionary lacks get ids from there on.
+    model or of a byte-level BPE, the first of these that can be used. Pieces that a dictionary lacks get ids from
+    `vocab_size` on.
     """
     by_name = {file.name: file for file in files}
     problems: list[RetNetToolsError] = []
@@ -194,7 +189,8 @@ def _byte_level(files: Mapping[str, Path], vocab_size: int) -> FoundTokenizer | 
     settings, (ids, merges) = _settings(files), read_byte_level(*pair)
     around = _around(settings, _BYTE_CLASSES, pair[0])
     ids |= _added(files, settings)
-    special = {END_OF_TEXT, *(token for key in ("bos", "eos", "unk", "pad") if (token := _token(settings, key)))}
+    tokens = (token_text(settings.get(f"{key}_token")) for key in ("bos", "eos", "unk", "pad"))
+    special = {END_OF_TEXT, *filter(None, tokens)}
     prefix = settings.get("add_prefix_space") is True
     tokenizer, missing = byte_level_tokenizer(
         ids, merges, sorted(special & ids.keys()), beyond=vocab_size, prefix_space=prefix
@@ -233,10 +229,6 @@ def _settings(files: Mapping[str, Path]) -> dict[str, Any]:
     return found
 
 
-def _token(settings: Mapping[str, Any], name: str) -> str | None:
-    return token_text(settings.get(f"{name}_token"))
-
-
 def _added(files: Mapping[str, Path], settings: Mapping[str, Any]) -> dict[str, int]:
     """Ids of tokens that came after the tokenizer's training."""
     found = read_json(files[_ADDED_FILE]) if _ADDED_FILE in files else {}
@@ -262,9 +254,9 @@ def _put_around(
 ) -> None:
     from tokenizers import processors
 
-    tokens = {}
+    tokens: dict[str, tuple[str, int]] = {}
     for key in around:
-        token = _token(settings, key)
+        token = token_text(settings.get(f"{key}_token"))
         if token is None and key in special_ids:
             token = tokenizer.id_to_token(special_ids[key])
         number = None if token is None else tokenizer.token_to_id(token)
@@ -272,7 +264,7 @@ def _put_around(
             raise InputError(f"add_{key}_token without a {key}_token", "a token of the tokenizer", _TRANSFORMERS)
         tokens[key] = (token, number)
     if tokens:
-        pattern = ["$A"]
-        pattern[:0] = [tokens["bos"][0]] if "bos" in tokens else []
-        pattern += [tokens["eos"][0]] if "eos" in tokens else []
-        tokenizer.post_processor = processors.TemplateProcessing(single=pattern, special_tokens=[*tokens.values()])
+        before, after = ([tokens[key][0]] if key in tokens else [] for key in ("bos", "eos"))
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*before, "$A", *after], special_tokens=[*tokens.values()]
+        )

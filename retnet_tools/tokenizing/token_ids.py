@@ -48,27 +48,17 @@ def choose_tokens(
         return ChosenTokens(embeddings, f"random embeddings, seed {seed}")
     if text is None:
         return ChosenTokens(random_tokens(vocab_size, RANDOM_ROWS, length, seed), f"random, seed {seed}")
-    return ChosenTokens(text_tokens(text, tokenizer_files, vocab_size, length), "from a text")
-
-
-def random_tokens(vocab_size: int, rows: int, length: int, seed: int) -> npt.NDArray[np.int64]:
-    """Uniform token ids `[rows, length]`, the same for the same seed."""
-    return np.random.default_rng(seed).integers(0, vocab_size, (rows, length), dtype=np.int64)
-
-
-def text_tokens(text: str, tokenizer_files: Iterable[Path], vocab_size: int, length: int) -> npt.NDArray[np.int64]:
-    """The first `length` tokens of a text, `[1, T]`.
-
-    Raises:
-        UsageError: no tokenizer among the files, a text without tokens, or one with a token that the model lacks.
-        InputError: a tokenizer that cannot be read.
-    """
     tokenizer = find_tokenizer(tokenizer_files, vocab_size).require("a text").tokenizer
     ids = tokenizer.encode(text).ids[:length]
     if not ids:
         raise UsageError("a text without tokens", "at least one token")
     check_vocabulary(ids, vocab_size, tokenizer)
-    return np.array([ids], dtype=np.int64)
+    return ChosenTokens(np.array([ids], dtype=np.int64), "from a text")
+
+
+def random_tokens(vocab_size: int, rows: int, length: int, seed: int) -> npt.NDArray[np.int64]:
+    """Uniform token ids `[rows, length]`, the same for the same seed."""
+    return np.random.default_rng(seed).integers(0, vocab_size, (rows, length), dtype=np.int64)
 
 
 def check_vocabulary(
@@ -80,13 +70,8 @@ def check_vocabulary(
     """Refuse a text with a token that the model does not have; a tokenizer may have more tokens than the embedding.
 
     Args:
-        ids: of the text.
-        vocab_size: of the model.
-        tokenizer: what made them of a text, to name the token.
-        error: the kind to raise.
-
-    Raises:
-        RetNetToolsError: an id that is none of 0 to `vocab_size` - 1.
+        tokenizer: what made the ids of a text, to name the token.
+        error: the kind to raise for an id that is none of 0 to `vocab_size` - 1.
     """
     wrong = next((int(i) for i in ids if not 0 <= i < vocab_size), None) if len(ids) else None
     if wrong is None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
 from retnet_tools.errors import InputError
-from retnet_tools.tokenizing.byte_level import END_OF_TEXT, byte_level_tokenizer, read_byte_level
+from retnet_tools.tokenizing.fairseq import END_OF_TEXT, byte_level_tokenizer, read_byte_level
 from retnet_tools.tokenizing.files import find_tokenizer
 
 TEXT = Path(__file__).parents[2] / "fixtures" / "shakespeare" / "calibration.txt"
