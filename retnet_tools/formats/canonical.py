@@ -8,12 +8,11 @@ from pathlib import Path
 from retnet_tools.config import RetNetConfig
 from retnet_tools.dtypes import FloatName
 from retnet_tools.errors import InputError
-from retnet_tools.formats.conversion import plan_conversion
+from retnet_tools.formats.conversion import DEFAULT_SHARD_SIZE, plan_conversion, write_checkpoint
 from retnet_tools.formats.mapping import check_layer_count
 from retnet_tools.formats.settings import Keys, Only
 from retnet_tools.formats.spec import CONFIG_FILE, FormatSpec, Reading, Source, Writing
 from retnet_tools.formats.storage import StoredTensors, planned
-from retnet_tools.formats.writer import DEFAULT_SHARD_SIZE, write_checkpoint
 from retnet_tools.progress import ByteProgress
 from retnet_tools.weights import Array, WeightSource, canonical_shapes
 
@@ -61,7 +60,7 @@ def write_canonical(
     if isinstance(weights, Mapping):
         weights = StoredTensors({name: planned(name, array) for name, array in weights.items()})
     plan = plan_conversion(config, weights, CANONICAL, dtype=dtype, max_shard_size=max_shard_size, copies=extra_files)
-    return write_checkpoint(path, plan.layout, force=force, progress=progress)
+    return write_checkpoint(path, plan, force=force, progress=progress)
 
 
 CANONICAL = FormatSpec(

@@ -1,7 +1,12 @@
-"""From canonical tensors to the layout of any format that can be written."""
+"""From canonical tensors to the layout of any format that can be written, and to the folder, one tensor at a time.
+
+The configuration appears last: a folder without it is no checkpoint, so an interrupted write never looks finished.
+"""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,17 +17,24 @@ import numpy as np
 
 from retnet_tools.config import RetNetConfig
 from retnet_tools.dtypes import NUMPY_DTYPES, FloatName, convert, parse_dtype
-from retnet_tools.errors import ConfigError, InputError, UsageError
+from retnet_tools.errors import ConfigError, InputError, OutputError, UsageError
 from retnet_tools.formats.mapping import expand_names, map_weights
 from retnet_tools.formats.provenance import provenance_section
+from retnet_tools.formats.safetensors_files import write_safetensors
 from retnet_tools.formats.settings import Settings
-from retnet_tools.formats.spec import AS_STORED, Checkpoint, FormatSpec, Source, Transform, Writing
+from retnet_tools.formats.spec import AS_STORED, CONFIG_FILE, SAFETENSORS_FILE, Checkpoint, FormatSpec, Source, Writing
 from retnet_tools.formats.storage import PlannedTensor, StoredTensors, planned
-from retnet_tools.formats.writer import DEFAULT_SHARD_SIZE, INDEX_FILE, CheckpointLayout, shard
+from retnet_tools.formats.torch_files import write_torch
+from retnet_tools.progress import ByteProgress
+from retnet_tools.staging import staged_folder
 from retnet_tools.tokenizing.carried import carried_text
 from retnet_tools.weights import Array, BlockSource, WeightSource, canonical_shapes, check_weights, read_blocks
 
 CARD_FILE = "README.md"
+INDEX_FILE = "model.safetensors.index.json"
+SHARD_PATTERN = "model-*-of-*.safetensors"
+DEFAULT_SHARD_SIZE = 5_000_000_000
+_OTHER_BYTES = 1 << 20
 SCHEDULES = ("decay", "rotary_frequencies")
 SCHEDULE_ROUNDING = 4 * 2.0**-23
 """Numbers closer than this, relatively, are one published schedule.
@@ -35,19 +47,35 @@ MAX_SHOWN = 30
 
 @dataclass(frozen=True)
 class Conversion:
-    """A conversion, ready to be written.
+    """What a checkpoint folder will hold, known before any tensor is read.
 
     Attributes:
-        layout: the files.
-        names: from each name in the files to the canonical tensor it holds; None for a buffer of the format.
+        weights: file name to its tensors; `.safetensors` or `.pt` by suffix.
+        documents: file name to JSON, the configuration last.
+        canonical: from each name in the files to the canonical tensor it holds; None for a buffer of the format.
         largest: bytes of the largest tensor, as read and as written; memory is bounded by their sum.
         notes: what the user should know about what is written.
+        texts: file name to what makes its text, such as a model card; called after the weights are written.
+        copies: files to copy under their own names.
     """
 
-    layout: CheckpointLayout
-    names: Mapping[str, str | None]
+    weights: Mapping[str, Sequence[PlannedTensor]]
+    documents: Mapping[str, Mapping[str, Any]]
+    canonical: Mapping[str, str | None]
     largest: tuple[int, int]
     notes: tuple[str, ...]
+    texts: Mapping[str, Callable[[], str]]
+    copies: Sequence[Path]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data; what shares storage counts once."""
+        return sum(t.nbytes for tensors in self.weights.values() for t in tensors if t.same_as is None)
+
+    @property
+    def files(self) -> list[str]:
+        """The names of all files, in the order in which they appear."""
+        return [*self.weights, *(file.name for file in self.copies), *self.texts, *self.documents]
 
 
 def plan_conversion(
@@ -88,9 +116,8 @@ def plan_conversion(
     else:
         files, index = {writing.weights_file: tensors}, None
     documents = {**({} if index is None else {INDEX_FILE: index}), writing.settings_file: writing.settings}
-    layout = CheckpointLayout(files, documents, texts or {}, copies)
     largest = max(weights.info(name).nbytes for name in weights.names()), max(tensor.nbytes for tensor in tensors)
-    return Conversion(layout, names, largest, notes)
+    return Conversion(files, documents, names, largest, notes, texts or {}, copies)
 
 
 def plan_checkpoint(
@@ -138,8 +165,9 @@ def _stored_tensors(
         transform = writing.transforms.get(template, AS_STORED)
         own = weights.info(canonical).dtype
         target = own if dtype is None else NUMPY_DTYPES[dtype]
-        read = partial(_blocks, weights, canonical, transform, target)
-        same = transform is AS_STORED and target == own
+        as_stored = transform is AS_STORED
+        read = partial(_blocks, weights, canonical, None if as_stored else transform.invert, target)
+        same = as_stored and target == own
         region = weights.region(canonical) if same and isinstance(weights, BlockSource) else None
         tensors.append(PlannedTensor(transform.stored_shape(shapes[canonical]), target, name, read, region))
         names[name] = canonical
@@ -153,12 +181,11 @@ def _stored_tensors(
     return tensors, names
 
 
-def _blocks(weights: WeightSource, canonical: str, transform: Transform, dtype: np.dtype[Any]) -> Iterator[Array]:
-    if transform is AS_STORED:
-        for block in read_blocks(weights, canonical):
-            yield convert(canonical, block, dtype)
-    else:
-        yield convert(canonical, transform.invert(weights.read(canonical)), dtype)
+def _blocks(
+    weights: WeightSource, name: str, invert: Callable[[Array], Array] | None, dtype: np.dtype[Any]
+) -> Iterator[Array]:
+    for block in read_blocks(weights, name) if invert is None else (invert(weights.read(name)),):
+        yield convert(name, block, dtype)
 
 
 def _check_reads_back(
@@ -197,3 +224,76 @@ def _differences(a: object, b: object, path: str = "") -> Iterator[tuple[str, ob
 def _lost(field: str, wanted: object, got: object) -> str:
     a, b = (f"{value:g}" if isinstance(value, float) else repr(value) for value in (wanted, got))
     return field if a == b or len(a + b) > MAX_SHOWN else f"{field} = {a} ({b})"
+
+
+def shard(tensors: Sequence[PlannedTensor], limit: int) -> tuple[dict[str, list[PlannedTensor]], dict[str, Any] | None]:
+    """Tensors in safetensors files of at most `limit` bytes of data, and the index if there are several files.
+
+    Raises:
+        UsageError: a limit below 1.
+    """
+    if limit < 1:
+        raise UsageError(f"max_shard_size is {limit}", "a positive number of bytes")
+    shards: list[list[PlannedTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    if len(shards) == 1:
+        return {SAFETENSORS_FILE: shards[0]}, None
+    files = {f"model-{i:05d}-of-{len(shards):05d}.safetensors": part for i, part in enumerate(shards, 1)}
+    weight_map = {tensor.name: file for file, part in files.items() for tensor in part}
+    total = sum(tensor.nbytes for tensor in tensors)
+    return files, {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+
+def write_checkpoint(path: Path, plan: Conversion, *, force: bool, progress: ByteProgress | None) -> list[Path]:
+    """Write a checkpoint folder; other files that are in it stay.
+
+    Memory: one block of a tensor (16 MB), or a whole one where its format transforms it.
+
+    Args:
+        progress: called with the bytes of each tensor once it is written.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UsageError: a checkpoint is there and `force` is not set.
+        OutputError: the path is no folder, or the disk is full; nothing new is left behind.
+        InputError: a tensor that cannot be read or does not fit its type.
+    """
+    if len(set(plan.files)) < len(plan.files):
+        raise OutputError("an extra file has the name of a file of the checkpoint", "another name", "rename it")
+    check_folder(path, plan, force=force)
+    *_, config = plan.documents
+    stale = [file.name for file in _present(path) if file.name not in plan.files]
+    with staged_folder(path, marker=config, required_bytes=plan.nbytes + _OTHER_BYTES, stale=stale) as folder:
+        for name, tensors in plan.weights.items():
+            write = write_safetensors if name.endswith(".safetensors") else write_torch
+            write(folder / name, tensors, progress)
+        for file in plan.copies:
+            shutil.copyfile(file, folder / file.name)
+        for name, make_text in plan.texts.items():
+            (folder / name).write_text(make_text(), encoding="utf-8")
+        for name, document in plan.documents.items():
+            (folder / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return [path / name for name in plan.files]
+
+
+def check_folder(path: Path, plan: Conversion, *, force: bool) -> None:
+    """Refuse a path that is a file, or where a checkpoint is and `force` is not set."""
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path} is a file", "a folder", "name another output")
+    if force or not path.is_dir():
+        return
+    for found in _present(path, plan.files):
+        raise UsageError(f"{found} exists already", action="name another output, or add --force to replace it")
+
+
+def _present(path: Path, names: Sequence[str] = ()) -> list[Path]:
+    named = [path / name for name in dict.fromkeys((CONFIG_FILE, SAFETENSORS_FILE, INDEX_FILE, *names))]
+    return [file for file in (*named, *sorted(path.glob(SHARD_PATTERN))) if file.exists()]

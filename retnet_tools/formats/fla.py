@@ -13,10 +13,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from retnet_tools.config import Activation, BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
-from retnet_tools.formats.inert import HUGGING_FACE
 from retnet_tools.formats.mapping import halves_to_pairs, row_range
 from retnet_tools.formats.schedules import floats, paper_log_decay, rope_frequencies
-from retnet_tools.formats.settings import Keys, Only, Settings, words
+from retnet_tools.formats.settings import HUGGING_FACE, Keys, Only, Settings, words
 from retnet_tools.formats.spec import FormatSpec, Reading, Source, Transform, Writing, in_layers, module_names
 from retnet_tools.formats.xatl import XATL_KEYS
 

@@ -14,11 +14,10 @@ import numpy as np
 
 from retnet_tools.config import BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
 from retnet_tools.errors import InputError
-from retnet_tools.formats.inert import TRAINING
 from retnet_tools.formats.mapping import TRANSPOSED, joined_heads
 from retnet_tools.formats.schedules import floats, language_model_gammas, read_xpos
-from retnet_tools.formats.settings import Keys, Settings, words
-from retnet_tools.formats.spec import FormatSpec, NameTable, Reading, Source, module_names
+from retnet_tools.formats.settings import TRAINING, Keys, Settings, words
+from retnet_tools.formats.spec import FormatSpec, Reading, Source, module_names
 from retnet_tools.formats.storage import StoredTensors
 
 ORIGIN = "Jamie-Stirling"
@@ -38,7 +37,7 @@ PROJECTIONS = {
     "retentions.{i}.W_G": "layers.{i}.retention.gate_proj.weight",
     "retentions.{i}.W_O": "layers.{i}.retention.out_proj.weight",
 }
-NAMES: NameTable = {
+NAMES = {
     **module_names({name: f"layers.{{i}}.{canonical}" for name, canonical in LAYER.items()}),
     **PROJECTIONS,
     SCALE: None,

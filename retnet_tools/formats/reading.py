@@ -17,7 +17,7 @@ from retnet_tools.formats.content import short_name
 from retnet_tools.formats.files import CONFIG_NAMES, CheckpointFiles
 from retnet_tools.formats.foreign import refuse_foreign
 from retnet_tools.formats.settings import Settings
-from retnet_tools.formats.spec import NO_DOCUMENT, Document, FormatSpec, Source
+from retnet_tools.formats.spec import Document, FormatSpec, Source
 from retnet_tools.formats.storage import StoredTensors
 
 INERT_TENSORS = frozenset({"n_averaged"})
@@ -94,7 +94,7 @@ def _choose_document(spec: FormatSpec, files: CheckpointFiles) -> Document:
         if spec.needs_settings:
             missing, action = f"no {spec.layout} configuration with {files.path.name}", "put it beside the weights"
             raise InputError(missing, spec.settings_words, f"{action}, or name it with --config")
-        return NO_DOCUMENT
+        return Document()
     if any(document.name in CONFIG_NAMES for document in found):
         found = [document for document in found if document.file is None or document.name in CONFIG_NAMES]
     first, *others = found
@@ -120,8 +120,8 @@ def _not_found(
     kinds = _kinds(names)
 
     def nearness(spec: FormatSpec) -> tuple[float, float]:
-        known = [len(spec.keys.known & document.values.keys()) / max(1, len(document.values)) for document in documents]
-        keyed = max(known, default=0.0)
+        known = spec.keys.read | spec.keys.inert | spec.keys.only.keys() | spec.keys.aliases.keys()
+        keyed = max((len(known & doc.values.keys()) / max(1, len(doc.values)) for doc in documents), default=0.0)
         return _named(spec, kinds) + keyed * _has_settings(spec, documents), keyed
 
     nearest = max(formats, key=nearness)

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from retnet_tools.config import RetNetConfig
@@ -30,7 +31,7 @@ from retnet_tools.weights import Array, WeightSource
 
 CONFIG_FILE, SAFETENSORS_FILE = "config.json", "model.safetensors"
 Shape = tuple[int, ...]
-Modules = Mapping[str, str | tuple[str, ...]]
+Modules = Mapping[str, Sequence[str]]
 NameTable = Mapping[str, str | tuple[str, ...] | None]
 
 
@@ -52,19 +53,18 @@ class Transform:
 AS_STORED = Transform(lambda shape: shape, lambda parts: parts[0])
 
 
-def in_layers(prefix: str, modules: Modules) -> dict[str, str | tuple[str, ...]]:
+def in_layers(prefix: str, modules: Modules) -> dict[str, Sequence[str]]:
     """The modules of one layer by their whole names, where those of all layers begin with a prefix and the number."""
     return {f"{prefix}.{{i}}.{name}": _each(to, lambda one: f"layers.{{i}}.{one}") for name, to in modules.items()}
 
 
 def module_names(modules: Modules) -> NameTable:
-    """The name table of modules by their stored and canonical names: of all weights, then of all biases."""
-    return {f"{name}.weight": _each(to, lambda one: f"{one}.weight") for name, to in modules.items()} | {
-        f"{name}.bias": _each(to, lambda one: f"{one}.bias") for name, to in modules.items()
-    }
+    """The name table of modules by their stored and canonical names, one or several: of all weights, then biases."""
+    weights = {f"{name}.weight": _each(to, lambda one: f"{one}.weight") for name, to in modules.items()}
+    return weights | {f"{name}.bias": _each(to, lambda one: f"{one}.bias") for name, to in modules.items()}
 
 
-def _each(names: str | tuple[str, ...], change: Callable[[str], str]) -> str | tuple[str, ...]:
+def _each(names: Sequence[str], change: Callable[[str], str]) -> str | tuple[str, ...]:
     return change(names) if isinstance(names, str) else tuple(map(change, names))
 
 
@@ -121,12 +121,12 @@ class Document(NamedTuple):
         name: of its file, or of its entry in the file of weights ("cfg.model").
     """
 
-    file: Path | None
-    name: str
-    values: Mapping[str, Any]
+    file: Path | None = None
+    name: str = ""
+    values: Mapping[str, Any] = MappingProxyType({})
 
 
-NO_DOCUMENT = Document(None, "", {})
+NO_DOCUMENT = Document()
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,7 @@ class FormatSpec:
     """A checkpoint format.
 
     Attributes:
-        name: as in `--from NAME`.
-        layout: what people call it.
+        name: as in `--from NAME`; `layout` is what people call it.
         keys: what its configuration may hold.
         is_settings: whether a document is its configuration.
         settings_words: what tells such a document, for errors.

@@ -15,9 +15,8 @@ import numpy as np
 
 from retnet_tools.config import BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreClamp, ScoreNormalization
 from retnet_tools.formats import torchscale_tensors as tensors
-from retnet_tools.formats.inert import HUGGING_FACE
 from retnet_tools.formats.mapping import is_tied
-from retnet_tools.formats.settings import Keys, Settings, words
+from retnet_tools.formats.settings import HUGGING_FACE, Keys, Settings, words
 from retnet_tools.formats.spec import FormatSpec, Reading, Source, Writing
 from retnet_tools.formats.torchscale import OWN_KEYS as TORCHSCALE_KEYS
 from retnet_tools.formats.torchscale import SYNCDOTH_KEYS

@@ -12,26 +12,16 @@ import numpy as np
 from retnet_tools.config import BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
 from retnet_tools.errors import InputError
 from retnet_tools.formats import schedules
-from retnet_tools.formats.inert import HUGGING_FACE
 from retnet_tools.formats.mapping import is_tied, row_range
-from retnet_tools.formats.settings import Keys, words
-from retnet_tools.formats.spec import (
-    FormatSpec,
-    Modules,
-    NameTable,
-    Reading,
-    Source,
-    Transform,
-    in_layers,
-    module_names,
-)
+from retnet_tools.formats.settings import HUGGING_FACE, Keys, words
+from retnet_tools.formats.spec import FormatSpec, Reading, Source, in_layers, module_names
 
 EMBEDDING, HEAD = "model.embedding.weight", "lm_head.weight"
 DECAY, SCALE = "model.blocks.{i}.msr.decay", "model.blocks.{i}.msr.xpos.scale"
 EPS = 1e-5
 SAME_GAMMAS = 1e-6
 QKV = tuple(f"retention.{name}_proj" for name in "qkv")
-LAYER: Modules = {
+LAYER = {
     "msr.qkv": QKV,
     "msr.gated": "retention.gate_proj",
     "msr.proj": "retention.out_proj",
@@ -40,11 +30,8 @@ LAYER: Modules = {
     "ln1": "retention_norm",
     "ln2": "ffn_norm",
 }
-NAMES: NameTable = {
-    **module_names({"model.embedding": "embedding", "lm_head": "lm_head", **in_layers("model.blocks", LAYER)}),
-    DECAY: None,
-    SCALE: None,
-}
+MODULES = {"model.embedding": "embedding", "lm_head": "lm_head", **in_layers("model.blocks", LAYER)}
+NAMES = {**module_names(MODULES), DECAY: None, SCALE: None}
 KEYS = Keys(
     read=words(
         """
@@ -58,10 +45,12 @@ KEYS = Keys(
 
 def _read(source: Source) -> Reading:
     config, flag = resolve(source), source.settings.flag
-    sizes, transforms = (config.key_dim, config.key_dim, config.value_dim), dict[str, Transform]()
-    for i, name in enumerate(QKV):
-        rows = row_range(sum(sizes[:i]), sizes[i], sum(sizes))
-        transforms |= {f"layers.{{i}}.{name}.{part}": rows for part in ("weight", "bias")}
+    sizes = (config.key_dim, config.key_dim, config.value_dim)
+    transforms = {
+        f"layers.{{i}}.{name}.{part}": row_range(sum(sizes[:i]), sizes[i], sum(sizes))
+        for i, name in enumerate(QKV)
+        for part in ("weight", "bias")
+    }
     # The biases that this model does not have, where others of its projections have one.
     zero = ["retention.gate_proj"]
     zero += [] if flag("use_bias_in_msr", False) else QKV
@@ -78,29 +67,26 @@ def resolve(source: Source) -> RetNetConfig:
     """
     settings, stored = source.settings, source.stored
     heads, key_dim = settings.size("num_heads", 8), settings.size("qk_dim", 2048)
-    value_dim, layers = settings.size("v_dim", 4096), settings.size("num_layers", 24)
+    value_dim, ffn_dim = settings.size("v_dim", 4096), settings.size("ffn_proj_size", 4096)
     for name, size in (("qk_dim", key_dim), ("v_dim", value_dim)):
         if size % heads:
             raise settings.wrong(name, size, f"a multiple of num_heads = {heads}")
-    decay, key_decay = _decay(source, heads), schedules.read_xpos(source, SCALE, key_dim)
     # Made at each call, in the dtype that torch defaults to.
     frequencies = 10000.0 ** -(np.arange(key_dim // 2) / (key_dim // 2))
     return RetNetConfig(
         vocab_size=settings.size("vocab_size", 50257),
         hidden_size=settings.size("hidden_size", 2048),
-        num_layers=layers,
+        num_layers=settings.size("num_layers", 24),
         num_heads=heads,
         key_dim=key_dim,
         value_dim=value_dim,
-        decay=decay,
-        key_decay=key_decay,
+        decay=_decay(source, heads),
+        key_decay=schedules.read_xpos(source, SCALE, key_dim),
         rotary_frequencies=schedules.floats(frequencies),
         score_normalization=ScoreNormalization((key_dim // heads) ** -0.5, by_decay=False, clamp="none"),
         head_norm=HeadNorm("layer", EPS),
         block_norm=BlockNorm("layer", EPS, bias=True),
-        feed_forward=FeedForward(
-            "plain", settings.size("ffn_proj_size", 4096), "gelu", bias=settings.flag("use_bias_in_mlp", True)
-        ),
+        feed_forward=FeedForward("plain", ffn_dim, "gelu", bias=settings.flag("use_bias_in_mlp", True)),
         final_norm=False,
         projection_bias=settings.flag("use_bias_in_msr", False) or settings.flag("use_bias_in_msr_out", False),
         tie_word_embeddings=settings.flag("tie_word_embeddings", is_tied(stored, HEAD, EMBEDDING)),

@@ -7,15 +7,14 @@ strictly: buffers are stored too, and a tied output projection under both names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from retnet_tools.config import BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreClamp, ScoreNormalization
 from retnet_tools.errors import InputError
 from retnet_tools.formats import torchscale_tensors as tensors
-from retnet_tools.formats.inert import FAIRSEQ
 from retnet_tools.formats.mapping import stored_name
-from retnet_tools.formats.settings import Keys, Only, Settings, words
+from retnet_tools.formats.settings import FAIRSEQ, Keys, Only, Settings, words
 from retnet_tools.formats.spec import FormatSpec, Reading, Source, Writing
 from retnet_tools.formats.storage import StoredTensors
 from retnet_tools.formats.torchscale_tensors import EMBEDDING, FINAL_NORM, HEAD, RELEASES, Release
@@ -210,16 +209,13 @@ def _write(config: RetNetConfig, assumed_clamp: bool) -> Writing:
     )
 
 
-def _is_settings(document: Mapping[str, Any]) -> bool:
-    sizes = {"decoder_embed_dim", "decoder_retention_heads"}
-    return sizes <= document.keys() and not SYNCDOTH_KEYS & document.keys()
-
-
 TORCHSCALE = FormatSpec(
     name="torchscale",
     layout="torchscale",
     keys=KEYS,
-    is_settings=_is_settings,
+    is_settings=lambda document: (
+        {"decoder_embed_dim", "decoder_retention_heads"} <= document.keys() and not SYNCDOTH_KEYS & document.keys()
+    ),
     settings_words="decoder_embed_dim and decoder_retention_heads",
     marks=("layers.0.retention.q_proj.weight", EMBEDDING),
     names={**tensors.decoder_names("glu"), **tensors.decoder_names("plain"), "version": None},

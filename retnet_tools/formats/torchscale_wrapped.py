@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from retnet_tools.config import BlockNorm
-from retnet_tools.formats.inert import HUGGING_FACE
-from retnet_tools.formats.settings import Keys, Only, Settings, words
+from retnet_tools.formats.settings import HUGGING_FACE, Keys, Only, Settings, words
 from retnet_tools.formats.spec import FormatSpec, Reading, Source
 from retnet_tools.formats.torchscale import KEYS, TIED, TORCHSCALE, read_decoder
 

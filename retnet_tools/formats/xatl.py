@@ -17,10 +17,9 @@ import numpy as np
 from retnet_tools.config import Activation, BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
 from retnet_tools.formats import schedules
 from retnet_tools.formats import torchscale_tensors as tensors
-from retnet_tools.formats.inert import HUGGING_FACE
 from retnet_tools.formats.mapping import head_part
-from retnet_tools.formats.settings import Keys, Only, Settings, words
-from retnet_tools.formats.spec import FormatSpec, Modules, Reading, Source, in_layers, module_names
+from retnet_tools.formats.settings import HUGGING_FACE, Keys, Only, Settings, words
+from retnet_tools.formats.spec import FormatSpec, Reading, Source, in_layers, module_names
 
 ANGLES, DECAYS = "model.retnet_rel_pos.angle", "model.retnet_rel_pos.decay"
 QKV = tuple(f"retention.{name}_proj" for name in "qkv")
@@ -30,7 +29,7 @@ LIT_ROOT = {
     "transformer.ln_f": "final_norm",
     "lm_head": "lm_head",
 }
-LIT_LAYER: Modules = {
+LIT_LAYER = {
     "norm_1": "retention_norm",
     "attn.reten": QKV,
     "attn.gate_proj": "retention.gate_proj",
@@ -49,20 +48,12 @@ HEAD_NORM = module_names(in_layers("model.layers", {"retention.group_norm": "ret
 NAMES = {kind: {**tensors.decoder_names(kind, "model.", "lm_head"), **HEAD_NORM} for kind in LIT_NAMES}
 ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "gelu_new": "gelu_tanh", "swish": "silu", "relu": "relu"}
 IGNORED_BY_KERNELS = ("use_lm_decay", "retnet_stability_update")
-XATL_KEYS = words(
-    """
-    groupnorm_affine hybrid_attention_layers lm_head_bias parallel_residual retnet_bottleneck retnet_stability_update
-    rotary_percentage shared_attention_norm
-    """
+OWN_KEYS = words(
+    "groupnorm_affine lm_head_bias parallel_residual retnet_stability_update rotary_percentage shared_attention_norm"
 )
+XATL_KEYS = OWN_KEYS | {"hybrid_attention_layers", "retnet_bottleneck"}
 KEYS = Keys(
-    read=tensors.KEYS
-    | words(
-        """
-        groupnorm_affine lm_head_bias parallel_residual retnet_stability_update rotary_percentage shared_attention_norm
-        tie_word_embeddings use_bias use_glu use_lm_decay use_rms_norm
-        """
-    ),
+    read=tensors.KEYS | OWN_KEYS | words("tie_word_embeddings use_bias use_glu use_lm_decay use_rms_norm"),
     only={
         "retnet_bottleneck": Only((0,), "no bottleneck behind the head norm"),
         "hybrid_attention_layers": Only(([],), "retention in every layer"),

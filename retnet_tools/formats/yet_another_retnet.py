@@ -12,10 +12,9 @@ from collections.abc import Mapping
 
 from retnet_tools.config import Activation, BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
 from retnet_tools.errors import InputError
-from retnet_tools.formats.inert import TRAINING
 from retnet_tools.formats.schedules import name_of_all, read_angles
-from retnet_tools.formats.settings import Keys, Settings, words
-from retnet_tools.formats.spec import FormatSpec, NameTable, Reading, Source, in_layers, module_names
+from retnet_tools.formats.settings import TRAINING, Keys, Settings, words
+from retnet_tools.formats.spec import FormatSpec, Reading, Source, in_layers, module_names
 from retnet_tools.paper import language_model_decay
 
 ORIGIN = "yet-another-retnet"
@@ -33,7 +32,7 @@ LAYER = {
     "linear2": "ffn.down_proj",
 }
 MODULES = {"embedding": "embedding", "out": "lm_head", **in_layers("decoder.layers", LAYER)}
-NAMES: NameTable = {**module_names(MODULES), ANGLES: None}
+NAMES = {**module_names(MODULES), ANGLES: None}
 UNTOLD = ("activation", "norm_first", "layer_norm_eps")
 
 

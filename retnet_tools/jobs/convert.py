@@ -70,8 +70,7 @@ def convert(request: ConvertRequest, progress: Progress = no_progress) -> Conver
     """
     from retnet_tools.dtypes import parse_dtype
     from retnet_tools.formats import writable_format
-    from retnet_tools.formats.conversion import plan_checkpoint
-    from retnet_tools.formats.writer import write_checkpoint
+    from retnet_tools.formats.conversion import plan_checkpoint, write_checkpoint
 
     checkpoint = request.source().open()
     plan = plan_checkpoint(
@@ -81,6 +80,6 @@ def convert(request: ConvertRequest, progress: Progress = no_progress) -> Conver
         max_shard_size=parse_size(request.max_shard_size),
     )
     if not request.dry_run:
-        told = in_megabytes(progress, "convert", plan.layout.nbytes)
-        write_checkpoint(Path(request.output), plan.layout, force=request.force, progress=told)
+        told = in_megabytes(progress, "convert", plan.nbytes)
+        write_checkpoint(Path(request.output), plan, force=request.force, progress=told)
     return ConvertResult(request, checkpoint, plan)

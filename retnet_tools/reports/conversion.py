@@ -11,7 +11,7 @@ from retnet_tools.jobs.convert import ConvertResult
 def conversion_document(result: ConvertResult) -> dict[str, Any]:
     """The conversion as a JSON document; sizes in bytes."""
     request, plan = result.request, result.conversion
-    files = plan.layout.weights
+    files = plan.weights
     return {
         "schema_version": 1,
         "request": request.to_dict(),
@@ -19,14 +19,14 @@ def conversion_document(result: ConvertResult) -> dict[str, Any]:
         "output": str(request.output),
         "source_format": result.checkpoint.format,
         "target_format": request.to,
-        "tensor_bytes": plan.layout.nbytes,
+        "tensor_bytes": plan.nbytes,
         "memory_bytes": sum(plan.largest),
         "files": {name: sum(t.nbytes for t in tensors if t.same_as is None) for name, tensors in files.items()},
-        "other_files": [name for name in plan.layout.names if name not in files],
+        "other_files": [name for name in plan.files if name not in files],
         "tensors": [
             {
                 "name": tensor.name,
-                "canonical": plan.names[tensor.name],
+                "canonical": plan.canonical[tensor.name],
                 "shape": list(tensor.shape),
                 "dtype": tensor.dtype.name,
             }

@@ -11,8 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from retnet_tools.formats import writable_format
-from retnet_tools.formats.conversion import plan_conversion
-from retnet_tools.formats.writer import write_checkpoint
+from retnet_tools.formats.conversion import plan_conversion, write_checkpoint
 from tests.helpers import BASE, MemorySource, random_source
 
 END, OTHER_END = 38, 7
@@ -31,7 +30,7 @@ def ending(source: MemorySource) -> MemorySource:
 def write_model(folder: Path, target: str = "syncdoth", *, config: dict[str, Any] | None = None, **files: Any) -> Path:
     """A checkpoint; `config` goes into its config.json, `files` beside it."""
     plan = plan_conversion(BASE, ending(random_source(BASE, 1)), writable_format(target))
-    write_checkpoint(folder, plan.layout, force=False, progress=None)
+    write_checkpoint(folder, plan, force=False, progress=None)
     if config:
         document = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(document | config))

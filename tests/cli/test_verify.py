@@ -10,8 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from retnet_tools.config import BlockNorm, HeadNorm
 from retnet_tools.formats import writable_format
 from retnet_tools.formats.canonical import write_canonical
-from retnet_tools.formats.conversion import plan_conversion
-from retnet_tools.formats.writer import write_checkpoint
+from retnet_tools.formats.conversion import plan_conversion, write_checkpoint
 from tests.helpers import ABLATIONS, BASE, random_source
 
 SHORT = ("--tokens", 20, "--chunk-size", 6, "--threads", 1)
@@ -141,7 +140,7 @@ def untold(tmp_path_factory):
     path = tmp_path_factory.mktemp("verify") / "untold"
     config = replace(BASE.with_head_norm_eps(1e-4), block_norm=BlockNorm("rms", 1e-4))
     plan = plan_conversion(config, random_source(config, 1), writable_format("syncdoth"))
-    write_checkpoint(path, plan.layout, force=False, progress=None)
+    write_checkpoint(path, plan, force=False, progress=None)
     settings = json.loads((path / "config.json").read_text())
     assert settings.pop("score_clamp") == "sum_of_abs"
     (path / "config.json").write_text(json.dumps(settings))

@@ -17,9 +17,8 @@ import retnet_tools.formats as formats
 from retnet_tools.config import BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
 from retnet_tools.errors import InputError
 from retnet_tools.formats import open_checkpoint
-from retnet_tools.formats.inert import TRAINING
 from retnet_tools.formats.mapping import row_range
-from retnet_tools.formats.settings import Keys, Settings, words
+from retnet_tools.formats.settings import TRAINING, Keys, Settings, words
 from retnet_tools.formats.spec import FormatSpec, Reading, Source, in_layers, module_names
 from retnet_tools.formats.storage import StoredTensors
 from retnet_tools.jobs.convert import ConvertRequest, convert

@@ -17,11 +17,10 @@ from hypothesis import strategies as st
 from retnet_tools.config import BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
 from retnet_tools.errors import InputError, UsageError
 from retnet_tools.formats import FORMATS, open_checkpoint, writable_format
-from retnet_tools.formats.conversion import plan_checkpoint, plan_conversion
+from retnet_tools.formats.conversion import plan_checkpoint, plan_conversion, write_checkpoint
 from retnet_tools.formats.files import CheckpointFiles
 from retnet_tools.formats.schedules import floats, paper_log_decay, rope_frequencies
 from retnet_tools.formats.spec import Writing
-from retnet_tools.formats.writer import write_checkpoint
 from retnet_tools.model.retention import FORMS
 from retnet_tools.model.retnet import load_model
 from retnet_tools.weights import WeightSource
@@ -33,7 +32,7 @@ WRITABLE = [spec.name for spec in FORMATS if spec.write is not None]
 
 def convert(config: RetNetConfig, weights: WeightSource, target: str, out: Path, **options: object) -> Path:
     plan = plan_conversion(config, weights, writable_format(target), **options)
-    write_checkpoint(out, plan.layout, force=True, progress=None)
+    write_checkpoint(out, plan, force=True, progress=None)
     return out
 
 
@@ -136,7 +135,7 @@ def test_schedules_that_float32_rounds_are_written_to_fla_and_noted(head_k_dim: 
     source = random_source(config, seed=7)
     canonical = open_checkpoint(convert(config, source, "canonical", tmp_path / "in"))
     plan = plan_checkpoint(canonical, writable_format("fla"), dtype=None, max_shard_size=10**9)
-    write_checkpoint(tmp_path / "out", plan.layout, force=False, progress=None)
+    write_checkpoint(tmp_path / "out", plan, force=False, progress=None)
     notes = [f"fla computes {name} in float32" for name in ("decay", "rotary_frequencies")]
     assert [note[: len(start)] for note, start in zip(plan.notes, notes, strict=True)] == notes
     card = (tmp_path / "out" / "README.md").read_text()
@@ -207,7 +206,7 @@ def test_an_assumed_clamp_stays_assumed(target: str, source: str, tmp_path: Path
     original = open_checkpoint(CONFORMANCE / source)
     assert original.assumed_clamp
     plan = plan_checkpoint(original, writable_format(target), dtype=None, max_shard_size=10**9)
-    write_checkpoint(tmp_path / "out", plan.layout, force=False, progress=None)
+    write_checkpoint(tmp_path / "out", plan, force=False, progress=None)
     back = open_checkpoint(tmp_path / "out")
     assert (back.assumed_clamp, back.config) == (True, original.config)
     assert open_checkpoint(tmp_path / "out", clamp="abs_of_sum").config.score_normalization.clamp == "abs_of_sum"
@@ -217,7 +216,7 @@ def test_an_assumed_clamp_is_said_in_the_card(tmp_path: Path) -> None:
     original = open_checkpoint(CONFORMANCE / "sd_base_gelu" / "hf_safetensors")
     assert original.assumed_clamp
     plan = plan_checkpoint(original, writable_format("canonical"), dtype=None, max_shard_size=10**9)
-    write_checkpoint(tmp_path / "out", plan.layout, force=False, progress=None)
+    write_checkpoint(tmp_path / "out", plan, force=False, progress=None)
     assert any("sum_of_abs is assumed" in note for note in plan.notes)
     assert "sum_of_abs is assumed" in (tmp_path / "out" / "README.md").read_text()
 
@@ -384,7 +383,7 @@ def test_card_licences_and_tokenizer_travel(tmp_path: Path) -> None:
     (source / "generation_config.json").write_text('{"eos_token_id": 1}')
     checkpoint = open_checkpoint(source)
     plan = plan_checkpoint(checkpoint, writable_format("torchscale"), dtype=None, max_shard_size=10**9)
-    write_checkpoint(tmp_path / "out", plan.layout, force=False, progress=None)
+    write_checkpoint(tmp_path / "out", plan, force=False, progress=None)
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("# My model\n")
     assert "## Provenance" in card
