@@ -49,7 +49,7 @@ class FusedOps(StandardOps):
     def linear_blocked(self, g: GraphBuilder, x: Value, matrix: BlockedMatrix, bias: Value | None) -> Value:
         """MatMulNBits."""
         (rows, columns), format = matrix.shape, matrix.format
-        shape = (rows, matrix.blocks, format.block_size * format.bits // 8)
+        shape = (rows, matrix.blocks, format.type.packed_bytes(format.block_size))
         inputs = [x, matrix.part("codes", "rows", "uint8", shape), matrix.scales("rows"), *_zero_points(matrix)]
         if bias is not None:
             inputs += [None] * (5 - len(inputs)) + [bias]
@@ -68,7 +68,7 @@ class FusedOps(StandardOps):
         """GatherBlockQuantized, which reads a row with what fills up its last block."""
         (rows, columns), format = matrix.shape, matrix.format
         width = matrix.blocks * format.block_size
-        codes = matrix.view("codes", "rows", "uint8", (rows, width * format.bits // 8))
+        codes = matrix.view("codes", "rows", "uint8", (rows, format.type.packed_bytes(width)))
         x = g.op(
             "GatherBlockQuantized",
             *(codes, ids, matrix.scales("rows"), *_zero_points(matrix)),
@@ -105,7 +105,7 @@ def _zero_points(matrix: BlockedMatrix) -> list[Value | None]:
     """As MatMulNBits and GatherBlockQuantized read them; none where they are the middle."""
     if matrix.format.symmetric:
         return []
-    shape = (matrix.shape[0], -(-matrix.blocks * matrix.format.bits // 8))
+    shape = (matrix.shape[0], matrix.format.type.packed_bytes(matrix.blocks))
     return [matrix.part("zero_points", "rows", "uint8", shape)]
 
 

@@ -133,7 +133,7 @@ def blocked_rows(g: GraphBuilder, matrix: BlockedMatrix, ids: Value) -> list[Val
 
 def stored_integer(format: BlockFormat) -> str:
     """The type of codes stored by columns: symmetric ones are signed, and need no zero point."""
-    return f"{'' if format.symmetric else 'u'}int{format.bits}"
+    return f"{'' if format.symmetric else 'u'}{format.type.element}"
 
 
 def _column_values(g: GraphBuilder, matrix: Value, ids: Value) -> Value:
@@ -143,18 +143,20 @@ def _column_values(g: GraphBuilder, matrix: Value, ids: Value) -> Value:
 
 def _integers(g: GraphBuilder, matrix: BlockedMatrix, part: PartName, rows: int, ids: Value) -> Value:
     """Columns `ids` of a part `[rows, N]`, as `[B, T, rows]` of a byte each."""
-    columns, kind = matrix.shape[0], stored_integer(matrix.format)
-    if matrix.format.bits == 8:
+    columns, kind, bits = matrix.shape[0], stored_integer(matrix.format), matrix.format.bits
+    if ELEMENT_TYPES[kind].itemsize >= 1:
         return _column_values(g, matrix.view(part, "columns", kind, (rows, columns)), ids)
-    # Gather knows no types below a byte. Two codes share one, row after row: where N is odd, across rows.
-    pairs = matrix.view(part, "columns", "uint8", (-(-rows * columns // 2),))
+    # Gather knows no types below a byte. Some codes share one, row after row: where N is odd, across rows.
+    packed = matrix.view(part, "columns", "uint8", (matrix.format.type.packed_bytes(rows * columns),))
     starts = g.constant(f"starts_{rows}_{columns}", np.arange(rows, dtype=np.int64) * columns)
     place = g.op("Add", g.op("Unsqueeze", ids, g.integers(-1)), starts)  # [B, T] -> [B, T, rows]
-    two, sixteen = g.int64("int64_2", 2), g.int64("int64_16", 16)
-    byte = g.cast(g.op("Gather", pairs, g.op("Div", place, two)), "uint8", "int64")
-    # The low half at even places. In whole numbers, since CUDA has no kernels for bits.
-    unit = g.op("Gather", g.integers(1, 16), g.op("Mod", place, two))
-    code = g.op("Mod", g.op("Div", byte, unit), sixteen)
+    count, end = (g.int64(f"int64_{n}", n) for n in (8 // bits, 1 << bits))
+    byte = g.cast(g.op("Gather", packed, g.op("Div", place, count)), "uint8", "int64")
+    # The low bits come first. In whole numbers, since CUDA has no kernels for bits.
+    unit = g.op("Gather", g.integers(*(1 << bit for bit in range(0, 8, bits))), g.op("Mod", place, count))
+    code = g.op("Mod", g.op("Div", byte, unit), end)
     if not matrix.format.symmetric:
         return g.cast(code, "int64", "uint8")
-    return g.op("Gather", g.constant("signed_4_bits", np.array([*range(8), *range(-8, 0)], dtype=np.int8)), code)
+    middle = matrix.format.middle
+    signed = np.array([*range(middle), *range(-middle, 0)], dtype=np.int8)
+    return g.op("Gather", g.constant(f"signed_{bits}_bits", signed), code)
