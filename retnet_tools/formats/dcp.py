@@ -76,11 +76,9 @@ class ChunkedTensor(LazyTensor):
             raise InputError(found, "a chunk of it", "fetch it again")
         location = content.locate(self.name, content.tree)
         if (location.shape, location.dtype) != (chunk.sizes, self.dtype):
-            raise InputError(
-                f"{chunk.file.name} holds {location.dtype} {list(location.shape)} for a chunk of {self.name[:60]!r}",
-                f"{self.dtype} {list(chunk.sizes)}, as .metadata says",
-                "fetch it again",
-            )
+            found = f"{location.dtype} {list(location.shape)} for a chunk of {self.name[:60]!r}"
+            expected = f"{self.dtype} {list(chunk.sizes)}, as .metadata says"
+            raise InputError(f"{chunk.file.name} holds {found}", expected, "fetch it again")
         return location
 
     def _rows(self, start: int, count: int) -> Array:

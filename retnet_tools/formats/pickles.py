@@ -170,15 +170,9 @@ class _Machine:
 
 
 def _pairs(items: list[Any]) -> dict[Any, Any]:
-    names = [name if type(name) is str else _key(name) for name in items[::2]]
+    """Keys and values in turn, as a dict; nested tuples take exponential time to hash: each is a key of its own."""
+    names = [name if isinstance(name, SIMPLE_KEYS) else Shell("key") for name in items[::2]]
     return dict(zip(names, items[1::2], strict=True))
-
-
-def _key(value: Any) -> Any:
-    """A key that is cheap to hash: nested tuples take exponential time, so that they become keys of their own."""
-    parts = value if isinstance(value, tuple) else ()
-    cheap = all(isinstance(part, str | int | float | bool | None) for part in parts)
-    return value if cheap and isinstance(value, (tuple, *SIMPLE_KEYS)) else Shell("key")
 
 
 def _integer(text: str) -> Any:

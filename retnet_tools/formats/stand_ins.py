@@ -64,10 +64,8 @@ OPAQUE = words(
     torch.distributed.fsdp.api.StateDictType
     """
 )
-TENSOR_CLASSES = frozenset(
-    {"torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
-)
-QUANTIZERS = frozenset({"torchao", "hqq", "bitsandbytes", "optimum", "quanto", "compressed_tensors"})
+TENSOR_CLASSES = words("torch.Tensor torch._tensor.Tensor torch.nn.parameter.Parameter torch.nn.parameter.Buffer")
+QUANTIZERS = words("torchao hqq bitsandbytes optimum quanto compressed_tensors")
 MAX_DIMENSIONS = 64
 NUMBER_CODES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
 
@@ -187,6 +185,10 @@ def _mapping(*arguments: Any) -> Any:
     return made
 
 
+def _first(*arguments: Any) -> Any:
+    return arguments[0] if arguments else []
+
+
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> TensorView | StrangeTensor:
     if isinstance(storage, StrangeTensor):
         return storage
@@ -254,12 +256,8 @@ def _numpy_scalar(dtype: Any = None, data: Any = None, *_: Any) -> Any:
     if isinstance(data, Shell) and data.kind == "_codecs.encode":  # protocol 2 spells bytes as text
         text = data.arguments[0]
         data = text.encode("latin1", "replace") if isinstance(text, str) and len(text) <= 8 else None
-    size = int(code[1:])
-    return (
-        np.frombuffer(data, f"<{code}").item()
-        if isinstance(data, bytes) and len(data) == size
-        else Shell("numpy.generic")
-    )
+    whole = isinstance(data, bytes) and len(data) == int(code[1:])
+    return np.frombuffer(data, f"<{code}").item() if whole else Shell("numpy.generic")
 
 
 def _shell(kind: str) -> Callable[..., Shell]:
@@ -270,15 +268,12 @@ def _strange(kind: str) -> Callable[..., StrangeTensor]:
     return lambda *_: StrangeTensor(kind)
 
 
-MAPPINGS = frozenset({"collections.OrderedDict", "collections.defaultdict", "collections.Counter", "builtins.dict"})
+MAPPINGS = words("collections.OrderedDict collections.defaultdict collections.Counter builtins.dict")
 CALLS: dict[str, Callable[..., Any]] = {
     **{name: _shell(name) for name in OPAQUE},
     **dict.fromkeys(MAPPINGS, _mapping),
     **dict.fromkeys(TENSOR_CLASSES, _parameter),
-    **dict.fromkeys(
-        ("builtins.set", "builtins.frozenset", "builtins.list", "builtins.tuple"),
-        lambda *items: items[0] if items else [],
-    ),
+    **dict.fromkeys(words("builtins.set builtins.frozenset builtins.list builtins.tuple"), _first),
     "builtins.getattr": _attribute,
     "copyreg._reconstructor": _reconstructed,
     "copyreg.__newobj__": lambda kind, *arguments: new_object(kind, arguments),

@@ -70,11 +70,9 @@ class TorchFile:
         item_size = _item_size(storage.dtype)
         held = storage.numel * item_size // dtype.itemsize
         if math.prod(tensor.shape) > max(held, EXPANDED_BYTES // dtype.itemsize):
-            raise InputError(
-                f"{short_name(self._path)} has a tensor of shape {list(tensor.shape)} in a storage of {held} elements",
-                "an element of its own for each",
-                "save contiguous tensors",
-            )
+            found = f"a tensor of shape {list(tensor.shape)} in a storage of {held} elements"
+            expected = "an element of its own for each"
+            raise InputError(f"{short_name(self._path)} has {found}", expected, "save contiguous tensors")
         start = self._find(storage) + storage.start * item_size + tensor.offset * dtype.itemsize
         location = TensorLocation(tuple(tensor.shape), dtype, self._path, start, tuple(tensor.strides))
         if tensor.offset + location.span > held:
