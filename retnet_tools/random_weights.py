@@ -8,7 +8,7 @@ from functools import cache
 
 import numpy as np
 
-from retnet_tools.weights import Array, FileRegion, TensorInfo
+from retnet_tools.weights import Array, TensorInfo, WeightSource
 
 PERIOD = 4_194_301
 """Numbers that are drawn (16 MB). A prime, so that rows of a matrix do not repeat."""
@@ -32,7 +32,7 @@ def _run() -> Array:
     return np.random.default_rng(0).standard_normal(PERIOD, dtype=np.float32)
 
 
-class RandomWeights:
+class RandomWeights(WeightSource):
     """A `WeightSource` of float32 tensors that are made when they are read, from one run of random numbers.
 
     Matrices `[out, in]` are N(0, 1/in), norm weights N(1, 0.01), biases N(0, 0.01). Every tensor starts elsewhere in
@@ -65,10 +65,6 @@ class RandomWeights:
         count = max(1, _BLOCK_BYTES // (4 * math.prod(shape[1:])))
         for first in range(0, shape[0], count):
             yield self._rows(name, first, min(count, shape[0] - first))
-
-    def region(self, name: str) -> FileRegion | None:
-        """None: the tensor lies nowhere."""
-        return None
 
     def _rows(self, name: str, first: int, count: int) -> Array:
         width = math.prod(self._shapes[name][1:])

@@ -6,10 +6,11 @@ Linear weights are stored `[out, in]` (y = x W^T), as torch does. Rows of q and 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,26 +34,6 @@ class TensorInfo:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
-class WeightSource(Protocol):
-    """Tensors by name, read one at a time.
-
-    `read` returns an array that the caller owns; nothing is kept, so memory is bounded by the tensors the caller
-    holds (plus the one being read).
-    """
-
-    def names(self) -> Iterable[str]:
-        """Names of all tensors."""
-        ...
-
-    def info(self, name: str) -> TensorInfo:
-        """Shape and dtype, without reading the data."""
-        ...
-
-    def read(self, name: str) -> Array:
-        """The tensor's data (bfloat16 as `ml_dtypes.bfloat16`)."""
-        ...
-
-
 class FileRegion(NamedTuple):
     """Bytes that lie together in a file."""
 
@@ -61,29 +42,36 @@ class FileRegion(NamedTuple):
     nbytes: int
 
 
-@runtime_checkable
-class BlockSource(Protocol):
-    """A `WeightSource` that can also give a tensor piece by piece, so that memory is bounded by a block."""
+class WeightSource(ABC):
+    """Tensors by name, read one at a time.
+
+    `read` returns an array that the caller owns; nothing is kept, so memory is bounded by the tensors the caller
+    holds (plus the one being read).
+    """
+
+    @abstractmethod
+    def names(self) -> Iterable[str]:
+        """Names of all tensors."""
+
+    @abstractmethod
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype, without reading the data."""
+
+    @abstractmethod
+    def read(self, name: str) -> Array:
+        """The tensor's data (bfloat16 as `ml_dtypes.bfloat16`)."""
 
     def blocks(self, name: str) -> Iterator[Array]:
-        """The tensor in pieces along its first axis, each contiguous and owned by the caller."""
-        ...
+        """The tensor in pieces along its first axis, each contiguous and owned by the caller; here in one."""
+        yield self.read(name)
 
     def region(self, name: str) -> FileRegion | None:
         """Where the tensor's own bytes lie, in order and in its dtype; None where they do not."""
-        ...
+        return None
 
 
-def read_blocks(source: WeightSource, name: str) -> Iterator[Array]:
-    """A tensor in pieces along its first axis where the source can do that, else whole."""
-    if isinstance(source, BlockSource):
-        yield from source.blocks(name)
-    else:
-        yield source.read(name)
-
-
-class FiniteWeights:
-    """The tensors of another source; one that holds NaN or infinities is refused when it is read.
+class FiniteWeights(WeightSource):
+    """The tensors of another source; one that holds NaN or infinities is refused when it, or its piece, is read.
 
     Memory: what the source gives, and a byte for each of its elements.
     """
@@ -100,25 +88,12 @@ class FiniteWeights:
         return self._source.info(name)
 
     def read(self, name: str) -> Array:
-        """The tensor's data.
-
-        Raises:
-            InputError: a value that is NaN or infinite.
-        """
+        """The tensor's data."""
         return _finite(name, self._source.read(name))
 
     def blocks(self, name: str) -> Iterator[Array]:
-        """The tensor in pieces along its first axis.
-
-        Raises:
-            InputError: a value that is NaN or infinite, when its piece is reached.
-        """
-        for block in read_blocks(self._source, name):
-            yield _finite(name, block)
-
-    def region(self, name: str) -> FileRegion | None:
-        """None: bytes that are copied are not looked at."""
-        return None
+        """The tensor in pieces along its first axis."""
+        return (_finite(name, block) for block in self._source.blocks(name))
 
 
 def _finite(name: str, array: Array) -> Array:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from retnet_tools.config import Activation, BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
 from retnet_tools.paper import paper_config, paper_rotary_frequencies
-from retnet_tools.weights import Array, TensorInfo, canonical_shapes
+from retnet_tools.weights import Array, TensorInfo, WeightSource, canonical_shapes
 
 BASE = paper_config(vocab_size=61, hidden_size=32, value_dim=48, ffn_dim=40, num_layers=2, num_heads=4)
 FEATURE_MAPS: tuple[Activation, ...] = ("silu", "gelu_tanh", "relu", "relu2", "leaky_relu", "elu", "sigmoid", "tanh")
@@ -150,7 +150,7 @@ OTHER_LAYERS = (
 
 
 @dataclass(frozen=True)
-class MemorySource:
+class MemorySource(WeightSource):
     """A `WeightSource` over arrays in memory."""
 
     tensors: dict[str, Array]

@@ -28,7 +28,7 @@ from retnet_tools.formats.torch_files import write_torch
 from retnet_tools.progress import ByteProgress
 from retnet_tools.staging import staged_folder
 from retnet_tools.tokenizing.carried import carried_text
-from retnet_tools.weights import Array, BlockSource, WeightSource, canonical_shapes, check_weights, read_blocks
+from retnet_tools.weights import Array, WeightSource, canonical_shapes, check_weights
 
 CARD_FILE = "README.md"
 INDEX_FILE = "model.safetensors.index.json"
@@ -168,7 +168,7 @@ def _stored_tensors(
         as_stored = transform is AS_STORED
         read = partial(_blocks, weights, canonical, None if as_stored else transform.invert, target)
         same = as_stored and target == own
-        region = weights.region(canonical) if same and isinstance(weights, BlockSource) else None
+        region = weights.region(canonical) if same else None
         tensors.append(PlannedTensor(transform.stored_shape(shapes[canonical]), target, name, read, region))
         names[name] = canonical
     by_name = {tensor.name: tensor for tensor in tensors}
@@ -184,7 +184,7 @@ def _stored_tensors(
 def _blocks(
     weights: WeightSource, name: str, invert: Callable[[Array], Array] | None, dtype: np.dtype[Any]
 ) -> Iterator[Array]:
-    for block in read_blocks(weights, name) if invert is None else (invert(weights.read(name)),):
+    for block in weights.blocks(name) if invert is None else (invert(weights.read(name)),):
         yield convert(name, block, dtype)
 
 

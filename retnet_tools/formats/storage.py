@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from retnet_tools.errors import InputError
-from retnet_tools.weights import Array, FileRegion, TensorInfo
+from retnet_tools.weights import Array, FileRegion, TensorInfo, WeightSource
 
 BLOCK_BYTES = 1 << 24
 _ALL_DTYPES = ("<f8", "<f4", "<f2", ml_dtypes.bfloat16, "<i8", "<i4", "<i2", "i1", "<u8", "<u4", "<u2", "u1", "?")
@@ -157,7 +157,7 @@ class PlannedTensor(LazyTensor):
             raise InputError(f"tensor {self.name!r} gave {written} bytes", f"{self.nbytes}")
 
 
-class StoredTensors:
+class StoredTensors(WeightSource):
     """A `WeightSource` over tensors that lie in files. Memory of `read`: the tensor that it returns.
 
     Attributes:

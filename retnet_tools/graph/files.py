@@ -18,7 +18,7 @@ from retnet_tools.formats.storage import StoredTensors, TensorLocation, contiguo
 from retnet_tools.graph.contract import EXPORT_AGAIN, WEIGHTS_FILE
 from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.graph.weight_tensors import BuiltGraph, WeightTensor
-from retnet_tools.weights import Array, FileRegion, WeightSource, read_blocks
+from retnet_tools.weights import Array, FileRegion, WeightSource
 
 IR_VERSION = 11
 """The ONNX IR version that came with opset 23."""
@@ -35,7 +35,7 @@ def float_blocks(source: WeightSource) -> BlockReader:
         if tensor.table is not None:
             yield tensor.table
         for name in tensor.sources:
-            for block in read_blocks(source, name):
+            for block in source.blocks(name):
                 yield convert(name, block, ELEMENT_TYPES[tensor.dtype].numpy())
 
     return read

@@ -13,7 +13,7 @@ from retnet_tools.graph.weight_tensors import PartName, QuantizedPart, WeightTen
 from retnet_tools.quantize.blockwise import QuantizedRows, count_coarse_blocks, join_rows
 from retnet_tools.quantize.methods import Method
 from retnet_tools.quantize.packing import pack
-from retnet_tools.weights import Array, FiniteWeights, WeightSource, read_blocks
+from retnet_tools.weights import Array, FiniteWeights, WeightSource
 
 
 class QuantizedContents:
@@ -68,7 +68,7 @@ class QuantizedContents:
 
     def _quantized(self, sources: tuple[str, ...], part: QuantizedPart) -> Iterator[QuantizedRows]:
         for name in sources:
-            for block in read_blocks(self._source, name):
+            for block in self._source.blocks(name):
                 rows = convert(name, block, self._type).astype(np.float32, copy=False)
                 quantized = self._method.quantize(name, rows, part.format, self._type)
                 self.coarse_blocks += count_coarse_blocks(rows, quantized, part.format)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from retnet_tools.dtypes import convert
-from retnet_tools.weights import Array, FileRegion, FiniteWeights, TensorInfo, WeightSource
+from retnet_tools.weights import Array, FiniteWeights, TensorInfo, WeightSource
 
 
-class FloatWeights:
+class FloatWeights(WeightSource):
     """A `WeightSource` of weights as an export holds them: rounded to its type, finite, and in float32.
 
     Args:
@@ -46,10 +46,6 @@ class FloatWeights:
         """
         for block in self._source.blocks(name):
             yield self._rounded(name, block)
-
-    def region(self, name: str) -> FileRegion | None:
-        """None: values are looked at and rounded."""
-        return None
 
     def _rounded(self, name: str, values: Array) -> Array:
         return convert(name, values, self._dtype).astype(np.float32)

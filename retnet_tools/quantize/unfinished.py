@@ -27,7 +27,7 @@ from retnet_tools.errors import OutputError
 from retnet_tools.graph.quantization import BlockFormat
 from retnet_tools.quantize.blockwise import QuantizedRows
 from retnet_tools.staging import appended_file, is_disk_full
-from retnet_tools.weights import Array, WeightSource, read_blocks
+from retnet_tools.weights import Array, WeightSource
 
 LOCK_FILE = "lock"
 
@@ -52,7 +52,7 @@ def hash_work(
     for name in sorted(weights.names()):
         info = weights.info(name)
         digest.update(f"{name} {info.dtype.name} {info.shape}".encode())
-        for block in read_blocks(weights, name):
+        for block in weights.blocks(name):
             digest.update(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 

@@ -22,7 +22,7 @@ from retnet_tools.graph.contract import STEP_FILE
 from retnet_tools.model.retention import FORMS
 from retnet_tools.model.retnet import RetNetOutput, load_model
 from retnet_tools.paper import paper_decay, paper_rotary_frequencies
-from retnet_tools.weights import Array, BlockSource
+from retnet_tools.weights import Array
 from tests import tolerances
 from tests.exports import cpu_runner, export, run_steps, zero_states
 from tests.formats.cases import CONFORMANCE
@@ -142,7 +142,6 @@ def test_a_checkpoint_tells_its_layout_and_what_is_assumed(case: str) -> None:
 @each_case
 def test_tensors_are_what_was_said_of_them_whole_and_in_blocks(case: str) -> None:
     weights = open_checkpoint(CONFORMANCE / case).weights
-    assert isinstance(weights, BlockSource)
     for name in weights.names():
         array, info, region = weights.read(name), weights.info(name), weights.region(name)
         assert (array.shape, array.dtype) == (info.shape, info.dtype)
