@@ -27,7 +27,7 @@ import onnx_ir as ir
 
 from retnet_tools.graph.contract import TensorSpec
 from retnet_tools.graph.cuda_ops import CudaFusedOps, step_form
-from retnet_tools.graph.decay import StepDecay, TokenDecay
+from retnet_tools.graph.decay import StepDecay
 from retnet_tools.graph.nodes import GraphBuilder, graph_value, tensor_type
 from retnet_tools.graph.ops import FusedOps
 from retnet_tools.graph.standard_ops import StandardOps
@@ -130,8 +130,7 @@ def split(parts: int) -> Form:
 
     def make(g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value, decay: StepDecay) -> Any:
         cut = StepDecay(np.repeat(decay.log_gamma, parts), decay.position_ids)
-        tokens = TokenDecay(len(decay.log_gamma), cut.log_gamma_rows(g))
-        return CudaFusedOps().split_keys(g, q, k, v, past, tokens, parts)
+        return CudaFusedOps().split_keys(g, q, k, v, past, cut.rows(g), parts)
 
     return make
 

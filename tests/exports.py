@@ -16,9 +16,9 @@ from retnet_tools.graph.contract import (
     INPUT_IDS,
     INPUTS_EMBEDS,
     PAST_CONV_NAMES,
+    PAST_NAMES,
     POSITION_IDS,
     padding_id,
-    past_name,
     state_shape,
 )
 from retnet_tools.graph.export import plan_export, write_export
@@ -79,7 +79,7 @@ def run_steps(
     start = np.broadcast_to(np.asarray(position, dtype=np.int64), (ids.shape[0],))
     for n in range(ids.shape[1]):
         feeds = {name: ids[:, n : n + 1], POSITION_IDS: (start + n)[:, None]}
-        logits, *states = run({**feeds, **{past_name(i): state for i, state in enumerate(states)}})
+        logits, *states = run({**feeds, **{PAST_NAMES % i: state for i, state in enumerate(states)}})
         yield logits[:, 0], states
 
 
@@ -101,7 +101,7 @@ def run_prefill(
         POSITION_IDS: start[:, None] + steps,
         ATTENTION_MASK: (steps < lengths[:, None]).astype(np.int64),
     }
-    logits, *states = run({**feeds, **{past_name(i): state for i, state in enumerate(states)}})
+    logits, *states = run({**feeds, **{PAST_NAMES % i: state for i, state in enumerate(states)}})
     return logits[:, 0], states
 
 
@@ -125,7 +125,7 @@ def run_genai(
             INPUT_IDS: np.where(real, ids, padding_id(config)),
             POSITION_IDS: np.where(real, start[:, None] + steps, 0),
             **{PAST_CONV_NAMES % i: value for i, value in enumerate(conv)},
-            **{past_name(i): state for i, state in enumerate(states)},
+            **{PAST_NAMES % i: state for i, state in enumerate(states)},
         }
     )
     assert (logits[:, 0, config.vocab_size] == np.finfo(np.float32).min).all()

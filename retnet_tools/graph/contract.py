@@ -81,16 +81,6 @@ class TensorSpec:
     shape: tuple[str | int, ...]
 
 
-def past_name(layer: int) -> str:
-    """Name of the input state of a layer."""
-    return PAST_NAMES % layer
-
-
-def present_name(layer: int) -> str:
-    """Name of the output state of a layer."""
-    return PRESENT_NAMES % layer
-
-
 def padding_id(config: RetNetConfig) -> int:
     """The padding token of model.onnx: one past the vocabulary, so that no prompt ends with it."""
     return config.vocab_size

@@ -43,19 +43,18 @@ taken and refused was checked with the operator of onnxruntime 1.31.1 itself, on
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from onnx_ir import Value
 
 from retnet_tools.config import Activation
-from retnet_tools.graph.decay import StepDecay, TokenDecay
+from retnet_tools.graph.decay import StepDecay
 from retnet_tools.graph.nodes import GraphBuilder, Pair
 from retnet_tools.graph.ops import FusedOps
-from retnet_tools.graph.standard_ops import StandardOps
+from retnet_tools.graph.standard_ops import StandardOps, head_sizes
 from retnet_tools.graph.weight_tensors import BlockedMatrix
-from retnet_tools.weights import Array
 
 SHARED_BYTES = 99 * 1024
 """What exports ask of one block at most: every device since compute capability 8.0 has it."""
@@ -154,60 +153,45 @@ class CudaStandardOps(StandardOps):
 
 
 class CudaFusedOps(FusedOps, CudaStandardOps):
-    """With ONNX Runtime's contrib operators; retention in the form of `retnet_tools.graph.cuda_ops`."""
+    """With ONNX Runtime's contrib operators; retention in the forms of this file."""
 
     def retention_step(self, g: GraphBuilder, q: Value, k: Value, v: Value, past: Value, decay: StepDecay) -> Pair:
         """LinearAttention over one token, with split keys where that meets a better kernel, or matrix products."""
-        form = step_form(*_head_sizes(past))
+        form = step_form(*head_sizes(past)[1:])
         if form.kernel is None:
             return StandardOps.retention_step(self, g, q, k, v, past, decay)
-        split = StepDecay(_split_log_gamma(decay.log_gamma, form.key_splits), decay.position_ids)
-        tokens = replace(split.tokens(g), heads=len(decay.log_gamma))
-        return self.split_keys(g, q, k, v, past, tokens, form.key_splits)
+        # A gamma of each key dimension is cut up as it stands.
+        own = decay.log_gamma if decay.log_gamma.ndim == 2 else np.repeat(decay.log_gamma, form.key_splits)
+        log_gamma = StepDecay(own, decay.position_ids).rows(g)
+        return self.split_keys(g, q, k, v, past, log_gamma, form.key_splits)
 
-    def retention_tokens(self, g: GraphBuilder, q: Value, k: Value, v: Value, past: Value, decay: TokenDecay) -> Pair:
+    def retention_tokens(self, g: GraphBuilder, q: Value, k: Value, v: Value, past: Value, log_gamma: Value) -> Pair:
         """LinearAttention, with split keys where the shape would be refused, or a Scan.
 
-        `decay` is of each key dimension, `[B, T, H*K]`, which splits with the keys as it stands.
+        `log_gamma` is of each key dimension, `[B, T, H*K]`, which splits with the keys as it stands.
         """
-        form = tokens_form(*_head_sizes(past))
+        form = tokens_form(*head_sizes(past)[1:])
         if form.kernel is None:
-            return StandardOps.retention_tokens(self, g, q, k, v, past, decay)
-        return self.split_keys(g, q, k, v, past, decay, form.key_splits)
+            return StandardOps.retention_tokens(self, g, q, k, v, past, log_gamma)
+        return self.split_keys(g, q, k, v, past, log_gamma, form.key_splits)
 
     def split_keys(
-        self, g: GraphBuilder, q: Value, k: Value, v: Value, past: Value, decay: TokenDecay, parts: int
+        self, g: GraphBuilder, q: Value, k: Value, v: Value, past: Value, log_gamma: Value, parts: int
     ) -> Pair:
         """q S = sum_s q_s S_s: each head is `parts` heads of K / parts that share v.
 
-        Of q, k `[B, T, H*K]`, v `[B, T, H*V]` and the past S `[B, H, K, V]`: o `[B, T, H*V]` and the last S.
-
-        Args:
-            decay: of the H heads; its log_gamma is `[B, T, H*parts]` or `[B, T, H*K]`.
+        Of q, k `[B, T, H*K]`, v `[B, T, H*V]`, the past S `[B, H, K, V]` and log(gamma) `[B, T, H*parts]` or
+        `[B, T, H*K]`: o `[B, T, H*V]` and the last S.
         """
+        heads, head_k_dim, head_v_dim = head_sizes(past)
         if parts == 1:
-            return super().retention_tokens(g, q, k, v, past, decay)
-        heads, (head_k_dim, head_v_dim) = decay.heads, _head_sizes(past)
+            return self.linear_attention(g, (q, k, v, past, log_gamma), heads)
         value = g.reshape(v, 0, 0, heads, 1, head_v_dim)  # [B, T, H*V] -> [B, T, H, 1, V]
         value = g.op("Expand", value, g.integers(1, 1, 1, parts, 1))
         value = g.reshape(value, 0, 0, heads * parts * head_v_dim)
         state = g.reshape(past, 0, heads * parts, head_k_dim // parts, head_v_dim)
-        output, present = super().retention_tokens(g, q, k, value, state, replace(decay, heads=heads * parts))
+        output, present = self.linear_attention(g, (q, k, value, state, log_gamma), heads * parts)
         output = g.reshape(output, 0, 0, heads, parts, head_v_dim)  # [B, T, H*parts*V] -> [B, T, H, parts, V]
         sizes = g.integers(*[1] * parts)
         output = g.op("Sum", *g.node("Split", output, sizes, outputs=parts, axis=3))  # [B, T, H, 1, V]
         return g.reshape(output, 0, 0, heads * head_v_dim), g.reshape(present, 0, heads, head_k_dim, head_v_dim)
-
-
-def _head_sizes(past: Value) -> tuple[int, int]:
-    """K and V of a state `[B, H, K, V]`."""
-    assert past.shape is not None
-    _, _, head_k_dim, head_v_dim = past.shape
-    assert isinstance(head_k_dim, int)
-    assert isinstance(head_v_dim, int)
-    return head_k_dim, head_v_dim
-
-
-def _split_log_gamma(log_gamma: Array, parts: int) -> Array:
-    """log(gamma) of each part: `[H]` repeated; `[H, K]` is cut up as it stands, `[H * parts, K/parts]`."""
-    return np.repeat(log_gamma, parts) if log_gamma.ndim == 1 else log_gamma.reshape(len(log_gamma) * parts, -1)

@@ -19,29 +19,19 @@ CHUNK_SIZE = 128
 
 
 @dataclass(frozen=True)
-class TokenDecay:
-    """log(gamma) of every token as a graph value, `[B, T, H]` or `[B, T, H*K]`; 0 at padded tokens."""
-
-    heads: int
-    log_gamma: Value
-
-
-@dataclass(frozen=True)
 class StepDecay:
     """log(gamma) `[H]` or `[H, K]`, and the graph's position_ids `[B, T]`, which tell operators the batch size."""
 
     log_gamma: Array
     position_ids: Value
 
-    def log_gamma_rows(self, g: GraphBuilder) -> Value:
-        """log(gamma) of every token, `[B, T, H]` or `[B, T, H*K]`: LinearAttention indexes it by batch and time."""
-        table = g.constant("log_gamma", self.log_gamma.astype(np.float32).reshape(1, -1))
-        zeros = g.op("Sub", self.position_ids, self.position_ids)
-        return g.op("Gather", table, zeros, axis=0)
+    def rows(self, g: GraphBuilder) -> Value:
+        """log(gamma) of every token, `[B, T, H]` or `[B, T, H*K]`, as LinearAttention reads it; once for all layers."""
+        return g.once("log_gamma_rows", self._rows)
 
-    def tokens(self, g: GraphBuilder) -> TokenDecay:
-        """The same as graph values, made once for all layers."""
-        return TokenDecay(len(self.log_gamma), g.once("log_gamma_rows", self.log_gamma_rows))
+    def _rows(self, g: GraphBuilder) -> Value:
+        table = g.constant("log_gamma", self.log_gamma.astype(np.float32).reshape(1, -1))
+        return g.op("Gather", table, g.op("Sub", self.position_ids, self.position_ids), axis=0)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from onnx_ir import Value
 
 from retnet_tools.graph.builder import DecoderBuilder, TokenInputs
 from retnet_tools.graph.contract import prefill_inputs
-from retnet_tools.graph.decay import ChunkDecay, StepDecay, TokenDecay, chunk_decay
+from retnet_tools.graph.decay import ChunkDecay, StepDecay, chunk_decay
 from retnet_tools.graph.nodes import Pair
 from retnet_tools.graph.positions import log_decay
 from retnet_tools.weights import Array
@@ -54,7 +54,7 @@ class PrefillBuilder(DecoderBuilder):
 
     name = "retnet_prefill"
     input_specs = staticmethod(prefill_inputs)
-    _decay: ChunkDecay | TokenDecay
+    _decay: ChunkDecay | Value
     _shape: Value
     _length: Value
     _last: Value
@@ -84,8 +84,7 @@ class PrefillBuilder(DecoderBuilder):
         key_mask = g.op("Where", self._right_padded(mask, counts), g.cast(column, "int64", "float32"), nan)
         log_gamma = log_decay(self.config)
         if log_gamma.ndim == 2:
-            rows = StepDecay(log_gamma, position_ids).log_gamma_rows(g)
-            self._decay = TokenDecay(self.config.num_heads, g.op("Mul", rows, key_mask))
+            self._decay = g.op("Mul", StepDecay(log_gamma, position_ids).rows(g), key_mask)
         else:
             self._decay = self.chunk_terms(log_gamma, counts)
         if self.config.has_vocabulary:
@@ -114,7 +113,7 @@ class PrefillBuilder(DecoderBuilder):
 
     def retention(self, q: Value, k: Value, v: Value, past: Value) -> Pair:
         """A chunk by matrix products, or token by token where gamma belongs to the key dimension."""
-        if isinstance(self._decay, TokenDecay):
+        if isinstance(self._decay, Value):
             return self.ops.retention_tokens(self.g, q, k, v, past, self._decay)
         return self.ops.retention_chunk(self.g, q, k, v, past, self._decay)
 

@@ -24,7 +24,7 @@ from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import UsageError
 from retnet_tools.graph import contract
 from retnet_tools.graph.builder import TokenInputs
-from retnet_tools.graph.decay import ChunkDecay, Chunks, StepDecay, TokenDecay, chunk_decay
+from retnet_tools.graph.decay import ChunkDecay, Chunks, StepDecay, chunk_decay
 from retnet_tools.graph.decoders import PrefillBuilder
 from retnet_tools.graph.nodes import Pair
 from retnet_tools.graph.positions import log_decay
@@ -84,7 +84,7 @@ class GenaiBuilder(PrefillBuilder):
     def retention(self, q: Value, k: Value, v: Value, past: Value) -> Pair:
         """A step, or chunks one after another."""
         decay = self._decay
-        if isinstance(decay, TokenDecay):
+        if isinstance(decay, Value):
             return super().retention(q, k, v, past)
         g, ops, chunks = self.g, self.ops, self._chunks
         one = g.subgraph("then", 0, lambda body, _: ops.retention_step(body, q, k, v, past, self._step))

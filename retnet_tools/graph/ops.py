@@ -11,9 +11,9 @@ from typing import ClassVar
 from onnx_ir import Value
 
 from retnet_tools.config import Activation
-from retnet_tools.graph.decay import StepDecay, TokenDecay
+from retnet_tools.graph.decay import StepDecay
 from retnet_tools.graph.nodes import GraphBuilder, Pair, epsilon
-from retnet_tools.graph.standard_ops import OPSET, Fragment, NormWeights, StandardOps, given
+from retnet_tools.graph.standard_ops import OPSET, Fragment, NormWeights, StandardOps, given, head_sizes
 from retnet_tools.graph.weight_tensors import BlockedMatrix
 
 MICROSOFT = "com.microsoft"
@@ -84,19 +84,23 @@ class FusedOps(StandardOps):
 
     def retention_step(self, g: GraphBuilder, q: Value, k: Value, v: Value, past: Value, decay: StepDecay) -> Pair:
         """LinearAttention over one token."""
-        return self.retention_tokens(g, q, k, v, past, decay.tokens(g))
+        return self.retention_tokens(g, q, k, v, past, decay.rows(g))
 
-    def retention_tokens(self, g: GraphBuilder, q: Value, k: Value, v: Value, past: Value, decay: TokenDecay) -> Pair:
-        """LinearAttention with the `gated` update: S = exp(decay) S + k (x) v, o = q S."""
+    def retention_tokens(self, g: GraphBuilder, q: Value, k: Value, v: Value, past: Value, log_gamma: Value) -> Pair:
+        """LinearAttention, of a gamma of each head or of each key dimension."""
+        return self.linear_attention(g, (q, k, v, past, log_gamma), head_sizes(past)[0])
+
+    def linear_attention(self, g: GraphBuilder, inputs: tuple[Value, ...], heads: int) -> Pair:
+        """LinearAttention with the `gated` update: S = exp(log_gamma) S + k (x) v, o = q S."""
         output, present = g.node(
             "LinearAttention",
-            *(q, k, v, past, decay.log_gamma),
+            *inputs,
             domain=MICROSOFT,
             outputs=2,
             update_rule="gated",
             scale=1.0,
-            q_num_heads=decay.heads,
-            kv_num_heads=decay.heads,
+            q_num_heads=heads,
+            kv_num_heads=heads,
         )
         return output, present
 

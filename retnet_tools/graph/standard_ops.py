@@ -10,7 +10,7 @@ import numpy as np
 from onnx_ir import Value
 
 from retnet_tools.config import Activation, BlockNorm
-from retnet_tools.graph.decay import ChunkDecay, Chunks, StepDecay, TokenDecay
+from retnet_tools.graph.decay import ChunkDecay, Chunks, StepDecay
 from retnet_tools.graph.nodes import GraphBuilder, Pair, epsilon, scan
 from retnet_tools.graph.weight_tensors import BlockedMatrix, blocked_rows, stored_integer
 
@@ -142,14 +142,15 @@ class StandardOps:
         present, outputs = scan(g, step, past, sequences)
         return chunks.join(g, outputs), present
 
-    def retention_tokens(self, g: GraphBuilder, q: Value, k: Value, v: Value, past: Value, decay: TokenDecay) -> Pair:
+    def retention_tokens(self, g: GraphBuilder, q: Value, k: Value, v: Value, past: Value, log_gamma: Value) -> Pair:
         """S_n = diag(gamma_n) S_(n-1) + k_n^T v_n, o_n = q_n S_n (Eq. 6), token by token in a Scan, in float32.
 
-        For a gamma of each key dimension; shapes as those of `retention_chunk`. As matrix products it would need
-        gamma^(n-c) on q and gamma^(c-m) on k, and no c keeps both within float32 for every decay and chunk.
+        For a gamma of each key dimension, `[B, T, H*K]`, 1 at padded tokens; other shapes as those of
+        `retention_chunk`. As matrix products it would need gamma^(n-c) on q and gamma^(c-m) on k, and no c keeps both
+        within float32 for every decay and chunk.
         """
-        heads = decay.heads
-        gamma = g.once("gamma_rows", lambda root: _time_first(root, root.op("Exp", decay.log_gamma)))
+        heads, _, _ = head_sizes(past)
+        gamma = g.once("gamma_rows", lambda root: _time_first(root, root.op("Exp", log_gamma)))
 
         def step(body: GraphBuilder, state: Value, tokens: list[Value]) -> Pair:
             query, key, value, factor = tokens  # [B, H*K], [B, H*K], [B, H*V], [B, H*K]
@@ -161,6 +162,13 @@ class StandardOps:
 
         present, outputs = scan(g, step, past, [*(_time_first(g, x) for x in (q, k, v)), gamma])
         return _time_first(g, outputs), present
+
+
+def head_sizes(past: Value) -> tuple[int, int, int]:
+    """H, K and V of a state `[B, H, K, V]`."""
+    assert past.shape is not None
+    heads, head_k_dim, head_v_dim = (size for size in past.shape if isinstance(size, int))
+    return heads, head_k_dim, head_v_dim
 
 
 def given(value: Value | None) -> list[Value]:

@@ -15,14 +15,14 @@ from retnet_tools.graph.contract import (
     ATTENTION_MASK,
     MANIFEST_FILE,
     MAX_POSITION,
+    PAST_NAMES,
     POSITION_IDS,
     PREFILL_FILE,
+    PRESENT_NAMES,
     STEP_FILE,
     WEIGHTS_FILE,
     TensorSpec,
-    past_name,
     prefill_inputs,
-    present_name,
     step_inputs,
     step_outputs,
 )
@@ -311,6 +311,6 @@ def _bind(
     graph_id: int | None = None,
     needed: int | None = None,
 ) -> Binding:
-    read = {past_name(i): value for i, value in enumerate(past)}
-    written = {present_name(i): value for i, value in enumerate(present)}
+    read = {PAST_NAMES % i: value for i, value in enumerate(past)}
+    written = {PRESENT_NAMES % i: value for i, value in enumerate(present)}
     return Binding(graph, feeds, read, written, output, device, graph_id, needed)

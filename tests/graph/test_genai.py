@@ -235,7 +235,7 @@ def test_padding_before_or_between_tokens_is_nan(name: str, ops: str, tmp_path: 
     positions = np.array([[0, 1, 2, 3, 4], [0, 0, 0, 1, 2], [0, 1, 0, 2, 3], [0, 1, 2, 0, 0]])
     feeds = {contract.INPUT_IDS: random_tokens(config, 4, 5, seed=31), contract.POSITION_IDS: positions}
     for i, state in enumerate(zero_states(config, 4)):
-        feeds |= {contract.PAST_CONV_NAMES % i: np.zeros((4, 1, 1), np.float32), contract.past_name(i): state}
+        feeds |= {contract.PAST_CONV_NAMES % i: np.zeros((4, 1, 1), np.float32), contract.PAST_NAMES % i: state}
     logits, *after = run(feeds)
     for found in (logits[..., : config.vocab_size], *after[: config.num_layers]):
         assert [bool(np.isnan(row).all()) for row in found] == [False, True, True, False]

@@ -199,7 +199,7 @@ def test_a_row_that_is_padded_elsewhere_is_no_number(name: str, ops: str, tmp_pa
     masks = np.array([[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1], [1, 0, 1, 1, 0, 0], [1, 1, 1, 1, 0, 1]])
     positions = np.tile(np.arange(6), (4, 1))
     feeds = {contract.INPUT_IDS: ids, contract.POSITION_IDS: positions, contract.ATTENTION_MASK: masks}
-    logits, *after = run({**feeds, **{contract.past_name(i): state for i, state in enumerate(states)}})
+    logits, *after = run({**feeds, **{contract.PAST_NAMES % i: state for i, state in enumerate(states)}})
     expected, expected_after = run_prefill(run, ids, states, np.array([4, 4, 4, 4]))
     np.testing.assert_allclose(logits[0, 0], expected[0], rtol=0, atol=GRAPH_FLOAT32)
     assert np.isnan(logits[1:]).all()
@@ -322,7 +322,7 @@ def test_padding_elsewhere_than_on_the_right_is_nan_and_moves_no_other_row(
         contract.POSITION_IDS: np.tile(np.arange(8), (len(MASKS), 1)),
         contract.ATTENTION_MASK: MASKS,
     }
-    logits, *after = run({**feeds, **{contract.past_name(i): state for i, state in enumerate(states)}})
+    logits, *after = run({**feeds, **{contract.PAST_NAMES % i: state for i, state in enumerate(states)}})
     for found, expected in zip([logits[:, 0], *after], [right[0], *right[1]], strict=True):
         assert np.isnan(found[3:]).all()
         np.testing.assert_array_equal(found[:3], expected[:3])

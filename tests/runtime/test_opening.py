@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from retnet_tools.graph.contract import PREFILL_FILE, STEP_FILE, past_name
+from retnet_tools.graph.contract import PAST_NAMES, PREFILL_FILE, STEP_FILE
 from retnet_tools.paper import paper_config
 from retnet_tools.runtime.device_memory import LIBRARY_BYTES, graph_bytes
 from retnet_tools.runtime.onnx_session import open_session
@@ -137,4 +137,4 @@ def test_a_graph_computes_the_same_with_weights_that_it_is_given(name: str, bits
 
 
 def past_names() -> list[str]:
-    return [past_name(i) for i in range(BASE.num_layers)]
+    return [PAST_NAMES % i for i in range(BASE.num_layers)]
