@@ -189,6 +189,12 @@ def _first(*arguments: Any) -> Any:
     return arguments[0] if arguments else []
 
 
+def _size(sizes: Any = ()) -> tuple[Any, ...]:
+    if not isinstance(sizes, tuple):
+        raise ValueError("a size that is no tuple")
+    return sizes
+
+
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> TensorView | StrangeTensor:
     if isinstance(storage, StrangeTensor):
         return storage
@@ -279,7 +285,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "copyreg.__newobj__": lambda kind, *arguments: new_object(kind, arguments),
     "copyreg.__newobj_ex__": lambda kind, arguments, _: new_object(kind, arguments),
     "numpy.dtype": lambda code=None, *_: Shell("numpy.dtype", (code,)),
-    "torch.Size": lambda sizes=(), *_: sizes,
+    "torch.Size": _size,
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _typed_tensor,
