@@ -25,6 +25,9 @@ def generate(
         Path | None, typer.Option("-o", "--output", help="Answers to --prompts; run again to resume.")
     ] = None,
     batch: Annotated[int, typer.Option("-b", "--batch", help="Rows of --prompts to run at once.", min=1)] = 8,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Answer rows of --prompts again that ended in an error.")
+    ] = False,
     max_tokens: Annotated[int, typer.Option("-n", "--max-tokens", help="Tokens to generate at most.")] = 128,
     samples: Annotated[int, typer.Option("--samples", help="Texts for the prompt, which is read once.", min=1)] = 1,
     temperature: sampling.Temperature = None,
@@ -73,6 +76,8 @@ def generate(
     Stopping(max_tokens, (), stops), Sampling(**chosen)
     if (prompts is None) != (output is None):
         raise UsageError("--prompts and -o belong together", "both or neither")
+    if retry_failed and (prompts is None or force):
+        raise UsageError("--retry-failed", "--prompts and an -o to go on with, without --force")
     if state_out is not None:
         check_file(state_out, force=force)
     opened = partial(
@@ -90,7 +95,7 @@ def generate(
         with opened(prompts=True) as decoder:
             stopping = Stopping(max_tokens, () if ignore_end else decoder.codec.end_ids, stops)
             bulk = BulkOptions(stopping, Sampling(**chosen), batch, size)
-            _answer(decoder, prompts, output, bulk, force=force, as_json=as_json)
+            _answer(decoder, prompts, output, bulk, force=force, retry_failed=retry_failed, as_json=as_json)
         return
     if samples > 1 and not chosen.get("temperature") and state_in is None:
         print_message(f"--samples {samples} at temperature 0: all {samples} will be the same text")
@@ -122,11 +127,29 @@ def generate(
     print_message(generation_speed(result))
 
 
-def _answer(decoder: Decoder, prompts: Path, output: Path, bulk: BulkOptions, *, force: bool, as_json: bool) -> None:
+def _answer(
+    decoder: Decoder,
+    prompts: Path,
+    output: Path,
+    bulk: BulkOptions,
+    *,
+    force: bool,
+    retry_failed: bool,
+    as_json: bool,
+) -> None:
     from retnet_tools.console import print_json, progress_bar
     from retnet_tools.reports.decoding import bulk_document, bulk_text
     from retnet_tools.runtime.bulk import generate_bulk
 
     with progress_bar() as progress:
-        summary = generate_bulk(decoder.session, decoder.codec, prompts, output, bulk, force=force, progress=progress)
+        summary = generate_bulk(
+            decoder.session,
+            decoder.codec,
+            prompts,
+            output,
+            bulk,
+            force=force,
+            retry_failed=retry_failed,
+            progress=progress,
+        )
     print_json(bulk_document(summary, output)) if as_json else typer.echo(bulk_text(summary, output))

@@ -143,11 +143,12 @@ def open_logits(
         InputError, ProviderError: as the exported folder and the checkpoint.
     """
     from retnet_tools.evaluate.logits import ExportLogits, is_export
+    from retnet_tools.runtime.providers import CPU
 
     path = source.path
     if not source.says_how and is_export(path):
         return ExportLogits(path, device, threads, cuda_graph=cuda_graph)
-    if device.kind != "cpu":
+    if device.provider is not CPU:
         raise UsageError(
             f"--device {device.kind} for {path}, which is no export", "--device cpu", "export the checkpoint"
         )

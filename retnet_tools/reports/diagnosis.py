@@ -11,7 +11,7 @@ from rich.console import Console
 
 from retnet_tools.console import print_line, result_console, result_table, verdict
 from retnet_tools.runtime.diagnosis import Diagnosis, FolderDiagnosis, prediction_basis
-from retnet_tools.runtime.providers import Device
+from retnet_tools.runtime.providers import Device, parse_device
 from retnet_tools.runtime.selftest import SelfTest
 
 SCHEMA_VERSION = 1
@@ -101,7 +101,7 @@ def _render_folder(console: Console, folder: dict[str, Any]) -> None:
 
 def _render_test(console: Console, test: dict[str, Any]) -> None:
     steps = "captured" if test["eager_reason"] is None else "kernel by kernel"
-    if test["device"] == "cpu":
+    if parse_device(test["device"]).provider.in_place:
         steps = "in place"
     found = f"prefill {test['prefill_error']:.1e}, steps ({steps}) {test['step_error']:.1e} from float64"
     console.print(f"{'self-test':<12} {test['device']}: {verdict(test['passed'])}, {found}, {test['seconds']:.1f} s")

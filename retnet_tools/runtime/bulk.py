@@ -8,7 +8,7 @@ Rows run in batches of neighbours, and random numbers belong to the row's number
 prompts file, the model and the options. A run that was killed is continued by running it again: a batch of which any
 answer is missing runs whole, so that it computes what it would have computed, and only missing answers are written.
 `key` is a hash of the row, the model and the options; an answer with another key is refused, never mixed in. The output
-is locked while a run writes to it.
+is locked while a run writes to it. Errors are answers too; `retry_failed` takes them out first, and goes on then.
 
 Memory: the prompts and states of one batch, and a few bytes for each answer that is there already.
 """
@@ -34,7 +34,7 @@ from retnet_tools.runtime.prompts import PREFILL_CHUNK_SIZE
 from retnet_tools.runtime.sampling import Sampling
 from retnet_tools.runtime.sequences import Sequences
 from retnet_tools.runtime.session import DecoderSession
-from retnet_tools.staging import appended_file
+from retnet_tools.staging import appended_file, staged_file
 
 DEFAULT_BATCH = 8
 _BEGINNING = b'{"index": '
@@ -103,12 +103,14 @@ def generate_bulk(
     options: BulkOptions,
     *,
     force: bool = False,
+    retry_failed: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> BulkSummary:
     """Answer every row of a file that has no answer yet.
 
     Args:
         force: start over, whatever the output holds.
+        retry_failed: take rows again whose answer is an error.
         progress: called as `(what, rows done, rows in all)`.
 
     Raises:
@@ -124,8 +126,10 @@ def generate_bulk(
         raise UsageError(f"{output} for prompts and answers", "two files")
     written = errors = tokens = 0
     try:
+        if retry_failed and output.exists() and not force:
+            _forget_errors(prompts, digest, output)
         with appended_file(output) as file:
-            done, size = ({}, 0) if force else _answers(output)
+            done, _, size = ({}, set(), 0) if force else _answers(output)
             total = _check(prompts, digest, done, output)
             file.truncate(size)
             for batch in _batches(prompts, digest, options.batch):
@@ -143,9 +147,27 @@ def generate_bulk(
     return BulkSummary(total, written, total - written, errors, tokens, time.perf_counter() - began)
 
 
-def _answers(output: Path) -> tuple[dict[int, str], int]:
-    """Key of each answer that is there, by row, and the bytes of them all, without one that was cut short."""
+def _forget_errors(prompts: Path, digest: str, output: Path) -> None:
+    """Take the answers that are errors out of the output, so that their rows, as they are now, are answered again."""
+    done, failed, _ = _answers(output)
+    _check(prompts, digest, {index: key for index, key in done.items() if index not in failed}, output)
+    if failed:
+        # It is replaced once it is whole; until then nobody else may write to what will be gone.
+        with (
+            staged_file(output, force=True) as partial,
+            appended_file(output),
+            output.open("rb") as answers,
+            partial.open("wb") as kept,
+        ):
+            kept.writelines(line for line in answers if line.endswith(b"\n") and "error" not in json.loads(line))
+
+
+def _answers(output: Path) -> tuple[dict[int, str], set[int], int]:
+    """Key of each answer that is there, by row; rows whose answer is an error; and the bytes of all answers, without
+    one that was cut short.
+    """
     done: dict[int, str] = {}
+    failed: set[int] = set()
     whole = 0
     with output.open("rb") as file:
         for line in file:
@@ -156,12 +178,14 @@ def _answers(output: Path) -> tuple[dict[int, str], int]:
                 if not cut:
                     answer = json.loads(line)
                     done[int(answer["index"])] = str(answer["key"])
+                    if "error" in answer:
+                        failed.add(int(answer["index"]))
                     whole += len(line)
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise InputError(
                     f"{output} holds something else than answers", "what generate --prompts wrote", "name another -o"
                 ) from error
-    return done, whole
+    return done, failed, whole
 
 
 def _check(prompts: Path, digest: str, done: dict[int, str], output: Path) -> int:

@@ -106,6 +106,19 @@ def test_a_file_of_prompts_is_answered_and_resumed(folder: Path, tmp_path: Path,
     assert refused.err.count("\n") == 1
 
 
+def test_rows_that_failed_are_answered_again_alone(folder: Path, tmp_path: Path, cli) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "1 2"}\n{"prompt": "61"}\n{"prompt": "3"}\n{"prompt": "x"}\n')
+    arguments = ["generate", folder, "--prompts", source, "-o", out, "-n", 4]
+    assert "4 answers written, 2 of them errors, 0 were there" in cli(*arguments).out
+    source.write_text('{"prompt": "1 2"}\n{"prompt": "6 1"}\n{"prompt": "3"}\n{"prompt": "x"}\n')
+    assert cli(*arguments).exit_code == 2
+    assert "2 answers written, 1 of them errors, 2 were there" in cli(*arguments, "--retry-failed").out
+    for wrong in (["-p", "1", "--retry-failed"], [*arguments[2:], "--retry-failed", "--force"]):
+        refused = cli("generate", folder, *wrong)
+        assert (refused.exit_code, "--retry-failed; expected --prompts" in refused.err) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

@@ -158,6 +158,43 @@ def test_a_device_that_fails_ends_the_run_and_the_next_one_goes_on(
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
+def test_rows_that_failed_are_retried_alone_and_become_what_they_would_have_been(
+    session: DecoderSession, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    run(session, prompts, whole)
+    answers = whole.read_bytes().splitlines(keepends=True)
+    failed = (2, 9, 10)
+    lines = [
+        json.dumps({**json.loads(line), "error": "x"}).encode() + b"\n" if i in failed else line
+        for i, line in enumerate(answers)
+    ]
+    for cut in (b"", b'{"index": 3'):
+        out.write_bytes(b"".join(lines) + cut)
+        # An ordinary run keeps errors; one of other options is refused and changes nothing.
+        assert run(session, prompts, out).written == 0
+        assert out.read_bytes() == b"".join(lines)
+        with pytest.raises(UsageError, match="the answer to row 0"):
+            run(session, prompts, out, GREEDY, retry_failed=True)
+        assert out.read_bytes() == b"".join(lines)
+        summary = run(session, prompts, out, retry_failed=True)
+        assert (summary.written, summary.skipped, summary.errors) == (3, 19, 0)
+        assert sorted(out.read_bytes().splitlines(keepends=True)) == sorted(answers)
+        assert run(session, prompts, out, retry_failed=True).written == 0
+    # Killed in between, it goes on without the option too.
+    out.write_bytes(b"".join(lines))
+    with monkeypatch.context() as patch:
+        patch.setattr(bulk, "_write", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(session, prompts, out, retry_failed=True)
+    assert run(session, prompts, out).written == 3
+    assert sorted(out.read_bytes().splitlines(keepends=True)) == sorted(answers)
+    out.write_bytes(b"".join(lines))
+    with appended_file(out), pytest.raises(UsageError, match="another process writes to"):
+        run(session, prompts, out, retry_failed=True)
+    assert out.read_bytes() == b"".join(lines)
+
+
 @pytest.mark.parametrize(
     "options",
     [
