@@ -118,7 +118,7 @@ def open_decoder(
     Args:
         folder: what `retnet-tools export` wrote.
         device: `cpu`, `cuda` or `cuda:N`.
-        threads: of the CPU; None chooses.
+        threads: of the CPU; None chooses by the size of the work.
         token_ids: read and write token ids as numbers, even where the folder has a tokenizer.
         cpu_fallback: run on the CPU what cannot run on CUDA; `CpuFallbackWarning` says so then.
         cuda_graph: capture steps on CUDA and replay them; None does where it can.

@@ -13,18 +13,34 @@ import numpy as np
 import onnx_ir as ir
 
 from retnet_tools.errors import InputError, ProviderError
-from retnet_tools.graph.contract import MANIFEST_FILE, STEP_FILE, TensorSpec
+from retnet_tools.graph.contract import MANIFEST_FILE, STEP_FILE, WEIGHTS_FILE, TensorSpec
 from retnet_tools.graph.cuda_kernels import cpu_nodes
 from retnet_tools.graph.files import load_graph
 from retnet_tools.graph.manifest import Manifest
+from retnet_tools.machine import allowed_cores
 from retnet_tools.runtime.buffers import DeviceBuffer
 from retnet_tools.runtime.device_memory import LIBRARY_BYTES, check_memory, graph_bytes, tensor_bytes
 from retnet_tools.runtime.failures import CaptureError
 from retnet_tools.runtime.onnx_session import kernels_are_known, open_session
+from retnet_tools.runtime.prompts import PREFILL_CHUNK_SIZE
 from retnet_tools.runtime.providers import Device, check_device, cpu_instead
 
 if TYPE_CHECKING:
     import onnxruntime
+
+
+BYTES_OF_A_THREAD = 1 << 27
+
+
+def threads_for(weight_bytes: int, tokens: int) -> int:
+    """CPU threads worth starting for a graph that is shown so many tokens at once: 1 to the allowed cores.
+
+    Threads wait for each other after every operation, so each should have 128 MB of weights to multiply by. Steps in
+    float32 with 1 and 2 threads, the shortest of 9 turns each on two cores that others used too: shipped model
+    (19 MB) 0.29 and 0.66 ms, 35 MB 0.80 and 1.7 ms, 105 MB 7.9 and 13 ms, 286 MB 21 and 26 ms, a 300m model (1.6 GB)
+    115 and 131 ms. On two free cores, 0.87 GB a token take 1.5 times as long with one thread (docs/benchmarks.md).
+    """
+    return max(1, min(allowed_cores(), weight_bytes * tokens // BYTES_OF_A_THREAD))
 
 
 class EagerStepsWarning(UserWarning):
@@ -36,7 +52,7 @@ class GraphOpener:
 
     Args:
         folder: an exported folder, complete.
-        threads: of the CPU provider.
+        threads: of the CPU provider; None chooses by `threads_for`.
         eager_reason: why steps are not to be captured; None captures them where that is possible.
 
     Attributes:
@@ -112,15 +128,18 @@ class GraphOpener:
             ProviderError: the device cannot be had, or has no room; nothing is loaded then.
             InputError: a graph that cannot be read, or another than the manifest says.
         """
-        path = self._folder / name
+        path, threads = self._folder / name, self._threads
         if self.device.provider.memory is not None:
             check_device(self.device)
             needed = 0 if self._shared is not None else graph_bytes(path)
             check_memory(self.device, needed + LIBRARY_BYTES, f"{name} of {self._folder}")
+        else:
+            size = (self._folder / WEIGHTS_FILE).stat().st_size
+            threads = threads or threads_for(size, 1 if name == STEP_FILE else PREFILL_CHUNK_SIZE)
         session = open_session(
             path,
             self.device,
-            self._threads,
+            threads,
             prepack=prepack,
             cuda_graph=cuda_graph,
             profile=profile,

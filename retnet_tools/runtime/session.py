@@ -47,7 +47,7 @@ class DecoderSession:
     Args:
         folder: what `retnet-tools export` wrote.
         device: where to run.
-        threads: of the CPU provider; None lets ONNX Runtime choose.
+        threads: of the CPU provider; None chooses by the size of the work.
         in_place: whether step.onnx writes states where it reads them, or into a second buffer; None writes in place on
             the CPU, whose kernels are known to read a state before they write it.
         cuda_graph: whether steps on CUDA are captured and replayed; None does where it can.

@@ -1,4 +1,4 @@
-"""Weights that step.onnx and prefill.onnx share on a GPU: there once, used by both, and the bytes of the file."""
+"""Graphs of a folder as they are opened: threads by the size of the work, weights on a GPU once for both graphs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 from retnet_tools.graph.contract import PAST_NAMES, PREFILL_FILE, STEP_FILE
 from retnet_tools.paper import paper_config
+from retnet_tools.runtime import DecoderSession, opening
 from retnet_tools.runtime.device_memory import LIBRARY_BYTES, graph_bytes
 from retnet_tools.runtime.onnx_session import open_session
 from retnet_tools.runtime.opening import stored_tensors
@@ -134,6 +135,28 @@ def test_a_graph_computes_the_same_with_weights_that_it_is_given(name: str, bits
         np.testing.assert_array_equal(own, other)
     assert np.abs(plain[0]).max() > 0.1
     assert not np.array_equal(without[0], plain[0])
+
+
+@pytest.mark.parametrize(("cores", "expected"), [(1, 1), (2, 2), (64, 32)])
+def test_threads_are_as_many_as_the_weights_of_a_step_occupy(
+    cores: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "allowed_cores", lambda: cores)
+    assert opening.threads_for(19_000_000, 1) == 1
+    assert opening.threads_for(1 << 32, 1) == expected
+    assert opening.threads_for(1 << 20, 1 << 12) == expected
+
+
+def test_small_models_step_with_one_thread_and_a_number_that_is_given_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "allowed_cores", lambda: 2)
+    monkeypatch.setattr(opening, "BYTES_OF_A_THREAD", 1 << 22)
+    out = export(BASE, random_source(BASE, 1), tmp_path / "out")
+    for given, step, prefill in ((None, 1, 2), (3, 3, 3)):
+        session = DecoderSession(out, threads=given)
+        found = [graph.get_session_options().intra_op_num_threads for graph in (session._step, session._prefill)]
+        assert found == [step, prefill]
 
 
 def past_names() -> list[str]:
