@@ -146,7 +146,7 @@ def write_model(name: str, state: Path, *, quick: bool) -> None:
     """Export a model of `MODELS` to a folder that stays; with `quick` the shipped checkpoint in its types."""
     from retnet_tools.bench.models import ModelOptions, make_model
     from retnet_tools.dtypes import parse_dtype
-    from retnet_tools.formats.source import CheckpointSource
+    from retnet_tools.formats import CheckpointSource
     from retnet_tools.jobs.request import shipped_checkpoint
     from retnet_tools.quantize.options import options_of
 

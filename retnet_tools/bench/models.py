@@ -18,8 +18,7 @@ from retnet_tools.bench.transformer_graph import (
 from retnet_tools.config import RetNetConfig
 from retnet_tools.dtypes import FloatName
 from retnet_tools.errors import OutputError, UsageError
-from retnet_tools.formats import Checkpoint
-from retnet_tools.formats.source import CheckpointSource
+from retnet_tools.formats import Checkpoint, CheckpointSource
 from retnet_tools.graph.contract import MANIFEST_FILE, PREFILL_FILE, STEP_FILE, WEIGHTS_FILE
 from retnet_tools.graph.export import ExportPlan, plan_export, plan_of_export
 from retnet_tools.graph.files import file_bytes, float_blocks, write_graph, write_weights

@@ -36,7 +36,7 @@ def quantize(
 ) -> None:
     """Write an exported folder again with quantized weights: the same graphs, inputs, outputs and states."""
     from retnet_tools.console import print_json
-    from retnet_tools.formats.source import CheckpointSource
+    from retnet_tools.formats import CheckpointSource
     from retnet_tools.graph.export import default_output, plan_of_export
     from retnet_tools.reports.decoding import export_document, export_text
 

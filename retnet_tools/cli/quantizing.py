@@ -12,7 +12,7 @@ from retnet_tools.graph.quantization import CODE_TYPES, HALF_TYPES
 from retnet_tools.tokenizing import text_files
 
 if TYPE_CHECKING:
-    from retnet_tools.formats.source import CheckpointSource
+    from retnet_tools.formats import CheckpointSource
     from retnet_tools.graph.export import ExportPlan
     from retnet_tools.graph.quantization import Quality
     from retnet_tools.quantize.options import QuantizeOptions

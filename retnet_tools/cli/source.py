@@ -10,7 +10,7 @@ import typer
 from retnet_tools.errors import UsageError
 
 if TYPE_CHECKING:
-    from retnet_tools.formats.source import CheckpointSource
+    from retnet_tools.formats import CheckpointSource
 
 Format = Annotated[str | None, typer.Option("--from", help="Format of the checkpoint, if it is not to be detected.")]
 Config = Annotated[
@@ -51,8 +51,8 @@ def checkpoint_source(
         UsageError: a clamp that does not exist, a revision of a path.
         InputError: a name on the hub that cannot be had.
     """
+    from retnet_tools.formats import CheckpointSource
     from retnet_tools.formats.hub import local_checkpoint
-    from retnet_tools.formats.source import CheckpointSource
     from retnet_tools.jobs.request import parse_clamp
 
     kind = None if clamp is None else parse_clamp(clamp)

@@ -5,8 +5,8 @@ A new format is one file with one `FormatSpec`, and its row in `FORMATS`.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from retnet_tools.config import RetNetConfig, ScoreClamp
@@ -15,6 +15,7 @@ from retnet_tools.errors import ConfigError, InputError, UsageError, did_you_mea
 from retnet_tools.formats.canonical import CANONICAL
 from retnet_tools.formats.files import CheckpointFiles
 from retnet_tools.formats.fla import FLA
+from retnet_tools.formats.hub import local_checkpoint
 from retnet_tools.formats.jamie_stirling import JAMIE_STIRLING
 from retnet_tools.formats.mapping import map_weights
 from retnet_tools.formats.reading import find_format, read_source
@@ -26,7 +27,7 @@ from retnet_tools.formats.torchscale_wrapped import TORCHSCALE_HUGGING_FACE, TOR
 from retnet_tools.formats.xatl import XATL, XATL_LIT
 from retnet_tools.formats.yet_another_retnet import YET_ANOTHER_RETNET
 
-__all__ = ["FORMATS", "Checkpoint", "FormatSpec", "open_checkpoint", "writable_format"]
+__all__ = ["FORMATS", "Checkpoint", "CheckpointSource", "FormatSpec", "open_checkpoint", "writable_format"]
 
 FORMATS: tuple[FormatSpec, ...] = (
     CANONICAL,
@@ -85,7 +86,7 @@ def open_checkpoint(
         raise InputError(found, "the numbers of a model", "correct it") from error
     assumed = reading.assumed_clamp and clamp is None
     LOG.debug("%s is %s", files.path, reading.version)
-    clamp_note = [CLAMP_NOTE.format(clamp=reading.config.score_normalization.clamp)] * assumed
+    clamp_note = [CLAMP_NOTE.format(clamp=reading.config.score_normalization.clamp)] if assumed else []
     return Checkpoint(
         path=files.path,
         format=reading.version,
@@ -100,12 +101,41 @@ def open_checkpoint(
     )
 
 
+@dataclass(frozen=True)
+class CheckpointSource:
+    """What `open_checkpoint` takes, by its names, and the revision of what came from the hub."""
+
+    path: Path
+    format: str | None = None
+    config: Path | None = None
+    entry: str | None = None
+    clamp: ScoreClamp | None = None
+    revision: str | None = None
+    ignore_keys: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, name: str | Path, revision: str | None = None) -> CheckpointSource:
+        """A path or a name on the hub, which is fetched now; raises as `local_checkpoint`."""
+        return cls(local_checkpoint(str(name), revision), revision=revision)
+
+    @property
+    def says_how(self) -> bool:
+        """Whether more is said than where it lies, so that it cannot be an exported folder."""
+        return any((self.format, self.config, self.entry, self.clamp, self.ignore_keys))
+
+    def open(self) -> Checkpoint:
+        """The checkpoint; raises as `open_checkpoint`."""
+        return open_checkpoint(
+            self.path, self.format, config=self.config, entry=self.entry, clamp=self.clamp, ignore_keys=self.ignore_keys
+        )
+
+
 def _with_clamp(reading: Reading, clamp: ScoreClamp) -> RetNetConfig:
     scores = reading.config.score_normalization
     if not reading.assumed_clamp and clamp != scores.clamp:
         named, used = (name.replace("_", "-") for name in (clamp, scores.clamp))
         raise UsageError(f"--clamp {named}", f"{used}, which {reading.version} uses", "leave --clamp out")
-    return dataclasses.replace(reading.config, score_normalization=dataclasses.replace(scores, clamp=clamp))
+    return replace(reading.config, score_normalization=replace(scores, clamp=clamp))
 
 
 def writable_format(name: str) -> FormatSpec:

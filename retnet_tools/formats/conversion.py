@@ -93,7 +93,6 @@ def plan_conversion(
 
     Args:
         weights: exactly the canonical tensors of `config`.
-        target: the format to write.
         dtype: of all tensors; None keeps each as it is.
         max_shard_size: bytes of tensor data in one safetensors file; a larger tensor has a file of its own.
         texts: further text files, by name, and what makes each.
@@ -123,12 +122,7 @@ def plan_conversion(
 def plan_checkpoint(
     checkpoint: Checkpoint, target: FormatSpec, *, dtype: FloatName | None, max_shard_size: int
 ) -> Conversion:
-    """Lay a whole checkpoint out in a format: its tokenizer, special tokens and licences too, and a card that says
-    where it is from.
-
-    Raises:
-        UsageError, InputError: as `plan_conversion`.
-    """
+    """`plan_conversion` of a checkpoint with its tokenizer, special tokens, licences, and a card that says whence."""
     card = next((file for file in checkpoint.card_files if file.name == CARD_FILE), None)
     text = carried_text(checkpoint.tokenizer_files, checkpoint.settings, checkpoint.config.vocab_size)
     notes = (*checkpoint.notes, *text.notes)
@@ -227,11 +221,7 @@ def _lost(field: str, wanted: object, got: object) -> str:
 
 
 def shard(tensors: Sequence[PlannedTensor], limit: int) -> tuple[dict[str, list[PlannedTensor]], dict[str, Any] | None]:
-    """Tensors in safetensors files of at most `limit` bytes of data, and the index if there are several files.
-
-    Raises:
-        UsageError: a limit below 1.
-    """
+    """Tensors in safetensors files of at most `limit` bytes of data, and the index if there are several files."""
     if limit < 1:
         raise UsageError(f"max_shard_size is {limit}", "a positive number of bytes")
     shards: list[list[PlannedTensor]] = [[]]

@@ -106,11 +106,7 @@ def _read(source: Source) -> Reading:
 
 
 def resolve(settings: Settings) -> RetNetConfig:
-    """The configuration, with flash-linear-attention's defaults filled in.
-
-    Raises:
-        InputError: a kind of model that is not supported.
-    """
+    """The configuration, with flash-linear-attention's defaults filled in."""
     hidden, heads = settings.size("hidden_size", 2048), settings.size("num_heads", 8)
     key_dim = _expanded(settings, "expand_k", 1.0, hidden, heads)
     value_dim = _expanded(settings, "expand_v", 2.0, hidden, heads)

@@ -10,6 +10,8 @@ taken as they are in float64.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from retnet_tools.config import BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
@@ -89,10 +91,7 @@ def _resolve(settings: Settings, stored: StoredTensors, key_decay: tuple[float, 
 
 
 def _count(stored: StoredTensors, template: str) -> int:
-    count = 0
-    while template.format(count) in stored.locations:
-        count += 1
-    return count
+    return next(i for i in itertools.count() if template.format(i) not in stored.locations)
 
 
 JAMIE_STIRLING = FormatSpec(

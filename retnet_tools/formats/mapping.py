@@ -55,7 +55,10 @@ def map_weights(stored: StoredTensors, reading: Reading, prefix: str = "") -> St
     for name in stored.names():
         place = places.get(name)
         if place != "" and (place in zeros or place not in shapes):
-            raise InputError(f"unknown tensor {prefix + name!r}", f"the names of {reading.version}", _hint(place))
+            action = "check that the configuration and the format belong to these weights"
+            if place is not None:
+                action = f"the configuration has no place for {place!r}: check that it belongs to these weights"
+            raise InputError(f"unknown tensor {prefix + name!r}", f"the names of {reading.version}", action)
     found: dict[str, LazyTensor] = {}
     for canonical, shape in shapes.items():
         if canonical in zeros:
@@ -67,7 +70,7 @@ def map_weights(stored: StoredTensors, reading: Reading, prefix: str = "") -> St
             if name not in stored.locations:
                 missing = f"no tensor {prefix + name!r}"
                 raise InputError(missing, f"it, for {canonical!r}", "file or configuration is incomplete")
-            _check_tensor(prefix + name, stored.info(name), transform.stored_shape(shape), canonical)
+            _check_tensor(prefix + name, stored.locations[name], transform.stored_shape(shape), canonical)
         first, *others = (stored.locations[name] for name in parts[canonical])
         made = _MadeTensor(shape, first.dtype, (first, *others), transform)
         found[canonical] = first if transform is AS_STORED else made
@@ -78,11 +81,7 @@ def map_weights(stored: StoredTensors, reading: Reading, prefix: str = "") -> St
 
 
 def check_layer_count(config: RetNetConfig, stored: StoredTensors) -> None:
-    """Refuse more layers than there are tensors, before anything is listed layer by layer.
-
-    Raises:
-        InputError: a number of layers that the file cannot hold.
-    """
+    """Refuse more layers than there are tensors, before anything is listed layer by layer."""
     count = len(stored.locations)
     if config.num_layers > count:
         raise InputError(f"{config.num_layers} layers in the configuration", f"at most the {count} tensors of the file")
@@ -94,11 +93,7 @@ def is_tied(stored: StoredTensors, head: str, embedding: str) -> bool:
 
 
 def stored_name(stored: StoredTensors, names: Sequence[str]) -> str | None:
-    """The first of several names of one tensor that is stored, once those that are stored are found to be equal.
-
-    Raises:
-        InputError: two of them differ.
-    """
+    """The first of several names of one tensor that is stored, once those that are stored are found to be equal."""
     found = [name for name in names if name in stored.locations]
     for other in found[1:]:
         _check_tie(stored, other, found[0])
@@ -133,12 +128,6 @@ def _check_tie(stored: StoredTensors, head: str, embedding: str) -> None:
         raise InputError(found, "the same values", "correct the configuration or the file")
 
 
-def _hint(canonical: str | None) -> str:
-    if canonical is not None:
-        return f"the configuration has no place for {canonical!r}: check that it belongs to these weights"
-    return "check that the configuration and the format belong to these weights"
-
-
 def _check_tensor(name: str, info: TensorInfo, shape: Shape, canonical: str) -> None:
     if info.shape != shape:
         found, action = f"tensor {name!r} has shape {list(info.shape)}", "the configuration belongs to these weights"
@@ -152,10 +141,8 @@ TRANSPOSED = Transform(lambda shape: shape[::-1], lambda parts: parts[0].T)
 
 
 def halves_to_pairs(head_k_dim: int) -> Transform:
-    """Rows of q or k where row i of a head is rotated with row i + K/2, put into adjacent pairs: `[H*K, D]`.
-
-    q and k are permuted alike, so their products stay what they are.
-    """
+    """Rows `[H*K, D]` of q or k where row i of a head is rotated with row i + K/2, put into adjacent pairs. q and k are
+    permuted alike, so their products stay what they are."""
 
     def apply(parts: Sequence[Array]) -> Array:
         rows = parts[0]

@@ -81,11 +81,8 @@ def _linspace(start: float, end: float, count: int) -> Array:
 
 
 def read_buffer(source: Source, name: str, published: Array, *, rtol: float = OTHER_SCHEDULE) -> Array:
-    """The numbers that the model runs with; the source notes where they are not those of the file, or not published.
-
-    Args:
-        published: the schedule that the configuration names, of the buffer's shape.
-        rtol: what tells another schedule.
+    """The numbers that the model runs with, where `published` is the schedule that the configuration names; the source
+    notes where they are not those of the file, or not published.
 
     Raises:
         InputError: another shape, no floats, or another schedule in a half type, whose exact numbers nothing tells.
@@ -113,11 +110,7 @@ def read_buffer(source: Source, name: str, published: Array, *, rtol: float = OT
 def read_named(
     source: Source, name: str, named: Array, other: Array, refusal: InputError, *, rtol: float = OTHER_SCHEDULE
 ) -> Array:
-    """`read_buffer` of the one of two published schedules that the configuration names.
-
-    Raises:
-        InputError: as `read_buffer`; the refusal, of a buffer that is the other schedule.
-    """
+    """`read_buffer` of the one of two published schedules that the configuration names; the refusal of the other."""
     location = source.stored.locations.get(name)
     if location is not None and location.shape == other.shape:
         found = location.read()
@@ -133,7 +126,6 @@ def read_xpos(source: Source, template: str, key_dim: int) -> tuple[float, ...]:
 
     Args:
         template: of the names of the stored scales z, `[key_dim / 2]`, as in `name_of_all`.
-        key_dim: dimensions that xPos runs over.
 
     Raises:
         InputError: as `read_buffer`; scales that are not above 0 and at most 1.
@@ -159,10 +151,7 @@ def read_angles(source: Source, name: str, head_k_dim: int) -> tuple[float, ...]
 
 
 def name_of_all(stored: StoredTensors, template: str) -> str:
-    """The stored name of a buffer that all layers and heads share, once they are found to be equal.
-
-    Args:
-        template: of its names, with `{i}` for the layer and `{h}` for the head.
+    """The stored name of a buffer that all layers `{i}` and heads `{h}` share, once they are found to be equal.
 
     Raises:
         InputError: two of them differ.

@@ -186,7 +186,6 @@ def _is_neutral(value: Any) -> bool:
 
 
 # Keys that cannot touch the mathematics of a trained model, whichever format they stand in.
-
 # What trainers keep among hyperparameters and command lines, and what made an object of theirs.
 TRAINING = words(
     """

@@ -40,9 +40,9 @@ class Transform:
     """How the stored tensors of one canonical tensor become it.
 
     Attributes:
-        stored_shape: shape of each stored part, from the canonical shape.
+        stored_shape: of each stored part, from the canonical shape.
         apply: the canonical tensor, from the stored parts in the order of `{h}`.
-        invert: the stored tensor from the canonical one, for formats that are written; one part only.
+        invert: the one stored tensor from the canonical one, for formats that are written.
     """
 
     stored_shape: Callable[[Shape], Shape]
@@ -95,9 +95,8 @@ class Writing:
     """A model as a format stores it.
 
     Attributes:
-        settings: the JSON of its configuration.
+        settings: the JSON of its configuration, in `settings_file`.
         names: as in `Reading`, of which the names of tensors that the model has are written.
-        settings_file: the file of the configuration.
         weights_file: `model.safetensors`, which may become shards, or a `.pt`.
         transforms: by canonical template; their `invert` is used.
         ties: stored names that share the storage of another stored name.
@@ -157,14 +156,13 @@ class FormatSpec:
         is_settings: whether a document is its configuration.
         settings_words: what tells such a document, for errors.
         marks: stored names that tell it, without wrappers' prefixes; all must be there.
-        names: every name that it may store, as templates; its name tables together will do.
+        names: every name that it may store, as templates.
         read: the configuration and the name table; reads no tensor data but small buffers.
         base: what its names begin with that a model saved without its head leaves out ("model.").
-        outer_head: from the names of an output projection that a wrapper has itself, outside of its prefix, to those
-            that the format has.
+        outer_head: from names of an output projection that a wrapper has outside of its prefix to the format's.
         needs_settings: whether it cannot be read without a configuration.
-        write: the same the other way, of a configuration whose clamp is assumed or not; best effort: what is written is
-            read back before a tensor is; None where a format cannot be written.
+        write: the same the other way, of a configuration whose clamp is assumed or not, where a format can be written.
+            Best effort: what is planned is read back before a tensor is written.
     """
 
     name: str
@@ -189,9 +187,8 @@ class Checkpoint:
         format: name and release, such as "torchscale (since October 2023)".
         weights: canonical names; `read` holds one tensor in memory.
         source_files: all files that make the model, for provenance.
-        tokenizer_files: tokenizer and generation files beside them.
+        tokenizer_files, card_files: those of tokenizer and generation, of model card and licences.
         notes: what the user should know about how it was read.
-        card_files: model card and licences beside them.
         settings: the stored configuration, by its own names.
         assumed_clamp: whether the clamp of the scores in `config` is assumed (`Reading.assumed_clamp`).
     """

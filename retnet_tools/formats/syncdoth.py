@@ -23,9 +23,9 @@ from retnet_tools.formats.torchscale import SYNCDOTH_KEYS
 from retnet_tools.formats.xatl import XATL_KEYS, settled_norms
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-GLU_NAMES, PLAIN_NAMES = (dict(tensors.decoder_names(kind, "model.", "lm_head")) for kind in ("glu", "plain"))
+NAMES = {kind: dict(tensors.decoder_names(kind, "model.", "lm_head")) for kind in ("glu", "plain")}
 for name in ("fc1.bias", "fc2.bias", "ffn_layernorm.weight", "ffn_layernorm.bias"):  # the order that is written
-    PLAIN_NAMES[f"model.layers.{{i}}.ffn.{name}"] = PLAIN_NAMES.pop(f"model.layers.{{i}}.ffn.{name}")
+    NAMES["plain"][f"model.layers.{{i}}.ffn.{name}"] = NAMES["plain"].pop(f"model.layers.{{i}}.ffn.{name}")
 CLAMPS: dict[str, ScoreClamp] = {"abs_of_sum": "abs_of_sum", "sum_of_abs": "sum_of_abs"}
 KEYS = Keys(
     read=tensors.KEYS | words("score_clamp tie_word_embeddings use_ffn_rms_norm use_glu use_lm_decay value_factor"),
@@ -34,18 +34,13 @@ KEYS = Keys(
 
 
 def _read(source: Source) -> Reading:
-    settings, stored = source.settings, source.stored
-    revision = settings.has("value_factor")
-    tied = revision and is_tied(stored, HEAD, EMBEDDING)
-    config = resolve(source, tied_by_default=tied)
+    settings, revision = source.settings, source.settings.has("value_factor")
+    config = resolve(source, tied_by_default=revision and is_tied(source.stored, HEAD, EMBEDDING))
     if settings.flag("use_glu", True) and settings.flag("use_ffn_rms_norm", False) and not revision:
         source.notes.append("use_ffn_rms_norm does nothing with use_glu")
-    return Reading(
-        config,
-        "syncdoth/RetNet (2 October 2023)" if revision else "syncdoth/RetNet",
-        GLU_NAMES if config.feed_forward.kind == "glu" else PLAIN_NAMES,
-        assumed_clamp=not revision and not settings.has("score_clamp"),
-    )
+    assumed = not revision and not settings.has("score_clamp")
+    version = "syncdoth/RetNet (2 October 2023)" if revision else "syncdoth/RetNet"
+    return Reading(config, version, NAMES[config.feed_forward.kind], assumed_clamp=assumed)
 
 
 def resolve(source: Source, *, tied_by_default: bool = False) -> RetNetConfig:
@@ -57,9 +52,9 @@ def resolve(source: Source, *, tied_by_default: bool = False) -> RetNetConfig:
     Raises:
         InputError: sizes that do not divide, settings that contradict each other or the buffers.
     """
-    settings = source.settings
-    revision = settings.has("value_factor")
-    embed, heads = settings.size("decoder_embed_dim", 768), settings.size("decoder_retention_heads", 3 - revision)
+    settings, revision = source.settings, source.settings.has("value_factor")
+    embed = settings.size("decoder_embed_dim", 768)
+    heads = settings.size("decoder_retention_heads", 2 if revision else 3)
     if embed % heads:
         raise settings.wrong("decoder_retention_heads", heads, f"a divisor of decoder_embed_dim = {embed}")
     language_model = settings.flag("use_lm_decay", False)
@@ -123,8 +118,7 @@ def _write(config: RetNetConfig, assumed_clamp: bool) -> Writing:
     }
     # Not a key of syncdoth's: its releases differ in the clamp and its own files do not tell.
     told = {} if clamp == "none" or assumed_clamp else {"score_clamp": clamp}
-    names = GLU_NAMES if ffn.kind == "glu" else PLAIN_NAMES
-    return Writing(settings | told, names, buffers=tensors.written_buffers(config, "model."))
+    return Writing(settings | told, NAMES[ffn.kind], buffers=tensors.written_buffers(config, "model."))
 
 
 def _is_settings(document: Mapping[str, Any]) -> bool:
@@ -141,7 +135,7 @@ SYNCDOTH = FormatSpec(
     is_settings=_is_settings,
     settings_words='"model_type": "retnet" and decoder_embed_dim',
     marks=("model.layers.0.retention.q_proj.weight", EMBEDDING),
-    names={**GLU_NAMES, **PLAIN_NAMES},
+    names=(*NAMES["glu"], *NAMES["plain"]),
     read=_read,
     base="model.",
     outer_head={HEAD: HEAD},

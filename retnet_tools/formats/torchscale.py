@@ -71,8 +71,7 @@ def read_decoder(
         embeddings, heads: the names that the embedding and the output projection may have, several at once.
 
     Raises:
-        InputError: sizes that do not fit, tensors of no release, settings that contradict them, names of one tensor
-            that differ.
+        InputError: sizes or settings that do not fit the tensors, tensors of no release, names of one that differ.
     """
     stored = source.stored
     embedding = stored_name(stored, (*embeddings, *heads) if tied else embeddings)
@@ -127,10 +126,10 @@ def _fields(settings: Settings, stored: StoredTensors, release: Release, *, fair
             release.feed_forward,
             settings.count("decoder_ffn_embed_dim"),
             settings.choice("activation_fn", tensors.ACTIVATIONS, "swish" if fairseq else "gelu"),
-            bias=release.biases,
+            bias=release.feed_forward == "plain",
             norm=block_norm if _has_ffn_norm(settings, release, stored) else None,
         ),
-        "projection_bias": release.biases,
+        "projection_bias": release.feed_forward == "plain",
     }
 
 
@@ -186,8 +185,8 @@ def _score_clamp(settings: Settings, release: Release) -> tuple[ScoreClamp, bool
 def _write(config: RetNetConfig, assumed_clamp: bool) -> Writing:
     deepnorm, kind, tied = config.residual_alpha != 1.0, config.feed_forward.kind, config.tie_word_embeddings
     paper_clamp = config.score_normalization.clamp == "abs_of_sum" and kind == "glu"
-    told_by = (kind, config.block_norm.kind, config.projection_bias)
-    release = next((r for r in RELEASES if (r.feed_forward, r.norm, r.biases) == told_by), RELEASES[0])
+    known = (kind, config.block_norm.kind) in [(release.feed_forward, release.norm) for release in RELEASES]
+    written = kind if known and config.projection_bias == (kind == "plain") else "glu"
     settings = {
         **tensors.written_sizes(config),
         "no_scale_embedding": config.embedding_scale == 1.0,
@@ -201,7 +200,7 @@ def _write(config: RetNetConfig, assumed_clamp: bool) -> Writing:
     }
     return Writing(
         settings,
-        tensors.decoder_names(release.feed_forward),
+        tensors.decoder_names(written),
         settings_file="args.json",
         weights_file="model.pt",
         ties={HEAD: EMBEDDING} if tied else {},

@@ -75,11 +75,6 @@ class Release:
     head_norm_eps: float | None
     clamp: ScoreClamp
 
-    @property
-    def biases(self) -> bool:
-        """Whether projections have biases."""
-        return self.feed_forward == "plain"
-
 
 RELEASES = (
     Release("torchscale (since October 2023)", "glu", "rms", 1e-6, None, "sum_of_abs"),
@@ -89,11 +84,7 @@ RELEASES = (
 
 
 def find_release(stored: StoredTensors) -> Release:
-    """The generation that wrote these tensors.
-
-    Raises:
-        InputError: none.
-    """
+    """The generation that wrote these tensors; an `InputError` where none did."""
     gate, norm_bias = "layers.0.ffn.gate.weight", "layers.0.retention_layer_norm.bias"
     kind = "glu" if gate in stored.locations else "plain"
     norm = "layer" if norm_bias in stored.locations else "rms"
@@ -130,7 +121,6 @@ def read_buffers(
     """log(gamma) per head and radians per position for each pair, which the model runs with.
 
     Args:
-        prefix: of the buffers' names.
         language_model: whether the configuration names that decay, and not the paper's.
 
     Raises:

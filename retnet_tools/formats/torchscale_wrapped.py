@@ -45,12 +45,8 @@ STUDENT_KEYS = Keys(
         "normalize_before": Only((True,), "true, which its backbone always has"),
     },
     inert=HUGGING_FACE
-    | words(
-        """
-        chunkwise_recurrent config_version created_at recurrent_chunk_size target_param_count_range teacher_model
-        variant
-        """
-    ),
+    | words("chunkwise_recurrent config_version created_at recurrent_chunk_size target_param_count_range")
+    | words("teacher_model variant"),
 )
 
 

@@ -73,12 +73,8 @@ def _read(source: Source) -> Reading:
     if source.settings.flag("shared_attention_norm", False):
         # Without the second norm its Hugging Face code leaves the feed-forward network without any; its training code
         # shares the first. A folder may come from either.
-        raise source.settings.wrong(
-            "shared_attention_norm",
-            True,
-            "false in a Hugging Face folder, where its two codes disagree about it",
-            "open the .pth file of the training",
-        )
+        expected = "false in a Hugging Face folder, where its two codes disagree about it"
+        raise source.settings.wrong("shared_attention_norm", True, expected, "open the .pth file of the training")
     config = resolve(source)
     return Reading(config, "syncdoth/RetNet-XATL", NAMES[config.feed_forward.kind])
 
@@ -96,11 +92,7 @@ def _read_lit(source: Source) -> Reading:
 
 
 def resolve(source: Source) -> RetNetConfig:
-    """The configuration, with the defaults of RetNet-XATL filled in.
-
-    Raises:
-        InputError: a kind of model that is not supported, buffers that are not what the configuration says.
-    """
+    """The configuration, with the defaults of RetNet-XATL filled in."""
     settings = source.settings
     embed, heads = settings.size("decoder_embed_dim", 768), settings.size("decoder_retention_heads", 3)
     if embed % heads:
@@ -139,11 +131,7 @@ def resolve(source: Source) -> RetNetConfig:
 
 def settled_norms(settings: Settings) -> tuple[bool, bool, bool]:
     """deepnorm, sub-norm, pre-norm. syncdoth's code turns two of them off by a third when a model is made, so that a
-    stored configuration never holds what it would turn off.
-
-    Raises:
-        InputError: one that does.
-    """
+    stored configuration never holds what it would turn off; one that does is refused."""
     deepnorm = settings.flag("deepnorm", False)
     subln = settings.flag("subln", not deepnorm)
     before = settings.flag("decoder_normalize_before", not deepnorm)

@@ -16,7 +16,7 @@ from retnet_tools.progress import Progress, in_megabytes, no_progress
 if TYPE_CHECKING:
     from retnet_tools.config import RetNetConfig
     from retnet_tools.evaluate.lint import Finding, HeadMemory
-    from retnet_tools.formats.source import CheckpointSource
+    from retnet_tools.formats import CheckpointSource
     from retnet_tools.graph.manifest import Manifest
     from retnet_tools.weights import WeightSource
 

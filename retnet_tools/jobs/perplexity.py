@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from retnet_tools.dtypes import FloatName
     from retnet_tools.evaluate.logits import LogitsSource
     from retnet_tools.evaluate.perplexity import PerplexityReport
-    from retnet_tools.formats.source import CheckpointSource
+    from retnet_tools.formats import CheckpointSource
     from retnet_tools.runtime.providers import Device
 
 
@@ -95,7 +95,7 @@ def perplexity(request: PerplexityRequest, progress: Progress = no_progress) -> 
     from retnet_tools.evaluate.perplexity import measure_perplexity
     from retnet_tools.evaluate.scored_text import read_tokens
     from retnet_tools.evaluate.scoring import Windows
-    from retnet_tools.formats.source import CheckpointSource
+    from retnet_tools.formats import CheckpointSource
     from retnet_tools.runtime.providers import parse_device
     from retnet_tools.tokenizing.text_files import read_text
 

@@ -15,7 +15,7 @@ from retnet_tools.fields import check_types
 
 if TYPE_CHECKING:
     from retnet_tools.config import ScoreClamp
-    from retnet_tools.formats.source import CheckpointSource
+    from retnet_tools.formats import CheckpointSource
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class CheckpointRequest(Request):
             UsageError: a revision of a path.
             InputError: a name on the hub that cannot be had.
         """
+        from retnet_tools.formats import CheckpointSource
         from retnet_tools.formats.hub import local_checkpoint
-        from retnet_tools.formats.source import CheckpointSource
 
         return CheckpointSource(
             local_checkpoint(str(self.checkpoint), self.revision),

@@ -14,7 +14,7 @@ from retnet_tools.bench.models import Model, ModelOptions, Precision, make_model
 from retnet_tools.bench.options import BenchOptions, Case
 from retnet_tools.bench.specs import RetNetSpec, TorchSpec, TransformerSpec
 from retnet_tools.errors import ProviderError, UsageError
-from retnet_tools.formats.source import CheckpointSource
+from retnet_tools.formats import CheckpointSource
 from retnet_tools.graph.quantization import Scheme, TensorRule
 from retnet_tools.quantize.options import QuantizeOptions
 from retnet_tools.runtime.device_memory import chunk_bytes

@@ -186,7 +186,7 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
         "import sys\n"
         "from pathlib import Path\n"
         "from retnet_tools.jobs.inspect import InspectRequest, inspect_model, open_model\n"
-        "from retnet_tools.formats.source import CheckpointSource\n"
+        "from retnet_tools.formats import CheckpointSource\n"
         "model = open_model(CheckpointSource(Path(sys.argv[1])))\n"
         "before = peak_resident()\n"
         "result = inspect_model(InspectRequest(sys.argv[1]), model)\n"

@@ -11,8 +11,8 @@ import pytest
 
 from retnet_tools.errors import InputError, RetNetToolsError
 from retnet_tools.evaluate.weight_lint import lint_weights
+from retnet_tools.formats import CheckpointSource
 from retnet_tools.formats.canonical import write_canonical
-from retnet_tools.formats.source import CheckpointSource
 from retnet_tools.jobs.inspect import (
     InspectRequest,
     InspectResult,
