@@ -29,8 +29,7 @@ from retnet_tools.graph.contract import TensorSpec
 from retnet_tools.graph.cuda_ops import CudaFusedOps, step_form
 from retnet_tools.graph.decay import StepDecay
 from retnet_tools.graph.nodes import GraphBuilder, graph_value, tensor_type
-from retnet_tools.graph.ops import FusedOps
-from retnet_tools.graph.standard_ops import StandardOps
+from retnet_tools.graph.ops import FusedOps, StandardOps
 from retnet_tools.machine import this_machine
 from retnet_tools.paper import paper_decay
 from retnet_tools.runtime.buffers import Binding, zero_buffer

@@ -22,7 +22,7 @@ from retention import HEADS, Stack, microseconds, split, write_rows
 from retnet_tools.graph.cuda_ops import tokens_form
 from retnet_tools.graph.decay import StepDecay, chunk_decay
 from retnet_tools.graph.nodes import GraphBuilder
-from retnet_tools.graph.standard_ops import StandardOps
+from retnet_tools.graph.ops import StandardOps
 from retnet_tools.runtime.providers import Device, check_device, parse_device
 
 

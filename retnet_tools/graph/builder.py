@@ -18,8 +18,8 @@ from onnx_ir import Value
 from retnet_tools.config import BlockNorm, RetNetConfig
 from retnet_tools.graph.contract import FLOAT16_STATE_LIMIT, TensorSpec, state_scale, step_inputs, step_outputs
 from retnet_tools.graph.nodes import GraphBuilder, Pair, epsilon, graph_value, tensor_type
+from retnet_tools.graph.ops import NormWeights, StandardOps
 from retnet_tools.graph.positions import PositionValues, position_values
-from retnet_tools.graph.standard_ops import NormWeights, StandardOps
 from retnet_tools.graph.weight_tensors import BuiltGraph, WeightTensor
 from retnet_tools.weights import Array, canonical_shapes
 
@@ -155,7 +155,11 @@ class DecoderBuilder(WeightedBuilder, ABC):
                 # Only states need the other tokens from here on.
                 x, y = self.last_rows(x), self.last_rows(y)
             if config.parallel_residual:
-                entry = self._parallel_input(f"{name}.ffn_norm", x, normed, last)
+                # The feed-forward network reads the input of the layer: LN_1 X as retention does, or LN_2 X.
+                if config.shared_block_norm:
+                    entry = self.last_rows(normed) if last else normed
+                else:
+                    entry = self.ops.norm(g, x, self._norm(f"{name}.ffn_norm"))
                 x = g.op("Add", g.scale(x, config.residual_alpha, self.dtype), y)
             else:
                 x = g.scale(x, config.residual_alpha, self.dtype)
@@ -170,12 +174,6 @@ class DecoderBuilder(WeightedBuilder, ABC):
         if config.output_norm is not None:
             normed = self.ops.norm(g, normed, self._norm("output_norm", config.output_norm))
         return normed, present
-
-    def _parallel_input(self, norm: str, x: Value, normed: Value, last: bool) -> Value:
-        """What the feed-forward network reads where it reads the layer's input x: LN_2 X, or the layer's LN_1 X."""
-        if not self.config.shared_block_norm:
-            return self.ops.norm(self.g, x, self._norm(norm))
-        return self.last_rows(normed) if last else normed
 
     def _add_norm(self, x: Value, y: Value, *, own: str, following: str) -> Pair:
         """The residual stream after a block gave y, and what the next block reads.

@@ -52,8 +52,7 @@ from onnx_ir import Value
 from retnet_tools.config import Activation
 from retnet_tools.graph.decay import StepDecay
 from retnet_tools.graph.nodes import GraphBuilder, Pair
-from retnet_tools.graph.ops import FusedOps
-from retnet_tools.graph.standard_ops import StandardOps, head_sizes
+from retnet_tools.graph.ops import FusedOps, StandardOps, head_sizes
 from retnet_tools.graph.weight_tensors import BlockedMatrix
 
 SHARED_BYTES = 99 * 1024

@@ -11,11 +11,22 @@ from dataclasses import dataclass
 import numpy as np
 from onnx_ir import Value
 
+from retnet_tools.config import RetNetConfig
 from retnet_tools.graph.nodes import GraphBuilder
 from retnet_tools.weights import Array
 
 CHUNK_SIZE = 128
 """Tokens of a chunk at most: from here on the CPU's rate is flat, and the T x T matrices grow."""
+
+
+def log_decay(config: RetNetConfig) -> Array:
+    """log(gamma) in float64: `[H]`, or `[H, K]` where every pair of key dimensions adds its own."""
+    decay = np.array(config.decay)
+    if not config.key_decay:
+        return decay
+    pairs = np.array(config.key_decay).reshape(-1, config.head_k_dim // 2)
+    by_key: Array = decay[:, None] + np.repeat(pairs, 2, axis=1)  # [1 or H, K/2] -> [H, K]
+    return by_key
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,8 @@ from onnx_ir import Value
 
 from retnet_tools.graph.builder import DecoderBuilder, TokenInputs
 from retnet_tools.graph.contract import prefill_inputs
-from retnet_tools.graph.decay import ChunkDecay, StepDecay, chunk_decay
+from retnet_tools.graph.decay import ChunkDecay, StepDecay, chunk_decay, log_decay
 from retnet_tools.graph.nodes import Pair
-from retnet_tools.graph.positions import log_decay
 from retnet_tools.weights import Array
 
 

@@ -24,10 +24,9 @@ from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import UsageError
 from retnet_tools.graph import contract
 from retnet_tools.graph.builder import TokenInputs
-from retnet_tools.graph.decay import ChunkDecay, Chunks, StepDecay, chunk_decay
+from retnet_tools.graph.decay import ChunkDecay, Chunks, StepDecay, chunk_decay, log_decay
 from retnet_tools.graph.decoders import PrefillBuilder
 from retnet_tools.graph.nodes import Pair
-from retnet_tools.graph.positions import log_decay
 from retnet_tools.tokenizing.carried import CarriedText
 from retnet_tools.tokenizing.files import TOKENIZER_FILE
 from retnet_tools.tokenizing.special import TOKENIZER_CONFIG_FILE

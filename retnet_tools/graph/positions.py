@@ -93,16 +93,6 @@ def phase_tables(config: RetNetConfig) -> dict[str, Array]:
     return tables
 
 
-def log_decay(config: RetNetConfig) -> Array:
-    """log(gamma) in float64: `[H]`, or `[H, K]` where every pair of key dimensions adds its own."""
-    decay = np.array(config.decay)
-    if not config.key_decay:
-        return decay
-    pairs = np.array(config.key_decay).reshape(-1, config.head_k_dim // 2)
-    by_key: Array = decay[:, None] + np.repeat(pairs, 2, axis=1)  # [1 or H, K/2] -> [H, K]
-    return by_key
-
-
 def decay_sum_tables(config: RetNetConfig) -> dict[str, Array]:
     """sum_(i<=b) gamma^i, gamma^(b+1) and sum_(i<4096a) gamma^i, each `[4096, H]` float32."""
     steps = np.arange(POSITION_RADIX, dtype=np.float64)[:, None]

@@ -15,8 +15,7 @@ from retnet_tools.graph.cuda_kernels import CpuNode, cpu_nodes
 from retnet_tools.graph.cuda_ops import CudaFusedOps, CudaStandardOps
 from retnet_tools.graph.decoders import PrefillBuilder, StepBuilder
 from retnet_tools.graph.genai import GenaiBuilder, genai_files, genai_notes
-from retnet_tools.graph.ops import OPERATOR_SETS
-from retnet_tools.graph.standard_ops import StandardOps
+from retnet_tools.graph.ops import OPERATOR_SETS, StandardOps
 from retnet_tools.tokenizing.carried import CarriedText
 from retnet_tools.tokenizing.special import TOKENIZER_CONFIG_FILE
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from retnet_tools.graph.nodes import GraphBuilder, tensor_type
+from retnet_tools.graph.nodes import GraphBuilder
+from retnet_tools.graph.ops import StandardOps
 from retnet_tools.graph.quantization import AccuracyLevel, BlockFormat
-from retnet_tools.graph.standard_ops import StandardOps
 from retnet_tools.graph.weight_tensors import BlockedMatrix, BuiltGraph, WeightTensor
 
 _PART_ORDER = ("codes", "scales", "zero_points")
@@ -138,13 +138,7 @@ class _Rewriting:
         )
 
     def _declare(self, tensor: WeightTensor) -> ir.Value:
-        initializers = self._g.initializers
-        if tensor.name not in self._stored:
-            self._stored[tensor.name] = tensor
-            initializers[tensor.name] = ir.Value(
-                name=tensor.name, shape=ir.Shape(tensor.shape), type=tensor_type(tensor.dtype)
-            )
-        return initializers[tensor.name]
+        return tensor.declared(self._g.initializers, self._stored)
 
 
 def _input(node: ir.Node, index: int) -> ir.Value:

@@ -22,7 +22,7 @@ from retnet_tools.graph.decay import StepDecay
 from retnet_tools.graph.export import plan_of_export
 from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.graph.nodes import GraphBuilder, Pair
-from retnet_tools.graph.standard_ops import Fragment, StandardOps
+from retnet_tools.graph.ops import Fragment, StandardOps
 from retnet_tools.graph.targets import TARGET_DEVICES
 from retnet_tools.model.retention import retention_recurrent
 from retnet_tools.model.retnet import load_model
