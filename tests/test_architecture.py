@@ -6,17 +6,21 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
 import retnet_tools
 from retnet_tools.cli.app import command_line_error
+from tests.conftest import Run
 
 PACKAGE = Path(retnet_tools.__file__).parent
 ROWS = {
-    "": 0,
     "errors": 0,
+    "version": 0,
     "fields": 0,
     "dtypes": 0,
     "staging": 0,
@@ -40,26 +44,28 @@ ROWS = {
     "bench": 6,
     "reports": 7,
     "cli": 8,
+    "": 9,
+    "__main__": 9,
 }
-TORCH_FILES = {"quantize/gptq.py", "bench/torch_decoder.py"}
-TORCH_ROOMS = {"model"}
+CALIBRATED = ("gptq", "gptq_run", "hidden_states", "mixed", "sensitivity")
+"""Modules of `quantize` that run the model, or torch itself."""
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
+CHECKPOINT = PACKAGE / "data" / "shakespeare"
+HELD_OUT = Path(__file__).parent.parent / "fixtures" / "shakespeare" / "heldout.txt"
+MUTUAL_TYPES = [
+    (f"retnet_tools.runtime.{name}", "retnet_tools.runtime.providers") for name in ("buffers", "device_memory")
+]
+"""A buffer, and memory, is of a device, whose row says what these are."""
+NAMES = {
+    ".".join(("retnet_tools", *file.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): file
+    for file in MODULES
+}
+
+
 def room(module: str) -> str:
-    return module.split(".")[1] if "." in module else ""
-
-
-def imports(file: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file} has a relative import"
-            assert node.module is not None
-            yield node.module
-            if node.module == "retnet_tools":
-                yield from (f"retnet_tools.{a.name}" for a in node.names if a.name in ROWS)
+    return [*module.split("."), ""][1]
 
 
 def module_room(file: Path) -> str:
@@ -67,11 +73,32 @@ def module_room(file: Path) -> str:
     return "" if first == "__init__" else first
 
 
-@pytest.mark.parametrize("file", MODULES, ids=lambda f: str(f.relative_to(PACKAGE)))
-def test_no_arrow_runs_back(file: Path) -> None:
-    own = module_room(file)
+def imports(file: Path, *, late: bool = True) -> Iterator[str]:
+    """Every module that is imported, at the top, for types alone, and late, inside a function."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    inside = {part for function in functions for part in ast.walk(function)}
+    for node in ast.walk(tree):
+        if node in inside and not late:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} has a relative import"
+            assert node.module is not None
+            parts = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from {part if part in NAMES else node.module for part in parts}
+
+
+def may_load_torch(module: str) -> bool:
+    return room(module) in ("model", "bench") or module.removeprefix("retnet_tools.quantize.") in CALIBRATED
+
+
+@pytest.mark.parametrize("module", NAMES)
+def test_no_arrow_runs_back(module: str) -> None:
+    own = room(module)
     assert own in ROWS, f"give {own} a row"
-    for imported in imports(file):
+    for imported in imports(NAMES[module]):
         if imported.split(".")[0] != "retnet_tools":
             continue
         other = room(imported)
@@ -80,17 +107,30 @@ def test_no_arrow_runs_back(file: Path) -> None:
         assert allowed, f"{own} (row {ROWS[own]}) imports {imported} (row {ROWS[other]})"
 
 
-def test_nothing_imports_the_bench_but_its_command() -> None:
-    outside = [file for file in MODULES if module_room(file) != "bench"]
-    users = [file.relative_to(PACKAGE).as_posix() for file in outside if "bench" in map(room, imports(file))]
-    assert users == ["cli/bench.py"]
+def test_modules_import_one_another_in_no_circle() -> None:
+    """Nor for types; a table may import one of its rows late."""
+    arrows = {module: set(imports(file, late=False)) & NAMES.keys() for module, file in NAMES.items()}
+    for module, imported in MUTUAL_TYPES:
+        arrows[module].remove(imported)
+    TopologicalSorter({module: names - {module} for module, names in arrows.items()}).prepare()
 
 
-@pytest.mark.parametrize("file", MODULES, ids=lambda f: str(f.relative_to(PACKAGE)))
-def test_only_the_rooms_that_may_import_torch_do(file: Path) -> None:
-    if module_room(file) in TORCH_ROOMS or file.relative_to(PACKAGE).as_posix() in TORCH_FILES:
-        return
-    assert not any(name.split(".")[0] == "torch" for name in imports(file))
+@pytest.mark.parametrize("module", NAMES)
+def test_only_the_modules_that_may_import_torch_do(module: str) -> None:
+    if not may_load_torch(module):
+        assert not any(name.split(".")[0] == "torch" for name in imports(NAMES[module]))
+
+
+def test_importing_the_others_does_not_load_torch_by_way_of_another() -> None:
+    others = [module for module in NAMES if not may_load_torch(module) and not module.endswith("__main__")]
+    code = (
+        "import importlib, sys\n"
+        f"for module in {others!r}:\n"
+        "    importlib.import_module(module)\n"
+        "    assert 'torch' not in sys.modules, module\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -120,3 +160,54 @@ def test_the_root_of_command_line_errors_is_found_in_any_version(library: str) -
     assert root.__base__ is Exception
     assert isinstance(error, root)
     assert (error.format_message(), error.exit_code) == ("Invalid value: wrong", 2)
+
+
+WAY = (
+    "cli jobs quantize graph "  # the request, which is checked as it is made
+    "jobs formats quantize graph quantize tokenizing evaluate quantize evaluate "
+    "reports graph"
+)
+
+
+class Way:
+    """The rooms that a command goes through: whom its orchestration (cli, jobs) calls, in order.
+
+    Counted are calls of functions and makings of objects, not what is asked of an object that one has been given, nor
+    ground; calls into one room one after another are one move.
+    """
+
+    def __init__(self) -> None:
+        self.rooms, self.back = ["cli", "jobs"], set[str]()
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
+        """A profiler, of the calls of modules' own functions."""
+        called, caller = (self._room(part) for part in (frame, frame.f_back))
+        if event != "call" or called == caller or ROWS.get(caller, 0) == 0 or ROWS.get(called, 0) == 0:
+            return
+        if ROWS[called] >= ROWS["jobs"] and ROWS[caller] < ROWS["jobs"]:
+            self.back.add(f"{caller} calls {frame.f_code.co_qualname} of {called}")
+        name = frame.f_code.co_qualname.removesuffix(".__init__")
+        if caller in ("cli", "jobs") and name.isidentifier() and called != self.rooms[-1]:
+            self.rooms.append(called)
+
+    @staticmethod
+    def _room(frame: FrameType | None) -> str:
+        file = Path(frame.f_code.co_filename if frame else "")
+        inside = PACKAGE in file.parents and frame is not None and frame.f_code.co_name != "<module>"
+        return module_room(file) if inside else "elsewhere"
+
+
+def test_the_longest_way_through_export_is_short_and_never_leads_back_up(cli: Run, tmp_path: Path) -> None:
+    """Of a checkpoint that is quantized, and measured on a text."""
+    cli("export", CHECKPOINT, "--dry-run", "--quantize", "int4")  # imports
+    options = ("--quantize", "int4", "--text", HELD_OUT, "--text-tokens", 300)
+    way = Way()
+    sys.setprofile(way)
+    try:
+        result = cli("export", CHECKPOINT, "-o", tmp_path / "out", *options)
+    finally:
+        sys.setprofile(None)
+    assert result.exit_code == 0
+    assert way.back == set()
+    assert " ".join(way.rooms) == WAY
+    assert len(way.rooms) - 1 <= 15

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-import retnet_tools
 from retnet_tools.bench.options import BenchOptions, Kind
 from retnet_tools.machine import Machine
+from retnet_tools.version import __version__
 
 SCHEMA_VERSION = 3
 
@@ -237,7 +237,7 @@ def benchmark_document(report: BenchReport) -> dict[str, Any]:
     """The JSON document of `retnet-tools bench`."""
     return {
         "schema_version": SCHEMA_VERSION,
-        "retnet_tools": retnet_tools.__version__,
+        "retnet_tools": __version__,
         "libraries": libraries(),
         "quick": report.options.quick,
         **asdict(report),

@@ -20,7 +20,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import retnet_tools
 from retnet_tools.bench.floor import Probes, ProbeSpec
 from retnet_tools.bench.measurements import Measurements
 from retnet_tools.bench.specs import EngineSpec
@@ -41,7 +40,7 @@ class Worker:
 
     def __init__(self, name: str, spec: Spec) -> None:
         self.name, self._spec = name, spec
-        paths = [str(Path(retnet_tools.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
         self._process = subprocess.Popen(
             [sys.executable, "-m", _MODULE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment

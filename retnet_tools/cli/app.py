@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
-from retnet_tools import __version__, console
+from retnet_tools import console
 from retnet_tools.cli.bench import bench
 from retnet_tools.cli.convert import convert
 from retnet_tools.cli.doctor import doctor
@@ -27,6 +27,7 @@ from retnet_tools.cli.quantize import quantize
 from retnet_tools.cli.state import app as state_app
 from retnet_tools.cli.verify import verify
 from retnet_tools.errors import RetNetToolsError, UsageError
+from retnet_tools.version import __version__
 
 app = typer.Typer(
     name="retnet-tools",

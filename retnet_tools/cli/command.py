@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from retnet_tools.console import print_message
 from retnet_tools.jobs.request import Request
 
 
@@ -24,7 +25,12 @@ def command(request: type[Request], **options: Any) -> Callable[[Callable[..., N
         @functools.wraps(run)
         def invoke(**values: Any) -> None:
             given = {field.name: values.pop(field.name) for field in fields}
-            run(request(**{name: value for name, value in given.items() if value is not None}), **values)
+            try:
+                run(request(**{name: value for name, value in given.items() if value is not None}), **values)
+            except BaseException as error:
+                for note in getattr(error, "__notes__", ()):
+                    print_message(note)
+                raise
 
         _, *own = inspect.signature(run, eval_str=True).parameters.values()
         own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]

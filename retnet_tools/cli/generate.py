@@ -53,7 +53,7 @@ def generate(
 ) -> None:
     """Continue a prompt, streaming text to stdout and speed to stderr; or answer a file of prompts."""
     from retnet_tools.console import print_json, print_message
-    from retnet_tools.reports.decoding import generation_document, generation_speed
+    from retnet_tools.reports.generation import generation_document, generation_speed
     from retnet_tools.runtime.bulk import BulkOptions
     from retnet_tools.runtime.decode import Stopping, generate_from
     from retnet_tools.runtime.decoder import open_decoder
@@ -138,7 +138,7 @@ def _answer(
     as_json: bool,
 ) -> None:
     from retnet_tools.console import print_json, progress_bar
-    from retnet_tools.reports.decoding import bulk_document, bulk_text
+    from retnet_tools.reports.generation import bulk_document, bulk_text
     from retnet_tools.runtime.bulk import generate_bulk
 
     with progress_bar() as progress:

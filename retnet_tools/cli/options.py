@@ -9,13 +9,17 @@ from typing import Annotated
 
 import typer
 
+from retnet_tools.console import print_message
 from retnet_tools.errors import UsageError
+from retnet_tools.graph.quantization import CODE_TYPES, HALF_TYPES
 
 reading = partial(typer.Option, rich_help_panel="Checkpoint")
 quantizing = partial(typer.Option, rich_help_panel="Quantization")
 calibrating = partial(typer.Option, rich_help_panel="Calibration")
 running = partial(typer.Option, rich_help_panel="Device")
 writing = partial(typer.Option, rich_help_panel="Output")
+CODES, HALVES = " or ".join(CODE_TYPES), " or ".join(HALF_TYPES.values())
+BLOCK_SIZES = ", ".join(f"{row.name}: {row.block_size}" for row in CODE_TYPES.values())
 MAX_THREADS = max(64, 4 * (os.cpu_count() or 1))
 """More CPU threads than this are a slip of the finger, and would stop the machine."""
 
@@ -67,11 +71,11 @@ HOW_TO_READ = {
 
 Quantize = Annotated[
     str | None,
-    quantizing("--quantize", help="int8 or int4 weights in blocks, or everything but states in fp16 or bf16."),
+    quantizing("--quantize", help=f"{CODES} weights in blocks, or everything but states in {HALVES}."),
 ]
 BlockSize = Annotated[
     int | None,
-    quantizing("--block-size", help="Weights that share a scale: 32, 64 or 128 (int8: 128, int4: 64 if left out)."),
+    quantizing("--block-size", help=f"Weights that share a scale: 32, 64 or 128 ({BLOCK_SIZES} if left out)."),
 ]
 Symmetric = Annotated[
     bool | None,
@@ -96,7 +100,7 @@ Exclude = Annotated[
 ]
 TensorType = Annotated[
     list[str] | None,
-    quantizing("--tensor-type", metavar="REGEX=TYPE", help="int8 or int4 for some matrices; may be repeated."),
+    quantizing("--tensor-type", metavar="REGEX=TYPE", help=f"{CODES} for some matrices; may be repeated."),
 ]
 QualityText = Annotated[
     Path | None,
@@ -122,7 +126,7 @@ TargetBits = Annotated[
 KeepMerged = Annotated[
     bool, calibrating("--keep-merged", help="With a target: one type for matrices that the graph keeps as one.")
 ]
-SCHEME = {
+HOW_TO_QUANTIZE = {
     "block_size": BlockSize,
     "symmetric": Symmetric,
     "accuracy_level": AccuracyLevel,
@@ -190,9 +194,14 @@ def parse_counts(option: str, text: str, largest: int | None = None) -> list[int
 
 
 def say_shipped(checkpoint: str | Path) -> None:
-    """Say on stderr that the checkpoint inside the package is used, where it is."""
-    from retnet_tools.console import print_message
+    """Say that the checkpoint inside the package is used, where it is."""
     from retnet_tools.jobs.request import shipped_checkpoint
 
     if checkpoint == shipped_checkpoint():
         print_message(f"no checkpoint named: using the shipped one, {checkpoint}")
+
+
+def say_kept(folder: Path | None) -> None:
+    """Say that a dry run has kept results, where it has."""
+    if folder is not None:
+        print_message(f"what was done is kept in {folder}; the same command without --dry-run goes on from there")

@@ -8,9 +8,11 @@ from typing import Protocol
 
 import numpy as np
 
+from retnet_tools.dtypes import FloatName
 from retnet_tools.errors import UsageError
+from retnet_tools.formats import CheckpointSource
 from retnet_tools.graph.contract import MANIFEST_FILE
-from retnet_tools.runtime.providers import Device
+from retnet_tools.runtime.providers import CPU, Device
 from retnet_tools.runtime.session import DecoderSession
 from retnet_tools.tokenizing.files import TOKENIZER_FILE
 from retnet_tools.weights import Array
@@ -102,3 +104,30 @@ class ExportLogits:
 def is_export(path: Path) -> bool:
     """Whether a path is an exported folder."""
     return (path / MANIFEST_FILE).is_file()
+
+
+def open_logits(
+    source: CheckpointSource,
+    device: Device | None = None,
+    threads: int | None = None,
+    dtype: FloatName = "float32",
+    *,
+    cuda_graph: bool | None = None,
+) -> LogitsSource:
+    """A model that scores text: an exported folder on a device, or a checkpoint, which torch runs on the CPU.
+
+    Raises:
+        UsageError: a checkpoint for another device, or a stack without a vocabulary.
+        InputError, ProviderError: as the exported folder and the checkpoint.
+    """
+    path = source.path
+    if not source.says_how and is_export(path):
+        return ExportLogits(path, device, threads, cuda_graph=cuda_graph)
+    if device is not None and device.provider is not CPU:
+        raise UsageError(
+            f"--device {device.kind} for {path}, which is no export", "--device cpu", "export the checkpoint"
+        )
+    # torch is not to be loaded where an export is scored.
+    from retnet_tools.model.streaming import CheckpointLogits
+
+    return CheckpointLogits(source.open(), dtype, threads)

@@ -103,12 +103,3 @@ def measure_quality(
     )
     update_record(folder, dataclasses.replace(record, quality=quality))
     return quality
-
-
-def quality_text(quality: Quality) -> str:
-    """The figures in a line."""
-    change = quality.perplexity / quality.float_perplexity - 1
-    return (
-        f"  quality       PPL {quality.perplexity:.2f}, float {quality.float_perplexity:.2f} ({change:+.2%}); mean KLD "
-        f"{quality.mean_kl:.2e}; same top p {quality.same_top:.2%} ({quality.tokens:,} tokens of {quality.text})"
-    )

@@ -12,8 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from retnet_tools import __version__
 from retnet_tools.formats.hub import HubOrigin, hub_origin
+from retnet_tools.version import __version__
 
 _HASH_BLOCK = 1 << 22
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from retnet_tools import __version__
 from retnet_tools.dtypes import convert
 from retnet_tools.errors import InputError
 from retnet_tools.formats.storage import StoredTensors, TensorLocation, contiguous_strides
 from retnet_tools.graph.contract import EXPORT_AGAIN, WEIGHTS_FILE
 from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.graph.weight_tensors import BuiltGraph, WeightTensor
+from retnet_tools.version import __version__
 from retnet_tools.weights import Array, FileRegion, WeightSource
 
 IR_VERSION = 11

@@ -11,11 +11,7 @@ from retnet_tools.jobs.request import CheckpointRequest
 from retnet_tools.progress import Progress, no_progress
 
 if TYPE_CHECKING:
-    from retnet_tools.dtypes import FloatName
-    from retnet_tools.evaluate.logits import LogitsSource
     from retnet_tools.evaluate.perplexity import PerplexityReport
-    from retnet_tools.formats import CheckpointSource
-    from retnet_tools.runtime.providers import Device
 
 
 @dataclass(frozen=True)
@@ -91,7 +87,7 @@ def perplexity(request: PerplexityRequest, progress: Progress = no_progress) -> 
         InputError, ProviderError: a model or a text that cannot be had, or logits that are not finite.
     """
     from retnet_tools.dtypes import parse_dtype
-    from retnet_tools.evaluate.logits import is_export
+    from retnet_tools.evaluate.logits import is_export, open_logits
     from retnet_tools.evaluate.perplexity import measure_perplexity
     from retnet_tools.evaluate.scored_text import read_tokens
     from retnet_tools.evaluate.scoring import Windows
@@ -126,32 +122,3 @@ def perplexity(request: PerplexityRequest, progress: Progress = no_progress) -> 
         progress=progress,
     )
     return PerplexityResult(request, report)
-
-
-def open_logits(
-    source: CheckpointSource,
-    device: Device,
-    threads: int | None = None,
-    dtype: FloatName = "float32",
-    *,
-    cuda_graph: bool | None = None,
-) -> LogitsSource:
-    """A model that scores text: an exported folder on a device, or a checkpoint, which torch runs on the CPU.
-
-    Raises:
-        UsageError: a checkpoint for another device, or a stack without a vocabulary.
-        InputError, ProviderError: as the exported folder and the checkpoint.
-    """
-    from retnet_tools.evaluate.logits import ExportLogits, is_export
-    from retnet_tools.runtime.providers import CPU
-
-    path = source.path
-    if not source.says_how and is_export(path):
-        return ExportLogits(path, device, threads, cuda_graph=cuda_graph)
-    if device.provider is not CPU:
-        raise UsageError(
-            f"--device {device.kind} for {path}, which is no export", "--device cpu", "export the checkpoint"
-        )
-    from retnet_tools.model.streaming import CheckpointLogits
-
-    return CheckpointLogits(source.open(), dtype, threads)

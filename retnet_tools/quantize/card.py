@@ -9,12 +9,12 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from retnet_tools import __version__
 from retnet_tools.errors import UsageError
 from retnet_tools.graph.contract import CARD_FILE, CARD_TITLE, MANIFEST_FILE, WEIGHTS_FILE
 from retnet_tools.graph.manifest import Manifest, read_manifest
 from retnet_tools.graph.quantization import Calibration, MixedPrecision, Quality, Quantization
 from retnet_tools.quantize.options import matrix_formats, matrix_names, scheme_text
+from retnet_tools.version import __version__
 
 _MOST_SENSITIVE = 5
 """Matrices that the card names."""

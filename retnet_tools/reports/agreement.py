@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from retnet_tools.console import print_line, result_console, result_table, verdict
 from retnet_tools.jobs.verify import VerifyResult
-from retnet_tools.model.agreement import AgreementReport, Comparison, Handoff
 from retnet_tools.model.budgets import CAUSES
+
+if TYPE_CHECKING:
+    from retnet_tools.model.agreement import AgreementReport, Comparison, Handoff
 
 SCHEMA_VERSION = 1
 

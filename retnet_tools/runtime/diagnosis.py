@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from retnet_tools import __version__
 from retnet_tools.errors import ProviderError, RetNetToolsError
 from retnet_tools.graph.contract import STEP_FILE
 from retnet_tools.graph.cuda_kernels import cpu_nodes, kernel_version
@@ -20,6 +19,7 @@ from retnet_tools.runtime import cuda, installation
 from retnet_tools.runtime.device_memory import LIBRARY_BYTES, graph_bytes, state_bytes
 from retnet_tools.runtime.onnx_session import misplaced, node_placement, open_session
 from retnet_tools.runtime.providers import CPU, CUDA, Device, check_device
+from retnet_tools.version import __version__
 
 PACKAGES = ("onnx", "onnx-ir", "numpy", "torch", "onnxruntime-genai", "onnxruntime-genai-cuda")
 

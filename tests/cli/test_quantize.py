@@ -38,6 +38,16 @@ def test_without_o_the_quantized_folder_lies_beside_the_export(word: str, ending
     assert names(folder.parent / f"model-{ending}") == FILES
 
 
+def test_bfloat16_for_the_cpu_says_what_will_happen(folder: Path, tmp_path: Path, cli) -> None:
+    said = "note: ONNX Runtime has no bfloat16 kernels on the CPU, for which this is built: it runs on CUDA alone"
+    assert said in cli("quantize", folder, "--quantize", "bf16").out
+    write_canonical(tmp_path / "ckpt", BASE, random_source(BASE, 1))
+    assert said in cli("export", tmp_path / "ckpt", "--dtype", "bf16", "--dry-run").out
+    assert said not in cli("export", tmp_path / "ckpt", "--dtype", "bf16", "--device", "cuda", "--dry-run").out
+    refused = cli("generate", folder.parent / "model-bf16", "-p", "1 2 3", "-n", 2)
+    assert (refused.exit_code, "the CPU provider has none for bfloat16" in refused.err) == (4, True)
+
+
 def test_the_report_says_size_and_scheme(folder: Path, cli) -> None:
     result = cli("quantize", folder, "--quantize", "int4", "--block-size", "32")
     record = read_manifest(folder.parent / "model-int4").quantization

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from retnet_tools.graph.manifest import read_manifest
+from retnet_tools.quantize import steps
 from tests.exports import export
 from tests.helpers import ABLATIONS, random_source
 from tests.tolerances import FLOAT16_KL
@@ -121,7 +122,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_done(
 ) -> None:
     if prepare is not None:
         prepare(folder, tmp_path)
-    monkeypatch.setattr("retnet_tools.quantize.steps.plan_blocks", lambda *a, **k: pytest.fail("planned"))
+    monkeypatch.setattr(steps, "plan_blocks", lambda *a, **k: pytest.fail("planned"))
     words = [str(word).replace("{tmp}", str(tmp_path)) for word in arguments]
     result = cli("quantize", folder, "-o", tmp_path / "q", "--quantize", *words)
     assert (result.exit_code, result.out) == (code, "")

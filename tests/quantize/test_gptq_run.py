@@ -19,7 +19,7 @@ from retnet_tools.formats.canonical import write_canonical
 from retnet_tools.graph.quantization import Scheme, TensorRule
 from retnet_tools.model.retention import retention_chunkwise
 from retnet_tools.model.retnet import load_model
-from retnet_tools.quantize import gptq_run
+from retnet_tools.quantize import gptq_run, hidden_states
 from retnet_tools.quantize.blockwise import QuantizedRows, quantize_rows
 from retnet_tools.quantize.calibration import read_calibration
 from retnet_tools.quantize.gptq_run import Gptq
@@ -123,7 +123,7 @@ def test_rows_come_in_any_pieces(tmp_path: Path) -> None:
 def test_sequences_do_not_depend_on_how_many_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = make_task(BASE, random_source(BASE, 3), tmp_path / "a")
     together = all_rows(Gptq(task), task)
-    monkeypatch.setattr("retnet_tools.quantize.hidden_states.BATCH_TOKENS", 1)
+    monkeypatch.setattr(hidden_states, "BATCH_TOKENS", 1)
     one_by_one = all_rows(Gptq(replace(task, work=Workplace(tmp_path / "b"))), task)
     same = np.mean([(together[name].codes == one_by_one[name].codes).mean() for name in together])
     # Sums in another order may tip a weight that lies between two codes, and what follows from it.
