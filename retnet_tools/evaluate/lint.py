@@ -57,32 +57,28 @@ class HeadMemory:
     @property
     def half_life(self) -> float:
         """Tokens after which half of a contribution to the state is left: ln(1/2) / ln(gamma)."""
-        return self.tokens_until(0.5)
+        return self._tokens_until(0.5)
 
     @property
     def horizon(self) -> float:
         """Tokens after which a hundredth is left: ln(0.01) / ln(gamma)."""
-        return self.tokens_until(0.01)
+        return self._tokens_until(0.01)
 
-    def tokens_until(self, share: float) -> float:
-        """n with gamma^n = share; infinite for gamma = 1."""
+    def _tokens_until(self, share: float) -> float:
         return math.inf if self.log_gamma == 0 else math.log(share) / self.log_gamma
 
 
-def decay_rows(config: RetNetConfig) -> Iterator[tuple[str, float]]:
-    """(label, log gamma) of each head, the same in all layers; of its slowest and fastest pair where pairs differ."""
+def head_memories(config: RetNetConfig) -> tuple[HeadMemory, ...]:
+    """The memory of each head, the same in all layers; of its slowest and fastest pair where pairs differ."""
+    memories = []
     for head, log_gamma in enumerate(config.decay):
         if config.key_decay:
             pairs = config.of_head(config.key_decay, head)
-            yield f"{head}, slowest pair", log_gamma + max(pairs)
-            yield f"{head}, fastest pair", log_gamma + min(pairs)
+            memories.append(HeadMemory(f"{head}, slowest pair", log_gamma + max(pairs)))
+            memories.append(HeadMemory(f"{head}, fastest pair", log_gamma + min(pairs)))
         else:
-            yield str(head), log_gamma
-
-
-def head_memories(config: RetNetConfig) -> tuple[HeadMemory, ...]:
-    """The memory of every head."""
-    return tuple(HeadMemory(head, log_gamma) for head, log_gamma in decay_rows(config))
+            memories.append(HeadMemory(str(head), log_gamma))
+    return tuple(memories)
 
 
 def gamma_text(log_gamma: float) -> str:

@@ -17,6 +17,14 @@ EMBEDDING, HEAD = "embedding.weight", "lm_head.weight"
 _BLOCK = 1 << 20
 """Elements looked at together: small enough for the cache."""
 
+COUNTED: dict[str, tuple[Severity, str, str]] = {
+    "nan": ("error", "NaN", "all that they reach is NaN"),
+    "infinite": ("error", "infinite", "an overflow in training or conversion"),
+    "float16-saturated": ("warning", "of magnitude 65504, float16's largest,", "clipped on the way to float16"),
+    "beyond-float16": ("info", "beyond 65504", "float16 cannot hold them: use fp32 or bf16"),
+}
+"""By the name of the check: its severity, what the values are that it counts, and what follows from that."""
+
 
 @dataclass(frozen=True)
 class TensorScan:
@@ -24,80 +32,43 @@ class TensorScan:
 
     Attributes:
         size: number of elements.
-        nan: how many of them are NaN.
-        infinite: how many are infinite.
-        saturated: how many have float16's largest magnitude, in a float16 tensor.
-        beyond_float16: how many are finite and larger than that.
+        counts: how many of them each check of `COUNTED` found; only a float16 tensor is saturated.
         low: the smallest finite value; infinity without any.
         high: the largest finite value; minus infinity without any.
     """
 
     size: int
-    nan: int
-    infinite: int
-    saturated: int
-    beyond_float16: int
+    counts: Mapping[str, int]
     low: float
     high: float
 
     @property
     def constant(self) -> bool:
         """Whether all of several elements are one and the same number."""
-        return self.size > 1 and not self.nan and not self.infinite and self.low == self.high
-
-
-@dataclass(frozen=True)
-class _CountRule:
-    """`count` values are `what`, and what follows from that."""
-
-    check: str
-    severity: Severity
-    count: Callable[[TensorScan], int]
-    what: str
-    consequence: str
-
-
-_COUNT_RULES = (
-    _CountRule("nan", "error", lambda s: s.nan, "NaN", "all that they reach is NaN"),
-    _CountRule("infinite", "error", lambda s: s.infinite, "infinite", "an overflow in training or conversion"),
-    _CountRule(
-        "float16-saturated",
-        "warning",
-        lambda s: s.saturated,
-        "of magnitude 65504, float16's largest,",
-        "clipped on the way to float16",
-    ),
-    _CountRule(
-        "beyond-float16",
-        "info",
-        lambda s: s.beyond_float16,
-        "beyond 65504",
-        "float16 cannot hold them: use fp32 or bf16",
-    ),
-)
+        return self.size > 1 and not self.counts["nan"] + self.counts["infinite"] and self.low == self.high
 
 
 def scan(array: Array) -> TensorScan:
     """Look at a float tensor block by block; memory: a block of a million elements in float32, beside the tensor."""
     flat, half = array.reshape(-1), array.dtype == np.float16
-    nan = infinite = saturated = beyond = 0
+    counts = dict.fromkeys(COUNTED, 0)
     low, high = math.inf, -math.inf
     for start in range(0, flat.size, _BLOCK):
         block = flat[start : start + _BLOCK]
         values = block if block.dtype == np.float64 else block.astype(np.float32, copy=False)
         finite = values
         if not math.isfinite(values.min()) or not math.isfinite(values.max()):
-            nan += int(np.isnan(values).sum())
-            infinite += int(np.isinf(values).sum())
+            counts["nan"] += int(np.isnan(values).sum())
+            counts["infinite"] += int(np.isinf(values).sum())
             finite = values[np.isfinite(values)]
             if not finite.size:
                 continue
         block_low, block_high = float(finite.min()), float(finite.max())
         low, high = min(low, block_low), max(high, block_high)
         if max(-block_low, block_high) >= FLOAT16_MAX:
-            saturated += int((np.abs(finite) == FLOAT16_MAX).sum()) if half else 0
-            beyond += int((np.abs(finite) > FLOAT16_MAX).sum())
-    return TensorScan(flat.size, nan, infinite, saturated, beyond, low, high)
+            counts["float16-saturated"] += int((np.abs(finite) == FLOAT16_MAX).sum()) if half else 0
+            counts["beyond-float16"] += int((np.abs(finite) > FLOAT16_MAX).sum())
+    return TensorScan(flat.size, counts, low, high)
 
 
 def lint_weights(weights: WeightSource, progress: Callable[[int], None]) -> list[Finding]:
@@ -131,13 +102,11 @@ def lint_weights(weights: WeightSource, progress: Callable[[int], None]) -> list
 
 
 def _counted(scans: Mapping[str, TensorScan]) -> Iterator[Finding]:
-    for rule in _COUNT_RULES:
-        counts = {name: rule.count(found) for name, found in scans.items() if rule.count(found)}
-        if counts:
-            message = (
-                f"{counted(sum(counts.values()), 'value')} {rule.what} in {listing(list(counts))}: {rule.consequence}"
-            )
-            yield Finding(rule.check, rule.severity, message, tuple(counts))
+    for check, (severity, what, consequence) in COUNTED.items():
+        names = tuple(name for name, found in scans.items() if found.counts[check])
+        if names:
+            values = counted(sum(scans[name].counts[check] for name in names), "value")
+            yield Finding(check, severity, f"{values} {what} in {listing(names)}: {consequence}", names)
 
 
 def _constant(scans: Mapping[str, TensorScan]) -> Iterator[Finding]:
