@@ -48,16 +48,19 @@ class WeightedBuilder:
     def linear(self, x: Value, name: str, sources: tuple[str, ...], bias: bool) -> Value:
         """y = x W^T + b; several sources are merged along their outputs."""
         parts = ("weight", "bias") if bias else ("weight",)
-        merged = (self._merged(f"{name}.{part}", tuple(f"{source}.{part}" for source in sources)) for part in parts)
+        merged = (self.weight(f"{name}.{part}", *(f"{source}.{part}" for source in sources)) for part in parts)
         return self.g.op("Gemm", x, *merged, transB=1)
 
     def norm_weights(self, name: str, norm: BlockNorm) -> NormWeights:
         """The parameters of a norm."""
         return NormWeights(norm, self.weight(f"{name}.weight"), self.weight(f"{name}.bias") if norm.bias else None)
 
-    def weight(self, name: str) -> Value:
-        """One weight by its canonical name."""
-        return self._merged(name, (name,))
+    def weight(self, name: str, *sources: str) -> Value:
+        """One weight by its canonical name, or several merged under a name, rows one after another."""
+        sources = sources or (name,)
+        rows = sum(self.shapes[source][0] for source in sources)
+        tensor = WeightTensor(name, self.dtype, (rows, *self.shapes[sources[0]][1:]), sources)
+        return tensor.declared(self.g.initializers, self.stored)
 
     def table(self, name: str, table: Array) -> Value:
         """A computed table."""
@@ -68,16 +71,9 @@ class WeightedBuilder:
         """The graph, its outputs named as its border says."""
         for value, spec in zip(outputs, border[1], strict=True):
             value.name, value.shape, value.type = spec.name, ir.Shape(spec.shape), tensor_type(spec.dtype)
-        initializers, opsets = list(self.g.initializers.values()), dict(self.ops.opsets)
-        graph = ir.Graph(
-            inputs, outputs, nodes=self.g.nodes, initializers=initializers, opset_imports=opsets, name=name
-        )
+        constants, opsets = list(self.g.initializers.values()), dict(self.ops.opsets)
+        graph = ir.Graph(inputs, outputs, nodes=self.g.nodes, initializers=constants, opset_imports=opsets, name=name)
         return BuiltGraph(graph, *border, self.stored)
-
-    def _merged(self, name: str, sources: tuple[str, ...]) -> Value:
-        rows = sum(self.shapes[source][0] for source in sources)
-        tensor = WeightTensor(name, self.dtype, (rows, *self.shapes[sources[0]][1:]), sources)
-        return tensor.declared(self.g.initializers, self.stored)
 
 
 class DecoderBuilder(WeightedBuilder, ABC):

@@ -18,7 +18,7 @@ mean nothing.
 
     model.onnx         input_ids [B,T], position_ids [B,T], past_key_values.{i}.conv_state [B,1,1] float32, same states
                        -> logits [B,1,vocab+1] of the last real token of each row, same states, present.{i}.conv_state
-    genai_config.json  what onnxruntime-genai reads, see retnet_tools.graph.genai`
+    genai_config.json  what onnxruntime-genai reads, see `retnet_tools.graph.genai`
 
 There padding is where position_ids is 0 in a column other than the first. The padding token is a token of its own, one
 past the vocabulary, and its logit is the lowest float32. conv_state is passed on as it is.

@@ -25,15 +25,14 @@ class Manifest:
     """The content of retnet.json.
 
     Attributes:
-        config: the model.
         dtype: of weights and activations: float32, float16 or bfloat16.
         state_dtype: of the recurrent states; the JSON also says `state_scale`, which follows from it and the model.
-        ops: `fused` (ONNX Runtime's contrib operators) or `standard` (the ai.onnx domain only).
+        ops: the operator set, by name.
         quantization: the scheme and what came of it; None for float weights.
         provenance: source format, sha256 of each source file, tool and library versions.
         graphs: for each graph file its inputs and outputs.
         tokenizer_files: names of the tokenizer's files in the folder.
-        device: whose kernels the graphs were made for, `cpu` or `cuda`; they run on both.
+        device: whose kernels the graphs were made for; they run on all.
     """
 
     config: RetNetConfig

@@ -96,15 +96,15 @@ def phase_tables(config: RetNetConfig) -> dict[str, Array]:
 def decay_sum_tables(config: RetNetConfig) -> dict[str, Array]:
     """sum_(i<=b) gamma^i, gamma^(b+1) and sum_(i<4096a) gamma^i, each `[4096, H]` float32."""
     steps = np.arange(POSITION_RADIX, dtype=np.float64)[:, None]
-    tables = {
-        "positions.decay_sum_low": _geometric_sum(config, steps + 1),
-        "positions.decay_power_low": np.exp(np.array(config.decay) * (steps + 1)),
-        "positions.decay_sum_high": _geometric_sum(config, steps * POSITION_RADIX),
-    }
-    return {name: table.astype(np.float32) for name, table in tables.items()}
-
-
-def _geometric_sum(config: RetNetConfig, count: Array) -> Array:
     log_gamma = np.array(config.decay)
     safe = np.where(log_gamma == 0, -1.0, log_gamma)
-    return np.where(log_gamma == 0, count, np.expm1(safe * count) / np.expm1(safe))
+
+    def sums(count: Array) -> Array:
+        return np.where(log_gamma == 0, count, np.expm1(safe * count) / np.expm1(safe))
+
+    tables = {
+        "positions.decay_sum_low": sums(steps + 1),
+        "positions.decay_power_low": np.exp(log_gamma * (steps + 1)),
+        "positions.decay_sum_high": sums(steps * POSITION_RADIX),
+    }
+    return {name: table.astype(np.float32) for name, table in tables.items()}
