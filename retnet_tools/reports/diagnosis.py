@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from retnet_tools.console import print_line, result_console, result_table, verdict
-from retnet_tools.runtime.diagnosis import Diagnosis, FolderDiagnosis, prediction_basis
+from retnet_tools.graph.cuda_kernels import kernel_version
+from retnet_tools.runtime.diagnosis import Diagnosis, FolderDiagnosis
 from retnet_tools.runtime.providers import Device, parse_device
 from retnet_tools.runtime.selftest import SelfTest
 
@@ -85,7 +86,7 @@ def _render_cuda(console: Console, document: dict[str, Any]) -> None:
 
 def _render_folder(console: Console, folder: dict[str, Any]) -> None:
     predicted = any(graph["predicted"] for graph in folder["graphs"])
-    basis = f", predicted from {prediction_basis()}" if predicted else ""
+    basis = f", predicted from the kernels of onnxruntime {kernel_version()}" if predicted else ""
     print_line(console, f"{'folder':<12} {folder['path']}: {folder['dtype']}, for {folder['made_for']}{basis}")
     table = result_table("graph", "nodes", "on the CPU, and not for shapes", "weights")
     for graph in folder["graphs"]:

@@ -31,13 +31,7 @@ EAGER = -1
 
 
 class Buffer(ABC):
-    """A tensor at an address that does not change. Whoever binds a graph to it keeps it alive.
-
-    Attributes:
-        shape: of the tensor.
-        dtype: numpy's.
-        address: of its first element.
-    """
+    """A tensor at an address that does not change. Whoever binds a graph to it keeps it alive."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -58,9 +52,11 @@ class Buffer(ABC):
         binding.bind_output(name, *self._place)
 
     @classmethod
-    @abstractmethod
     def of(cls, array: Array, device: Device) -> Buffer:
         """A buffer with this content."""
+        buffer = cls.empty(np.shape(array), np.asarray(array).dtype, device)
+        buffer.write(array)
+        return buffer
 
     @classmethod
     @abstractmethod
@@ -125,11 +121,7 @@ class HostBuffer(Buffer):
 
 
 class DeviceBuffer(Buffer):
-    """Memory of a GPU, its content undefined at first. It is given back when nothing refers to the buffer any more.
-
-    Raises:
-        ProviderError: no memory on the device.
-    """
+    """Memory of a GPU, its content undefined at first. It is given back when nothing refers to the buffer any more."""
 
     def __init__(self, shape: Sequence[int], dtype: Any, device: Device) -> None:
         self.shape, self.dtype, self._device = tuple(shape), np.dtype(dtype), device
@@ -138,13 +130,6 @@ class DeviceBuffer(Buffer):
         with enough_memory(device, f"a buffer of {list(shape)} {self.dtype}", self.size_bytes):
             self.address = self._runtime.allocate(self.size_bytes)
         weakref.finalize(self, self._runtime.release, self.address).atexit = False
-
-    @classmethod
-    def of(cls, array: Array, device: Device) -> DeviceBuffer:
-        """New memory with a copy."""
-        buffer = cls(np.shape(array), np.asarray(array).dtype, device)
-        buffer.write(array)
-        return buffer
 
     @classmethod
     def empty(cls, shape: Sequence[int], dtype: Any, device: Device) -> DeviceBuffer:
@@ -179,31 +164,19 @@ class DeviceBuffer(Buffer):
 
 
 def buffer_of(array: Array, device: Device) -> Buffer:
-    """A buffer with the content of an array; on the CPU the array itself, so it must be the caller's own.
-
-    Raises:
-        ProviderError: no memory on the device.
-    """
+    """A buffer with the content of an array; on the CPU the array itself, so it must be the caller's own."""
     return device.provider.buffers.of(array, device)
 
 
 def zero_buffer(shape: Sequence[int], dtype: Any, device: Device) -> Buffer:
-    """A buffer of zeros.
-
-    Raises:
-        ProviderError: no memory on the device.
-    """
+    """A buffer of zeros."""
     buffer = spare_buffer(shape, dtype, device)
     buffer.clear()
     return buffer
 
 
 def spare_buffer(shape: Sequence[int], dtype: Any, device: Device) -> Buffer:
-    """A buffer whose content does not matter.
-
-    Raises:
-        ProviderError: no memory on the device.
-    """
+    """A buffer whose content does not matter; as for every buffer, an `OutOfMemoryError` where there is no room."""
     return device.provider.buffers.empty(shape, dtype, device)
 
 
@@ -219,9 +192,6 @@ class Binding:
         graph_id: of the CUDA graph that runs of these buffers are; None runs kernel by kernel. No two bindings of a
             session may share one: a replay reads and writes what its capture did.
         needed: bytes that a run allocates, as far as is known.
-
-    Raises:
-        ProviderError: no memory on the device.
     """
 
     def __init__(

@@ -39,11 +39,12 @@ Bind = Callable[[Mapping[str, Array], Buffers, Buffers, int], Binding]
 
 @dataclass(eq=False)
 class _Pair:
-    """Two sets of state buffers, and the steps from each to the other."""
+    """Two sets of state buffers, the steps from each to the other, and what gives them back when their state goes."""
 
     sets: tuple[Buffers, Buffers]
     ids: tuple[int, int]
     bindings: dict[int, Binding] = field(default_factory=dict)
+    finalizer: Any = None
 
 
 class StepGraphs:
@@ -60,15 +61,11 @@ class StepGraphs:
         self._pairs: weakref.WeakKeyDictionary[RecurrentState, _Pair] = weakref.WeakKeyDictionary()
         self._steps: weakref.WeakKeyDictionary[RecurrentState, int] = weakref.WeakKeyDictionary()
         self._free: dict[int, list[_Pair]] = {}
-        self._finalizers: weakref.WeakKeyDictionary[RecurrentState, Any] = weakref.WeakKeyDictionary()
 
     def binding(self, state: RecurrentState, feeds: Mapping[str, Array]) -> Binding | None:
         """The captured step of a state as it stands; None for first steps, which are not worth a capture.
 
         Moves the state into buffers of this object where it is not in them yet.
-
-        Raises:
-            ProviderError: no memory on the device.
         """
         self.settle(state)
         if state not in self._pairs:
@@ -104,12 +101,11 @@ class StepGraphs:
 
         States keep the buffers that they are in.
         """
-        for finalizer in self._finalizers.values():
-            finalizer.detach()
         for state in self._steps:
             state.bindings.clear()
-        for pair in (*self._pairs.values(), *(pair for pairs in self._free.values() for pair in pairs)):
-            pair.bindings.clear()
+        for pair in self._pairs.values():
+            # What refers to it until its state is gone.
+            pair.finalizer.detach()
         self._pairs.clear()
         self._free.clear()
 
@@ -122,8 +118,8 @@ class StepGraphs:
             # Its own buffers become the pair.
             pair = _Pair((state.current, state.spare), (next(self._ids), next(self._ids)))
         self._pairs[state] = pair
-        self._finalizers[state] = weakref.finalize(state, _give_back, weakref.ref(self), pair, state.batch)
-        self._finalizers[state].atexit = False
+        pair.finalizer = weakref.finalize(state, _give_back, weakref.ref(self), pair, state.batch)
+        pair.finalizer.atexit = False
 
     def _release(self, pair: _Pair) -> None:
         """Drop a pair; its graphs are never replayed again, whether the provider lets them go or not."""

@@ -20,6 +20,8 @@ from retnet_tools.runtime.session import DecoderSession
 
 StopReason = Literal["end-of-text", "stop-string", "length"]
 OnToken = Callable[[int, int | None, str], None]
+Prompts = Sequence[Sequence[int]]
+"""Token ids for each row."""
 _UNFED: tuple[StopReason, ...] = ("end-of-text",)
 """Reasons whose last token is not fed."""
 
@@ -96,7 +98,7 @@ class Generations:
 
     @property
     def prompt_tokens_per_second(self) -> float:
-        """Rate of reading the prompts."""
+        """Of reading the prompts."""
         return self.prompt_tokens / self.prompt_seconds if self.prompt_tokens else 0.0
 
     @property
@@ -138,7 +140,7 @@ class _Row:
 
 def generate(
     session: DecoderSession,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     *,
     max_tokens: int = 128,
     sampling: Sampling | None = None,
@@ -177,7 +179,7 @@ def generate(
 
 def generate_from(
     sequences: Sequences,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     stopping: Stopping,
     *,
     samples: int = 1,
@@ -200,7 +202,7 @@ def generate_from(
 
 def stream_from(
     sequences: Sequences,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     stopping: Stopping,
     *,
     samples: int = 1,
@@ -237,18 +239,12 @@ def stream_from(
 
 
 def _stream(
-    sequences: Sequences,
-    prompts: Sequence[Sequence[int]],
-    stopping: Stopping,
-    samples: int,
-    codec: Codec | None,
-    chunk_size: int,
-    keep: bool,
+    sequences: Sequences, prompts: Prompts, stopping: Stopping, samples: int, codec: Codec | None, size: int, keep: bool
 ) -> Generator[Piece, None, Generations]:
     """Read the prompts, then sample and step until every row has ended."""
     began = time.perf_counter()
     if prompts:
-        sequences.feed(prompts, chunk_size=chunk_size)
+        sequences.feed(prompts, chunk_size=size)
     if samples > 1:
         sequences = sequences.select([row for row in range(sequences.batch) for _ in range(samples)])
     prefilled = time.perf_counter()

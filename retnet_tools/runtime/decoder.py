@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Self, Unpack
 
 from retnet_tools.runtime.codec import Codec, open_codec
-from retnet_tools.runtime.decode import Generations, Piece, Stopping, generate_from, stream_from
+from retnet_tools.runtime.decode import Generations, Stopping, generate_from, stream_from
 from retnet_tools.runtime.providers import parse_device
 from retnet_tools.runtime.sampling import Sampling, SamplingFields
 from retnet_tools.runtime.sequences import Sequences
@@ -52,7 +52,8 @@ class Decoder:
             InputError: logits that are not finite.
         """
         sequences, stopping = self._begin(1, max_tokens, stop, sampling)
-        return _texts(stream_from(sequences, [self._tokens(prompt)], stopping, codec=self.codec))
+        pieces = stream_from(sequences, [self._tokens(prompt)], stopping, codec=self.codec)
+        return (piece.text for piece in pieces if piece.text)
 
     def generate(
         self,
@@ -93,10 +94,6 @@ class Decoder:
         tokens = self.codec.encode(prompt)
         self.session.check_prompt(tokens)
         return tokens
-
-
-def _texts(pieces: Iterator[Piece]) -> Iterator[str]:
-    return (piece.text for piece in pieces if piece.text)
 
 
 def open_decoder(

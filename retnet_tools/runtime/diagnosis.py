@@ -12,7 +12,7 @@ from pathlib import Path
 
 from retnet_tools.errors import ProviderError, RetNetToolsError
 from retnet_tools.graph.contract import STEP_FILE
-from retnet_tools.graph.cuda_kernels import cpu_nodes, kernel_version
+from retnet_tools.graph.cuda_kernels import cpu_nodes
 from retnet_tools.graph.files import load_graph
 from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.runtime import cuda, installation
@@ -111,11 +111,7 @@ def diagnose() -> Diagnosis:
     return Diagnosis(
         python=f"{platform.python_version()} ({sys.executable})",
         system=platform.platform(),
-        packages={
-            "retnet-tools": __version__,
-            **used,
-            **{name: _version(name) for name in PACKAGES},
-        },
+        packages={"retnet-tools": __version__, **used, **{name: _version(name) for name in PACKAGES}},
         onnxruntime=" ".join(*used.items()),
         onnxruntime_packages=tuple(map(str, installation.packages_in_use())),
         onnxruntime_path=str(installation.onnxruntime_folder()),
@@ -128,6 +124,13 @@ def diagnose() -> Diagnosis:
         devices=devices,
         cuda_problem=device_problem(Device(CUDA.name)),
     )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def device_problem(device: Device) -> str | None:
@@ -174,11 +177,6 @@ def _predicted(path: Path) -> GraphPlacement:
     return GraphPlacement(path.name, {k: v for k, v in nodes.items() if v}, dict(kinds), True, graph_bytes(path))
 
 
-def prediction_basis() -> str:
-    """What predictions rest on."""
-    return f"the kernels of onnxruntime {kernel_version()}"
-
-
 def _devices() -> tuple[str | None, tuple[DeviceMemory, ...]]:
     """The newest CUDA of the driver, and the devices; a driver without devices has none."""
     try:
@@ -195,13 +193,6 @@ def _free(index: int) -> int | None:
     try:
         return cuda.cuda_runtime(index).memory()[0]
     except ProviderError:
-        return None
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
         return None
 
 

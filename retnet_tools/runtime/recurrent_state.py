@@ -24,7 +24,7 @@ class RecurrentState:
     places after it. Spare buffers are made when a graph first needs them.
 
     Args:
-        states: one `[B, H, K, V]` a layer; on the CPU these arrays become the state, so they must be the caller's own.
+        states: one `[B, H, K, V]` a layer, which become the state where they are buffers, or arrays on the CPU.
         position: `[B]`.
         device: where to keep them.
 
@@ -32,39 +32,23 @@ class RecurrentState:
         current: one `[B, H, K, V]` a layer, S of Eq. 6.
         position: `[B]` int64, the position of the next token of each row.
         bindings: what graphs have bound to these buffers, kept here so that it goes when they go.
-
-    Raises:
-        ProviderError: no memory on the device.
     """
 
-    def __init__(self, states: Sequence[Array], position: Array, device: Device) -> None:
-        self._hold([buffer_of(state, device) for state in states], position, device)
-
-    def _hold(self, buffers: list[Buffer], position: Array, device: Device) -> None:
-        self.device, self.current = device, buffers
+    def __init__(self, states: Sequence[Array | Buffer], position: Array, device: Device) -> None:
+        self.device = device
+        self.current = [state if isinstance(state, Buffer) else buffer_of(state, device) for state in states]
         self.position = np.array(position, dtype=np.int64)
         self.bindings: dict[Any, Any] = {}
         self._spare: list[Buffer] | None = None
 
     @classmethod
-    def _of(cls, buffers: list[Buffer], position: Array, device: Device) -> RecurrentState:
-        state = cls.__new__(cls)
-        state._hold(buffers, position, device)
-        return state
-
-    @classmethod
     def zeros(cls, manifest: Manifest, batch: int, device: Device) -> RecurrentState:
-        """The state before the first token: S_0 = 0 at position 0.
-
-        Raises:
-            UsageError: a batch below 1.
-            ProviderError: no memory on the device.
-        """
+        """The state before the first token of at least one sequence: S_0 = 0 at position 0."""
         if batch < 1:
             raise UsageError(f"a batch of {batch}", "at least one sequence")
         shape, layers = (batch, *state_shape(manifest.config)), range(manifest.config.num_layers)
         buffers = [zero_buffer(shape, manifest.state_dtype, device) for _ in layers]
-        return cls._of(buffers, np.zeros(batch, dtype=np.int64), device)
+        return cls(buffers, np.zeros(batch, dtype=np.int64), device)
 
     @property
     def batch(self) -> int:
@@ -73,11 +57,7 @@ class RecurrentState:
 
     @property
     def spare(self) -> list[Buffer]:
-        """Buffers of the same shapes for a graph that may not write where it reads.
-
-        Raises:
-            ProviderError: no memory on the device.
-        """
+        """Buffers of the same shapes for a graph that may not write where it reads."""
         if self._spare is None:
             self._spare = [spare_buffer(buffer.shape, buffer.dtype, self.device) for buffer in self.current]
         return self._spare
@@ -92,13 +72,9 @@ class RecurrentState:
         return [buffer.read() for buffer in self.current]
 
     def select(self, rows: Sequence[int]) -> RecurrentState:
-        """A new state of these rows, in this order; a row may come several times.
-
-        Raises:
-            ProviderError: no memory on the device.
-        """
+        """A new state of these rows, in this order; a row may come several times."""
         index = [int(row) for row in rows]
-        return self._of([buffer.rows(index) for buffer in self.current], self.position[index], self.device)
+        return RecurrentState([buffer.rows(index) for buffer in self.current], self.position[index], self.device)
 
     def move_into(self, current: list[Buffer], spare: list[Buffer]) -> None:
         """Keep the state in other buffers on the same GPU from now on, with their spare ones."""

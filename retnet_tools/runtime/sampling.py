@@ -122,8 +122,17 @@ class Sampling:
         if self.seed < 0:
             raise UsageError(f"--seed {self.seed}", "0 or more")
 
-    def chain(self) -> tuple[Step, ...]:
-        """The steps that logits go through."""
+    def candidates(self, logits: Array, seen: Array) -> Candidates:
+        """What is left of `[vocab]` logits after every step, for a sequence that holds the tokens `seen`."""
+        left = Candidates(np.arange(len(logits)), logits, seen)
+        for step in self._chain:
+            left = step(left)
+        if not len(left.ids):
+            raise UsageError("a sampling step that leaves no token", "at least one")
+        return left
+
+    @cached_property
+    def _chain(self) -> tuple[Step, ...]:
         drawn = (
             (partial(temperature, value=self.temperature), True),
             (partial(top_k, count=self.top_k), self.top_k > 0),
@@ -166,7 +175,6 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, streams: Sequence[np.random.Generator], seen: Array) -> None:
         self.sampling, self.streams, self.seen = sampling, list(streams), seen
-        self._chain = sampling.chain()
 
     @classmethod
     def for_rows(cls, sampling: Sampling, rows: Iterable[int], vocab_size: int) -> Sampler:
@@ -208,11 +216,7 @@ class Sampler:
             raise InputError(
                 "the model gives logits that are not finite", "numbers", "look for its cause with retnet-tools inspect"
             )
-        candidates = Candidates(np.arange(len(logits)), logits, self.seen[row])
-        for step in self._chain:
-            candidates = step(candidates)
-        if not len(candidates.ids):
-            raise UsageError("a sampling step that leaves no token", "at least one")
+        candidates = self.sampling.candidates(logits, self.seen[row])
         if self.sampling.temperature == 0:
             return int(candidates.ids[candidates.logits.argmax()])
         reached = np.cumsum(candidates.weights)
@@ -235,14 +239,3 @@ def most_likely(weights: Array, count: int) -> Array:
     else:
         index = np.arange(len(weights))
     return np.asarray(index[np.lexsort((index, -weights[index]))])
-
-
-def probabilities(logits: Array, sampling: Sampling) -> Array:
-    """The distribution that is drawn from, `[B, vocab]` float64, for a temperature above 0 and no tokens so far."""
-    result: Array = np.zeros(logits.shape)
-    for row, values in zip(result, logits, strict=True):
-        candidates = Candidates(np.arange(len(values)), values, np.zeros(len(values), dtype=np.bool_))
-        for step in sampling.chain():
-            candidates = step(candidates)
-        row[candidates.ids] = candidates.weights / candidates.weights.sum()
-    return result

@@ -22,7 +22,6 @@ from retnet_tools.graph.contract import (
     STEP_FILE,
     WEIGHTS_FILE,
     TensorSpec,
-    prefill_inputs,
     step_inputs,
     step_outputs,
 )
@@ -96,9 +95,7 @@ class DecoderSession:
         if in_place and cuda_graph:
             raise UsageError("CUDA graphs of steps in place", "one of them: a capture runs a step several times")
         border = (self.manifest.config, self.manifest.state_dtype)
-        self._inputs = step_inputs(*border)
-        self._input, *_ = self._inputs
-        self._output, *_ = step_outputs(*border)
+        self._input, self._output = step_inputs(*border)[0], step_outputs(*border)[0]
         reasons = {
             "states are written in place": in_place,
             "it was asked for": cuda_graph is False,
@@ -106,7 +103,7 @@ class DecoderSession:
         }
         eager_reason = next((reason for reason, holds in reasons.items() if holds), None)
         self._opener = GraphOpener(folder, self.manifest, device or Device("cpu"), threads, eager_reason)
-        self._step = self._opener.open_step(self._inputs, profile, beside=(PREFILL_FILE,) if prompts else ())
+        self._step = self._opener.open_step(profile, beside=(PREFILL_FILE,) if prompts else ())
         self.device, self.eager_reason = self._opener.device, self._opener.eager_reason
         self.in_place = self.device.provider.in_place if in_place is None else in_place
         self._states: weakref.WeakSet[RecurrentState] = weakref.WeakSet()
@@ -252,7 +249,7 @@ class DecoderSession:
         # All that refers to the session, so that its memory is free for the next one.
         self._graphs = None
         del self._step
-        self._step = self._opener.open_eager_step(self._inputs, f"a step could not be captured ({failure})")
+        self._step = self._opener.open_eager_step(f"a step could not be captured ({failure})")
         self.device, self.eager_reason = self._opener.device, self._opener.eager_reason
 
     def _bind_step(self, state: RecurrentState, feeds: Mapping[str, Array]) -> Binding:
@@ -266,12 +263,7 @@ class DecoderSession:
 
     @cached_property
     def _prefill(self) -> onnxruntime.InferenceSession:
-        # Products of many rows are as fast on float32 weights as they lie in the file, which are then mapped and not
-        # copied a second time beside the step graph's (1.3b: opened in 0.2 s in place of 6). Single rows are not, and
-        # quantized weights need their packing.
-        plain = self.manifest.dtype == "float32" and self.manifest.quantization is None
-        inputs = prefill_inputs(self.manifest.config, self.manifest.state_dtype)
-        return self._opener.open(PREFILL_FILE, inputs, prepack=not plain)
+        return self._opener.open(PREFILL_FILE)
 
     def end_profile(self) -> Path:
         """Write the profile that was asked for, and say where it is."""

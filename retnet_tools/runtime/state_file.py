@@ -40,18 +40,7 @@ SCHEMA_VERSION = "1"
 
 @dataclass(frozen=True)
 class StateFile:
-    """What a state file holds.
-
-    Attributes:
-        states: one `[B, H, K, V]` a layer.
-        position: `[B]`.
-        logits: `[B, vocab]`.
-        seen: `[B, vocab]`.
-        fingerprint: of the model that made it.
-        token_hashes: of each row.
-        sampling: how tokens are chosen.
-        streams: the state of each row's random numbers.
-    """
+    """What a state file holds: the names and shapes above, with one of `states` for each layer."""
 
     states: tuple[Array, ...]
     position: Array
@@ -88,11 +77,7 @@ class StateFile:
         return Sequences(session, state, self.logits, [bytes.fromhex(text) for text in self.token_hashes], sampler)
 
     def check(self, session: DecoderSession) -> None:
-        """Check that a session runs the model that made the state, in the same types.
-
-        Raises:
-            InputError: what differs, by name.
-        """
+        """Check that a session runs the model that made the state, in the same types; says by name what differs."""
         for name, expected in session.manifest.fingerprint().items():
             if self.fingerprint.get(name) != expected:
                 raise InputError(

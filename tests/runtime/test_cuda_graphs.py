@@ -286,14 +286,14 @@ def test_a_graph_that_cannot_be_captured_runs_kernel_by_kernel_with_the_reason(t
     code = """
 import json, sys
 from pathlib import Path
-from retnet_tools.graph.contract import PREFILL_FILE, prefill_inputs
+from retnet_tools.graph.contract import PREFILL_FILE
 from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.runtime import opening
 from retnet_tools.runtime.providers import Device
 manifest = read_manifest(Path(sys.argv[1]))
 opening.STEP_FILE = PREFILL_FILE
 opener = opening.GraphOpener(Path(sys.argv[1]), manifest, Device("cuda"), None, None)
-session = opener.open_step(prefill_inputs(manifest.config, manifest.state_dtype))
+session = opener.open_step()
 print(json.dumps([session.get_providers()[0], opener.eager_reason]))
 """
     provider, reason = FakeGpu().evaluate(code, out)

@@ -92,14 +92,14 @@ REFUSED = """
 import json, sys
 from pathlib import Path
 from retnet_tools.errors import ProviderError
-from retnet_tools.graph.contract import PREFILL_FILE, step_inputs
+from retnet_tools.graph.contract import PREFILL_FILE
 from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.runtime.opening import GraphOpener
 from retnet_tools.runtime.providers import Device
 manifest = read_manifest(Path(sys.argv[1]))
 opener = GraphOpener(Path(sys.argv[1]), manifest, Device("cuda"), None, None)
 try:
-    opener.open_step(step_inputs(manifest.config, manifest.state_dtype), beside=(PREFILL_FILE,))
+    opener.open_step(beside=(PREFILL_FILE,))
 except ProviderError as error:
     print(json.dumps([str(error), opener._shared is None]))
 """

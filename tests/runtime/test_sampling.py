@@ -4,9 +4,19 @@ import numpy as np
 import pytest
 
 from retnet_tools.errors import InputError, UsageError
-from retnet_tools.runtime.sampling import Candidates, Sampler, Sampling, probabilities, repetition_penalty
+from retnet_tools.runtime.sampling import Candidates, Sampler, Sampling, repetition_penalty
+from retnet_tools.weights import Array
 
 LOGITS = np.log(np.array([[0.5, 0.25, 0.15, 0.1], [0.1, 0.2, 0.3, 0.4]], dtype=np.float32))
+
+
+def probabilities(logits: Array, sampling: Sampling) -> Array:
+    """The distribution that is drawn from, `[B, vocab]`, for a temperature above 0 and no tokens so far."""
+    result = np.zeros(logits.shape)
+    for row, values in zip(result, logits, strict=True):
+        left = sampling.candidates(values, np.zeros(len(values), dtype=bool))
+        row[left.ids] = left.weights / left.weights.sum()
+    return result
 
 
 def sampler(sampling: Sampling, rows: int = 2, vocab: int = 4) -> Sampler:
