@@ -31,8 +31,12 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
-    **{"relu": "relu", "relu2": "relu2", "leaky_relu": "leaky_relu", "elu": "elu"},
-    **{"sigmoid": "sigmoid", "tanh": "tanh"},
+    "relu": "relu",
+    "relu2": "relu2",
+    "leaky_relu": "leaky_relu",
+    "elu": "elu",
+    "sigmoid": "sigmoid",
+    "tanh": "tanh",
 }
 LAYER = {
     "attn_norm": "retention_norm",

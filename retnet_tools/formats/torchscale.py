@@ -84,13 +84,13 @@ def read_decoder(
     )
     release = tensors.find_release(plain)
     clamp, assumed = _score_clamp(source.settings, release)
-    decay, frequencies = tensors.read_buffers(source, prefix, *_sizes_of_heads(source.settings))
-    fields = _fields(source.settings, plain, release, fairseq=fairseq)
+    num_heads, head_k_dim = _sizes_of_heads(source.settings)
+    decay, frequencies = tensors.read_buffers(source, prefix, num_heads, head_k_dim)
     config = RetNetConfig(
-        **fields,
+        **_fields(source.settings, plain, release, fairseq=fairseq),
         decay=decay,
         rotary_frequencies=frequencies,
-        score_normalization=ScoreNormalization((2 * len(frequencies)) ** -0.5, by_decay=True, clamp=clamp),
+        score_normalization=ScoreNormalization(head_k_dim**-0.5, by_decay=True, clamp=clamp),
         tie_word_embeddings=tied,
     )
     dropped = dict.fromkeys((prefix + "version", prefix + HEAD, *embeddings, *heads))

@@ -21,8 +21,7 @@ from retnet_tools.formats.storage import StoredTensors
 from retnet_tools.weights import Array
 
 EMBEDDING, HEAD = "embed_tokens.weight", "output_projection.weight"
-FINAL_NORM = "layer_norm.weight"
-FFN_NORM = "layers.0.ffn.ffn_layernorm.weight"
+FINAL_NORM, FFN_NORM = "layer_norm.weight", "layers.0.ffn.ffn_layernorm.weight"
 ANGLES, DECAYS = "retnet_rel_pos.angle", "retnet_rel_pos.decay"
 ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "swish": "silu", "relu": "relu"}
 KEYS = words(

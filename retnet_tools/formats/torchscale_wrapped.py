@@ -19,8 +19,7 @@ from retnet_tools.formats.torchscale import KEYS, TIED, TORCHSCALE, read_decoder
 HUGGING_FACE_PREFIX, STUDENT_PREFIX = "model.decoder.", "decoder."
 HUGGING_FACE_EMBEDDINGS = ("model.embed_tokens.weight", "model.decoder.embed_tokens.weight")
 HUGGING_FACE_HEADS = ("lm_head.weight", "model.decoder.output_projection.weight")
-STUDENT_EMBEDDINGS = ("embed.weight", "decoder.embed_tokens.weight")
-STUDENT_HEADS = ("lm_head.proj.weight",)
+STUDENT_EMBEDDINGS, STUDENT_HEADS = ("embed.weight", "decoder.embed_tokens.weight"), ("lm_head.proj.weight",)
 STUDENT_NORM = {f"norm.{part}": f"output_norm.{part}" for part in ("weight", "bias")}
 STUDENT_EPS = 1e-5
 HUGGING_FACE_KEYS = replace(

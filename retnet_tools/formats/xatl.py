@@ -47,7 +47,6 @@ LIT_NAMES = {
 HEAD_NORM = module_names(in_layers("model.layers", {"retention.group_norm": "retention.head_norm"}))
 NAMES = {kind: {**tensors.decoder_names(kind, "model.", "lm_head"), **HEAD_NORM} for kind in LIT_NAMES}
 ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "gelu_new": "gelu_tanh", "swish": "silu", "relu": "relu"}
-IGNORED_BY_KERNELS = ("use_lm_decay", "retnet_stability_update")
 OWN_KEYS = words(
     "groupnorm_affine lm_head_bias parallel_residual retnet_stability_update rotary_percentage shared_attention_norm"
 )
@@ -103,7 +102,7 @@ def resolve(source: Source) -> RetNetConfig:
     shared_norm = HeadNorm(block_norm.kind, eps, "shared", bias=bias and block_norm.bias)
     affine, stable = settings.flag("groupnorm_affine", False), settings.flag("retnet_stability_update", False)
     decay, frequencies = _schedules(source, heads, head_k_dim)
-    if ignored := [name for name in IGNORED_BY_KERNELS if settings.flag(name, False)]:
+    if ignored := [name for name in ("use_lm_decay", "retnet_stability_update") if settings.flag(name, False)]:
         source.notes.append(f"{' and '.join(ignored)}: read as its plain code computes; its fused kernels ignore that")
     deepnorm, subln, pre = settled_norms(settings)
     parallel, shared = settings.flag("parallel_residual", False), settings.flag("shared_attention_norm", False)

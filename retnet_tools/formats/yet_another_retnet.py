@@ -20,7 +20,6 @@ from retnet_tools.paper import language_model_decay
 ORIGIN = "yet-another-retnet"
 ANGLES = "decoder.layers.{i}.retention.thetas"
 MARK = ANGLES.format(i=0)
-HEAD_NORM_EPS = 1e-6
 ACTIVATIONS: dict[str, Activation] = {"swish": "silu", "gelu": "gelu", "relu": "relu"}
 LAYER = {
     "norm1": "retention_norm",
@@ -86,7 +85,7 @@ def resolve(settings: Settings, sizes: Mapping[str, int], frequencies: tuple[flo
         decay=language_model_decay(heads),
         rotary_frequencies=frequencies,
         score_normalization=ScoreNormalization((embed // heads) ** -0.5, by_decay=False, clamp="none"),
-        head_norm=HeadNorm("layer", HEAD_NORM_EPS),
+        head_norm=HeadNorm("layer", 1e-6),
         block_norm=BlockNorm("layer", settings.number("layer_norm_eps", 1e-6), bias=True),
         feed_forward=FeedForward("plain", size["dim_feedforward"], activation, bias=True),
         gate=activation,
