@@ -12,18 +12,17 @@ Shapes: B sequences, T tokens, D hidden size, W width of the stream (D, or 2 D),
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Literal
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet_tools.config import BlockNorm, RetNetConfig
+from retnet_tools.config import RetNetConfig
 from retnet_tools.model.norms import Norm
 from retnet_tools.model.position_terms import terms_at
 from retnet_tools.model.retention import retention_chunkwise
-from retnet_tools.model.retnet import Layer, to_torch
+from retnet_tools.model.retnet import Layer, RetNet, to_torch
 from retnet_tools.weights import Array, WeightSource, canonical_shapes
 
 EMBEDDING = "embedding.weight"
@@ -128,23 +127,15 @@ class Head:
     """
 
     def __init__(self, config: RetNetConfig, weights: WeightSource, matrix: Array) -> None:
-        self._norms = [_load_norm(config, weights, "final_norm")] if config.final_norm else []
-        if config.output_norm is not None:
-            self._norms.append(_load_norm(config, weights, "output_norm", config.output_norm))
-        self._matrix = torch.from_numpy(matrix)
-        self._bias = _float32(weights.read("lm_head.bias")) if config.head_bias else None
+        self._model = _without_layers(config, weights, head_matrix(config), matrix)
 
     def inputs(self, x: Array) -> Array:
         """What the projection reads, `[B T, D]`."""
-        y = torch.from_numpy(x)
-        for norm in self._norms:
-            y = norm(y)
-        inputs: Array = y.flatten(0, 1).numpy()  # [B, T, D] -> [B T, D]
-        return inputs
+        return self._model.normed(torch.from_numpy(x)).flatten(0, 1).numpy()  # [B, T, D] -> [B T, D]
 
     def logits(self, x: Array) -> Array:
         """Logits `[B T, vocab]`."""
-        return F.linear(torch.from_numpy(self.inputs(x)), self._matrix, self._bias).numpy()
+        return self._model.head(torch.from_numpy(x)).flatten(0, 1).numpy()  # [B, T, vocab] -> [B T, vocab]
 
 
 def block_count(config: RetNetConfig) -> int:
@@ -169,17 +160,17 @@ def embed(config: RetNetConfig, weights: WeightSource, matrix: Array, ids: Array
         matrix: the embedding, `[vocab, D]` float32.
         ids: tokens `[B, T]`.
     """
-    x = torch.from_numpy(matrix[ids] * np.float32(config.embedding_scale))
-    if config.embedding_norm:
-        x = _load_norm(config, weights, "embedding_norm")(x)
-    return x.numpy()
+    return _without_layers(config, weights, EMBEDDING, matrix).embed(torch.from_numpy(ids)).numpy()
 
 
-def _load_norm(config: RetNetConfig, weights: WeightSource, name: str, kind: BlockNorm | None = None) -> Any:
-    norm = Norm(config.hidden_size, kind or config.block_norm)
-    state = {part: _float32(weights.read(f"{name}.{part}")) for part, _ in norm.named_parameters()}
-    norm.load_state_dict(state, assign=True)
-    return norm.requires_grad_(False)
+def _without_layers(config: RetNetConfig, weights: WeightSource, name: str, matrix: Array) -> RetNet:
+    """The norms around the layers, the bias of the head and one of the two matrices; all else stays without data."""
+    with torch.device("meta"):
+        model = RetNet(replace(config, num_layers=1))
+    names = (name for name, shape in canonical_shapes(config).items() if len(shape) == 1 and "layers." not in name)
+    tensors = {name: _float32(weights.read(name)) for name in names}
+    model.load_state_dict({**tensors, name: torch.from_numpy(matrix)}, strict=False, assign=True)
+    return model.requires_grad_(False)
 
 
 def _float32(array: Array) -> Tensor:

@@ -214,12 +214,17 @@ class RetNet(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """Logits of the last layer's output `[B, T, D]`; without an output head, its norm."""
-        for norm in (self.final_norm, self.output_norm):
-            x = x if norm is None else norm(x)
+        x = self.normed(x)
         if self.embedding is None:
             return x
         logits: Tensor = F.linear(x, self.embedding.weight) if self.lm_head is None else self.lm_head(x)
         return logits
+
+    def normed(self, x: Tensor) -> Tensor:
+        """What the output head reads of the last layer's output `[B, T, D]`."""
+        for norm in (self.final_norm, self.output_norm):
+            x = x if norm is None else norm(x)
+        return x
 
     def embed(self, inputs: Tensor) -> Tensor:
         """What the first layer reads, `[B, T, D]`."""
