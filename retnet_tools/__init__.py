@@ -38,8 +38,8 @@ Text in, pieces of text out:
 A checkpoint in another format, and one opened as it is: weights by canonical name, `[out, in]` matrices, read one at a
 time:
 
->>> rt.convert("ckpt", "converted", to="torchscale", dtype="fp16").conversion.layout.names[-1]
-'args.json'
+>>> rt.convert("ckpt", "converted", to="torchscale", dtype="fp16").folder.name
+'converted'
 >>> checkpoint = rt.open_checkpoint("converted")
 >>> checkpoint.config.key_dim, checkpoint.config.hidden_size
 (256, 256)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from retnet_tools.cli import options
+from retnet_tools.cli.command import CODES, HALVES, MAX_THREADS, command
+from retnet_tools.jobs.request import CheckpointOrShipped
 
 if TYPE_CHECKING:
     from retnet_tools.bench.options import BenchOptions
@@ -36,6 +38,11 @@ Against = Annotated[
 ]
 FloatType = Annotated[str | None, typer.Option("--dtype", help="Of a checkpoint: fp32 (if left out), fp16 or bf16.")]
 Operators = Annotated[str | None, typer.Option("--ops", help="Of a checkpoint: fused (if left out) or standard.")]
+Quantize = Annotated[str | None, typer.Option("--quantize", help=f"Of a checkpoint: {CODES}, {HALVES}.")]
+BlockSize = Annotated[int | None, typer.Option("--block-size", help="Weights that share a scale: 32, 64 or 128.")]
+AccuracyLevel = Annotated[
+    int | None, typer.Option("--accuracy-level", help="Of products on the CPU: 4 in int8, 0 or 1 in float32.")
+]
 Flat = Annotated[bool, typer.Option("--flat", help="Decode at positions 1 thousand to 1 million too.")]
 Profile = Annotated[bool, typer.Option("--profile", help="Show where a step's time goes, by operator.")]
 Folder = Annotated[
@@ -46,14 +53,9 @@ Quick = Annotated[bool, typer.Option("--quick", help="-p 64 -n 16 -r 3, and smal
 Format = Annotated[str, typer.Option("--format", help="table, md, csv or json.")]
 
 
+@command(CheckpointOrShipped, arguments=("checkpoint",))
 def bench(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="Exported folder, or checkpoint (folder, file or name on the hub); the shipped one if left out.",
-            show_default=False,
-        ),
-    ] = None,
+    request: CheckpointOrShipped,
     size: Size = None,
     device: options.DeviceName = "cpu",
     cpu_fallback: options.CpuFallback = False,
@@ -67,15 +69,9 @@ def bench(
     against: Against = None,
     dtype: FloatType = None,
     ops: Operators = None,
-    quantize: options.Quantize = None,
-    block_size: options.BlockSize = None,
-    accuracy_level: options.AccuracyLevel = None,
-    source_format: options.Format = None,
-    config: options.Config = None,
-    entry: options.Entry = None,
-    clamp: options.Clamp = None,
-    revision: options.Revision = None,
-    ignore_key: options.IgnoreKey = None,
+    quantize: Quantize = None,
+    block_size: BlockSize = None,
+    accuracy_level: AccuracyLevel = None,
     eager: Eager = False,
     flat: Flat = False,
     profile: Profile = False,
@@ -100,7 +96,6 @@ def bench(
     from retnet_tools.console import print_json, progress_bar
     from retnet_tools.dtypes import parse_dtype
     from retnet_tools.errors import UsageError
-    from retnet_tools.jobs.request import CheckpointOrShipped
     from retnet_tools.plotting import check_plot
     from retnet_tools.quantize.options import options_of
     from retnet_tools.runtime.providers import parse_device, usable_device
@@ -112,17 +107,9 @@ def bench(
         check_plot(plot, force=force)
     number_type = None if dtype is None else parse_dtype(dtype, ("float32", "float16", "bfloat16"))
     how_small = options_of(quantize, block_size=block_size, accuracy_level=accuracy_level)
-    how: dict[str, Any] = {
-        "format": source_format,
-        "config": config,
-        "entry": entry,
-        "clamp": clamp,
-        "revision": revision,
-        "ignore_keys": ignore_key or (),
-    }
-    if size is not None and (model is not None or any(how.values())):
+    if size is not None and request != CheckpointOrShipped():
         raise UsageError(f"--size {size} and a checkpoint or options of one", "one of them")
-    origin = None if size is not None else CheckpointOrShipped(model or "", **how).source()
+    origin = None if size is not None else request.source()
     if origin is not None:
         options.say_shipped(origin.path)
     chosen = ModelOptions(origin, size, number_type, how_small, ops, target.kind)
@@ -176,7 +163,7 @@ def bench_options(
         tokens=default.tokens if tokens is None else tuple(options.parse_numbers("-n", tokens)),
         depths=tuple(options.parse_numbers("-d", depths)),
         batches=tuple(options.parse_counts("-b", batches)),
-        threads=(None,) if threads is None else tuple(options.parse_counts("-t", threads, options.MAX_THREADS)),
+        threads=(None,) if threads is None else tuple(options.parse_counts("-t", threads, MAX_THREADS)),
         repetitions=repetitions or default.repetitions,
         against=() if against is None else tuple(word.strip() for word in against.split(",")),
         chunk_size=chunk_size or default.chunk_size,

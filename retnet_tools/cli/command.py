@@ -1,25 +1,76 @@
-"""A command of a job: its options are the fields of the job's request."""
+"""A command of a job: its options are the fields of the job's request, with their types, defaults and documentation."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any
+import os
+import types
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
+
+import typer
 
 from retnet_tools.console import print_message
-from retnet_tools.jobs.request import Request
+from retnet_tools.graph.quantization import CODE_TYPES, HALF_TYPES
+from retnet_tools.jobs.request import Request, documentation
+
+CODES, HALVES = " or ".join(CODE_TYPES), " or ".join(HALF_TYPES.values())
+BLOCK_SIZES = ", ".join(f"{row.name}: {row.block_size}" for row in CODE_TYPES.values())
+MAX_THREADS = max(64, 4 * (os.cpu_count() or 1))
+"""More CPU threads than this are a slip of the finger, and would stop the machine."""
+PANELS = {
+    "Checkpoint": ("format", "config", "entry", "clamp", "revision", "ignore_keys"),
+    "Quantization": (
+        *("quantize", "block_size", "symmetric", "accuracy_level", "method", "exclude", "tensor_types"),
+        *("text", "text_tokens"),
+    ),
+    "Calibration": ("calibration", "calibration_tokens", "seed", "target_size", "target_bits", "keep_merged"),
+    "Device": ("device", "cpu_fallback", "no_cuda_graph", "threads"),
+    "Output": ("output", "force", "dry_run"),
+}
+FLAGS = {
+    "format": "--from",
+    "ignore_keys": "--ignore-key",
+    "symmetric": "--symmetric/--asymmetric",
+    "tensor_types": "--tensor-type",
+    "cpu_fallback": "--allow-cpu-fallback",
+    "threads": "-t --threads",
+    "output": "-o --output",
+}
+"""Where they are not the field's name."""
+SETTINGS: dict[str, dict[str, Any]] = {
+    "quantize": {"help": f"{CODES} weights in blocks, or everything but states in {HALVES}."},
+    "block_size": {"help": f"Weights that share a scale: 32, 64 or 128 ({BLOCK_SIZES} if left out)."},
+    "config": {"metavar": "FILE"},
+    "entry": {"metavar": "NAME"},
+    "clamp": {"metavar": "NAME"},
+    "revision": {"metavar": "NAME"},
+    "ignore_keys": {"metavar": "KEY"},
+    "exclude": {"metavar": "REGEX"},
+    "tensor_types": {"metavar": "REGEX=TYPE", "help": f"{CODES} for some matrices."},
+    "text_tokens": {"min": 2},
+    "calibration": {"metavar": "FILE"},
+    "target_size": {"metavar": "SIZE"},
+    "seed": {"min": 0},
+    "threads": {"min": 1, "max": MAX_THREADS},
+}
 
 
-def command(request: type[Request], **options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Let a function that takes a request (and options of its own) be a command with an option for each of its fields.
+def command(
+    request: type[Request], *, arguments: Sequence[str] = (), leave_out: Sequence[str] = (), **others: dict[str, Any]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let a function that takes a request, and options of its own, be a command with an option for each field of it.
 
-    Types, flags and help come from `options`, defaults from the request; a field that is not in `options` is no option.
+    Args:
+        request: the type of the first parameter.
+        arguments: fields that are given without a flag.
+        leave_out: fields that are no options.
+        others: by field, `flags` in place of its usual ones, and settings of `typer.Option`.
     """
-    fields = [field for field in dataclasses.fields(request) if field.name in options]
-    if unknown := options.keys() - {field.name for field in fields}:
-        raise TypeError(f"{request.__name__} has no {', '.join(sorted(unknown))}")
+    fields = [field for field in dataclasses.fields(request) if field.name not in leave_out]
+    fields.sort(key=lambda field: field.kw_only is True)
 
     def decorate(run: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(run)
@@ -32,19 +83,38 @@ def command(request: type[Request], **options: Any) -> Callable[[Callable[..., N
                     print_message(note)
                 raise
 
+        hints, texts = get_type_hints(request), documentation(request)
+        shown = []
+        for field in fields:
+            panel = next((panel for panel, names in PANELS.items() if field.name in names), None)
+            settings = {"help": texts[field.name], "rich_help_panel": panel, **SETTINGS.get(field.name, {})}
+            settings |= others.get(field.name, {})
+            flags = settings.pop("flags", FLAGS.get(field.name, f"--{field.name.replace('_', '-')}"))
+            if field.name in arguments:
+                how = typer.Argument(metavar=field.name.upper(), help=texts[field.name], show_default=False)
+                shown.append(_parameter(field, hints, how))
+            else:
+                shown.append(_parameter(field, hints, typer.Option(*flags.split(), **settings)))
         _, *own = inspect.signature(run, eval_str=True).parameters.values()
         own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
-        shared = [_parameter(field, options[field.name]) for field in fields]
-        invoke.__signature__ = inspect.Signature([*shared, *own])  # type: ignore[attr-defined]
+        invoke.__signature__ = inspect.Signature([*shown, *own])  # type: ignore[attr-defined]
         return invoke
 
     return decorate
 
 
-def _parameter(field: dataclasses.Field[Any], annotation: Any) -> inspect.Parameter:
-    default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+def _parameter(field: dataclasses.Field[Any], hints: dict[str, Any], how: Any) -> inspect.Parameter:
+    """A field as typer takes it: of several types the first, a list of texts with a default as words between commas."""
+    default, hint = cast("Any", field.default), hints[field.name]
+    kind = next(iter(get_args(hint)), hint) if isinstance(hint, types.UnionType) else hint
+    if get_origin(kind) is Sequence:
+        kind, default = (str, ",".join(default)) if default else (list[str], None)
+        if kind is not str:
+            how.help = f"{how.help.rstrip('.')}; may be repeated."
     if default is dataclasses.MISSING:
         default = inspect.Parameter.empty
-    elif default == "":
-        default = None
-    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    elif default is None or default == "":
+        kind, default = kind | None, None
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, how]
+    )

@@ -11,12 +11,7 @@ from retnet_tools.cli.command import command
 from retnet_tools.jobs.inspect import InspectRequest
 
 
-@command(
-    InspectRequest,
-    checkpoint=options.ModelName,
-    **options.HOW_TO_READ,
-    quick=Annotated[bool, typer.Option("--quick", "--no-data", help="Do not read the tensors' data.")],
-)
+@command(InspectRequest, arguments=("checkpoint",), quick={"flags": "--quick --no-data"})
 def inspect(
     request: InspectRequest,
     strict: Annotated[

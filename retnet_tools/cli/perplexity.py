@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from retnet_tools.cli import options
 from retnet_tools.cli.command import command
@@ -15,33 +11,11 @@ from retnet_tools.jobs.perplexity import PerplexityRequest
 
 @command(
     PerplexityRequest,
-    checkpoint=options.ModelName,
-    text=Annotated[Path | None, typer.Option("-f", "--file", "--text", help="File to score; - reads stdin.")],
-    against=Annotated[
-        str | None,
-        typer.Option("--against", help="Baseline: an exported folder, or a checkpoint, run in fp32 on the CPU."),
-    ],
-    context=Annotated[
-        int, typer.Option("-c", "--context", help="Tokens in a row; 0 reads the whole text in one, states carried.")
-    ],
-    stride=Annotated[
-        int | None, typer.Option("--stride", help="Predictions of a row that count, its last; half the context.")
-    ],
-    max_tokens=Annotated[
-        int | None, typer.Option("-n", "--max-tokens", "--limit", help="Take only the first tokens.", min=1)
-    ],
-    start_token=Annotated[
-        str | None, typer.Option("--start-token", help="Token to put before the text, such as '<|endoftext|>'.")
-    ],
-    token_ids=Annotated[bool, typer.Option("--token-ids", help="The text is token ids.")],
-    by_position=Annotated[bool, typer.Option("--by-position", help="Show whether errors grow with the context.")],
-    batch=Annotated[int, typer.Option("-b", "--batch", help="Rows fed side by side.", min=1)],
-    dtype=Annotated[str, typer.Option("--dtype", help="To run a checkpoint in: fp32, fp16, bf16 or fp64.")],
-    **options.HOW_TO_READ,
-    device=options.DeviceName,
-    cpu_fallback=options.CpuFallback,
-    no_cuda_graph=options.NoCudaGraph,
-    threads=options.Threads,
+    arguments=("checkpoint",),
+    text={"flags": "-f --file --text", "rich_help_panel": None},
+    context={"flags": "-c --context"},
+    max_tokens={"flags": "-n --max-tokens --limit", "min": 1},
+    batch={"flags": "-b --batch", "min": 1},
 )
 def perplexity(
     request: PerplexityRequest,

@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
 from retnet_tools.cli import options
 from retnet_tools.cli.command import command
 from retnet_tools.jobs.quantize import QuantizeRequest
 
 
-@command(
-    QuantizeRequest,
-    folder=Annotated[Path, typer.Argument(help="Exported folder with float weights.", show_default=False)],
-    quantize=Annotated[
-        str,
-        options.quantizing("--quantize", help=f"{options.CODES} (weights in blocks), {options.HALVES}."),
-    ],
-    output=Annotated[
-        Path | None, options.writing("-o", "--output", help="Folder to make; <name>-<type> beside it if left out.")
-    ],
-    **options.HOW_TO_QUANTIZE,
-    force=options.Force,
-    dry_run=options.DryRun,
-)
+@command(QuantizeRequest, arguments=("folder",))
 def quantize(request: QuantizeRequest, as_json: options.Json = False) -> None:
     """Write an exported folder again with quantized weights: the same graphs, inputs, outputs and states."""
     from retnet_tools.console import print_json, progress_bar

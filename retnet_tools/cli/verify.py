@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,24 +15,12 @@ from retnet_tools.jobs.verify import VerifyRequest
 
 @command(
     VerifyRequest,
-    checkpoint=options.CheckpointOrShipped,
-    modes=Annotated[str, typer.Option("--modes", help="Two or more of parallel, recurrent and chunkwise.")],
-    dtype=Annotated[str, typer.Option("--dtype", help="fp32, fp16, bf16 or fp64.")],
-    tolerance=Annotated[
-        float | None,
-        typer.Option(
-            "--tolerance",
-            help="Largest difference in logits by rounding and epsilon, in place of the budgets by dtype. A difference "
-            "that is logic, or of a hand-off, fails all the same.",
-            min=0.0,
-        ),
-    ],
-    chunk_size=Annotated[int, typer.Option("--chunk-size", help="Tokens in a chunk of the chunkwise form.")],
-    tokens=Annotated[int, typer.Option("--tokens", help="Tokens to run, or of the text to use.", min=1)],
-    seed=Annotated[int, typer.Option("--seed", help="Seed of the random tokens.", min=0)],
-    file=Annotated[Path | None, typer.Option("-f", "--file", "--text", help="Run on the text of this file.")],
-    **options.HOW_TO_READ,
-    threads=options.Threads,
+    arguments=("checkpoint",),
+    leave_out=("text",),
+    tokens={"min": 1},
+    tolerance={"min": 0.0},
+    seed={"rich_help_panel": None},
+    file={"flags": "-f --file --text"},
 )
 def verify(
     request: VerifyRequest,

@@ -19,15 +19,15 @@ class ConvertRequest(CheckpointRequest):
     """A checkpoint to write in another format.
 
     Attributes:
-        output: the folder to make.
-        to: the format: canonical, torchscale, syncdoth or fla.
-        dtype: fp32, fp16, bf16 or fp64; None keeps what is stored.
-        max_shard_size: bytes of one file, as a number or with a unit, such as 5GB.
+        output: folder to make.
+        to: canonical, torchscale, syncdoth or fla.
+        dtype: fp32, fp16, bf16 or fp64; as stored if left out.
+        max_shard_size: bytes in one file, such as 5GB.
         force: replace a checkpoint that is there.
-        dry_run: plan, and write nothing.
+        dry_run: say what would be written with sizes, names and memory, and stop.
     """
 
-    output: str | Path
+    output: Path | str
     _: KW_ONLY
     to: str = "canonical"
     dtype: str | None = None
@@ -58,6 +58,11 @@ class ConvertResult:
     request: ConvertRequest
     checkpoint: Checkpoint
     conversion: Conversion
+
+    @property
+    def folder(self) -> Path:
+        """Where it was written."""
+        return Path(self.request.output)
 
 
 def convert(request: ConvertRequest, progress: Progress = no_progress) -> ConvertResult:

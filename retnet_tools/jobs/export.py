@@ -33,21 +33,21 @@ class WriteRequest(Request):
 
     Attributes:
         block_size: weights that share a scale: 32, 64 or 128; by type if left out.
-        symmetric: without zero points, as if left out.
-        accuracy_level: of products on the CPU with fused operators: 4 in int8, as if left out; 0 or 1 in float32.
-        method: rtn, which rounds to nearest, or gptq, which learns from a text.
-        exclude: patterns of matrices that stay float.
-        tensor_types: `REGEX=TYPE` each, for matrices of another type.
-        calibration: a text to learn from, for gptq and for targets.
-        calibration_tokens: drawn from it.
-        seed: of that draw.
-        target_size: of weights.data to keep to, in bytes or with a unit, by mixed types.
-        target_bits: the same as bits a weight over all matrices.
+        symmetric: without or with a zero point a block; symmetric if left out.
+        accuracy_level: of products on the CPU: 4 in int8 (if left out), 0 or 1 in float32, slow with int8 weights.
+        method: how weights are rounded: rtn (to nearest, if left out) or gptq, which learns from a text.
+        exclude: matrices that stay float, by their names.
+        tensor_types: another type for some matrices.
+        calibration: text to learn from, for gptq and for targets.
+        calibration_tokens: tokens drawn from it (65536 if left out).
+        seed: seed of that draw (0 if left out).
+        target_size: size of weights.data to keep to, such as 5MB, by mixed types.
+        target_bits: the same as bits a weight over all matrices, such as 5.0.
         keep_merged: with a target: one type for matrices that the graph keeps as one.
-        text: to measure on what quantization cost, against the float model; kept in the folder.
-        text_tokens: of that text to use at most.
+        text: measure what it cost on this text, against the float model; kept in the folder.
+        text_tokens: tokens of that text to use at most.
         force: replace an export that is there.
-        dry_run: plan, and write nothing.
+        dry_run: say what would be written, and stop.
     """
 
     _: KW_ONLY
@@ -57,13 +57,13 @@ class WriteRequest(Request):
     method: str | None = None
     exclude: Sequence[str] = ()
     tensor_types: Sequence[str] = ()
-    calibration: str | Path | None = None
+    calibration: Path | str | None = None
     calibration_tokens: int | None = None
     seed: int | None = None
     target_size: str | int | None = None
     target_bits: float | None = None
     keep_merged: bool = False
-    text: str | Path | None = None
+    text: Path | str | None = None
     text_tokens: int | None = None
     force: bool = False
     dry_run: bool = False
@@ -105,16 +105,16 @@ class ExportRequest(CheckpointRequest, WriteRequest):
     """A checkpoint to export.
 
     Attributes:
-        output: the folder to make; `<name>-<to>` beside the checkpoint, or here from the hub, if left out.
+        output: folder to make; <name>-<to> beside the checkpoint if left out, or here from the hub.
         to: onnx, or genai for onnxruntime-genai.
-        dtype: of weights and activations: fp32, fp16 or bf16.
-        state_dtype: of recurrent states between calls: fp32 or fp16 (scaled, within range).
+        dtype: weights and activations: fp32, fp16 or bf16.
+        state_dtype: recurrent states between calls: fp32 or fp16 (scaled, within range).
         ops: fused (ONNX Runtime's contrib operators) or standard (ai.onnx only).
-        device: whose kernels to build for, cpu or cuda; it runs on both.
-        quantize: int8 or int4 weights in blocks, or everything but states in fp16 or bf16.
+        device: whose kernels to build for: cpu or cuda; runs on both.
+        quantize: weights in blocks of codes, or everything but states in 16 bits.
     """
 
-    output: str | Path | None = None
+    output: Path | str | None = None
     _: KW_ONLY
     to: str = "onnx"
     dtype: str = "float32"

@@ -28,6 +28,7 @@ class InspectRequest(CheckpointRequest):
     """A checkpoint, or an exported folder by itself or a file of its own.
 
     Attributes:
+        checkpoint: an exported folder, or a checkpoint: a folder, a file, or a name on the hub.
         quick: do not read the tensors' data.
     """
 

@@ -19,24 +19,24 @@ class PerplexityRequest(CheckpointRequest):
     """A model and a text to score.
 
     Attributes:
-        checkpoint: an exported folder, or a checkpoint, which torch runs on the CPU.
-        text: a file in UTF-8; `-` reads stdin.
-        against: the baseline: an exported folder, or a checkpoint, run in float32 on the CPU.
+        checkpoint: an exported folder, or a checkpoint: a folder, a file, or a name on the hub.
+        text: file to score, in UTF-8; - reads stdin.
+        against: baseline: an exported folder, or a checkpoint, run in fp32 on the CPU.
         context: tokens in a row; 0 reads the whole text in one, states carried.
-        stride: predictions of a row that count, its last; None is half the context.
-        max_tokens: take only the first ones of the text.
-        start_token: to put before the text, as its id or as the tokenizer writes it.
+        stride: predictions of a row that count, its last; half the context if left out.
+        max_tokens: take only the first tokens.
+        start_token: token to put before the text, such as '<|endoftext|>'.
         token_ids: the text is token ids.
-        by_position: also figures by position in the context, and whether errors grow with it.
+        by_position: show whether errors grow with the context.
         batch: rows fed side by side.
         dtype: to run a checkpoint in: fp32, fp16, bf16 or fp64.
-        device: of exported folders: cpu, cuda or cuda:N.
-        cpu_fallback: run on the CPU what cannot run on CUDA.
-        no_cuda_graph: run steps on CUDA kernel by kernel.
-        threads: of the CPU; None leaves the choice to the engine.
+        device: of exports: cpu, cuda or cuda:N.
+        cpu_fallback: run on the CPU what cannot run on CUDA, and say so.
+        no_cuda_graph: run steps on CUDA kernel by kernel, not as captured graphs.
+        threads: CPU threads to use; by the size of the work if left out.
     """
 
-    text: str | Path = ""
+    text: Path | str = ""
     _: KW_ONLY
     against: str | Path | None = None
     context: int = 512

@@ -14,14 +14,14 @@ class QuantizeRequest(WriteRequest):
     """An exported folder to quantize.
 
     Attributes:
-        folder: with float weights.
-        quantize: int8 or int4 weights in blocks, or everything but states in fp16 or bf16.
-        output: the folder to make; `<name>-<type>` beside it if left out.
+        folder: exported folder with float weights.
+        quantize: weights in blocks of codes, or everything but states in 16 bits.
+        output: folder to make; <name>-<type> beside it if left out.
     """
 
-    folder: str | Path
+    folder: Path | str
     quantize: str
-    output: str | Path | None = None
+    output: Path | str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

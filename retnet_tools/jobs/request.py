@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -48,19 +49,19 @@ class CheckpointRequest(Request):
     """A checkpoint to read.
 
     Attributes:
-        checkpoint: a folder, a file, or a name on the hub, which is fetched.
-        format: its format, where it is not to be detected.
-        config: the file of its configuration, where none lies beside the weights.
-        entry: which entry of a torch file holds the weights.
-        clamp: its parallel form's clamp of scores, `abs-of-sum` or `sum-of-abs`, where the files do not tell.
+        checkpoint: a folder, a file, or a name on the hub.
+        format: its format, if it is not to be detected.
+        config: its configuration, where none lies beside the weights.
+        entry: entry of a torch file with the weights: model_ema, ...
+        clamp: its parallel form's clamp of scores, where the files do not tell: abs-of-sum or sum-of-abs.
         revision: branch, tag or commit, of a name on the hub.
-        ignore_keys: configuration keys that do not matter.
+        ignore_keys: configuration key that does not matter.
     """
 
     checkpoint: str | Path
     _: KW_ONLY
     format: str | None = None
-    config: str | Path | None = None
+    config: Path | str | None = None
     entry: str | None = None
     clamp: str | None = None
     revision: str | None = None
@@ -94,7 +95,11 @@ class CheckpointRequest(Request):
 
 @dataclass(frozen=True)
 class CheckpointOrShipped(CheckpointRequest):
-    """The same, or the small trained one inside the package where none is named."""
+    """The same, or the small trained one inside the package.
+
+    Attributes:
+        checkpoint: a folder, a file, or a name on the hub; the shipped one if left out.
+    """
 
     checkpoint: str | Path = ""
 
@@ -105,6 +110,15 @@ class CheckpointOrShipped(CheckpointRequest):
                 found = f"--revision {self.revision} without a checkpoint"
                 raise UsageError(found, "a name on the hub, such as org/name")
             self.settle(checkpoint=shipped_checkpoint())
+
+
+def documentation(request: type[Request]) -> dict[str, str]:
+    """What the documentation of a request, and of those that it builds on, says of each field, as a sentence."""
+    texts: dict[str, str] = {}
+    for kind in reversed(request.__mro__):
+        for name, text in re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", inspect.getdoc(kind) or "", re.MULTILINE):
+            texts[name] = text[0].upper() + re.sub(r"\s+", " ", text[1:])
+    return texts
 
 
 def shipped_checkpoint() -> Path:

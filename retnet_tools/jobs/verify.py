@@ -24,15 +24,16 @@ class VerifyRequest(CheckpointOrShipped):
     """A checkpoint to run in its forms.
 
     Attributes:
-        modes: two or more of parallel, recurrent and chunkwise; a comma list is one too.
-        dtype: to run in: fp32, fp16, bf16 or fp64. float64 runs besides, to tell rounding from the rest.
-        tolerance: the largest difference in logits by rounding and epsilon, in place of the budgets by dtype.
+        modes: two or more of parallel, recurrent and chunkwise.
+        dtype: fp32, fp16, bf16 or fp64; float64 runs besides, to tell rounding from the rest.
+        tolerance: largest difference in logits by rounding and epsilon, in place of the budgets by dtype. A difference
+            that is logic, or of a hand-off, fails all the same.
         chunk_size: tokens in a chunk of the chunkwise form.
-        tokens: to run: two rows of random ones, or so many of a text.
-        seed: of the random tokens.
-        text: to run on, in place of random tokens.
-        file: with a text; `-` reads stdin.
-        threads: of the CPU; None chooses by the size of the work.
+        tokens: tokens to run, two rows of random ones, or of the text to use.
+        seed: seed of the random tokens.
+        text: text to run on, in place of random tokens.
+        file: run on the text of this file; - reads stdin.
+        threads: CPU threads to use; by the size of the work if left out.
     """
 
     _: KW_ONLY
@@ -43,7 +44,7 @@ class VerifyRequest(CheckpointOrShipped):
     tokens: int = 256
     seed: int = 0
     text: str | None = None
-    file: str | Path | None = None
+    file: Path | str | None = None
     threads: int | None = None
 
     def __post_init__(self) -> None:
