@@ -1,18 +1,109 @@
-"""What docs/ says of formats is what the code has."""
+"""What README.md, docs/ and examples/ show works as it stands: commands run and print what is shown, Python runs."""
 
 from __future__ import annotations
 
 import re
+import runpy
+import shlex
 from pathlib import Path
+
+import pytest
 
 from retnet_tools.formats import FORMATS
 
-FORMATS_PAGE = Path(__file__).parent.parent / "docs" / "formats.md"
+ROOT = Path(__file__).parent.parent
+PAGES = {path.stem: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+LINKS = [(name, link) for name, text in PAGES.items() for link in re.findall(r"\]\((?!https?:|#)([^)#]+)\)", text)]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+NUMBER = re.compile(r"[-+]?\d[\d,.]*(e[-+]\d+)?")
+GENERATED = {"generate", "state load"}
+"""Commands whose text is the model's, which differs from processor to processor where it is drawn."""
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], re.MULTILINE | re.DOTALL)
+
+
+def shown(page: str) -> list[tuple[str, list[str]]]:
+    """The commands of a page in their order, each with the lines of output below it."""
+    commands: list[tuple[str, list[str]]] = []
+    for line in "".join(blocks(page, "console")).splitlines():
+        if line.startswith("$ "):
+            commands.append((line.removeprefix("$ "), []))
+        elif line.strip():
+            commands[-1][1].append(line)
+    return commands
+
+
+def without_numbers(line: str) -> str:
+    return " ".join(NUMBER.sub("#", line).split())
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a reader stands: the checkpoint and the fixtures of the source tree."""
+    for name in ("ckpt", "fixtures"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [name for name in PAGES if blocks(name, "console") or blocks(name, "python")])
+def test_a_page_does_what_it_shows(page: str, folder: Path, cli, capsys) -> None:
+    for command, lines in shown(page):
+        name, *words = shlex.split(command, comments=True)
+        assert name == "retnet-tools", command
+        result = cli(*words)
+        assert result.exit_code == 0, f"{command}: {result.err}"
+        if " ".join(words[: 2 if words[0] == "state" else 1]) not in GENERATED:
+            printed = {without_numbers(line) for line in (result.out + result.err).splitlines()}
+            missing = [line for line in lines if without_numbers(line) not in printed]
+            assert not missing, f"{command} does not print {missing} but {result.out}"
+    for code in blocks(page, "python"):
+        if "onnxruntime_genai" in code:
+            pytest.importorskip("onnxruntime_genai")
+        exec(compile(code, page, "exec"), {"__name__": page})
+        assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_runs(example: Path, folder: Path, cli, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = "genai" if "genai" in example.stem else "onnx"
+    if target == "genai":
+        pytest.importorskip("onnxruntime_genai")
+    assert cli("export", "ckpt/", "--to", target).exit_code == 0
+    monkeypatch.setattr("sys.argv", [str(example), f"ckpt-{target}"])
+    runpy.run_path(str(example), run_name="__main__")
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize(("page", "link"), LINKS, ids=str)
+def test_a_link_leads_somewhere(page: str, link: str) -> None:
+    assert (ROOT if page == "README" else ROOT / "docs").joinpath(link).exists()
+
+
+def test_every_option_that_is_named_exists(cli) -> None:
+    commands = [c for c in re.findall(r"^  ([a-z]+) ", cli("--help").out, re.MULTILINE) if c != "state"]
+    commands += [f"state {name}" for name in re.findall(r"^  ([a-z]+) ", cli("state", "--help").out, re.MULTILINE)]
+    known = {option for name in commands for option in re.findall(r"--[a-z][a-z-]+", cli(*name.split(), "--help").out)}
+    known |= set(re.findall(r"--[a-z][a-z-]+", cli("--help").out))
+    others = {"--evaluate", "--list", "--no-deps"}  # of programs in benchmarks/ and fixtures/
+    for page, text in PAGES.items():
+        lines = [line for line in text.splitlines() if "benchmarks/" not in line]
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "\n".join(lines)))
+        assert named <= known | others, f"{page}: {sorted(named - known - others)}"
+
+
+def test_the_readme_is_short() -> None:
+    assert len(PAGES["README"].splitlines()) < 150
 
 
 def test_every_layout_is_in_the_table_with_what_is_done_with_it() -> None:
     rows = {}
-    for line in FORMATS_PAGE.read_text(encoding="utf-8").splitlines():
+    for line in PAGES["formats"].splitlines():
         if match := re.fullmatch(r"\| `([a-z][a-z-]+)` \|.*\| (\S[^|]*) \| (\S[^|]*) \|", line):
             rows[match[1]] = match[2].strip(), match[3].strip()
     assert set(rows) == {spec.name for spec in FORMATS}

@@ -1,0 +1,13 @@
+"""Text as it is made, and two continuations of one prompt that is read once.
+
+    python examples/stream.py ckpt-onnx
+"""
+
+import sys
+
+import retnet_tools as rt
+
+with rt.open_decoder(sys.argv[1]) as model:
+    for piece in model.stream("ROMEO. ", max_tokens=40, temperature=0.8, seed=3):
+        print(piece, end="", flush=True)
+    print()
