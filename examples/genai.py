@@ -1,6 +1,6 @@
 """A batch of prompts in onnxruntime-genai.
 
-    retnet-tools export ckpt/ --to genai && python examples/genai.py ckpt-genai
+retnet-tools export ckpt/ --to genai && python examples/genai.py ckpt-genai
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Greedy text from an exported folder with onnxruntime, numpy and the tokenizer alone: the contract, by hand.
 
-    python examples/onnxruntime_only.py ckpt-onnx
+python examples/onnxruntime_only.py ckpt-onnx
 """
 
 import json
@@ -30,6 +30,10 @@ logits, *new = prefill.run(["logits", *present], feeds)
 text = []
 for position in range(ids.shape[1], ids.shape[1] + 40):
     text.append(int(logits[0, 0].argmax()))
-    feeds = {"input_ids": np.array([[text[-1]]]), "position_ids": np.array([[position]]), **dict(zip(past, new))}
+    feeds = {
+        "input_ids": np.array([[text[-1]]]),
+        "position_ids": np.array([[position]]),
+        **dict(zip(past, new, strict=True)),
+    }
     logits, *new = step.run(["logits", *present], feeds)
 print(tokenizer.decode(text))

@@ -1,6 +1,6 @@
 """Text as it is made, and two continuations of one prompt that is read once.
 
-    python examples/stream.py ckpt-onnx
+python examples/stream.py ckpt-onnx
 """
 
 import sys

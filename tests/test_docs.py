@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from retnet_tools.formats import FORMATS
+from tests.test_architecture import WAY
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
@@ -95,6 +96,18 @@ def test_every_option_that_is_named_exists(cli) -> None:
         lines = [line for line in text.splitlines() if "benchmarks/" not in line]
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "\n".join(lines)))
         assert named <= known | others, f"{page}: {sorted(named - known - others)}"
+
+
+def test_contributing_lists_the_way_that_an_export_takes() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    steps = text.partition("<!-- way -->")[2].partition("<!-- /way -->")[0]
+    assert re.findall(r"`(\w+)`", steps) == WAY.split()
+
+
+def test_contributing_names_files_that_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:[a-z_]+/)+[a-z_]*(?:\.[a-z]+)?)`", text):
+        assert any((folder / name).exists() for folder in (ROOT, ROOT / "retnet_tools")), name
 
 
 def test_the_readme_is_short() -> None:
