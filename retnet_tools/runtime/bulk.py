@@ -19,7 +19,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -29,7 +29,7 @@ from typing import IO, Any
 from retnet_tools.errors import InputError, OutputError, ProviderError, RetNetToolsError, UsageError
 from retnet_tools.graph.contract import MAX_POSITION
 from retnet_tools.runtime.codec import Codec
-from retnet_tools.runtime.decode import Generation, Stopping, generate_from
+from retnet_tools.runtime.decode import Stopping, generate_from
 from retnet_tools.runtime.prompts import PREFILL_CHUNK_SIZE
 from retnet_tools.runtime.sampling import Sampling
 from retnet_tools.runtime.sequences import Sequences
@@ -43,11 +43,7 @@ _BEGINNING = b'{"index": '
 
 @dataclass(frozen=True)
 class BulkOptions:
-    """How every row is answered.
-
-    Raises:
-        UsageError: a batch size below 1.
-    """
+    """How every row is answered, in batches of at least one."""
 
     stopping: Stopping
     sampling: Sampling
@@ -132,7 +128,8 @@ def generate_bulk(
             done, _, size = ({}, set(), 0) if force else _answers(output)
             total = _check(prompts, digest, done, output)
             file.truncate(size)
-            for batch in _batches(prompts, digest, options.batch):
+            rows = _rows(prompts, digest)
+            while batch := list(islice(rows, options.batch)):
                 if progress is not None:
                     progress(f"{tokens} tokens", min(batch[0].index, total), total)
                 missing = [row for row in batch if row.index not in done]
@@ -214,62 +211,46 @@ def _rows(prompts: Path, digest: str) -> Iterator[_BulkRow]:
         raise InputError(f"{prompts} is not UTF-8 ({error.reason})", "JSON lines in UTF-8") from error
 
 
-def _batches(prompts: Path, digest: str, size: int) -> Iterator[list[_BulkRow]]:
-    rows = _rows(prompts, digest)
-    while batch := list(islice(rows, size)):
-        yield batch
-
-
 def _answer(
     session: DecoderSession, codec: Codec, batch: Sequence[_BulkRow], options: BulkOptions
 ) -> dict[int, dict[str, Any]]:
     """What is written for each row of a batch, by row."""
     answers: dict[int, dict[str, Any]] = {}
-    good: list[tuple[int, list[int]]] = []
+    good: dict[int, list[int]] = {}
     for row in batch:
         try:
-            good.append((row.index, _prompt(row, session, codec, options)))
+            good[row.index] = _prompt(row, session, codec, options)
         except RetNetToolsError as error:
             answers[row.index] = {"error": str(error)}
-    try:
-        return answers | (_run(session, codec, good, options) if good else {})
-    except ProviderError:
-        # The device fails, not a row: what is answered stays, and the run can be continued.
-        raise
-    except RetNetToolsError:
-        # One of them cannot be answered; alone it shows which.
-        for pair in good:
-            try:
-                answers |= _run(session, codec, [pair], options)
-            except ProviderError:
-                raise
-            except RetNetToolsError as error:
-                answers[pair[0]] = {"error": str(error)}
-        return answers
+    return answers | (_run(session, codec, good, options) if good else {})
 
 
 def _run(
-    session: DecoderSession, codec: Codec, rows: Sequence[tuple[int, list[int]]], options: BulkOptions
+    session: DecoderSession, codec: Codec, prompts: Mapping[int, list[int]], options: BulkOptions
 ) -> dict[int, dict[str, Any]]:
-    numbers, prompts = [index for index, _ in rows], [tokens for _, tokens in rows]
-    sequences = Sequences.start(session, len(rows), options.sampling, rows=numbers)
-    result = generate_from(sequences, prompts, options.stopping, codec=codec, chunk_size=options.chunk_size)
+    """The answers to prompts, by row; an error for a row that has none."""
+    sequences = Sequences.start(session, len(prompts), options.sampling, rows=list(prompts))
+    try:
+        result = generate_from(
+            sequences, list(prompts.values()), options.stopping, codec=codec, chunk_size=options.chunk_size
+        )
+    except ProviderError:
+        # The device fails, not a row: what is answered stays, and the run can be continued.
+        raise
+    except RetNetToolsError as error:
+        if len(prompts) == 1:
+            return {index: {"error": str(error)} for index in prompts}
+        # One of them cannot be answered; alone it shows which.
+        alone = (_run(session, codec, {index: tokens}, options) for index, tokens in prompts.items())
+        return {index: answer for answers in alone for index, answer in answers.items()}
     return {
-        index: _document(generation, len(tokens)) for (index, tokens), generation in zip(rows, result.rows, strict=True)
+        index: dataclasses.asdict(generation) | {"prompt_tokens": len(prompts[index])}
+        for index, generation in zip(prompts, result.rows, strict=True)
     }
 
 
-def _document(generation: Generation, prompt_tokens: int) -> dict[str, Any]:
-    return dataclasses.asdict(generation) | {"prompt_tokens": prompt_tokens}
-
-
 def _prompt(row: _BulkRow, session: DecoderSession, codec: Codec, options: BulkOptions) -> list[int]:
-    """The token ids of a row.
-
-    Raises:
-        InputError: a line that is no prompt.
-        UsageError: an empty prompt, ids outside the vocabulary, or more tokens than there are positions.
-    """
+    """The token ids of a row; an error for a line that is no prompt, or none that the model takes."""
     try:
         document = json.loads(row.line)
     except (ValueError, RecursionError) as error:

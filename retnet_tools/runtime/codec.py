@@ -21,13 +21,6 @@ class TextCodec:
     """The tokenizer of a folder: encode a prompt, decode a stream, know where text ends.
 
     `fingerprint` is the sha256 of its file.
-
-    Args:
-        folder: an exported folder.
-        vocab_size: of the model.
-
-    Raises:
-        InputError: a tokenizer file that cannot be read.
     """
 
     def __init__(self, folder: Path, vocab_size: int) -> None:
@@ -74,11 +67,7 @@ class TextStream:
 
 
 class IdCodec:
-    """Token ids as text: numbers separated by spaces or commas in, by spaces out.
-
-    Args:
-        end_ids: tokens that end a text.
-    """
+    """Token ids as text: numbers separated by spaces or commas in, by spaces out."""
 
     fingerprint = "token ids"
 
@@ -86,11 +75,7 @@ class IdCodec:
         self.end_ids = end_ids
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt.
-
-        Raises:
-            UsageError: something that is not a number.
-        """
+        """Token ids of a prompt."""
         words = [word for word in re.split(r"[\s,]+", text) if word]
         for word in words:
             if not word.isdecimal() or len(word) > _LONGEST_ID:
@@ -123,14 +108,7 @@ class IdStream:
 
 
 class StopMatcher:
-    """Looks for stop strings in a stream of text, across its pieces.
-
-    Args:
-        stops: the strings; the one that begins first ends the text.
-
-    Raises:
-        UsageError: an empty string.
-    """
+    """Looks for stop strings in a stream of text, across its pieces; the one that begins first ends the text."""
 
     def __init__(self, stops: Collection[str]) -> None:
         if "" in stops:

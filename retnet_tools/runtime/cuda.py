@@ -57,10 +57,9 @@ def library_names(cuda_major: int) -> tuple[str, ...]:
 
 
 def find_libraries(names: Iterable[str], folders: Sequence[Path] = ()) -> dict[str, str | None]:
-    """Load each library, the default way or from the first of the folders that has it.
+    """Load each library, the default way or from the first of the folders that has it: where it was found.
 
-    Returns:
-        Where each was loaded from; None for one that cannot be loaded, its name where no path is known.
+    That is None for one that cannot be loaded, and its name where no path is known.
     """
     found: dict[str, str | None] = {}
     for name in names:
@@ -115,11 +114,7 @@ def _mapped(name: str) -> str | None:
 
 
 class CudaDriver:
-    """libcuda: which devices there are.
-
-    Raises:
-        ProviderError: there is no driver, or it does not start.
-    """
+    """libcuda: which devices there are. A `ProviderError` where there is no driver, or it does not start."""
 
     def __init__(self, library: Any = None) -> None:
         self._library = library or _load("nvcuda.dll" if _WINDOWS else "libcuda.so.1", "an NVIDIA driver")
@@ -170,12 +165,11 @@ class CudaRuntime:
     Every copy is done when its method returns. They run on the default stream, which ONNX Runtime's own does not wait
     for.
 
+    Every call that fails is a `ProviderError`, an `OutOfMemoryError` where that is why.
+
     Args:
         index: N of `cuda:N`.
         cuda_major: of the CUDA that onnxruntime was built for.
-
-    Raises:
-        ProviderError: the library is missing, or a call fails.
     """
 
     def __init__(self, index: int, cuda_major: int, library: Any = None) -> None:

@@ -54,12 +54,7 @@ class GraphPlacement:
 
 @dataclass(frozen=True)
 class FolderDiagnosis:
-    """An exported folder on a device.
-
-    Attributes:
-        made_for: the device that it was exported for.
-        needed_bytes: of device memory for both graphs and one sequence.
-    """
+    """An exported folder on a device, which needs so much of its memory for both graphs and one sequence."""
 
     path: str
     made_for: str
@@ -143,19 +138,11 @@ def device_problem(device: Device) -> str | None:
 
 
 def diagnose_folder(folder: Path, device: Device) -> FolderDiagnosis:
-    """Where the graphs of an exported folder run: opened on the device where it is usable, else predicted.
-
-    Raises:
-        InputError: not an exported folder, or a graph that cannot be read.
-    """
-    manifest, graphs = read_manifest(folder), []
-    usable = device_problem(device) is None
-    for name in manifest.graphs:
-        graphs.append(_opened(folder / name, device) if usable else _predicted(folder / name))
-    needed = sum(graph.weight_bytes for graph in graphs) + state_bytes(manifest, 1, buffers=2)
-    return FolderDiagnosis(
-        str(folder), manifest.device, manifest.dtype, tuple(graphs), needed + len(graphs) * LIBRARY_BYTES
-    )
+    """Where the graphs of an exported folder run: opened on the device where it is usable, else predicted."""
+    manifest, usable = read_manifest(folder), device_problem(device) is None
+    graphs = tuple(_opened(folder / name, device) if usable else _predicted(folder / name) for name in manifest.graphs)
+    needed = sum(graph.weight_bytes + LIBRARY_BYTES for graph in graphs) + state_bytes(manifest, 1, buffers=2)
+    return FolderDiagnosis(str(folder), manifest.device, manifest.dtype, graphs, needed)
 
 
 def _opened(path: Path, device: Device) -> GraphPlacement:

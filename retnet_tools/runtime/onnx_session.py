@@ -157,23 +157,21 @@ def _check_placement(path: Path, device: Device, placement: Placement) -> None:
     refused, unforeseen = misplaced(path, device, placement)
     if unforeseen:
         warnings.warn(
-            f"{_counted(unforeseen)} of {path.name} run on the CPU beside {device}: kernels of onnxruntime "
-            f"{onnxruntime.__version__} differ from those of {kernel_version()}, which are known here",
+            f"{unforeseen.total()} nodes of {path.name} run on the CPU beside {device}: {_counted(unforeseen)}; "
+            f"known here are the kernels of onnxruntime {kernel_version()}, not of {onnxruntime.__version__}",
             UnforeseenPlacementWarning,
             stacklevel=3,
         )
     if not refused:
         return
-    nodes, names = _counted(refused).split(": ")
-    found = f"{nodes} of {path.name} have no place on {device}: {names}"
+    found = f"{refused.total()} nodes of {path.name} have no place on {device}: {_counted(refused)}"
     if not device.cpu_fallback:
         raise ProviderError(found, "every node on the device", "export with --device cuda, or add --allow-cpu-fallback")
     warnings.warn(f"{found}; they run on the CPU, as --allow-cpu-fallback says", CpuFallbackWarning, stacklevel=3)
 
 
 def _counted(operators: Counter[str]) -> str:
-    names = ", ".join(f"{operator} ({count})" for operator, count in sorted(operators.items()))
-    return f"{operators.total()} nodes: {names}"
+    return ", ".join(f"{operator} ({count})" for operator, count in sorted(operators.items()))
 
 
 def _cannot_open(path: Path, device: Device, error: Exception, *, cuda_graph: bool) -> Exception:

@@ -78,11 +78,7 @@ class Prompts:
         return cls(tokens, counts)
 
     def chunks(self, size: int) -> Iterator[Chunk]:
-        """The tokens in order, `size` at a time; the last chunk may be shorter.
-
-        Raises:
-            UsageError: a size below 1.
-        """
+        """The tokens in order, `size` at a time; the last chunk may be shorter."""
         if size < 1:
             raise UsageError(f"--chunk-size {size}", "at least 1")
         for start in range(0, self.tokens.shape[1], size):
@@ -94,11 +90,7 @@ class Prompts:
 
 
 def _array(row: Any, dtype: str) -> Array:
-    """A row as numbers of a type, where no number has to be cut or rounded to an integer.
-
-    Raises:
-        UsageError: something else.
-    """
+    """A row as numbers of a type, where no number has to be cut or rounded to an integer."""
     try:
         array = np.asarray(row)
         if not array.size or array.dtype.kind in ("iu" if np.dtype(dtype).kind == "i" else "iuf"):

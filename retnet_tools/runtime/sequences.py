@@ -64,11 +64,7 @@ class Sequences:
         return self.state.batch
 
     def feed(self, prompts: Sequence[Any], *, chunk_size: int = PREFILL_CHUNK_SIZE) -> None:
-        """Feed a prompt to each row, by chunks.
-
-        Raises:
-            UsageError: as `DecoderSession.prefill`.
-        """
+        """Feed a prompt to each row, by chunks."""
         self.logits = self.session.prefill(prompts, self.state, chunk_size=chunk_size)
         for row, tokens in enumerate(prompts):
             self._note(row, tokens)
@@ -80,12 +76,7 @@ class Sequences:
             self._note(row, [token])
 
     def sample(self, rows: Sequence[int] | None = None) -> Array:
-        """The next token of each of these rows (None: all); nothing is fed.
-
-        Raises:
-            UsageError: sequences without tokens.
-            InputError: logits that are not finite.
-        """
+        """The next token of each of these rows (None: all); nothing is fed."""
         if self.logits is None:
             raise UsageError("an empty prompt", "at least one token")
         return self.sampler.sample(self.logits, rows)

@@ -25,7 +25,7 @@ import numpy as np
 
 from retnet_tools.errors import InputError, RetNetToolsError, UsageError
 from retnet_tools.formats.safetensors_files import open_safetensors, write_safetensors
-from retnet_tools.formats.storage import StoredTensors, planned
+from retnet_tools.formats.storage import planned
 from retnet_tools.graph.contract import MAX_POSITION, state_shape
 from retnet_tools.runtime.recurrent_state import RecurrentState
 from retnet_tools.runtime.sampling import Sampler, Sampling
@@ -80,9 +80,10 @@ class StateFile:
         """Check that a session runs the model that made the state, in the same types; says by name what differs."""
         for name, expected in session.manifest.fingerprint().items():
             if self.fingerprint.get(name) != expected:
+                words = name.replace("_", " ")
                 raise InputError(
-                    f"a state of {_words(name)} {self.fingerprint.get(name)}",
-                    f"{_words(name)} {expected}, as {session.folder} has",
+                    f"a state of {words} {self.fingerprint.get(name)}",
+                    f"{words} {expected}, as {session.folder} has",
                     "use the export that made the state, or make the state again",
                 )
         config = session.manifest.config
@@ -124,11 +125,7 @@ class StateFile:
 
 
 def capture(sequences: Sequences) -> StateFile:
-    """What a state file of these sequences holds.
-
-    Raises:
-        UsageError: sequences without tokens.
-    """
+    """What a state file of these sequences holds, which must have tokens."""
     if sequences.logits is None:
         raise UsageError("a state without tokens", "at least one token in each row")
     return StateFile(
@@ -144,12 +141,7 @@ def capture(sequences: Sequences) -> StateFile:
 
 
 def write_state(path: Path, state: StateFile, *, force: bool = False) -> None:
-    """Write a state file; it appears whole or not at all.
-
-    Raises:
-        UsageError: the file exists and `force` is off.
-        OutputError: it cannot be written.
-    """
+    """Write a state file; it appears whole or not at all, and takes another one's place with `force` only."""
     tensors = {f"layers.{i}.recurrent_state": array for i, array in enumerate(state.states)}
     tensors |= {"position": state.position, "logits": state.logits, "seen": state.seen}
     metadata = {
@@ -173,7 +165,7 @@ def read_state(path: Path) -> StateFile:
     if not path.is_file():
         raise InputError(f"no file {path}", "a state that `state save` or `generate --state-out` wrote")
     stored = open_safetensors(path)
-    meta = stored.metadata
+    meta, layers = stored.metadata, sum(name.startswith("layers.") for name in stored.names())
     if meta.get("format") != FORMAT:
         raise InputError(f"{path} is no state (format {meta.get('format')!r})", "what `state save` wrote")
     if meta.get("schema_version") != SCHEMA_VERSION:
@@ -182,7 +174,7 @@ def read_state(path: Path) -> StateFile:
         )
     try:
         state = StateFile(
-            states=_states(stored),
+            states=tuple(stored.read(f"layers.{i}.recurrent_state") for i in range(layers)),
             position=stored.read("position"),
             logits=stored.read("logits"),
             seen=stored.read("seen"),
@@ -199,17 +191,8 @@ def read_state(path: Path) -> StateFile:
     return state
 
 
-def _states(stored: StoredTensors) -> tuple[Array, ...]:
-    count = sum(name.startswith("layers.") for name in stored.names())
-    return tuple(stored.read(f"layers.{i}.recurrent_state") for i in range(count))
-
-
 def _check(state: StateFile) -> None:
-    """Check what a file says against itself.
-
-    Raises:
-        ValueError: what does not fit.
-    """
+    """Check what a file says against itself: a ValueError says what does not fit."""
     batch, vocab = state.batch, state.logits.shape[-1]
     if not all(isinstance(value, str) for value in state.fingerprint.values()):
         raise ValueError("a fingerprint that is not text")
@@ -247,7 +230,3 @@ def _stream(state: Any) -> np.random.PCG64:
     bits = np.random.PCG64(0)
     bits.state = state
     return bits
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")

@@ -300,7 +300,7 @@ def test_a_node_that_the_table_of_another_version_did_not_foresee_is_a_warning(t
     assert FakeGpu().run(code, out, "cuda", "version").stdout.startswith("4 4 nodes of step.onnx have no place")
     result = FakeGpu().run(code, out, "cuda", "version", "kernel")
     assert result.stdout == "opened on cuda:0 CUDAExecutionProvider\n"
-    assert "UnforeseenPlacementWarning: 4 nodes: Elu (4) of step.onnx run on the CPU beside cuda:0" in result.stderr
+    assert "Warning: 4 nodes of step.onnx run on the CPU beside cuda:0: Elu (4); known here are" in result.stderr
     assert "no CUDA graphs, steps run kernel by kernel: " in result.stderr
 
 
