@@ -29,7 +29,7 @@ from retnet_tools.graph.weight_tensors import BuiltGraph
 from retnet_tools.paper import VOCABULARY_SIZE, model_size
 from retnet_tools.progress import Progress
 from retnet_tools.quantize.contents import QuantizedContents
-from retnet_tools.quantize.methods import RoundToNearest
+from retnet_tools.quantize.methods import round_to_nearest
 from retnet_tools.quantize.options import QuantizeOptions
 from retnet_tools.quantize.rewrite import quantize_graph
 from retnet_tools.quantize.steps import plan_quantized, write_quantized
@@ -207,7 +207,7 @@ def _write(
         formats = {name: scheme.format_of(name) for name, shape in shapes.items() if len(shape) == 2}
         level, ops = scheme.accuracy_level, FusedOps()
         graphs = {name: quantize_graph(graph, ops, formats, shapes, level) for name, graph in graphs.items()}
-        read = QuantizedContents(source, RoundToNearest(), precision.dtype)
+        read = QuantizedContents(source, round_to_nearest, precision.dtype)
     tensors = {name: tensor for graph in graphs.values() for name, tensor in graph.stored.items()}
     marker, required = next(iter(graphs)), file_bytes(tensors.values())
     with staged_folder(folder, marker=marker, required_bytes=required) as partial:

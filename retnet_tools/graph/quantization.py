@@ -165,8 +165,7 @@ class Scheme:
 
     Attributes:
         type: of all matrices (linear layers, embedding, output head) but those that follow say otherwise about.
-        block_size: of all of them.
-        symmetric: of all of them.
+        block_size, symmetric: of all of them.
         accuracy_level: of MatMulNBits on the CPU: 4 multiplies in int8, with activations quantized by blocks; 0 and 1
             in float32. None with standard operators, where the runtime chooses.
         method: how codes are chosen, by name.
@@ -202,12 +201,7 @@ class Scheme:
 
 @dataclass(frozen=True)
 class HalfScheme:
-    """Weights and activations in a float type of 16 bits, each weight rounded by itself.
-
-    Attributes:
-        type: of weights and activations.
-        method: how weights are rounded, by name; to nearest.
-    """
+    """Weights and activations in a float type of 16 bits, each weight rounded to nearest."""
 
     type: HalfName
     method: Literal["rtn"] = "rtn"
@@ -265,8 +259,7 @@ class MixedPrecision:
     """How types were chosen by sensitivity; the choice itself stands in the scheme's rules.
 
     Attributes:
-        target_size: bytes of weights.data to keep to, or None.
-        target_bits: bits a weight to keep to, or None.
+        target_size, target_bits: what to keep to, bytes of weights.data or bits a weight.
         text: what sensitivities were measured on.
         predicted_kl: sum of the sensitivities of the types that were chosen.
         measured_kl: KL divergence with all of them, rounded to nearest.
@@ -316,8 +309,6 @@ class Quantization:
         float_bytes: of weights.data before: with every matrix in the export's float type, float32 for a half type.
         weight_bytes: of weights.data as it is.
         calibration: what a calibrated method learnt from.
-        quality: where it was measured.
-        mixed_precision: of types chosen by sensitivity.
         coarse_blocks: blocks of weights other than 0 whose scale is below the normal numbers of its type, so that it
             is inexact.
     """

@@ -27,7 +27,7 @@ class QuantizedPart:
     """Which part of a quantized matrix `[N, K]` a tensor holds.
 
     Attributes:
-        layout: `rows` for MatMulNBits, `columns` for DequantizeLinear; see `retnet_tools.quantize.packing`.
+        layout: `rows` for MatMulNBits, `columns` for DequantizeLinear; see `retnet_tools.quantize.contents`.
     """
 
     name: PartName

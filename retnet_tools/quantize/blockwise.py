@@ -31,12 +31,8 @@ _TINY = float(np.finfo(np.float32).tiny)
 
 @dataclass(frozen=True)
 class QuantizedRows:
-    """Some rows of a matrix `[N, K]`, not yet packed.
-
-    Attributes:
-        codes: `[N, K]` uint8, 0 to 2^bits - 1.
-        scales: `[N, blocks]`, in the type in which they are stored.
-        zero_points: `[N, blocks]` uint8; None for a symmetric format.
+    """Some rows of a matrix, not yet packed: codes `[N, K]` uint8, 0 to 2^bits - 1; scales `[N, blocks]` in the type in
+    which they are stored; zero points `[N, blocks]` uint8, or None for a symmetric format.
     """
 
     codes: Array
@@ -91,7 +87,8 @@ def count_coarse_blocks(weight: Array, rows: QuantizedRows, format: BlockFormat)
 
     Such a scale is off by up to half of the smallest number of its type; in float32 and bfloat16 its block becomes 0.
     """
-    small = np.abs(rows.scales.astype(np.float32)) < _smallest_normal(rows.scales.dtype)
+    normal = ml_dtypes.finfo(rows.scales.dtype).smallest_normal  # type: ignore[no-untyped-call]
+    small = np.abs(rows.scales.astype(np.float32)) < float(normal)
     if not small.any():
         return 0
     starts = np.arange(0, weight.shape[1], format.block_size)
@@ -121,10 +118,6 @@ def _stored(scales: Array, scale_type: np.dtype[Any]) -> Array:
         smallest = np.array(1, dtype=np.uint16).view(scale_type)
         stored[lost] = np.copysign(smallest, scales[lost]).astype(scale_type)
     return stored
-
-
-def _smallest_normal(dtype: np.dtype[Any]) -> float:
-    return float(ml_dtypes.finfo(dtype).smallest_normal)  # type: ignore[no-untyped-call]
 
 
 def _search_symmetric(weights: Array, format: BlockFormat) -> tuple[Array, Array]:

@@ -32,12 +32,7 @@ _TRIES = 64
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """A text to learn from.
-
-    Attributes:
-        record: what retnet.json says of it.
-        sequences: its tokens, `[S, T]` int64.
-    """
+    """A text to learn from: what retnet.json says of it, and its tokens, `[S, T]` int64."""
 
     record: Calibration
     sequences: Array

@@ -5,19 +5,31 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import os
-import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from retnet_tools.errors import UsageError
 from retnet_tools.graph.contract import CARD_FILE, CARD_TITLE, MANIFEST_FILE, WEIGHTS_FILE
 from retnet_tools.graph.manifest import Manifest, read_manifest
-from retnet_tools.graph.quantization import Calibration, MixedPrecision, Quality, Quantization
+from retnet_tools.graph.quantization import Calibration, MixedPrecision, Quantization
 from retnet_tools.quantize.options import matrix_formats, matrix_names, scheme_text
 from retnet_tools.version import __version__
 
 _MOST_SENSITIVE = 5
 """Matrices that the card names."""
+_FRONT_MATTER = f"""---
+library_name: onnx
+tags: [retnet, onnx, onnxruntime, quantized]
+---
+{CARD_TITLE}"""
+_BLOCK_LAYOUT = (
+    f"`{WEIGHTS_FILE}` holds w = (code - zero point) * scale, a block of neighbours along the inputs of a layer "
+    "sharing scale and zero point. Norms, biases, tables and recurrent states are not quantized."
+)
+_HALF_LAYOUT = (
+    f"`{WEIGHTS_FILE}` holds every weight rounded to {{dtype}}. Decay, phases and position tables stay float32."
+)
 
 
 def model_card(manifest: Manifest) -> str:
@@ -26,37 +38,32 @@ def model_card(manifest: Manifest) -> str:
     if record is None:
         raise ValueError("a manifest of float weights")
     parameters = f"{config.num_layers} layers, {config.num_heads} heads, hidden size {config.hidden_size}"
-    lines = [
-        "---",
-        "library_name: onnx",
-        "tags: [retnet, onnx, onnxruntime, quantized]",
-        "---",
-        CARD_TITLE,
-        "",
+    parts = [
+        _FRONT_MATTER,
         f"A RetNet ({parameters}, vocabulary {config.vocab_size}) as a stateful ONNX decoder, written by "
         f"retnet-tools {__version__} from {manifest.provenance.get('source_format', 'a checkpoint')}.",
-        "",
         "## Weights",
-        "",
-        "| | |",
-        "| --- | --- |",
-        *(f"| {name} | {value} |" for name, value in _facts(manifest, record)),
-        "",
-        _layout(manifest, record),
+        _table(("", ""), _facts(manifest, record)),
+        _HALF_LAYOUT.format(dtype=manifest.dtype) if record.blocks is None else _BLOCK_LAYOUT,
     ]
     if record.coarse_blocks:
-        lines += ["", f"{coarse_text(record, manifest.dtype)}."]
+        parts.append(f"{coarse_text(record, manifest.dtype)}.")
     if record.calibration is not None:
-        lines += ["", f"Calibrated on {_tokens(record.calibration)}."]
+        parts.append(f"Calibrated on {_tokens(record.calibration)}.")
     if record.mixed_precision is not None:
-        lines += ["", *_sensitivities(record.mixed_precision)]
-    if record.quality is not None:
-        lines += ["", "## Quality", "", *_quality(record.quality)]
-    lines += [
-        "",
-        "`retnet.json` holds the configuration, the inputs and outputs of each graph, and where it all comes from.",
-    ]
-    return "\n".join(lines) + "\n"
+        parts += _sensitivities(record.mixed_precision)
+    if (quality := record.quality) is not None:
+        perplexities = ("perplexity", f"{quality.perplexity:.4f}", f"{quality.float_perplexity:.4f}")
+        parts += [
+            "## Quality",
+            f"On {quality.tokens} tokens of `{quality.text}` (sha256 {quality.sha256}):",
+            _table(("", "quantized", "float"), [perplexities]),
+            f"Mean KL divergence {quality.mean_kl:.2e} nats a token; same most likely token at {quality.same_top:.2%}.",
+        ]
+    parts.append(
+        "`retnet.json` holds the configuration, the inputs and outputs of each graph, and where it all comes from."
+    )
+    return "\n\n".join(parts) + "\n"
 
 
 def check_card(out: Path) -> None:
@@ -104,7 +111,7 @@ def _facts(manifest: Manifest, record: Quantization) -> list[tuple[str, str]]:
     kinds = Counter(manifest.dtype if format is None else format.type.name for format in formats.values())
     share = record.weight_bytes / record.float_bytes
     return [
-        ("scheme", f"`{_escaped(scheme_text(scheme))}`"),
+        ("scheme", f"`{scheme_text(scheme)}`"),
         ("matrices", ", ".join(f"{count} {kind}" for kind, count in kinds.items())),
         ("size", f"{record.weight_bytes / 1e6:.1f} MB, {share:.1%} of {record.float_bytes / 1e6:.1f} MB"),
         ("activations", manifest.dtype),
@@ -112,18 +119,6 @@ def _facts(manifest: Manifest, record: Quantization) -> list[tuple[str, str]]:
         ("graphs", ", ".join(f"`{name}`" for name in manifest.graphs)),
         ("operators", manifest.ops),
     ]
-
-
-def _layout(manifest: Manifest, record: Quantization) -> str:
-    if record.blocks is None:
-        return (
-            f"`{WEIGHTS_FILE}` holds every weight rounded to {manifest.dtype}. Decay, phases and position tables stay "
-            "float32."
-        )
-    return (
-        f"`{WEIGHTS_FILE}` holds w = (code - zero point) * scale, a block of neighbours along the inputs of a layer "
-        "sharing scale and zero point. Norms, biases, tables and recurrent states are not quantized."
-    )
 
 
 def _tokens(text: Calibration) -> str:
@@ -139,25 +134,14 @@ def _sensitivities(mixed: MixedPrecision) -> list[str]:
         f"Types were chosen to keep to {target}, by the KL divergence that each matrix alone causes on "
         f"{_tokens(mixed.text)}: {mixed.predicted_kl:.2e} nats a token predicted for all together, "
         f"{mixed.measured_kl:.2e} measured, rounded to nearest. The most sensitive (`retnet.json` has all):",
-        "",
-        "| matrix | type | mean KL divergence |",
-        "| --- | --- | --- |",
-        *(f"| {', '.join(found.matrices)} | {found.type} | {found.mean_kl:.2e} |" for found in worst),
+        _table(
+            ("matrix", "type", "mean KL divergence"),
+            [(", ".join(found.matrices), found.type, f"{found.mean_kl:.2e}") for found in worst],
+        ),
     ]
 
 
-def _quality(quality: Quality) -> list[str]:
-    return [
-        f"On {quality.tokens} tokens of `{quality.text}` (sha256 {quality.sha256}):",
-        "",
-        "| | quantized | float |",
-        "| --- | --- | --- |",
-        f"| perplexity | {quality.perplexity:.4f} | {quality.float_perplexity:.4f} |",
-        "",
-        f"Mean KL divergence {quality.mean_kl:.2e} nats a token; same most likely token at {quality.same_top:.2%}.",
-    ]
-
-
-def _escaped(text: str) -> str:
-    """As the cell of a table."""
-    return re.sub(r"\|", r"\\|", text)
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(" ".join(["|", *(f"{cell} |".lstrip() for cell in line)]) for line in escaped)

@@ -1,4 +1,14 @@
-"""The content of a quantized weights.data, made tensor by tensor while it is written."""
+"""The content of a quantized weights.data, made tensor by tensor while it is written. Codes lie as the operators read
+them, side by side, the low bits of a byte first.
+
+    rows      MatMulNBits and GatherBlockQuantized: codes [N, blocks, block_size * bits / 8] uint8, the last block of a
+              row filled up with its zero point; scales [N, blocks]; zero points [N, ceil(blocks * bits / 8)] uint8
+    columns   DequantizeLinear along the first axis, then MatMul: codes [K, N], scales [blocks, N], zero points
+              [blocks, N]; signed (code less 2^(bits-1)) if symmetric, else unsigned. Types below a byte are packed over
+              the whole tensor, as ONNX stores them
+
+A matrix may be packed by rows piece by piece; by columns it has to be there as a whole.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +19,10 @@ import numpy as np
 from retnet_tools.dtypes import convert
 from retnet_tools.graph.files import float_blocks
 from retnet_tools.graph.nodes import ELEMENT_TYPES
-from retnet_tools.graph.weight_tensors import PartName, QuantizedPart, WeightTensor
+from retnet_tools.graph.quantization import BlockFormat
+from retnet_tools.graph.weight_tensors import Layout, PartName, QuantizedPart, WeightTensor
 from retnet_tools.quantize.blockwise import QuantizedRows, count_coarse_blocks, join_rows
 from retnet_tools.quantize.methods import Method
-from retnet_tools.quantize.packing import pack
 from retnet_tools.weights import Array, FiniteWeights, WeightSource
 
 
@@ -24,7 +34,6 @@ class QuantizedContents:
 
     Args:
         source: float weights by canonical name. Values are rounded to `dtype` first, as an export would store them.
-        method: chooses the codes.
         dtype: the float type of the export: of scales, and of what stays float.
 
     Attributes:
@@ -53,7 +62,7 @@ class QuantizedContents:
             yield self._waiting.pop((tensor.sources, part.name))
 
     def _codes(self, sources: tuple[str, ...], part: QuantizedPart) -> Iterator[Array]:
-        pieces = self._quantized(sources, part)
+        pieces = self._quantized(sources, part.format)
         if part.layout == "columns":
             pieces = iter([join_rows(list(pieces))])
         scales, zeros = [], []
@@ -66,10 +75,25 @@ class QuantizedContents:
         if zeros:
             self._waiting[sources, "zero_points"] = np.concatenate(zeros)
 
-    def _quantized(self, sources: tuple[str, ...], part: QuantizedPart) -> Iterator[QuantizedRows]:
+    def _quantized(self, sources: tuple[str, ...], format: BlockFormat) -> Iterator[QuantizedRows]:
         for name in sources:
             for block in self._source.blocks(name):
                 rows = convert(name, block, self._type).astype(np.float32, copy=False)
-                quantized = self._method.quantize(name, rows, part.format, self._type)
-                self.coarse_blocks += count_coarse_blocks(rows, quantized, part.format)
+                quantized = self._method(name, rows, format, self._type)
+                self.coarse_blocks += count_coarse_blocks(rows, quantized, format)
                 yield quantized
+
+
+def pack(rows: QuantizedRows, format: BlockFormat, layout: Layout) -> tuple[Array, Array, Array | None]:
+    """Codes, scales and zero points as stored; types below a byte as their bytes, in one dimension."""
+    codes, scales, zeros, packed = rows.codes, rows.scales, rows.zero_points, format.type.pack
+    if layout == "rows":
+        filler = format.middle if zeros is None else zeros[:, -1:]
+        whole = np.empty((len(codes), format.blocks(codes.shape[1]) * format.block_size), dtype=np.uint8)
+        whole[:, : codes.shape[1]], whole[:, codes.shape[1] :] = codes, filler
+        return packed(whole).reshape(*scales.shape, -1), scales, None if zeros is None else packed(zeros)
+    stored = [np.ascontiguousarray(codes.T - np.uint8(format.middle if zeros is None else 0))]
+    stored += [] if zeros is None else [np.ascontiguousarray(zeros.T)]
+    if ELEMENT_TYPES[format.type.element].itemsize < 1:
+        stored = [packed(part.reshape(-1)) for part in stored]
+    return stored[0], np.ascontiguousarray(scales.T), None if zeros is None else stored[1]

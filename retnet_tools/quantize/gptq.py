@@ -29,8 +29,8 @@ import torch
 
 from retnet_tools.errors import InputError
 from retnet_tools.graph.quantization import BlockFormat
+from retnet_tools.quantize.activations import not_finite
 from retnet_tools.quantize.blockwise import QuantizedRows, quantize_rows
-from retnet_tools.quantize.hidden_states import not_finite
 from retnet_tools.weights import Array
 
 DAMPING = 0.01

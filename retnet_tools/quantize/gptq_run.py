@@ -29,10 +29,9 @@ import numpy as np
 from retnet_tools.errors import InputError, OutputError
 from retnet_tools.graph.quantization import BlockFormat
 from retnet_tools.model.layerwise import EMBEDDING, Block, Head, block_count, embed, head_matrix, stream_width
+from retnet_tools.quantize.activations import FloatWeights, batches, read_states, write_states
 from retnet_tools.quantize.blockwise import QuantizedRows, dequantize_rows, join_rows, quantize_rows
-from retnet_tools.quantize.float_weights import FloatWeights
 from retnet_tools.quantize.gptq import DAMPING, ErrorFeedback, InputStatistics
-from retnet_tools.quantize.hidden_states import batches, read_states, write_states
 from retnet_tools.quantize.methods import MethodTask
 from retnet_tools.quantize.unfinished import Unfinished, hash_work
 from retnet_tools.weights import Array, canonical_shapes
@@ -57,7 +56,7 @@ class Gptq:
         self._work = _Run(task).finish()
         self._open: tuple[str, QuantizedRows, int] | None = None
 
-    def quantize(self, name: str, rows: Array, format: BlockFormat, scale_type: np.dtype[Any]) -> QuantizedRows:
+    def __call__(self, name: str, rows: Array, format: BlockFormat, scale_type: np.dtype[Any]) -> QuantizedRows:
         """The codes of the next rows of a matrix, and after its last rows of the first again; the rows themselves are
         known from the task.
         """
@@ -100,12 +99,12 @@ class _Run:
 
     def _missing(self) -> Formats:
         """Matrices whose codes are not there yet, and their formats."""
-        return {name: f for name, f in self._formats.items() if f is not None and not self._work.has_rows(name)}
+        return {name: f for name, f in self._formats.items() if f is not None and f"{name}.npz" not in self._work}
 
     def _begin(self) -> None:
         """The embedding, which all blocks see: as the head where it is tied, else to nearest."""
         format = self._formats[EMBEDDING]
-        if format is None or self._work.has_rows(EMBEDDING):
+        if format is None or f"{EMBEDDING}.npz" in self._work:
             return
         self._progress("embedding", 0)
         if self._head == EMBEDDING:
@@ -137,19 +136,19 @@ class _Run:
     def _quantize_block(self, n: int) -> None:
         floats, block = (Block(self._config, self._weights, n) for _ in range(2))
         self._progress(block.name, n + 1)
-        first, last = (self._chosen(names) for names in block.matrices)
+        first, last = ({n: f for n in names if (f := self._formats[n]) is not None} for names in block.matrices)
         if first:
             pairs = ((floats.inputs(0, x), block.inputs(0, y)) for x, y in self._states(n))
             self._round_matrices(block, first, self._statistics(first, pairs))
-        (old_float, old_quantized), (new_float, new_quantized) = _streams(n), _streams(n + 1)
+        old, (new_float, new_quantized) = _streams(n), _streams(n + 1)
         # What the last matrix reads is most of a block's work: the float stream moves on with it.
         statistics = self._statistics(last) if last else None
         self._write(new_float, self._moving_on(n, floats, block, statistics))
         if statistics is not None:
             self._round_matrices(block, last, statistics)
-        self._write(new_quantized, (block(y) for y in self._read(old_quantized)))
-        for old in (old_float, old_quantized):
-            self._work.discard(old)
+        self._write(new_quantized, (block(y) for y in self._read(old[1])))
+        for name in old:
+            self._work.discard(name)
 
     def _moving_on(self, n: int, floats: Block, block: Block, statistics: InputStatistics | None) -> Iterator[Array]:
         """The float stream after a block; on the way what the last matrix of the block reads is taken in."""
@@ -158,10 +157,6 @@ class _Run:
             if statistics is not None:
                 statistics.add(inputs, block.inputs(1, y))
             yield floats.after(x, inputs)
-
-    def _chosen(self, names: Iterable[str]) -> Formats:
-        """Those of some matrices that are to be quantized, and their formats."""
-        return {name: format for name in names if (format := self._formats[name]) is not None}
 
     def _round_matrices(self, block: Block, chosen: Formats, statistics: InputStatistics) -> None:
         """Round the matrices of a block that read one input, and put them into it."""
@@ -202,8 +197,7 @@ class _Run:
         return join_rows([feedback.quantize(matrix[n : n + _ROWS], format, self._task.dtype) for n in starts])
 
     def _states(self, n: int) -> Iterator[tuple[Array, Array]]:
-        floats, quantized = (self._read(name) for name in _streams(n))
-        return zip(floats, quantized, strict=True)
+        return zip(*(self._read(name) for name in _streams(n)), strict=True)
 
     def _read(self, name: str) -> Iterator[Array]:
         return read_states(self._work.folder / name, self._parts)
@@ -216,11 +210,14 @@ class _Run:
         self._task.progress(what, done, self._last + 2)
 
     def _check_space(self) -> None:
-        there = sum(self._work.size(name) for n in range(self._last + 1) for name in _streams(n))
-        numbers = 2 * self._ids.size * sum(stream_width(self._config, n) for n in range(2))
-        states = 4 * numbers - there
-        codes = sum(_code_bytes(self._shapes[name], format) for name, format in self._missing().items())
-        needed, free = states + codes, shutil.disk_usage(self._work.folder).free
+        streams = [self._work.folder / name for n in range(self._last + 1) for name in _streams(n)]
+        needed = 8 * self._ids.size * sum(stream_width(self._config, n) for n in range(2))
+        needed -= sum(file.stat().st_size for file in streams if file.is_file())
+        for name, format in self._missing().items():
+            rows, columns = self._shapes[name]
+            # A byte a code, 4 a scale, 1 a zero point.
+            needed += rows * (columns + format.blocks(columns) * (4 if format.symmetric else 5))
+        free = shutil.disk_usage(self._work.folder).free
         if free < needed:
             raise OutputError(
                 f"{free / 1e9:.2f} GB free for hidden states of {self._ids.size} tokens and codes in "
@@ -233,9 +230,3 @@ class _Run:
 def _streams(n: int) -> tuple[str, str]:
     """The files of the hidden states before block n: the float model's, and the quantized one's."""
     return f"hidden-{n}-float", f"hidden-{n}-quantized"
-
-
-def _code_bytes(shape: tuple[int, ...], format: BlockFormat) -> int:
-    """Of a matrix as it is kept: a byte a code, 4 a scale, 1 a zero point."""
-    rows, columns = shape
-    return rows * (columns + format.blocks(columns) * (4 if format.symmetric else 5))

@@ -1,14 +1,10 @@
-"""How the codes of a matrix are chosen: methods behind one interface.
-
-A method sees a matrix in pieces of whole rows, in storage order, under its canonical name, and gives codes, scales
-and zero points back. A calibrated one learns from a text first, when it is made.
-"""
+"""How the codes of a matrix are chosen: one row a method."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -21,19 +17,9 @@ from retnet_tools.quantize.calibration import CalibrationText
 from retnet_tools.quantize.unfinished import Workplace
 from retnet_tools.weights import Array, WeightSource
 
-
-class Method(Protocol):
-    """Chooses codes."""
-
-    def quantize(self, name: str, rows: Array, format: BlockFormat, scale_type: np.dtype[Any]) -> QuantizedRows:
-        """Some rows of a matrix.
-
-        Args:
-            name: canonical name of the matrix `[N, K]`.
-            rows: the next rows of it, `[n, K]` float32, finite.
-            scale_type: the type that scales are stored in.
-        """
-        ...
+Method = Callable[[str, Array, BlockFormat, np.dtype[Any]], QuantizedRows]
+"""Of a matrix `[N, K]` by its canonical name, the next rows `[n, K]` float32, finite, in storage order, its format and
+the type that scales are stored in."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +27,11 @@ class MethodTask:
     """What a method is made for.
 
     Attributes:
-        config: the model.
-        weights: its float weights.
+        weights: the float weights.
         formats: of every matrix by canonical name; None where it stays float.
         dtype: the float type of the export, which weights are rounded to first, and which scales are stored in.
         text: for a calibrated method.
         work: the place for what is worth keeping if the run is stopped; whoever writes the output removes it.
-        progress: called with what is done now, steps done and steps in all.
     """
 
     config: RetNetConfig
@@ -64,8 +48,7 @@ class MethodSpec:
     """A row of the table of methods.
 
     Attributes:
-        calibrated: whether it needs a text.
-        make: the method for a task.
+        calibrated: whether it learns from a text, which it does when it is made.
     """
 
     name: str
@@ -73,12 +56,9 @@ class MethodSpec:
     make: Callable[[MethodTask], Method]
 
 
-class RoundToNearest:
+def round_to_nearest(name: str, rows: Array, format: BlockFormat, scale_type: np.dtype[Any]) -> QuantizedRows:
     """Each weight by itself, with scales of least squared error."""
-
-    def quantize(self, name: str, rows: Array, format: BlockFormat, scale_type: np.dtype[Any]) -> QuantizedRows:
-        """See `retnet_tools.quantize.blockwise.quantize_rows`."""
-        return quantize_rows(rows, format, scale_type)
+    return quantize_rows(rows, format, scale_type)
 
 
 def _gptq(task: MethodTask) -> Method:
@@ -91,7 +71,7 @@ def _gptq(task: MethodTask) -> Method:
 METHODS: dict[str, MethodSpec] = {
     spec.name: spec
     for spec in (
-        MethodSpec("rtn", calibrated=False, make=lambda task: RoundToNearest()),
+        MethodSpec("rtn", calibrated=False, make=lambda task: round_to_nearest),
         MethodSpec("gptq", calibrated=True, make=_gptq),
     )
 }

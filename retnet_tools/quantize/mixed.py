@@ -36,7 +36,6 @@ from retnet_tools.quantize.sensitivity import Sensitivity, Trial
 from retnet_tools.quantize.unfinished import Workplace
 from retnet_tools.weights import canonical_shapes
 
-_MERGED = {"q_proj": "qkvg", "k_proj": "qkvg", "v_proj": "qkvg", "up_proj": "gate_up"}
 Group = tuple[str, ...]
 
 
@@ -71,7 +70,11 @@ def plan_mixed(
     """
     smallest = plan_blocks(plan, scheme, text)
     sizes = _Sizes(smallest, scheme)
-    groups = _groups(sizes.free, together)
+    merged: dict[str, list[str]] = defaultdict(list)
+    owners = {source: tensor.name for tensor in plan.tensors.values() for source in tensor.sources}
+    for name in sizes.free:
+        merged[owners[name] if together else name].append(name)
+    groups: list[Group] = list(map(tuple, merged.values()))
     room = sizes.room(smallest, target_size, target_bits)
     rows = sorted(CODE_TYPES.values(), key=lambda row: row.bits)
     kinds = [row.name for row in rows if row.bits >= CODE_TYPES[scheme.type].bits]
@@ -109,13 +112,7 @@ def plan_mixed(
 
 @dataclass(frozen=True)
 class Choice:
-    """A type that some matrices may have together.
-
-    Attributes:
-        type: None stays float.
-        size: bytes of the matrices.
-        divergence: what it costs, nats a token; finite.
-    """
+    """A type that some matrices may have together, None for float; their bytes; what it costs, nats a token."""
 
     type: str | None
     size: int
@@ -131,8 +128,7 @@ def fill_room(choices: Sequence[Sequence[Choice]], size: int) -> list[Choice]:
     """One choice for each of several groups of matrices, of `size` bytes together at most.
 
     Args:
-        choices: of each group, the smallest first.
-        size: not below what the first choices of all groups take.
+        choices: of each group, the smallest first, which have to fit.
     """
     chosen = [options[0] for options in choices]
     left = size - sum(choice.size for choice in chosen)
@@ -196,21 +192,6 @@ class _Sizes:
 
     def _matrix(self, name: str, format: BlockFormat | None) -> int:
         return matrix_bytes(self._shapes[name], format, self._float_size)
-
-
-def _groups(names: Sequence[str], together: bool) -> list[Group]:
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        groups[_merged(name) if together else name].append(name)
-    return list(map(tuple, groups.values()))
-
-
-def _merged(name: str) -> str:
-    """One name for all matrices that a graph keeps as one."""
-    place, _, linear = name.removesuffix(".weight").rpartition(".")
-    if linear == "gate_proj":
-        return f"{place}.{'gate_up' if place.endswith('ffn') else 'qkvg'}"
-    return f"{place}.{_MERGED.get(linear, linear)}"
 
 
 def _with_rules(scheme: Scheme, chosen: Mapping[Group, Choice]) -> Scheme:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import onnx_ir as ir
 
@@ -47,16 +46,9 @@ def quantize_graph(
     return rewriting.finish(weights)
 
 
-@dataclass(frozen=True)
-class _Product:
-    """Part of a matrix product: some sources of a merged matrix, and their format."""
-
-    name: str
-    sources: tuple[str, ...]
-    format: BlockFormat | None
-
-
 class _Rewriting:
+    """A copy of a graph, the nodes that replace one of it, and what they read of weights.data."""
+
     def __init__(
         self,
         built: BuiltGraph,
@@ -75,21 +67,19 @@ class _Rewriting:
 
     def linear(self, node: ir.Node) -> ir.Value:
         """y = x W^T + b by the products that its formats ask for; starts the nodes that replace a Gemm."""
-        x, tensor = _input(node, 0), self._start(node, _input(node, 1))
+        x, products = _input(node, 0), self._start(node, _input(node, 1))
         bias = _input(node, 2) if len(node.inputs) > 2 else None
-        products = self._products(tensor)
         if len(products) == 1:
-            return self._product(x, products[0], tensor.dtype, bias)
-        y = self._g.op("Concat", *(self._product(x, part, tensor.dtype, None) for part in products), axis=-1)
+            return self._product(x, *products[0], bias)
+        y = self._g.op("Concat", *(self._product(x, *product, None) for product in products), axis=-1)
         return y if bias is None else self._g.op("Add", y, bias)
 
     def lookup(self, node: ir.Node) -> ir.Value:
         """Rows of an embedding; starts the nodes that replace a Gather."""
-        tensor = self._start(node, _input(node, 0))
-        (product,) = self._products(tensor)
-        if product.format is None:
-            raise ValueError(f"{product.name} is to stay float")
-        return self._ops.gather_blocked(self._g, self._matrix(product, product.format, tensor.dtype), _input(node, 1))
+        ((tensor, format),) = self._start(node, _input(node, 0))
+        if format is None:
+            raise ValueError(f"{tensor.name} is to stay float")
+        return self._ops.gather_blocked(self._g, self._matrix(tensor, format), _input(node, 1))
 
     def replace(self, node: ir.Node, value: ir.Value) -> None:
         """Put the nodes made since `_start` in the place of one."""
@@ -107,33 +97,33 @@ class _Rewriting:
                 self.graph.initializers[name] = value
         return BuiltGraph(self.graph, self.built.inputs, self.built.outputs, _in_order(self._stored))
 
-    def _start(self, node: ir.Node, weight: ir.Value) -> WeightTensor:
+    def _start(self, node: ir.Node, weight: ir.Value) -> list[tuple[WeightTensor, BlockFormat | None]]:
+        """The parts of a weight that have a format each."""
         self._g.nodes, self._g.scope = [], node.name or node.op_type
-        return self.built.stored[weight.name or ""]
-
-    def _products(self, tensor: WeightTensor) -> list[_Product]:
+        tensor = self.built.stored[weight.name or ""]
         formats = [self._formats[source] for source in tensor.sources]
         if len(set(formats)) == 1:
-            return [_Product(tensor.name, tensor.sources, formats[0])]
-        return [_Product(source, (source,), format) for source, format in zip(tensor.sources, formats, strict=True)]
+            return [(tensor, formats[0])]
+        parts = (WeightTensor(source, tensor.dtype, self._shapes[source], (source,)) for source in tensor.sources)
+        return list(zip(parts, formats, strict=True))
 
-    def _product(self, x: ir.Value, product: _Product, dtype: str, bias: ir.Value | None) -> ir.Value:
-        if product.format is not None:
-            return self._ops.linear_blocked(self._g, x, self._matrix(product, product.format, dtype), bias)
-        weight = self._declare(WeightTensor(product.name, dtype, self._shapes[product.name], product.sources))
-        return self._g.op("Gemm", x, weight, *([] if bias is None else [bias]), transB=1)
+    def _product(
+        self, x: ir.Value, tensor: WeightTensor, format: BlockFormat | None, bias: ir.Value | None
+    ) -> ir.Value:
+        if format is not None:
+            return self._ops.linear_blocked(self._g, x, self._matrix(tensor, format), bias)
+        return self._g.op("Gemm", x, self._declare(tensor), *([] if bias is None else [bias]), transB=1)
 
-    def _matrix(self, product: _Product, format: BlockFormat, dtype: str) -> BlockedMatrix:
-        rows = sum(self._shapes[source][0] for source in product.sources)
-        shape = (rows, self._shapes[product.sources[0]][1])
+    def _matrix(self, tensor: WeightTensor, format: BlockFormat) -> BlockedMatrix:
+        rows, columns = tensor.shape
         return BlockedMatrix(
-            product.name,
-            product.sources,
-            shape,
+            tensor.name,
+            tensor.sources,
+            (rows, columns),
             format,
-            dtype,
+            tensor.dtype,
             self._level,
-            shared=f"{product.name}.codes" in self._stored,
+            shared=f"{tensor.name}.codes" in self._stored,
             declare=self._declare,
         )
 

@@ -18,10 +18,9 @@ import numpy as np
 from retnet_tools.distributions import mean_kl
 from retnet_tools.graph.quantization import BlockFormat, Calibration
 from retnet_tools.model.layerwise import EMBEDDING, Block, Head, block_count, embed, head_matrix
+from retnet_tools.quantize.activations import FloatWeights, batches, not_finite
 from retnet_tools.quantize.blockwise import dequantize_rows, quantize_rows
 from retnet_tools.quantize.calibration import hash_ids
-from retnet_tools.quantize.float_weights import FloatWeights
-from retnet_tools.quantize.hidden_states import batches, not_finite
 from retnet_tools.quantize.methods import MethodTask
 from retnet_tools.quantize.options import SEQUENCE
 from retnet_tools.quantize.unfinished import hash_work
@@ -64,14 +63,16 @@ class Sensitivity:
         text: the tokens that are looked at: sequences of the task's text, evenly spaced.
 
     Raises:
-        InputError: weights that are not finite, before anything is kept, or logits that are not.
+        InputError: weights that are not finite, before anything is kept; then and later, logits that are not.
     """
 
     def __init__(self, task: MethodTask, trials: Sequence[Trial]) -> None:
         assert task.text is not None
         self._config, self._task, self._trials = task.config, task, trials
         self._weights = FloatWeights(task.weights, task.dtype)
-        self._ids = _evenly_spaced(task.text.sequences)
+        total, length = task.text.sequences.shape
+        count = min(total, max(1, TOKENS // length))
+        self._ids: Array = task.text.sequences[np.arange(count) * total // count]
         self.text: Calibration = replace(task.text.record, tokens=self._ids.size, ids_sha256=hash_ids(self._ids))
         self._parts, self._last = batches(self._ids), block_count(task.config)
         task.progress("reading weights", 0, len(trials) + 1)
@@ -84,12 +85,9 @@ class Sensitivity:
         self._float = self._run(0, self._start, {})
 
     def measure(self) -> dict[Trial, float]:
-        """The divergence of each trial, nats a token.
-
-        Raises:
-            InputError: logits that are not finite.
-        """
-        found = self._load()
+        """The divergence of each trial, nats a token."""
+        known = (self._work.folder / _FILE).read_text(encoding="utf-8") if _FILE in self._work else "{}"
+        found: dict[str, float] = json.loads(known)
         places: dict[int, list[Trial]] = {}
         for trial in self._trials:
             if trial.key not in found:
@@ -99,17 +97,14 @@ class Sensitivity:
             for trial in places.get(n, ()):
                 self._task.progress(trial.names[0], len(found), len(self._trials) + 1)
                 found[trial.key] = self._divergence(n, x, dict.fromkeys(trial.names, trial.format))
-                self._save(found)
+                with self._work.writing(_FILE) as path:
+                    path.write_text(json.dumps(found), encoding="utf-8")
             if n < self._last and max(places, default=0) > n:
                 x = self._step(n, x, {})
         return {trial: found[trial.key] for trial in self._trials}
 
     def total(self, formats: Formats) -> float:
-        """The divergence with all of these matrices quantized, nats a token.
-
-        Raises:
-            InputError: logits that are not finite.
-        """
+        """The divergence with all of these matrices quantized, nats a token."""
         self._task.progress("all together", len(self._trials), len(self._trials) + 1)
         return self._divergence(0, self._start, formats)
 
@@ -165,21 +160,3 @@ class Sensitivity:
 
     def _quantized(self, matrix: Array, format: BlockFormat) -> Array:
         return dequantize_rows(quantize_rows(matrix, format, self._task.dtype), format)
-
-    def _load(self) -> dict[str, float]:
-        if _FILE not in self._work:
-            return {}
-        found: dict[str, float] = json.loads((self._work.folder / _FILE).read_text(encoding="utf-8"))
-        return found
-
-    def _save(self, found: Mapping[str, float]) -> None:
-        with self._work.writing(_FILE) as path:
-            path.write_text(json.dumps(found), encoding="utf-8")
-
-
-def _evenly_spaced(sequences: Array) -> Array:
-    """`TOKENS` tokens of `[S, T]`, in whole sequences; they stand in the order of the text."""
-    total, length = sequences.shape
-    count = min(total, max(1, TOKENS // length))
-    chosen: Array = sequences[np.arange(count) * total // count]
-    return chosen

@@ -16,8 +16,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +38,11 @@ def unfinished_folder(out: Path) -> Path:
 
 
 def hash_work(
-    config: RetNetConfig, weights: WeightSource, formats: Mapping[str, Any], sequences: Array, **others: object
+    config: RetNetConfig,
+    weights: WeightSource,
+    formats: Mapping[str, BlockFormat | None],
+    sequences: Array,
+    **others: object,
 ) -> str:
     """A hash of a model, of what is to be done with it and of the tokens it is done with. Reads every weight once.
 
@@ -47,7 +50,7 @@ def hash_work(
         weights: as the work reads them, so that what it would refuse is refused here.
     """
     digest = hashlib.sha256(json.dumps([__version__, config.identity(), others], sort_keys=True).encode())
-    digest.update(json.dumps({name: _plain(format) for name, format in formats.items()}).encode())
+    digest.update(json.dumps(dict(formats), default=dataclasses.asdict).encode())
     digest.update(f"{sequences.shape}".encode() + np.ascontiguousarray(sequences).tobytes())
     for name in sorted(weights.names()):
         info = weights.info(name)
@@ -57,7 +60,7 @@ def hash_work(
     return digest.hexdigest()
 
 
-class Workplace:
+class Workplace(ExitStack):
     """The place for the results of one output, and those of them that this process opened; a context.
 
     Args:
@@ -65,17 +68,9 @@ class Workplace:
     """
 
     def __init__(self, folder: Path) -> None:
+        super().__init__()
         self.folder = folder
         self._opened: list[Unfinished] = []
-        self._lock = ExitStack()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._lock.close()
 
     @property
     def kept(self) -> bool:
@@ -83,11 +78,7 @@ class Workplace:
         return any(work.folder.is_dir() for work in self._opened)
 
     def open(self, kind: str, key: str) -> Unfinished:
-        """The results of one kind of work, as they are now.
-
-        Args:
-            kind: a word for the work.
-            key: from `hash_work`.
+        """The results of one kind of work under a hash (`hash_work`), as they are now.
 
         Raises:
             UsageError: another process has work open here.
@@ -96,7 +87,7 @@ class Workplace:
         with _writing_to(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             if not self._opened:
-                self._lock.enter_context(appended_file(self.folder / LOCK_FILE))
+                self.enter_context(appended_file(self.folder / LOCK_FILE))
             work = Unfinished(self.folder, kind, key)
         self._opened.append(work)
         return work
@@ -110,7 +101,7 @@ class Workplace:
         with suppress(OSError):
             # While the lock is held, so that nobody else's goes away.
             (self.folder / LOCK_FILE).unlink(missing_ok=True)
-        self._lock.close()
+        self.close()
         with suppress(OSError):
             self.folder.rmdir()
 
@@ -144,10 +135,6 @@ class Unfinished:
                 os.fsync(file.fileno())
             os.replace(partial, self.folder / name)
 
-    def size(self, name: str) -> int:
-        """Bytes of a result; 0 where it is not there."""
-        return (self.folder / name).stat().st_size if name in self else 0
-
     def discard(self, name: str) -> None:
         """Forget a result."""
         (self.folder / name).unlink(missing_ok=True)
@@ -163,10 +150,6 @@ class Unfinished:
             parts["zero_points"] = rows.zero_points
         with self.writing(f"{name}.npz") as path, path.open("wb") as file:
             np.savez(file, **parts)  # type: ignore[arg-type]
-
-    def has_rows(self, name: str) -> bool:
-        """Whether the codes of a matrix are there."""
-        return f"{name}.npz" in self
 
     def load_rows(self, name: str, scale_type: np.dtype[Any]) -> QuantizedRows:
         """The codes of a matrix; float32 has held scales of any type exactly."""
@@ -190,9 +173,3 @@ def _writing_to(folder: Path) -> Iterator[None]:
                 f"cannot write {path} ({error.strerror or error})", "a folder that can be written", "name another -o"
             ) from error
         raise
-
-
-def _plain(format: BlockFormat | list[BlockFormat] | None) -> Any:
-    if isinstance(format, list):
-        return [_plain(item) for item in format]
-    return None if format is None else dataclasses.asdict(format)

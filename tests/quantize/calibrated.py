@@ -53,7 +53,7 @@ def make_task(
 def all_rows(method: Method, task: MethodTask) -> dict[str, QuantizedRows]:
     """The codes of every quantized matrix."""
     return {
-        name: method.quantize(name, task.weights.read(name).astype(np.float32), format, task.dtype)
+        name: method(name, task.weights.read(name).astype(np.float32), format, task.dtype)
         for name, format in task.formats.items()
         if format is not None
     }

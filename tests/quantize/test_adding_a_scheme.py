@@ -15,8 +15,8 @@ from retnet_tools.graph import contract, quantization
 from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.graph.quantization import BlockFormat, CodeType, matrix_bytes
 from retnet_tools.quantize.blockwise import dequantize_rows, quantize_rows
+from retnet_tools.quantize.contents import pack
 from retnet_tools.quantize.options import QuantizeOptions, parse_type
-from retnet_tools.quantize.packing import pack
 from retnet_tools.weights import Array
 from tests.exports import cpu_runner, export, run_steps, zero_states
 from tests.helpers import ABLATIONS, BASE, random_source, random_tokens

@@ -19,11 +19,11 @@ from retnet_tools.formats.canonical import write_canonical
 from retnet_tools.graph.quantization import Scheme, TensorRule
 from retnet_tools.model.retention import retention_chunkwise
 from retnet_tools.model.retnet import load_model
-from retnet_tools.quantize import gptq_run, hidden_states
+from retnet_tools.quantize import activations, gptq_run
 from retnet_tools.quantize.blockwise import QuantizedRows, quantize_rows
 from retnet_tools.quantize.calibration import read_calibration
 from retnet_tools.quantize.gptq_run import Gptq
-from retnet_tools.quantize.methods import MethodTask, RoundToNearest
+from retnet_tools.quantize.methods import MethodTask, round_to_nearest
 from retnet_tools.quantize.options import SEQUENCE
 from retnet_tools.quantize.unfinished import Workplace
 from tests.helpers import ABLATIONS, BASE, random_source, random_tokens
@@ -56,7 +56,7 @@ def test_every_kind_of_model_comes_nearer_than_to_nearest(name: str, tmp_path: P
     task = make_task(config, random_source(config, 3), tmp_path, sequences=random_tokens(config, 8, 64, 7))
     unseen = random_tokens(config, 8, 64, 8)
     found = divergence(task, all_rows(Gptq(task), task), unseen)
-    nearest = divergence(task, all_rows(RoundToNearest(), task), unseen)
+    nearest = divergence(task, all_rows(round_to_nearest, task), unseen)
     assert 0 < found < 0.9 * nearest
 
 
@@ -68,7 +68,7 @@ def test_the_trained_model_loses_a_quarter_less_on_unseen_text(tmp_path: Path) -
     sequences, unseen = text.sequences, fixture_tokens("heldout.txt", 16, 256)
     task = make_task(checkpoint.config, checkpoint.weights, tmp_path, scheme=scheme, sequences=sequences)
     found = divergence(task, all_rows(Gptq(task), task), unseen)
-    nearest = divergence(task, all_rows(RoundToNearest(), task), unseen)
+    nearest = divergence(task, all_rows(round_to_nearest, task), unseen)
     assert found < 0.75 * nearest
 
 
@@ -107,23 +107,23 @@ def test_rows_come_in_any_pieces(tmp_path: Path) -> None:
     task = make_task(BASE, random_source(BASE, 3), tmp_path)
     method, name = Gptq(task), "layers.0.ffn.up_proj.weight"
     weight, format = task.weights.read(name), task.formats[name]
-    whole = method.quantize(name, weight, format, task.dtype)
+    whole = method(name, weight, format, task.dtype)
     assert len(whole.codes) == len(weight)
-    method.quantize("lm_head.weight", task.weights.read("lm_head.weight"), format, task.dtype)
-    pieces = [method.quantize(name, part, format, task.dtype) for part in np.split(weight, [1, 17])]
+    method("lm_head.weight", task.weights.read("lm_head.weight"), format, task.dtype)
+    pieces = [method(name, part, format, task.dtype) for part in np.split(weight, [1, 17])]
     np.testing.assert_array_equal(np.concatenate([piece.codes for piece in pieces]), whole.codes)
     np.testing.assert_array_equal(np.concatenate([piece.scales for piece in pieces]), whole.scales)
     # Asked for again it begins anew; more rows than there are is an error.
     for _ in range(2):
-        np.testing.assert_array_equal(method.quantize(name, weight, format, task.dtype).codes, whole.codes)
+        np.testing.assert_array_equal(method(name, weight, format, task.dtype).codes, whole.codes)
     with pytest.raises(ValueError, match="which has 40"):
-        method.quantize(name, np.concatenate([weight, weight]), format, task.dtype)
+        method(name, np.concatenate([weight, weight]), format, task.dtype)
 
 
 def test_sequences_do_not_depend_on_how_many_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = make_task(BASE, random_source(BASE, 3), tmp_path / "a")
     together = all_rows(Gptq(task), task)
-    monkeypatch.setattr(hidden_states, "BATCH_TOKENS", 1)
+    monkeypatch.setattr(activations, "BATCH_TOKENS", 1)
     one_by_one = all_rows(Gptq(replace(task, work=Workplace(tmp_path / "b"))), task)
     same = np.mean([(together[name].codes == one_by_one[name].codes).mean() for name in together])
     # Sums in another order may tip a weight that lies between two codes, and what follows from it.

@@ -12,7 +12,7 @@ from retnet_tools.graph.quantization import BlockFormat, Calibration
 from retnet_tools.quantize import methods
 from retnet_tools.quantize.blockwise import quantize_rows
 from retnet_tools.quantize.calibration import CalibrationText
-from retnet_tools.quantize.methods import MethodSpec, MethodTask, RoundToNearest, find_method
+from retnet_tools.quantize.methods import MethodSpec, MethodTask, find_method, round_to_nearest
 from retnet_tools.quantize.unfinished import Workplace
 from tests.helpers import BASE, random_source
 
@@ -24,7 +24,7 @@ def test_round_to_nearest_rounds_each_piece(tmp_path: Path) -> None:
     task = MethodTask(BASE, random_source(BASE, 1), {}, np.dtype(np.float16), None, work, lambda *step: None)
     method = find_method("rtn", None).make(task)
     weight, format = np.random.default_rng(0).standard_normal((5, 40), np.float32), BlockFormat(4, 32, True)
-    found = method.quantize("layers.0.ffn.up_proj.weight", weight, format, np.dtype(np.float16))
+    found = method("layers.0.ffn.up_proj.weight", weight, format, np.dtype(np.float16))
     expected = quantize_rows(weight, format, np.dtype(np.float16))
     np.testing.assert_array_equal(found.codes, expected.codes)
     np.testing.assert_array_equal(found.scales, expected.scales)
@@ -36,7 +36,7 @@ def test_an_unknown_method_is_refused() -> None:
 
 
 def test_a_calibrated_method_needs_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = MethodSpec("learned", calibrated=True, make=lambda task: RoundToNearest())
+    spec = MethodSpec("learned", calibrated=True, make=lambda task: round_to_nearest)
     monkeypatch.setitem(methods.METHODS, "learned", spec)
     with pytest.raises(UsageError, match="--method learned without a text to calibrate on; expected --calibration"):
         find_method("learned", None)

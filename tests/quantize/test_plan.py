@@ -24,7 +24,7 @@ from retnet_tools.quantize import methods
 from retnet_tools.quantize.blockwise import QuantizedRows
 from retnet_tools.quantize.calibration import CalibrationText
 from retnet_tools.quantize.card import update_record
-from retnet_tools.quantize.methods import MethodSpec, RoundToNearest
+from retnet_tools.quantize.methods import MethodSpec, round_to_nearest
 from retnet_tools.quantize.options import QuantizeOptions
 from retnet_tools.quantize.plan import plan_blocks, plan_half
 from retnet_tools.quantize.steps import plan_quantized, write_quantized
@@ -370,23 +370,18 @@ def test_fewer_tokens_than_inputs_are_noted(tmp_path: Path) -> None:
         assert any(f"{tokens} tokens to calibrate on are fewer than the 48 inputs" in n for n in notes) == noted
 
 
-class _Learned(RoundToNearest):
-    def __init__(self, seen: list) -> None:
-        self.seen = seen
-
-    def quantize(self, name, rows, format, scale_type) -> QuantizedRows:
-        self.seen.append((name, rows.shape))
-        return super().quantize(name, rows, format, scale_type)
-
-
 def test_a_calibrated_method_sees_every_matrix_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list = []
     text = CalibrationText(Calibration("text", "00" * 32, 8), np.arange(8)[None])
     made = []
 
+    def quantize_and_note(name, rows, format, scale_type) -> QuantizedRows:
+        seen.append((name, rows.shape))
+        return round_to_nearest(name, rows, format, scale_type)
+
     def make(task):
         made.append((task.config, sorted(task.weights.names()), task.text, set(task.formats.values()), task.dtype))
-        return _Learned(seen)
+        return quantize_and_note
 
     monkeypatch.setitem(methods.METHODS, "learned", MethodSpec("learned", calibrated=True, make=make))
     source = random_source(BASE, 14)

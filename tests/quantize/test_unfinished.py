@@ -28,10 +28,10 @@ def test_codes_come_back_as_they_were(symmetric: bool, scale_type: type, tmp_pat
     place = Workplace(tmp_path)
     work = place.open("gptq", "0" * 64)
     rows = quantize_rows(weights(5, 70), BlockFormat(4, 32, symmetric), np.dtype(scale_type))
-    assert not work.has_rows("layers.0.ffn.up_proj.weight")
+    assert "layers.0.ffn.up_proj.weight.npz" not in work
     work.save_rows("layers.0.ffn.up_proj.weight", rows)
     again = place.open("gptq", "0" * 64)
-    assert again.has_rows("layers.0.ffn.up_proj.weight")
+    assert "layers.0.ffn.up_proj.weight.npz" in again
     found = again.load_rows("layers.0.ffn.up_proj.weight", np.dtype(scale_type))
     np.testing.assert_array_equal(found.codes, rows.codes)
     assert found.scales.dtype == scale_type

@@ -1,27 +1,54 @@
-"""Hidden states of calibration tokens: on disk, some sequences in memory at a time, and refused where not finite."""
+"""What work on calibration tokens reads: the float weights, and hidden states, which lie on disk, some sequences in
+memory at a time, and are refused where they are not finite.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from retnet_tools.dtypes import convert
 from retnet_tools.errors import InputError
-from retnet_tools.weights import Array
+from retnet_tools.weights import Array, FiniteWeights, TensorInfo, WeightSource
 
 BATCH_TOKENS = 2048
 """Tokens whose activations are in memory at a time; at least one sequence."""
 
 
-def not_finite(name: str, what: str) -> InputError:
-    """The error for activations that overflow.
+class FloatWeights(FiniteWeights):
+    """Weights as an export of type `dtype` holds them: finite, rounded to it, and in float32.
 
-    Args:
-        name: of the part of the model.
-        what: it is given or gives.
+    Raises:
+        InputError: when it is read, a tensor with NaN, infinities, or a value that the type cannot hold.
     """
+
+    def __init__(self, source: WeightSource, dtype: np.dtype[Any]) -> None:
+        super().__init__(source)
+        self._dtype = dtype
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype, without reading the data."""
+        return TensorInfo(super().info(name).shape, np.dtype(np.float32))
+
+    def read(self, name: str) -> Array:
+        """The tensor's data, float32."""
+        return self._rounded(name, super().read(name))
+
+    def blocks(self, name: str) -> Iterator[Array]:
+        """The tensor in pieces along its first axis, float32."""
+        for block in super().blocks(name):
+            yield self._rounded(name, block)
+
+    def _rounded(self, name: str, values: Array) -> Array:
+        return convert(name, values, self._dtype).astype(np.float32)
+
+
+def not_finite(name: str, what: str) -> InputError:
+    """The error for a part of the model that is given or gives `what` that overflows."""
     return InputError(
         f"the calibration text gives {name} {what} that are not finite in float32",
         "a model that float32 can compute with",
