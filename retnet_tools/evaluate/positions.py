@@ -28,12 +28,7 @@ Verdict = Literal["grows", "shrinks", "no trend seen", "unknown"]
 
 @dataclass(frozen=True)
 class PositionBin:
-    """Predictions with `first` to `last` tokens of context.
-
-    Attributes:
-        kld: mean KL(base || Q), or None without a baseline.
-        baseline_nll: likewise.
-    """
+    """Predictions with `first` to `last` tokens of context; `kld` is the mean KL(base || Q)."""
 
     first: int
     last: int

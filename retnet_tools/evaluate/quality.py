@@ -38,8 +38,7 @@ def check_measurable(plan: ExportPlan, target: str | None, text: Text, limit: in
     Args:
         plan: of float weights.
         target: the type that it is to be quantized to, if any.
-        text: the text.
-        limit: tokens of it to take at most.
+        limit: tokens of the text to take at most.
 
     Raises:
         UsageError: float weights, graphs that this runtime does not step, a type that it cannot compute with, a model

@@ -250,10 +250,7 @@ def _notes(config: RetNetConfig, ids: Tensor, forms: Mapping[str, RetentionForm]
 
 
 def _check_arguments(
-    config: RetNetConfig,
-    inputs: npt.NDArray[Any],
-    forms: Mapping[str, RetentionForm],
-    tolerance: float | None,
+    config: RetNetConfig, inputs: npt.NDArray[Any], forms: Mapping[str, RetentionForm], tolerance: float | None
 ) -> None:
     if len(forms) < 2:
         raise UsageError(f"{len(forms)} forms to compare", "two or more")

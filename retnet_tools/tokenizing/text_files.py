@@ -17,13 +17,7 @@ PIECE = 1 << 20
 
 @dataclass(frozen=True)
 class Text:
-    """A text.
-
-    Attributes:
-        name: its file's name.
-        sha256: of its bytes.
-        content: what they say.
-    """
+    """What a file says, under the file's name, with the sha256 of its bytes."""
 
     name: str
     sha256: str
@@ -67,10 +61,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
 
 
 def text_pieces(file: Path, digest: hashlib._Hash) -> Iterator[str]:
-    """The text of a file in pieces of about `PIECE` bytes that end with a line.
-
-    Args:
-        digest: takes in the bytes as they are read.
+    """The text of a file in pieces of about `PIECE` bytes that end with a line; `digest` takes in the bytes.
 
     Raises:
         InputError: a file that cannot be read or is not UTF-8.
@@ -81,12 +72,10 @@ def text_pieces(file: Path, digest: hashlib._Hash) -> Iterator[str]:
                 piece = b"".join(lines)
                 digest.update(piece)
                 yield _decode(piece, str(file))
-    except FileNotFoundError as error:
-        raise InputError(f"no file {file}", "a text file in UTF-8") from error
-    except IsADirectoryError as error:
-        raise InputError(f"{file} is a folder", "a text file in UTF-8") from error
     except OSError as error:
-        raise InputError(f"cannot read {file} ({error.strerror or error})", "a text file in UTF-8") from error
+        other = f"cannot read {file} ({error.strerror or error})"
+        found = {FileNotFoundError: f"no file {file}", IsADirectoryError: f"{file} is a folder"}.get(type(error), other)
+        raise InputError(found, "a text file in UTF-8") from error
 
 
 def _decode(content: bytes, name: str) -> str:
