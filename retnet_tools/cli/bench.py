@@ -111,7 +111,7 @@ def bench(
         raise UsageError(f"--size {size} and a checkpoint or options of one", "one of them")
     origin = None if size is not None else request.source()
     if origin is not None:
-        options.say_shipped(origin.path)
+        options.say_shipped(request.checkpoint)
     chosen = ModelOptions(origin, size, number_type, how_small, ops, target.kind)
     target = usable_device(target)
     if folder is not None and not folder.is_dir():

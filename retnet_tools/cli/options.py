@@ -11,7 +11,6 @@ import typer
 from retnet_tools.cli.command import MAX_THREADS
 from retnet_tools.console import print_message
 from retnet_tools.errors import UsageError
-from retnet_tools.jobs.request import shipped_checkpoint
 
 running, writing = (partial(typer.Option, rich_help_panel=panel) for panel in ("Device", "Output"))
 
@@ -63,8 +62,8 @@ def parse_counts(option: str, text: str, largest: int | None = None) -> list[int
 
 
 def say_shipped(checkpoint: str | Path) -> None:
-    """Say that the checkpoint inside the package is used, where it is."""
-    if checkpoint == shipped_checkpoint():
+    """Say that the checkpoint inside the package is used, where none was named: what a command line names is text."""
+    if isinstance(checkpoint, Path):
         print_message(f"no checkpoint named: using the shipped one, {checkpoint}")
 
 

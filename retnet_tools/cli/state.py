@@ -71,7 +71,8 @@ def load(
 ) -> None:
     """Check that a state fits a model; show what comes next."""
     from retnet_tools.console import print_json
-    from retnet_tools.reports.states import likeliest, next_tokens_document, render_next_tokens
+    from retnet_tools.evaluate.saved_states import likeliest
+    from retnet_tools.reports.states import next_tokens_document, render_next_tokens
     from retnet_tools.runtime.decoder import open_decoder
     from retnet_tools.runtime.state_file import read_state
 
@@ -128,10 +129,12 @@ def diff(
 ) -> None:
     """How far two states are apart, layer by layer."""
     from retnet_tools.console import print_json
-    from retnet_tools.reports.states import check_difference, difference_document, render_difference
+    from retnet_tools.evaluate.saved_states import compare_states
+    from retnet_tools.reports.states import difference_document, render_difference
     from retnet_tools.runtime.state_file import read_state
 
-    document = difference_document(read_state(first), read_state(second))
+    comparison = compare_states(read_state(first), read_state(second))
+    document = difference_document(comparison)
     print_json(document) if as_json else render_difference(document)
     if tolerance is not None:
-        check_difference(document, tolerance)
+        comparison.require(tolerance)

@@ -58,7 +58,10 @@ def test_each_option_is_asked_for_and_all_of_them_are_enough(command: str, folde
     assert cli(*arguments(command, folder, options | {"--from": "fla"})).exit_code == 5
     result = cli(*arguments(command, folder, options | {"--clamp": "abs-of-sum", "--from": "torchscale"}))
     assert result.exit_code == 0, result.err
-    json.loads(result.out)
+    document = json.loads(result.out)
+    if command != "bench":
+        asked = {"entry": "second", "ignore_keys": ["house_style"], "clamp": "abs_of_sum", "format": "torchscale"}
+        assert asked.items() <= document["request"].items()
 
 
 @pytest.mark.parametrize("clamp", ["abs-of-sum", "sum-of-abs"])
