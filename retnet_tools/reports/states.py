@@ -24,7 +24,7 @@ def state_document(path: Path, state: StateFile) -> dict[str, Any]:
         "layers": len(state.states),
         "state_shape": list(state.states[0].shape[1:]),
         "fingerprint": state.fingerprint,
-        "sampling": vars(state.sampling),
+        "sampling": state.sampling.settings(),
         "rows": [
             {
                 "position": int(state.position[row]),

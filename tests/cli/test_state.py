@@ -48,6 +48,7 @@ def test_info_counts_and_hashes_what_a_state_holds(folder: Path, tmp_path: Path,
     assert document["state_shape"] == [4, 8, 12]
     assert document["bytes"] == (tmp_path / "a").stat().st_size
     assert document["fingerprint"]["dtype"] == "float32"
+    assert [*document["sampling"]] == ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"]
     assert row["tokens_sha256"][:12] in cli("state", "info", tmp_path / "a").out
 
 
@@ -64,6 +65,7 @@ def test_forks_are_rows_of_one_file(folder: Path, tmp_path: Path, cli) -> None:
     cli("generate", folder, "-p", PROMPT, "-n", 1, "--temperature", 1.5, "--state-out", tmp_path / "a")
     forked = cli("state", "fork", tmp_path / "a", "-n", 3, "-o", tmp_path / "b", "--json")
     assert [row["position"] for row in json.loads(forked.out)["rows"]] == [6, 6, 6]
+    assert json.loads(forked.out)["sampling"]["temperature"] == 1.5
     samples = json.loads(cli("generate", folder, "--state-in", tmp_path / "b", "-n", 12, "--json").out)["samples"]
     assert len({tuple(sample["tokens"]) for sample in samples}) == 3
     assert cli("state", "fork", tmp_path / "b", "--rows", "2,0", "-n", 1, "-o", tmp_path / "c").exit_code == 0
