@@ -27,6 +27,7 @@ from retnet_tools.cli.quantize import quantize
 from retnet_tools.cli.state import app as state_app
 from retnet_tools.cli.verify import verify
 from retnet_tools.errors import RetNetToolsError, UsageError
+from retnet_tools.graph.quantization import CODE_TYPES
 from retnet_tools.version import __version__
 
 app = typer.Typer(
@@ -70,7 +71,7 @@ COMMANDS = (
     (
         "Exports",
         quantize,
-        "An export with int8, int4 or half-precision weights.",
+        f"An export with {', '.join(CODE_TYPES)} or half-precision weights.",
         (
             "quantize out/ -o small/ --quantize int8",
             "quantize out/ --quantize int4 --method gptq --calibration text.txt",

@@ -14,7 +14,7 @@ from retnet_tools.evaluate.scoring import Windows
 from retnet_tools.graph.contract import STEP_FILE
 from retnet_tools.graph.export import ExportPlan
 from retnet_tools.graph.manifest import read_manifest
-from retnet_tools.graph.quantization import HALF_TYPES, Quality
+from retnet_tools.graph.quantization import CODE_TYPES, HALF_TYPES, Quality
 from retnet_tools.progress import Progress, no_progress
 from retnet_tools.quantize.card import update_record
 from retnet_tools.tokenizing.text_files import Text
@@ -85,7 +85,9 @@ def measure_quality(
     """
     record = read_manifest(folder).quantization
     if record is None:
-        raise UsageError(f"{folder} has float weights", "int8 or int4", "perplexity --against measures any two models")
+        raise UsageError(
+            f"{folder} has float weights", " or ".join(CODE_TYPES), "perplexity --against measures any two models"
+        )
     source = ExportLogits(folder, threads=threads)
     tokens = read_tokens(text.content, source, baseline, limit=limit)
     report = measure_perplexity(source, tokens, WINDOWS, baseline=baseline, progress=progress)

@@ -20,12 +20,13 @@ from retnet_tools.graph.contract import state_shape
 from retnet_tools.graph.files import load_graph
 from retnet_tools.graph.manifest import Manifest
 from retnet_tools.graph.nodes import ELEMENT_TYPES
+from retnet_tools.graph.quantization import CODE_TYPES
 from retnet_tools.runtime.failures import OutOfMemoryError, failure_type
 
 if TYPE_CHECKING:
     from retnet_tools.runtime.providers import Device
 
-SMALLER = "a smaller batch, --dtype fp16, --quantize int8 or int4, another device, or --device cpu"
+SMALLER = f"a smaller batch, --dtype fp16, --quantize {' or '.join(CODE_TYPES)}, another device, or --device cpu"
 """What to do where the memory of a device does not suffice."""
 LIBRARY_BYTES = 256 << 20
 """Room for kernels that are loaded when they are first needed, and for cuBLAS: 32 MiB a handle since 9.0."""
