@@ -87,11 +87,11 @@ def command(
         shown = []
         for field in fields:
             panel = next((panel for panel, names in PANELS.items() if field.name in names), None)
-            settings = {"help": texts[field.name], "rich_help_panel": panel, **SETTINGS.get(field.name, {})}
+            settings = {"help": texts.get(field.name, ""), "rich_help_panel": panel, **SETTINGS.get(field.name, {})}
             settings |= others.get(field.name, {})
             flags = settings.pop("flags", FLAGS.get(field.name, f"--{field.name.replace('_', '-')}"))
             if field.name in arguments:
-                how = typer.Argument(metavar=field.name.upper(), help=texts[field.name], show_default=False)
+                how = typer.Argument(metavar=field.name.upper(), help=texts.get(field.name, ""), show_default=False)
                 shown.append(_parameter(field, hints, how))
             else:
                 shown.append(_parameter(field, hints, typer.Option(*flags.split(), **settings)))
