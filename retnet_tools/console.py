@@ -6,18 +6,28 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from retnet_tools.progress import Progress
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, ConsoleOptions, RenderableType
     from rich.table import Table
+    from rich.text import Text
 
 PLAIN_WIDTH = 200
+LONG_CELL = 24
+_PADDING = 2
 LOG = logging.getLogger("retnet_tools")
 """Notes are its messages: `info` unless they are for `--verbose`; the command line shows them on stderr."""
 _documents = 0
+
+
+class _Width(NamedTuple):
+    """Characters that a column needs to split no word, and to fold no line."""
+
+    least: int
+    most: int
 
 
 def result_console() -> Console:
@@ -28,14 +38,75 @@ def result_console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
 
 
-def result_table(*columns: str) -> Table:
-    """An empty table with these headings, without borders; a cell too wide for the terminal is folded, never cut."""
-    from rich.table import Table
+class ResultTable:
+    """A table without borders, for Rich to print. Numbers are never split: columns that a line has no room for go on
+    below, behind the first ones again. Cells of more than `LONG_CELL` characters are folded between words, headings
+    too, and so are words that are longer.
 
-    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
-    for column in table.columns:
-        column.overflow = "fold"
-    return table
+    Args:
+        headings: of the columns; without any there is no line for them.
+        keys: how many columns say what a line is about.
+        right_from: the first column that is aligned to the right; None for none.
+    """
+
+    def __init__(self, *headings: str, keys: int = 1, right_from: int | None = None) -> None:
+        self._headings, self._keys = headings, keys
+        self._right_from = len(headings) if right_from is None else right_from
+        self._rows: list[tuple[str | Text, ...]] = []
+
+    def add_row(self, *cells: str | Text) -> None:
+        """Add a line; a cell may have Rich's markup."""
+        self._rows.append(cells)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """The blocks of columns, one below the other."""
+        columns = [self._column(i) for i in range(len(self._headings))]
+        keys = list(range(self._keys))
+        blocks, used = [keys], sum(columns[i].least for i in keys)
+        for i, column in enumerate(columns[self._keys :], start=self._keys):
+            if used + column.least > options.max_width and len(blocks[-1]) > self._keys:
+                blocks.append(keys)
+                used = sum(columns[i].least for i in keys)
+            blocks[-1] = [*blocks[-1], i]
+            used += column.least
+        for number, block in enumerate(blocks):
+            yield from [""] if number else []
+            yield self._block(block, _widths([columns[i] for i in block], options.max_width))
+
+    def _column(self, i: int) -> _Width:
+        heading, lines = self._headings[i], [line for row in self._rows for line in _plain(row[i]).split("\n")]
+        whole = [line for line in lines if len(line) <= LONG_CELL]
+        words = [word for line in (heading, *lines) for word in line.split()]
+        least = max([*map(len, whole), *(min(len(word), LONG_CELL) for word in words)], default=0)
+        return _Width(least + _PADDING, max(map(len, (heading, *lines))) + _PADDING)
+
+    def _block(self, block: list[int], widths: list[int]) -> Table:
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, header_style="bold", show_header=any(self._headings))
+        for i, width in zip(block, widths, strict=True):
+            justify: Literal["left", "right"] = "right" if i >= self._right_from else "left"
+            table.add_column(self._headings[i], width=width - _PADDING, overflow="fold", justify=justify)
+        for row in self._rows:
+            table.add_row(*(row[i] for i in block))
+        return table
+
+
+def _plain(cell: str | Text) -> str:
+    from rich.text import Text
+
+    return cell.plain if isinstance(cell, Text) else Text.from_markup(cell).plain
+
+
+def _widths(columns: list[_Width], room: int) -> list[int]:
+    """What each column gets: at least what its words need, and of the rest no more than its lines."""
+    widths = [column.least for column in columns]
+    rest = room - sum(widths)
+    # The narrowest are filled first: what they leave is for the widest.
+    for i in sorted(range(len(columns)), key=lambda i: columns[i].most - columns[i].least):
+        widths[i] += max(0, min(columns[i].most - columns[i].least, rest))
+        rest -= widths[i] - columns[i].least
+    return widths
 
 
 def print_line(console: Console, text: str) -> None:

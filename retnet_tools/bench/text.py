@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from retnet_tools.bench.options import RETNET
 from retnet_tools.bench.results import BenchReport, BenchRow, Flatness, StepProfile
-from retnet_tools.console import print_line, result_console, result_table
+from retnet_tools.console import ResultTable, print_line, result_console
 from retnet_tools.errors import UsageError, did_you_mean
 
 Format = Literal["table", "md", "csv", "json"]
@@ -39,7 +39,8 @@ def render_benchmark(report: BenchReport) -> None:
             print_line(console, part)
             continue
         headings, rows = part
-        table = result_table(*headings)
+        # What a line of the measured tests is about stands before its threads.
+        table = ResultTable(*headings, keys=headings.index("threads") if "threads" in headings else 1)
         for row in rows:
             table.add_row(*row)
         console.print(table)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from retnet_tools.console import print_line, result_console, result_table, verdict
+from retnet_tools.console import ResultTable, print_line, result_console, verdict
 from retnet_tools.jobs.verify import VerifyResult
 from retnet_tools.model.budgets import CAUSES
 
@@ -45,7 +45,7 @@ def render_agreement(result: VerifyResult) -> None:
     console, report = result_console(), result.report
     tokens = f"{report.rows} x {report.tokens} tokens ({result.tokens})"
     print_line(console, f"{result.checkpoint}: {tokens}, {report.dtype}, logits up to {report.logits_scale:.3g}")
-    table = result_table("logits", *(f"{c.a} / {c.b}" for c in report.comparisons))
+    table = ResultTable("logits", *(f"{c.a} / {c.b}" for c in report.comparisons))
     cells = [_comparison_cells(c) for c in report.comparisons]
     for heading in cells[0]:
         table.add_row(heading, *(column[heading] for column in cells))

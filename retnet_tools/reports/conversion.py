@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from retnet_tools.console import print_line, result_console, result_table
+from retnet_tools.console import ResultTable, print_line, result_console
 from retnet_tools.jobs.convert import ConvertResult
 
 
@@ -52,7 +52,7 @@ def render_conversion(document: dict[str, Any]) -> None:
         print_line(console, f"  {name}")
     if not document["written"]:
         print_line(console, f"memory for tensors: at most {document['memory_bytes'] / 1e6:.1f} MB")
-        table = result_table("name in the file", "canonical name", "shape", "type")
+        table = ResultTable("name in the file", "canonical name", "shape", "type")
         for tensor in document["tensors"]:
             shape = " x ".join(map(str, tensor["shape"]))
             table.add_row(tensor["name"], tensor["canonical"] or "(buffer)", shape, tensor["dtype"])

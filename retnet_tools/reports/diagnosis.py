@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from retnet_tools.console import print_line, result_console, result_table, verdict
+from retnet_tools.console import ResultTable, print_line, result_console, verdict
 from retnet_tools.graph.cuda_kernels import kernel_version
 from retnet_tools.runtime.diagnosis import Diagnosis, FolderDiagnosis
 from retnet_tools.runtime.providers import Device, parse_device
@@ -88,7 +88,7 @@ def _render_folder(console: Console, folder: dict[str, Any]) -> None:
     predicted = any(graph["predicted"] for graph in folder["graphs"])
     basis = f", predicted from the kernels of onnxruntime {kernel_version()}" if predicted else ""
     print_line(console, f"{'folder':<12} {folder['path']}: {folder['dtype']}, for {folder['made_for']}{basis}")
-    table = result_table("graph", "nodes", "on the CPU, and not for shapes", "weights")
+    table = ResultTable("graph", "nodes", "on the CPU, and not for shapes", "weights")
     for graph in folder["graphs"]:
         nodes = ", ".join(f"{provider} {count}" for provider, count in graph["nodes"].items())
         on_cpu = ", ".join(f"{operator} ({count})" for operator, count in graph["on_cpu"].items()) or "none"

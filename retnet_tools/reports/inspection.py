@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from retnet_tools.console import print_line, result_console, result_table
+from retnet_tools.console import ResultTable, print_line, result_console
 from retnet_tools.evaluate.lint import SEVERITIES, Severity, counted, gamma_text
 from retnet_tools.graph.contract import WEIGHTS_FILE
 from retnet_tools.jobs.inspect import InspectResult, StoredModel
@@ -118,7 +118,7 @@ def _facts(result: InspectResult) -> Iterator[str]:
 
 
 def _render_config(console: Console, result: InspectResult) -> None:
-    table = result_table("configuration", "")
+    table = ResultTable("configuration", "")
     for name, value in result.model.config.to_dict().items():
         if name not in _SCHEDULES:
             table.add_row(name, Text(_flat(value)))
@@ -131,9 +131,7 @@ def _render_config(console: Console, result: InspectResult) -> None:
 
 def _render_parameters(console: Console, result: InspectResult) -> None:
     total = sum(result.parameters.values())
-    table = result_table("parameters", "count", "share")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = ResultTable("parameters", "count", "share", right_from=1)
     for part, count in result.parameters.items():
         tied = part == "output head" and result.model.config.tie_word_embeddings
         table.add_row(f"{part} (tied)" if tied else part, f"{count:,}", f"{count / total:.1%}")
@@ -142,9 +140,7 @@ def _render_parameters(console: Console, result: InspectResult) -> None:
 
 
 def _render_heads(console: Console, result: InspectResult) -> None:
-    table = result_table("head", "gamma", "half-life", "1% horizon (tokens)")
-    for column in table.columns[2:]:
-        column.justify = "right"
+    table = ResultTable("head", "gamma", "half-life", "1% horizon (tokens)", right_from=2)
     for head in result.heads:
         half_life, horizon = tokens_text(head.half_life), tokens_text(head.horizon)
         table.add_row(head.head, gamma_text(head.log_gamma), half_life, horizon)

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from retnet_tools.console import print_line, result_console, result_table
+from retnet_tools.console import ResultTable, print_line, result_console
 from retnet_tools.evaluate.estimates import INDEPENDENCE, Divergence, Estimate
 from retnet_tools.evaluate.perplexity import Perplexity, PerplexityReport
 from retnet_tools.evaluate.positions import CONFIDENCE, LEAST_CLUSTERS, ByPosition, PositionBin, Trend
@@ -78,8 +78,7 @@ def render_perplexity(report: PerplexityReport) -> None:
         f"stride {report.stride}, {report.rows} row{'' if report.rows == 1 else 's'}",
     )
     console.print()
-    table = result_table("", "")
-    table.show_header = False
+    table = ResultTable("", "")
     for name, value in _rows(report):
         table.add_row(name, value)
     console.print(table)
@@ -145,7 +144,7 @@ def _rows(report: PerplexityReport) -> Iterator[tuple[str, str]]:
 
 def _render_positions(console: Console, positions: ByPosition) -> None:
     against = positions.trend is not None
-    table = result_table("context", "tokens", "mean NLL", *(("mean NLL(base)", "mean KLD") if against else ()))
+    table = ResultTable("context", "tokens", "mean NLL", *(("mean NLL(base)", "mean KLD") if against else ()))
     for bin in positions.bins:
         cells = [bin.nll] + ([bin.baseline_nll, bin.kld] if against else [])
         table.add_row(context_text(bin), f"{bin.tokens:,}", *(estimate_text(cell) for cell in cells if cell))

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from retnet_tools.console import print_line, result_console, result_table
+from retnet_tools.console import ResultTable, print_line, result_console
 from retnet_tools.evaluate.saved_states import StateComparison, state_norms
 from retnet_tools.runtime.state_file import StateFile
 
@@ -51,7 +51,7 @@ def render_state(document: dict[str, Any]) -> None:
         f"model {str(fingerprint.get('model'))[:12]}, {fingerprint.get('dtype')}, "
         f"quantization {fingerprint.get('quantization')}",
     )
-    table = result_table("row", "tokens", "distinct", "tokens sha256", "state norm")
+    table = ResultTable("row", "tokens", "distinct", "tokens sha256", "state norm")
     for number, row in enumerate(document["rows"]):
         norms = row["state_norms"]
         table.add_row(
@@ -78,7 +78,7 @@ def render_difference(document: dict[str, Any]) -> None:
     print_line(console, f"{'model':<10} {f'different: {others}' if others else 'the same'}")
     if not document["same_shapes"]:
         return
-    table = result_table("", "max abs", "max rel")
+    table = ResultTable("", "max abs", "max rel")
     named = [(f"layer {i}", layer) for i, layer in enumerate(document["layers"])]
     for name, row in [*named, ("logits", document["logits"])]:
         table.add_row(name, f"{row['max_abs']:.3e}", f"{row['max_rel']:.3e}")
