@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,41 +17,45 @@ from retnet_tools.jobs.request import CheckpointOrShipped
 if TYPE_CHECKING:
     from retnet_tools.bench.options import BenchOptions
 
-Size = Annotated[str | None, typer.Option("--size", help="Random weights of a published size: 300m, 1.3b, 6.7b, ...")]
-Prompts = Annotated[
-    str | None, typer.Option("-p", help="Prompt lengths to read, a comma list; 0 for none. 512 if left out.")
+_model, _tests, _quantization, _device, _output = (
+    partial(typer.Option, rich_help_panel=panel) for panel in ("Model", "Tests", "Quantization", "Device", "Output")
+)
+
+Size = Annotated[
+    str | None, _model("--size", metavar="SIZE", help="Random weights of a published size: 300m, 1.3b, 6.7b, ...")
 ]
-Tokens = Annotated[
-    str | None, typer.Option("-n", help="Tokens to generate, a comma list; 0 for none. 128 if left out.")
-]
-Depths = Annotated[str, typer.Option("-d", "--depth", help="Tokens before those, placed; a comma list.")]
-Batches = Annotated[str, typer.Option("-b", "--batch", help="Sequences at once; a comma list.")]
-ThreadCounts = Annotated[str | None, typer.Option("-t", "--threads", help="CPU threads; a comma list.")]
-Repetitions = Annotated[
-    int | None, typer.Option("-r", "--repetitions", help="Times to repeat each; 5 if left out.", min=1)
-]
+Prompts = Annotated[str | None, _tests("-p", help="Prompt lengths to read, a comma list; 0 for none. 512 if left out.")]
+Tokens = Annotated[str | None, _tests("-n", help="Tokens to generate, a comma list; 0 for none. 128 if left out.")]
+Depths = Annotated[str, _tests("-d", "--depth", help="Tokens before those, placed; a comma list.")]
+Batches = Annotated[str, _tests("-b", "--batch", help="Sequences at once; a comma list.")]
+ThreadCounts = Annotated[str | None, _tests("-t", "--threads", help="CPU threads; a comma list.")]
+Repetitions = Annotated[int | None, _tests("-r", "--repetitions", help="Times to repeat each; 5 if left out.", min=1)]
 ChunkSize = Annotated[
     int | None,
-    typer.Option("--chunk-size", help="Tokens of a prompt that RetNet reads at once; 256 if left out.", min=1),
+    _tests("--chunk-size", help="Tokens of a prompt that RetNet reads at once; 256 if left out.", min=1),
 ]
 Against = Annotated[
-    str | None, typer.Option("--against", help="Alternatives: torch, transformer, transformer-gqa; a comma list.")
+    str | None, _tests("--against", help="Alternatives: torch, transformer, transformer-gqa; a comma list.")
 ]
-FloatType = Annotated[str | None, typer.Option("--dtype", help="Of a checkpoint: fp32 (if left out), fp16 or bf16.")]
-Operators = Annotated[str | None, typer.Option("--ops", help="Of a checkpoint: fused (if left out) or standard.")]
-Quantize = Annotated[str | None, typer.Option("--quantize", help=f"Of a checkpoint: {CODES}, {HALVES}.")]
-BlockSize = Annotated[int | None, typer.Option("--block-size", help="Weights that share a scale: 32, 64 or 128.")]
+FloatType = Annotated[
+    str | None, _model("--dtype", metavar="fp32|fp16|bf16", help="Of a checkpoint: fp32 (if left out), fp16 or bf16.")
+]
+Operators = Annotated[
+    str | None, _model("--ops", metavar="fused|standard", help="Of a checkpoint: fused (if left out) or standard.")
+]
+Quantize = Annotated[str | None, _quantization("--quantize", help=f"Of a checkpoint: {CODES}, {HALVES}.")]
+BlockSize = Annotated[int | None, _quantization("--block-size", help="Weights that share a scale: 32, 64 or 128.")]
 AccuracyLevel = Annotated[
-    int | None, typer.Option("--accuracy-level", help="Of products on the CPU: 4 in int8, 0 or 1 in float32.")
+    int | None, _quantization("--accuracy-level", help="Of products on the CPU: 4 in int8, 0 or 1 in float32.")
 ]
-Flat = Annotated[bool, typer.Option("--flat", help="Decode at positions 1 thousand to 1 million too.")]
-Profile = Annotated[bool, typer.Option("--profile", help="Show where a step's time goes, by operator.")]
+Flat = Annotated[bool, _tests("--flat", help="Decode at positions 1 thousand to 1 million too.")]
+Profile = Annotated[bool, _tests("--profile", help="Show where a step's time goes, by operator.")]
 Folder = Annotated[
-    Path | None, typer.Option("--folder", help="Where models are written for the time of a run.", show_default=False)
+    Path | None, _output("--folder", help="Where models are written for the time of a run.", show_default=False)
 ]
-Eager = Annotated[bool, typer.Option("--no-cuda-graph", help="Launch the kernels of every step one by one on CUDA.")]
-Quick = Annotated[bool, typer.Option("--quick", help="-p 64 -n 16 -r 3, and small buffers.")]
-Format = Annotated[str, typer.Option("--format", help="table, md, csv or json.")]
+Eager = Annotated[bool, _device("--no-cuda-graph", help="Launch the kernels of every step one by one on CUDA.")]
+Quick = Annotated[bool, _tests("--quick", help="-p 64 -n 16 -r 3, and small buffers.")]
+Format = Annotated[str, _output("--format", metavar="table|md|csv|json", help="table, md, csv or json.")]
 
 
 @command(CheckpointOrShipped, arguments=("checkpoint",))
