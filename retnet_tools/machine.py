@@ -37,7 +37,7 @@ def allowed_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def threads_for(parameters: int, tokens: int) -> int:
+def torch_threads(parameters: int, tokens: int) -> int:
     """CPU threads worth starting for a network that is shown so many tokens at once: 1 to the allowed cores.
 
     The work is parameters x tokens multiply-adds, of which each thread gets at least 2^32, about a fifth of a second.

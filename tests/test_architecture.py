@@ -54,10 +54,6 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 CHECKPOINT = PACKAGE / "data" / "shakespeare"
 HELD_OUT = Path(__file__).parent.parent / "fixtures" / "shakespeare" / "heldout.txt"
-MUTUAL_TYPES = [
-    (f"retnet_tools.runtime.{name}", "retnet_tools.runtime.providers") for name in ("buffers", "device_memory")
-]
-"""A buffer, and memory, is of a device, whose row says what these are."""
 NAMES = {
     ".".join(("retnet_tools", *file.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): file
     for file in MODULES
@@ -110,8 +106,6 @@ def test_no_arrow_runs_back(module: str) -> None:
 def test_modules_import_one_another_in_no_circle() -> None:
     """Nor for types; a table may import one of its rows late."""
     arrows = {module: set(imports(file, late=False)) & NAMES.keys() for module, file in NAMES.items()}
-    for module, imported in MUTUAL_TYPES:
-        arrows[module].remove(imported)
     TopologicalSorter({module: names - {module} for module, names in arrows.items()}).prepare()
 
 

@@ -3,7 +3,7 @@ import os
 import pytest
 
 from retnet_tools import machine
-from retnet_tools.machine import available_memory, this_machine, threads_for
+from retnet_tools.machine import available_memory, this_machine, torch_threads
 
 
 def test_the_memory_of_this_machine_is_known() -> None:
@@ -34,7 +34,7 @@ def test_threads_follow_the_work_up_to_the_allowed_cores(
     parameters: int, tokens: int, cores: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "allowed_cores", lambda: cores)
-    assert threads_for(parameters, tokens) == threads
+    assert torch_threads(parameters, tokens) == threads
 
 
 GROUP = "/sys/fs/cgroup/"

@@ -10,7 +10,7 @@ from retnet_tools.config import RetNetConfig
 from retnet_tools.dtypes import FloatName
 from retnet_tools.errors import UsageError
 from retnet_tools.formats.spec import Checkpoint
-from retnet_tools.machine import threads_for
+from retnet_tools.machine import torch_threads
 from retnet_tools.model.retention import retention_chunkwise
 from retnet_tools.model.retnet import load_model
 from retnet_tools.weights import Array, FiniteWeights, parameter_count
@@ -18,7 +18,7 @@ from retnet_tools.weights import Array, FiniteWeights, parameter_count
 
 def use_threads(config: RetNetConfig, tokens: int, count: int | None = None) -> None:
     """Let torch use this many CPU threads from now on; None takes what a model shown `tokens` at once is worth."""
-    torch.set_num_threads(count or threads_for(parameter_count(config), tokens))
+    torch.set_num_threads(count or torch_threads(parameter_count(config), tokens))
 
 
 class CheckpointLogits:

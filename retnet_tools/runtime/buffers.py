@@ -19,12 +19,12 @@ from retnet_tools.graph.contract import TensorSpec
 from retnet_tools.runtime.cuda import cuda_runtime
 from retnet_tools.runtime.device_memory import enough_memory
 from retnet_tools.runtime.failures import CaptureError, one_line
+from retnet_tools.runtime.providers import Device
 from retnet_tools.weights import Array
 
 if TYPE_CHECKING:
     import onnxruntime
 
-    from retnet_tools.runtime.providers import Device
 
 EAGER = -1
 """The `gpu_graph_id` that ONNX Runtime neither captures nor replays."""
@@ -165,7 +165,7 @@ class DeviceBuffer(Buffer):
 
 def buffer_of(array: Array, device: Device) -> Buffer:
     """A buffer with the content of an array; on the CPU the array itself, so it must be the caller's own."""
-    return device.provider.buffers.of(array, device)
+    return _type_on(device).of(array, device)
 
 
 def zero_buffer(shape: Sequence[int], dtype: Any, device: Device) -> Buffer:
@@ -177,7 +177,11 @@ def zero_buffer(shape: Sequence[int], dtype: Any, device: Device) -> Buffer:
 
 def spare_buffer(shape: Sequence[int], dtype: Any, device: Device) -> Buffer:
     """A buffer whose content does not matter; as for every buffer, an `OutOfMemoryError` where there is no room."""
-    return device.provider.buffers.empty(shape, dtype, device)
+    return _type_on(device).empty(shape, dtype, device)
+
+
+def _type_on(device: Device) -> type[Buffer]:
+    return HostBuffer if device.provider.memory is None else DeviceBuffer
 
 
 class Binding:

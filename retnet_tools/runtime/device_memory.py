@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
@@ -22,9 +21,7 @@ from retnet_tools.graph.manifest import Manifest
 from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.graph.quantization import CODE_TYPES
 from retnet_tools.runtime.failures import OutOfMemoryError, failure_type
-
-if TYPE_CHECKING:
-    from retnet_tools.runtime.providers import Device
+from retnet_tools.runtime.providers import Device
 
 SMALLER = f"a smaller batch, --dtype fp16, --quantize {' or '.join(CODE_TYPES)}, another device, or --device cpu"
 """What to do where the memory of a device does not suffice."""

@@ -41,7 +41,7 @@ BYTES_OF_A_THREAD = 1 << 27
 _INPUTS = {STEP_FILE: step_inputs, PREFILL_FILE: prefill_inputs}
 
 
-def threads_for(weight_bytes: int, tokens: int) -> int:
+def session_threads(weight_bytes: int, tokens: int) -> int:
     """CPU threads worth starting for a graph that is shown so many tokens at once: 1 to the allowed cores.
 
     Threads wait for each other after every operation, so each should have 128 MB of weights to multiply by. Steps in
@@ -61,7 +61,7 @@ class GraphOpener:
 
     Args:
         folder: an exported folder, complete.
-        threads: of the CPU provider; None chooses by `threads_for`.
+        threads: of the CPU provider; None chooses by `session_threads`.
         eager_reason: why steps are not to be captured; None captures them where that is possible.
 
     Attributes:
@@ -124,7 +124,7 @@ class GraphOpener:
             check_memory(self.device, needed + LIBRARY_BYTES, f"{name} of {self._folder}")
         else:
             size = (self._folder / WEIGHTS_FILE).stat().st_size
-            threads = threads or threads_for(size, 1 if name == STEP_FILE else PREFILL_CHUNK_SIZE)
+            threads = threads or session_threads(size, 1 if name == STEP_FILE else PREFILL_CHUNK_SIZE)
         session = open_session(
             path,
             self.device,

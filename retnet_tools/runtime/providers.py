@@ -11,7 +11,6 @@ from retnet_tools.errors import ProviderError, UsageError
 from retnet_tools.graph.cuda_ops import step_kernel, tokens_kernel
 from retnet_tools.graph.manifest import Manifest
 from retnet_tools.runtime import cuda, installation
-from retnet_tools.runtime.buffers import Buffer, DeviceBuffer, HostBuffer
 
 
 class CpuFallbackWarning(UserWarning):
@@ -48,7 +47,6 @@ class Provider:
         name: as `--device` has it.
         onnxruntime: its name in ONNX Runtime.
         numbered: whether there may be several such devices, as `name:1`.
-        buffers: what holds the tensors that graphs read and write.
         in_place: whether its kernels are known to read a state before they write it.
         eager_reason: why its steps are never captured; None where they can be.
         without_kernel: what to do where it has no kernel for a graph.
@@ -62,7 +60,6 @@ class Provider:
     name: str
     onnxruntime: str
     numbered: bool
-    buffers: type[Buffer]
     in_place: bool
     eager_reason: str | None
     without_kernel: str
@@ -182,7 +179,6 @@ CPU = Provider(
     name="cpu",
     onnxruntime="CPUExecutionProvider",
     numbered=False,
-    buffers=HostBuffer,
     in_place=True,
     eager_reason="it runs on the CPU",
     without_kernel="the CPU provider has none for bfloat16: export with --dtype fp32 or fp16",
@@ -191,7 +187,6 @@ CUDA = Provider(
     name="cuda",
     onnxruntime="CUDAExecutionProvider",
     numbered=True,
-    buffers=DeviceBuffer,
     in_place=False,
     eager_reason=None,
     without_kernel="export with --device cuda, or with --dtype fp32",

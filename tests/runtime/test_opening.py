@@ -142,9 +142,9 @@ def test_threads_are_as_many_as_the_weights_of_a_step_occupy(
     cores: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(opening, "allowed_cores", lambda: cores)
-    assert opening.threads_for(19_000_000, 1) == 1
-    assert opening.threads_for(1 << 32, 1) == expected
-    assert opening.threads_for(1 << 20, 1 << 12) == expected
+    assert opening.session_threads(19_000_000, 1) == 1
+    assert opening.session_threads(1 << 32, 1) == expected
+    assert opening.session_threads(1 << 20, 1 << 12) == expected
 
 
 def test_small_models_step_with_one_thread_and_a_number_that_is_given_wins(
