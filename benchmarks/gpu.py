@@ -14,8 +14,8 @@ by the first step that needs them. A step that fails or runs out of time stops n
 whether any did. Results of `retnet-tools bench` are also written to benchmarks/bench/, whose records
 `benchmarks/docs_tables.py` reads.
 
-Where commands end after some minutes, `--minutes` less than those, again and again while the machine stays. `--scripts`
-adds those that a host was given beside these. This file needs no package itself.
+Where commands end after some minutes, `--minutes` less than those, again and again while the machine stays. Scripts
+that a host is given beside these lie in .ort, or where `--scripts` says. This file needs no package itself.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gpu_steps import MODELS, MODULES, PYTHON, ROOT, Step, steps
+from gpu_steps import MODELS, MODULES, PYTHON, ROOT, SCRIPTS, Step, steps
 
 RESULTS = ROOT / "benchmarks" / "gpu"
 RECORDS = ROOT / "benchmarks" / "bench"
@@ -262,7 +262,9 @@ def main() -> None:
     parser.add_argument("--only", help="names of steps, separated by commas")
     parser.add_argument("--from", dest="first", help="the step to begin with")
     parser.add_argument("--minutes", type=float, help="after which nothing runs; steps that do not fit are left")
-    parser.add_argument("--scripts", type=Path, help="folder with smoke.py or probe.py, which are steps too")
+    parser.add_argument(
+        "--scripts", type=Path, default=SCRIPTS, help="folder with smoke.py or probe.py, which are steps too"
+    )
     parser.add_argument("--state", type=Path, default=STATE, help="where results and models stay between calls")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the file with all results")
     parser.add_argument("--quick", action="store_true")

@@ -71,6 +71,9 @@ class Model:
         return shlex.join(words)
 
 
+SCRIPTS = ROOT / ".ort"
+"""What a host without a network is carried, where nothing else is said."""
+
 MODELS = {
     "6.7b-fp16": Model("6.7b", "fp16", minutes=3.0),
     "1.3b-fp16": Model("1.3b", "fp16"),
@@ -122,7 +125,7 @@ def script(name: str, minutes: float, quick: str) -> Step:
     return Step(name, command, minutes, (*command, *shlex.split(quick)))
 
 
-def steps(scripts: Path | None = None) -> list[Step]:
+def steps(scripts: Path = SCRIPTS) -> list[Step]:
     """All steps, in order.
 
     Args:
@@ -130,9 +133,9 @@ def steps(scripts: Path | None = None) -> list[Step]:
             are steps.
     """
     parallel = ("-n", "4") if importlib.util.find_spec("xdist") else ()
-    smoke, probe = ((*PYTHON, str((scripts or ROOT) / name)) for name in ("smoke.py", "probe.py"))
+    smoke, probe = ((*PYTHON, str(scripts / name)) for name in ("smoke.py", "probe.py"))
     probe = (*probe, "--out", "{out}")
-    given = [name for name in ("smoke.py", "probe.py") if scripts is not None and (scripts / name).is_file()]
+    given = [name for name in ("smoke.py", "probe.py") if (scripts / name).is_file()]
     once, long = "-p 0 -n 128", "-p 0 -n 32 -r 3"
     return [
         Step("imports", (*PYTHON, "-c", f"import json, {', '.join(MODULES)}, retnet_tools.cli.app\n{_VERSIONS}"), 0.5),
