@@ -14,7 +14,12 @@ from tests.test_architecture import WAY
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
-LINKS = [(name, link) for name, text in PAGES.items() for link in re.findall(r"\]\((?!https?:|#)([^)#]+)\)", text)]
+WRITTEN = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+LINKS = [
+    (page.relative_to(ROOT).as_posix(), link)
+    for page in WRITTEN
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8"))
+]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NUMBER = re.compile(r"[-+]?\d[\d,.]*(e[-+]\d+)?")
 GENERATED = {"generate", "state load"}
@@ -83,7 +88,12 @@ def test_an_example_runs(example: Path, folder: Path, cli, capsys, monkeypatch: 
 
 @pytest.mark.parametrize(("page", "link"), LINKS, ids=str)
 def test_a_link_leads_somewhere(page: str, link: str) -> None:
-    assert (ROOT if page == "README" else ROOT / "docs").joinpath(link).exists()
+    name, _, place = link.partition("#")
+    target = (ROOT / page).parent / name if name else ROOT / page
+    assert target.exists()
+    if place:
+        headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+        assert place in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_every_option_that_is_named_exists(cli) -> None:

@@ -59,6 +59,15 @@ def test_a_stream_stops_before_a_stop_string(opened: Decoder) -> None:
     assert "".join(opened.stream("ROMEO. ", max_tokens=40, stop=stop)) == text[: text.index(stop)]
 
 
+def test_a_text_ends_at_the_models_end_of_text(opened: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = opened.generate("ROMEO. ", max_tokens=20).rows[0].tokens
+    end = tokens.index(tokens[7])
+    monkeypatch.setattr(opened.codec, "end_ids", frozenset({tokens[7]}))
+    row = opened.generate("ROMEO. ", max_tokens=20).rows[0]
+    assert (row.tokens, row.stop_reason) == (tokens[:end], "end-of-text")
+    assert "".join(opened.stream("ROMEO. ", max_tokens=20)) == row.text
+
+
 def test_a_token_is_computed_when_it_is_asked_for(opened: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     ran, step, prefill = [], DecoderSession.step, DecoderSession.prefill
     monkeypatch.setattr(DecoderSession, "step", lambda *a, **k: ran.append("step") or step(*a, **k))
@@ -73,6 +82,15 @@ def test_a_token_is_computed_when_it_is_asked_for(opened: Decoder, monkeypatch: 
     steps = len(ran)
     stream.close()
     assert len(ran) == steps
+
+
+def test_prompts_are_expected_unless_it_is_said_that_none_come(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the graphs then share their weights, for which both must have room."""
+    given, init = [], DecoderSession.__init__
+    monkeypatch.setattr(DecoderSession, "__init__", lambda *a, **k: given.append(k) or init(*a, **k))
+    open_decoder(folder).close()
+    open_decoder(folder, prompts=False, cuda_graph=False).close()
+    assert given == [{"cuda_graph": None, "prompts": True}, {"cuda_graph": False, "prompts": False}]
 
 
 def test_wrong_input_is_refused_before_anything_runs(opened: Decoder) -> None:
@@ -99,7 +117,8 @@ def test_a_closed_session_runs_nothing(folder: Path) -> None:
         next(stream)
     assert decoder.session.closed
     session = decoder.session
-    for run in (session.new_state, session.open_prefill, lambda: session.step([3], state), lambda: next(stream)):
+    calls = (lambda: session.step([3], state), lambda: session.prefill([[3, 4]], state), lambda: next(stream))
+    for run in (session.new_state, session.open_prefill, *calls):
         with pytest.raises(UsageError, match=r"the session of .* is closed"):
             run()
     assert (state.position.tolist(), len(state.numpy())) == ([1], session.manifest.config.num_layers)
