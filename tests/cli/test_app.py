@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from pathlib import Path
 
 import pytest
 
+from retnet_tools import console
 from retnet_tools.formats import open_checkpoint
 from retnet_tools.graph.export import plan_export, write_export
+from retnet_tools.jobs import inspect as jobs
 
 SHAKESPEARE = Path(__file__).parents[2] / "fixtures" / "shakespeare"
 
@@ -31,6 +34,17 @@ def test_quiet_leaves_the_result_and_no_note(flag: str, place: str, folder: Path
     assert (quiet.exit_code, quiet.err, quiet.out) == (0, "", loud.out)
     # The next run of this process is as loud as before.
     assert cli(*words).err.startswith("prompt 6 tokens, ")
+
+
+@pytest.mark.parametrize(("level", "shown"), [(logging.INFO, True), (logging.ERROR, False)])
+def test_quiet_shows_no_progress_on_a_terminal(level: int, shown: bool, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(console.LOG, "level", level)
+    console.LOG._cache.clear()
+    with console.progress_bar() as progress:
+        progress("verify", 1, 4)
+        progress("verify", 2, 4)
+    assert ("verify" in capsys.readouterr().err) == shown
 
 
 def test_quiet_swallows_no_error(tmp_path: Path, cli) -> None:
@@ -73,6 +87,34 @@ def test_an_error_is_a_document_where_json_is_asked_for(words: list[str], kind: 
     assert (plain.out, plain.exit_code) == ("", code)
     parts = [error["found"], error["expected"] and f"expected {error['expected']}", error["hint"]]
     assert " ".join("; ".join(filter(None, parts)).split()) == error["message"]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "found"),
+    [
+        (OSError(28, "No space left on device", "out"), "system", "No space left on device: out"),
+        (OSError("odd"), "system", "odd"),
+        (RuntimeError("odd"), "unexpected", "unexpected RuntimeError: odd"),
+    ],
+)
+def test_errors_that_are_not_ours_are_told_from_failures(
+    error: Exception, kind: str, found: str, monkeypatch: pytest.MonkeyPatch, cli
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(jobs, "inspect", fail)
+    result = cli("inspect", SHAKESPEARE, "--json")
+    document = json.loads(result.out)["error"]
+    assert (result.exit_code, document["kind"], document["found"]) == (1, kind, found)
+
+
+def test_a_missing_argument_is_told_with_what_it_is(cli) -> None:
+    result = cli("export")
+    assert (result.exit_code, result.err.count("\n")) == (2, 1)
+    assert (
+        "Missing argument 'CHECKPOINT': A folder, a file, or a name on the hub; see retnet-tools --help" in result.err
+    )
 
 
 def test_a_command_that_fails_behind_its_own_document_prints_no_second_one(cli) -> None:

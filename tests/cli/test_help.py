@@ -64,10 +64,16 @@ def test_help_takes_a_quarter_of_a_second_of_the_processor() -> None:
     assert best < 0.25
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_can_be_shown(shell: str) -> None:
-    found = subprocess.run([*RETNET_TOOLS, "--show-completion", shell], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize(
+    ("shell", "words"), [("bash", "complete -o default -F"), ("zsh", "#compdef"), ("fish", "complete --command")]
+)
+def test_completion_can_be_shown(shell: str, words: str) -> None:
+    # Else it is for the shell that all this was started from, if there is one.
+    named = os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    command = [*RETNET_TOOLS, "--show-completion", shell]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, env=named)
     assert "_RETNET_TOOLS_COMPLETE=" in found.stdout
+    assert words in found.stdout
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from retnet_tools.config import BlockNorm, HeadNorm
@@ -127,6 +128,18 @@ def test_more_tokens_than_fit_into_memory_exit_with_2(cli, checkpoint):
     assert "error: 3000000 tokens need about" in result.err
     assert "expected at most" in result.err
     assert len(result.err.splitlines()) == 1
+
+
+def test_the_seed_and_the_threads_that_are_named_are_taken(cli, checkpoint, monkeypatch):
+    used = []
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    names = (*SHORT[:-2], "--json", "--modes", "parallel,recurrent")
+    first, again, other = (
+        json.loads(cli("verify", checkpoint, "--seed", seed, "-t", threads, *names).out)["comparisons"]
+        for seed, threads in ((1, 2), (1, 1), (2, 1))
+    )
+    assert first == again != other
+    assert used == [2, 1, 1]
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "float16", "fp64"])

@@ -111,6 +111,14 @@ def test_columns_without_room_go_on_below_behind_their_keys() -> None:
     assert len(printed(table, 80)) == 2
 
 
+def test_the_short_lines_of_a_cell_are_not_folded() -> None:
+    table = ResultTable("name", "one", "two", "three")
+    figures = ["1.25 ± 0.50", "2.25 ± 0.75", "3.25 ± 1.00"]
+    table.add_row("a", *3 * ["\n".join(figures)])
+    text = "\n".join(printed(table, 30))
+    assert [text.count(figure) for figure in figures] == [3, 3, 3]
+
+
 def test_long_text_is_folded_and_nothing_is_lost() -> None:
     table = ResultTable("name", "what it is")
     table.add_row("x" * 70, " ".join(f"{n}00" for n in range(1, 40)))

@@ -83,3 +83,5 @@ def test_figures_out_of_the_range_of_float64_are_not_numbers_rather_than_errors(
     )
     assert math.isnan(found.ppl_difference.value)
     assert math.isnan(found.correlation)
+    one = TokenTable(nll=np.ones(5), baseline_nll=huge, kl=np.zeros(5), delta_p=np.zeros(5), same_top=np.ones(5, bool))
+    assert math.isnan(divergence(one).ppl_difference.value)

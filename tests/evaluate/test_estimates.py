@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from retnet_tools.evaluate.estimates import mean, ratio, student_t
+from retnet_tools.evaluate.estimates import Estimate, mean, ratio, student_t
 from retnet_tools.weights import Array
 
 
@@ -36,6 +36,9 @@ def test_the_error_of_exp_and_root_of_a_mean(values: Array) -> None:
     assert mean(values).exp().error == pytest.approx(jackknife(400, lambda i: math.exp(values[i].mean())), rel=0.01)
     assert mean(values).sqrt().error == pytest.approx(jackknife(400, lambda i: math.sqrt(values[i].mean())), rel=0.01)
     assert mean(values * 1e4).exp().value == math.inf
+    # A number that is known exactly has no error, however large it is.
+    assert Estimate(1e4, 0.0).exp() == Estimate(math.inf, 0.0)
+    assert Estimate(0.0, 0.5).sqrt() == Estimate(0.0, 0.0)
 
 
 def test_the_error_of_a_ratio_knows_that_both_sides_vary_together(values: Array) -> None:

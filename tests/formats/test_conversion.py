@@ -255,6 +255,15 @@ def test_what_is_written_has_the_tensors_of_the_original_file(folder: Path, tmp_
     assert {k: v for k, v in wrote.items() if config.get(k) is not None and v != config[k]} == {}
 
 
+@pytest.mark.parametrize("target", WRITABLE)
+def test_progress_is_of_every_byte_that_is_written(target: str, tmp_path: Path) -> None:
+    config = next(config for config in (ABLATIONS["tied"], FLA_SHAPED) if expressible(target, config))
+    plan = plan_conversion(config, random_source(config, 6), writable_format(target))
+    told: list[int] = []
+    write_checkpoint(tmp_path / "out", plan, force=False, progress=told.append)
+    assert sum(told) == plan.nbytes
+
+
 def test_torch_loads_the_state_dict_and_shares_tied_tensors(tmp_path: Path) -> None:
     config = ABLATIONS["tied"]
     source = random_source(config, seed=3)

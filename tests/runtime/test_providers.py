@@ -323,6 +323,11 @@ def test_weights_are_shared_by_graphs_only_where_kernels_are_known(folder: Path)
         ("[ONNXRuntimeError] : 6 : Failed to allocate memory for requested buffer", failures.OutOfMemoryError),
         ("CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED", failures.OutOfMemoryError),
         ("[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : no Cos(22)", failures.NoKernelError),
+        ("Available memory of 100 is smaller than requested bytes of 200", failures.OutOfMemoryError),
+        ("cudaErrorMemoryAllocation", failures.OutOfMemoryError),
+        ("CUDNN failure 4002: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED", failures.OutOfMemoryError),
+        ("IsNodeCompatibleWithProvider node.GetExecutionProviderType() was false", failures.NoKernelError),
+        ("CUDA failure 209: no kernel image is available for execution on the device", ProviderError),
         ("CUDA failure 900: fake error", ProviderError),
     ],
 )
