@@ -61,6 +61,19 @@ def test_steps_run_in_their_order_before_temperature_and_see_the_tokens_so_far(s
     assert len({"3", "1", "4", *texts}) == 3 + 20
 
 
+def test_a_step_is_given_logits_that_the_repetition_penalty_has_moved() -> None:
+    given: list[list[float]] = []
+
+    def note(candidates: Candidates) -> Candidates:
+        given.append(candidates.logits.tolist())
+        return candidates
+
+    sampling = Sampling(temperature=2.0, repetition_penalty=4.0, steps=(note,))
+    left = sampling.candidates(np.array([2.0, 2.0, -1.0]), np.array([True, False, True]))
+    assert given == [[0.5, 2.0, -4.0]]
+    assert left.logits.tolist() == [-0.75, 0.0, -3.0]
+
+
 def test_a_step_that_leaves_nothing_is_refused() -> None:
     sampler = Sampler.for_rows(Sampling(steps=(partial(without, banned=(0, 1)),)), [0], 2)
     with pytest.raises(UsageError, match="a sampling step that leaves no token"):

@@ -202,6 +202,7 @@ def test_rows_that_failed_are_retried_alone_and_become_what_they_would_have_been
         BulkOptions(Stopping(9, {7}), Sampling(1.1, seed=3), batch=4),
         BulkOptions(Stopping(9, {7}), Sampling(1.1, seed=2), batch=5),
         BulkOptions(Stopping(9, {7}, ["x"]), Sampling(1.1, seed=2), batch=4),
+        BulkOptions(Stopping(9, {7}), Sampling(1.1, seed=2), batch=4, chunk_size=5),
     ],
 )
 def test_answers_of_other_options_are_never_mixed(
@@ -217,6 +218,12 @@ def test_answers_of_other_options_are_never_mixed(
     assert out.read_bytes() == before
     run(session, prompts, out, options, force=True)
     assert len(read(out)) == 22
+
+
+def test_answers_of_other_operators_are_of_another_model(session: DecoderSession, tmp_path: Path) -> None:
+    """They round otherwise, and a token may be another one."""
+    other = DecoderSession(export(BASE, random_source(BASE, seed=71), tmp_path / "out", ops="standard"), threads=1)
+    assert SAMPLED.digest(other, IdCodec()) != SAMPLED.digest(session, IdCodec())
 
 
 def test_prompts_that_changed_are_noticed_and_more_at_the_end_are_answered(
