@@ -47,7 +47,7 @@ ROWS = {
     "": 9,
     "__main__": 9,
 }
-CALIBRATED = ("gptq", "gptq_run", "hidden_states", "mixed", "sensitivity")
+CALIBRATED = ("gptq", "gptq_run", "mixed", "sensitivity")
 """Modules of `quantize` that run the model, or torch itself."""
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
