@@ -65,7 +65,7 @@ class DecoderSession:
     Raises:
         InputError: not an exported folder, or an incomplete one.
         ProviderError: the device cannot be had, or has no room; nothing is loaded then.
-        UsageError: CUDA graphs of steps in place.
+        UsageError: CUDA graphs of steps in place, or no threads.
     """
 
     def __init__(
@@ -91,6 +91,8 @@ class DecoderSession:
         for name in (STEP_FILE, PREFILL_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
                 raise InputError(f"{folder} has no {name}", "a complete export", "export the checkpoint again")
+        if threads is not None and threads < 1:
+            raise UsageError(f"--threads {threads}", "at least 1")
         self.threads, self.closed = threads, False
         if in_place and cuda_graph:
             raise UsageError("CUDA graphs of steps in place", "one of them: a capture runs a step several times")

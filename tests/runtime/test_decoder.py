@@ -104,6 +104,12 @@ def test_wrong_input_is_refused_before_anything_runs(opened: Decoder) -> None:
         opened.generate("a", samples=0)
 
 
+@pytest.mark.parametrize("threads", [0, -1])
+def test_threads_that_cannot_be_are_refused(folder: Path, threads: int) -> None:
+    with pytest.raises(UsageError, match=f"--threads {threads}; expected at least 1"):
+        open_decoder(folder, threads=threads)
+
+
 def test_token_ids_are_read_and_written_where_they_are_asked_for(folder: Path) -> None:
     with open_decoder(folder, threads=1, token_ids=True) as ids:
         assert all(word.isdecimal() for word in "".join(ids.stream("4 5 6", max_tokens=4)).split())
