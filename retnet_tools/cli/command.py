@@ -8,13 +8,14 @@ import inspect
 import os
 import types
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 
 import typer
 
 from retnet_tools.console import print_message
 from retnet_tools.graph.quantization import CODE_TYPES, HALF_TYPES
-from retnet_tools.jobs.request import Request, documentation
+from retnet_tools.jobs.request import LEAST, Request, documentation
 
 CODES, HALVES = " or ".join(CODE_TYPES), " or ".join(HALF_TYPES.values())
 BLOCK_SIZES = ", ".join(f"{row.name}: {row.block_size}" for row in CODE_TYPES.values())
@@ -50,11 +51,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ignore_keys": {"metavar": "KEY"},
     "exclude": {"metavar": "REGEX"},
     "tensor_types": {"metavar": "REGEX=TYPE", "help": f"{CODES} for some matrices."},
-    "text_tokens": {"min": 2},
     "calibration": {"metavar": "FILE"},
     "target_size": {"metavar": "SIZE"},
-    "seed": {"min": 0},
-    "threads": {"min": 1, "max": MAX_THREADS},
+    "threads": {"max": MAX_THREADS},
 }
 
 
@@ -70,7 +69,8 @@ def command(
         others: by field, `flags` in place of its usual ones, and settings of `typer.Option`.
     """
     fields = [field for field in dataclasses.fields(request) if field.name not in leave_out]
-    fields.sort(key=lambda field: field.kw_only is True)
+    places = {name: place for place, name in enumerate(chain(*PANELS.values()), start=1)}
+    fields.sort(key=lambda field: (field.kw_only is True, places.get(field.name, 0)))
 
     def decorate(run: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(run)
@@ -87,8 +87,8 @@ def command(
         shown = []
         for field in fields:
             panel = next((panel for panel, names in PANELS.items() if field.name in names), None)
-            settings = {"help": texts.get(field.name, ""), "rich_help_panel": panel, **SETTINGS.get(field.name, {})}
-            settings |= others.get(field.name, {})
+            settings: dict[str, Any] = {"help": texts.get(field.name, ""), "rich_help_panel": panel}
+            settings |= {"min": LEAST.get(field.name)} | SETTINGS.get(field.name, {}) | others.get(field.name, {})
             flags = settings.pop("flags", FLAGS.get(field.name, f"--{field.name.replace('_', '-')}"))
             if field.name in arguments:
                 how = typer.Argument(metavar=field.name.upper(), help=texts.get(field.name, ""), show_default=False)

@@ -26,8 +26,9 @@ class PanelCommand(TyperCommand):
         return [*own, *(param for param in shared if getattr(param, "rich_help_panel", None) == SHARED)]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """The panels, in the order in which they first occur."""
-        _write_panels(formatter, _options(self, ctx))
+        """The panels: arguments, options without a panel of their own, the others as they first occur."""
+        first = ("Arguments", "Options")
+        _write_panels(formatter, sorted(_options(self, ctx), key=lambda row: (*first, row[0]).index(row[0])))
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Examples as they are."""

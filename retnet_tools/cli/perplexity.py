@@ -14,8 +14,8 @@ from retnet_tools.jobs.perplexity import PerplexityRequest
     arguments=("checkpoint",),
     text={"flags": "-f --file --text", "rich_help_panel": None},
     context={"flags": "-c --context"},
-    max_tokens={"flags": "-n --max-tokens --limit", "min": 1},
-    batch={"flags": "-b --batch", "min": 1},
+    max_tokens={"flags": "-n --max-tokens --limit"},
+    batch={"flags": "-b --batch"},
 )
 def perplexity(
     request: PerplexityRequest,

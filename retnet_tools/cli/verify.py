@@ -17,8 +17,6 @@ from retnet_tools.jobs.verify import VerifyRequest
     VerifyRequest,
     arguments=("checkpoint",),
     leave_out=("text",),
-    tokens={"min": 1},
-    tolerance={"min": 0.0},
     seed={"rich_help_panel": None},
     file={"flags": "-f --file --text"},
 )

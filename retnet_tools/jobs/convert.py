@@ -20,8 +20,8 @@ class ConvertRequest(CheckpointRequest):
 
     Attributes:
         output: folder to make.
-        to: canonical, torchscale, syncdoth or fla.
-        dtype: fp32, fp16, bf16 or fp64; as stored if left out.
+        to: format to write: canonical, torchscale, syncdoth or fla.
+        dtype: type to store: fp32, fp16, bf16 or fp64; as stored if left out.
         max_shard_size: bytes in one file, such as 5GB.
         force: replace a checkpoint that is there.
         dry_run: say what would be written with sizes, names and memory, and stop.

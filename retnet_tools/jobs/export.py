@@ -37,7 +37,7 @@ class WriteRequest(Request):
         accuracy_level: of products on the CPU: 4 in int8 (if left out), 0 or 1 in float32, slow with int8 weights.
         method: how weights are rounded: rtn (to nearest, if left out) or gptq, which learns from a text.
         exclude: matrices that stay float, by their names.
-        tensor_types: another type for some matrices.
+        tensor_types: another type for some matrices, by their names: REGEX=TYPE.
         calibration: text to learn from, for gptq and for targets.
         calibration_tokens: tokens drawn from it (65536 if left out).
         seed: seed of that draw (0 if left out).
@@ -106,19 +106,19 @@ class ExportRequest(CheckpointRequest, WriteRequest):
 
     Attributes:
         output: folder to make; <name>-<to> beside the checkpoint if left out, or here from the hub.
-        to: onnx, or genai for onnxruntime-genai.
+        to: what to write: onnx, or genai for onnxruntime-genai.
         dtype: weights and activations: fp32, fp16 or bf16.
         state_dtype: recurrent states between calls: fp32 or fp16 (scaled, within range).
-        ops: fused (ONNX Runtime's contrib operators) or standard (ai.onnx only).
+        ops: operators: fused (ONNX Runtime's contrib operators) or standard (ai.onnx only).
         device: whose kernels to build for: cpu or cuda; runs on both.
-        quantize: weights in blocks of codes, or everything but states in 16 bits.
+        quantize: int8, int4 or another type of codes for weights in blocks; fp16 or bf16 for everything but states.
     """
 
     output: Path | str | None = None
     _: KW_ONLY
     to: str = "onnx"
-    dtype: str = "float32"
-    state_dtype: str = "float32"
+    dtype: str = "fp32"
+    state_dtype: str = "fp32"
     ops: str = "fused"
     device: str = "cpu"
     quantize: str | None = None

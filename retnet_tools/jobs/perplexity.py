@@ -46,7 +46,7 @@ class PerplexityRequest(CheckpointRequest):
     token_ids: bool = False
     by_position: bool = False
     batch: int = 16
-    dtype: str = "float32"
+    dtype: str = "fp32"
     device: str = "cpu"
     cpu_fallback: bool = False
     no_cuda_graph: bool = False

@@ -15,7 +15,7 @@ class QuantizeRequest(WriteRequest):
 
     Attributes:
         folder: exported folder with float weights.
-        quantize: weights in blocks of codes, or everything but states in 16 bits.
+        quantize: int8, int4 or another type of codes for weights in blocks; fp16 or bf16 for everything but states.
         output: folder to make; <name>-<type> beside it if left out.
     """
 

@@ -19,6 +19,18 @@ if TYPE_CHECKING:
     from retnet_tools.formats import CheckpointSource
 
 
+LEAST: dict[str, float] = {
+    "batch": 1,
+    "max_tokens": 1,
+    "seed": 0,
+    "text_tokens": 2,
+    "threads": 1,
+    "tokens": 1,
+    "tolerance": 0.0,
+}
+"""By field, the least number that makes sense."""
+
+
 @dataclass(frozen=True)
 class Request:
     """Fields as their annotations say; lists are taken as tuples, and one text where several may be as that one.
@@ -33,6 +45,9 @@ class Request:
             if "Sequence" in str(field.type) and value is not None:
                 self.settle(**{field.name: (value,) if isinstance(value, str) else tuple(value)})
         check_types(self)
+        for name in LEAST.keys() & {field.name for field in dataclasses.fields(self)}:
+            if (number := getattr(self, name)) is not None and number < LEAST[name]:
+                raise UsageError(f"--{name.replace('_', '-')} {number}", f"at least {LEAST[name]:g}")
 
     def settle(self, **values: Any) -> None:
         """Put a value in the place of the words that stood for it."""

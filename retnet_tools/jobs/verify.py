@@ -25,7 +25,7 @@ class VerifyRequest(CheckpointOrShipped):
 
     Attributes:
         modes: two or more of parallel, recurrent and chunkwise.
-        dtype: fp32, fp16, bf16 or fp64; float64 runs besides, to tell rounding from the rest.
+        dtype: type to run in: fp32, fp16, bf16 or fp64; float64 runs besides, to tell rounding from the rest.
         tolerance: largest difference in logits by rounding and epsilon, in place of the budgets by dtype. A difference
             that is logic, or of a hand-off, fails all the same.
         chunk_size: tokens in a chunk of the chunkwise form.
@@ -38,7 +38,7 @@ class VerifyRequest(CheckpointOrShipped):
 
     _: KW_ONLY
     modes: Sequence[str] = MODES
-    dtype: str = "float32"
+    dtype: str = "fp32"
     tolerance: float | None = None
     chunk_size: int = VERIFY_CHUNK_SIZE
     tokens: int = 256

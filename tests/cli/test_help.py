@@ -38,6 +38,18 @@ def test_every_command_has_examples_that_parse(words: tuple[str, ...], command, 
     assert cli(*words, "--help").out.endswith("\n\nExamples:\n" + "".join(f"  {line}\n" for line in lines))
 
 
+@pytest.mark.parametrize(("words", "command"), COMMANDS, ids=[" ".join(words) for words in NAMES])
+def test_a_value_is_written_as_it_is_typed(words: tuple[str, ...], command, cli) -> None:
+    text = " ".join(cli(*words, "--help").out.split())
+    assert not re.search(r"\b(Onnx|Genai|Fp32|Fused|Canonical)\b|default: float", text)
+
+
+def test_the_options_of_a_command_come_first_and_what_to_quantize_to_before_how(cli) -> None:
+    text = cli("export", "--help").out
+    assert re.findall(r"^([A-Z]\w+):$", text, re.MULTILINE)[:2] == ["Arguments", "Options"]
+    assert text.index("--quantize TEXT") < text.index("--block-size")
+
+
 def test_the_program_shows_its_commands_in_panels(cli) -> None:
     text = cli().out
     panels = re.findall(r"^([A-Z]\w+):\n((?:  .*\n)+)", text, re.MULTILINE)
