@@ -9,8 +9,9 @@ from pathlib import Path
 
 import retnet_tools as rt
 
-with tempfile.TemporaryDirectory() as folder:
-    small = Path(folder) / "int8"
-    rt.quantize(sys.argv[1], "int8", small)
-    figures = rt.perplexity(small, "fixtures/shakespeare/heldout.txt", against=sys.argv[1], max_tokens=2048).report
+folder = (sys.argv[1:] or ["ckpt-onnx"])[0]
+with tempfile.TemporaryDirectory() as scratch:
+    small = Path(scratch) / "int8"
+    rt.quantize(folder, "int8", small)
+    figures = rt.perplexity(small, "fixtures/shakespeare/heldout.txt", against=folder, max_tokens=2048).report
     print(f"perplexity {figures.model.ppl.value:.2f}, mean KLD {figures.divergence.mean_kld.value:.2e} nats a token")

@@ -7,7 +7,8 @@ import sys
 
 import onnxruntime_genai as og
 
-model = og.Model(sys.argv[1])
+folder = (sys.argv[1:] or ["ckpt-genai"])[0]
+model = og.Model(folder)
 tokenizer = og.Tokenizer(model)
 prompts = tokenizer.encode_batch(["ROMEO. ", "HAMLET.\nTo be, or not to be"]).as_numpy()
 params = og.GeneratorParams(model)

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 from tokenizers import Tokenizer
 
-folder = Path(sys.argv[1])
+folder = Path((sys.argv[1:] or ["ckpt-onnx"])[0])
 tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
 contract = json.loads((folder / "retnet.json").read_text(encoding="utf-8"))
 prefill = onnxruntime.InferenceSession(folder / "prefill.onnx", providers=["CPUExecutionProvider"])

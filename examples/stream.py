@@ -7,7 +7,8 @@ import sys
 
 import retnet_tools as rt
 
-with rt.open_decoder(sys.argv[1]) as model:
+folder = (sys.argv[1:] or ["ckpt-onnx"])[0]
+with rt.open_decoder(folder) as model:
     for piece in model.stream("ROMEO. ", max_tokens=40, temperature=0.8, seed=3):
         print(piece, end="", flush=True)
     print()

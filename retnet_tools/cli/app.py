@@ -40,7 +40,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # Rich help would take longer to import than to read
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog=examples("export ckpt/ -o out/", "generate out/ -p 'ROMEO. ' -n 60", "verify ckpt/"),
+    epilog=examples("export ckpt/ -o decoder/", "generate decoder/ -p 'ROMEO. ' -n 60", "verify ckpt/"),
 )
 
 COMMANDS = (
@@ -54,7 +54,7 @@ COMMANDS = (
         "Checkpoints",
         convert,
         "A checkpoint to another format, bit for bit.",
-        ("convert ckpt/ out/", "convert model.pt out/ --to torchscale --dtype bf16"),
+        ("convert ckpt/ converted/", "convert model.pt converted/ --to torchscale --dtype bf16"),
     ),
     (
         "Checkpoints",
@@ -66,40 +66,43 @@ COMMANDS = (
         "Exports",
         export,
         "A checkpoint to a stateful ONNX decoder.",
-        ("export ckpt/ -o out/", "export ckpt/ -o out/ --device cuda --dtype fp16 --quantize int4"),
+        ("export ckpt/ -o decoder/", "export ckpt/ -o decoder/ --device cuda --dtype fp16 --quantize int4"),
     ),
     (
         "Exports",
         quantize,
         f"An export with {', '.join(CODE_TYPES)} or half-precision weights.",
         (
-            "quantize out/ -o small/ --quantize int8",
-            "quantize out/ --quantize int4 --method gptq --calibration text.txt",
+            "quantize decoder/ -o small/ --quantize int8",
+            "quantize decoder/ --quantize int4 --method gptq --calibration text.txt",
         ),
     ),
     (
         "Exports",
         generate,
         "Continue a prompt with an exported decoder.",
-        ("generate out/ -p 'ROMEO. ' -n 60 --temp 0.8 --top-p 0.9", "generate out/ --prompts in.jsonl -o out.jsonl"),
+        (
+            "generate decoder/ -p 'ROMEO. ' -n 60 --temp 0.8",
+            "generate decoder/ --prompts in.jsonl -o out.jsonl",
+        ),
     ),
     (
         "Numbers",
         perplexity,
         "How well a model predicts a text, and how far it is from a baseline.",
-        ("perplexity ckpt/ --text play.txt", "perplexity small/ --text play.txt --against out/ --by-position"),
+        ("perplexity ckpt/ --text play.txt", "perplexity small/ --text play.txt --against decoder/ --by-position"),
     ),
     (
         "Numbers",
         bench,
         "How fast a model decodes on this machine.",
-        ("bench out/ -t 1,2", "bench --size 1.3b --quantize int8 -p 512 -n 64 --against torch,transformer"),
+        ("bench decoder/ -t 1,2", "bench --size 1.3b --quantize int8 -p 512 -n 64 --against torch,transformer"),
     ),
     (
         "Numbers",
         doctor,
         "What this machine can run, and what is missing.",
-        ("doctor", "doctor out/ --device cuda"),
+        ("doctor", "doctor decoder/ --device cuda"),
     ),
 )
 for panel, command, summary, shown in COMMANDS:
@@ -187,8 +190,9 @@ def _for_the_user(error: Exception) -> tuple[RetNetToolsError, str]:
     if isinstance(error, command_line_error(typer.BadParameter)):
         # What a missing argument is, its name alone does not say.
         help = getattr(getattr(error, "param", None), "help", None) if "issing" in type(error).__name__ else None
+        where = getattr(getattr(error, "ctx", None), "command_path", "retnet-tools")
         told = f"{error.format_message().rstrip('.')}{f': {help}' if help else ''}".rstrip(".")
-        found: RetNetToolsError = UsageError(told, action="see retnet-tools --help")
+        found: RetNetToolsError = UsageError(told, action=f"see {where} --help")
         found.exit_code = error.exit_code
         return found, KINDS[2]
     if isinstance(error, OSError):

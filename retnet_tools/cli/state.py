@@ -15,7 +15,7 @@ app = typer.Typer(
     help="Sequences as files: save a prompt once, go on from it at once.",
     cls=PanelGroup,
     rich_markup_mode=None,
-    epilog=examples("state save out/ -p 'ROMEO. ' -o romeo.state", "generate out/ --state-in romeo.state -n 60"),
+    epilog=examples("state save decoder/ -p 'ROMEO. ' -o romeo.state", "generate decoder/ --state-in romeo.state"),
 )
 
 Model = Annotated[Path, typer.Argument(help="Folder that `retnet-tools export` wrote.", show_default=False)]
@@ -23,7 +23,7 @@ StatePath = Annotated[Path, typer.Argument(help="State file.", show_default=Fals
 Output = Annotated[Path, typer.Option("-o", "--output", help="State file to write.", show_default=False)]
 
 
-@app.command(cls=PanelCommand, epilog=examples("state save out/ -p 'ROMEO. ' -o romeo.state"))
+@app.command(cls=PanelCommand, epilog=examples("state save decoder/ -p 'ROMEO. ' -o romeo.state"))
 def save(
     folder: Model,
     output: Output,
@@ -58,7 +58,7 @@ def save(
     print_json(document) if as_json else render_state(document)
 
 
-@app.command(cls=PanelCommand, epilog=examples("state load out/ romeo.state -n 10"))
+@app.command(cls=PanelCommand, epilog=examples("state load decoder/ romeo.state -n 10"))
 def load(
     folder: Model,
     state: StatePath,

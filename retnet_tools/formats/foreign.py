@@ -98,7 +98,9 @@ def _refuse_folder(folder: Path) -> None:
     if parts := _checkpoints_in(folder):
         last = max(parts, key=lambda path: [int(part) for part in re.findall(r"\d+", path.name)])
         where = last.relative_to(folder).parent / short_name(last)
-        raise InputError(f"{name} holds checkpoints in folders", "one of them", f"name {where} in it")
+        names = ", ".join(part.name for part in parts)
+        names = names if len(names) < 60 else f"{names[:56]} ..."
+        raise InputError(f"{name} holds checkpoints in folders ({names})", "one of them", f"name {where} in it")
     for path in inside:
         if BESIDE_WEIGHTS.fullmatch(path.name):
             raise InputError(f"{name} holds a trainer's state ({short_name(path)})", "weights", "save the model too")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,8 +56,8 @@ class ConvertResult:
     """
 
     request: ConvertRequest
-    checkpoint: Checkpoint
-    conversion: Conversion
+    checkpoint: Checkpoint = field(repr=False)
+    conversion: Conversion = field(repr=False)
 
     @property
     def folder(self) -> Path:

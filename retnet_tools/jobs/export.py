@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -156,9 +156,9 @@ class ExportResult:
         kept: the folder of results that a dry run has kept for the run that writes, if any.
     """
 
-    request: WriteRequest
+    request: WriteRequest = field(repr=False)
     folder: Path
-    plan: ExportPlan
+    plan: ExportPlan = field(repr=False)
     quality: Quality | None
     kept: Path | None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,8 +76,8 @@ class InspectResult:
         findings: what looks wrong, errors first; without the tensors' data in a quick look.
     """
 
-    request: InspectRequest
-    model: StoredModel
+    request: InspectRequest = field(repr=False)
+    model: StoredModel = field(repr=False)
     parameters: Mapping[str, int]
     tensors: int
     bytes_by_dtype: Mapping[str, int]

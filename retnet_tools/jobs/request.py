@@ -132,7 +132,9 @@ def documentation(request: type[Request]) -> dict[str, str]:
     texts: dict[str, str] = {}
     for kind in reversed(request.__mro__):
         for name, text in re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", inspect.getdoc(kind) or "", re.MULTILINE):
-            texts[name] = text[0].upper() + re.sub(r"\s+", " ", text[1:])
+            words = re.sub(r"\s+", " ", text)
+            # A value that may be typed stays as it is typed.
+            texts[name] = words if re.match(r"[\w-]+(,| or | \()", words) else words[0].upper() + words[1:]
     return texts
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,11 +70,11 @@ class VerifyResult:
         report: every pair of forms, every hand-off between two, and the budget.
     """
 
-    request: VerifyRequest
+    request: VerifyRequest = field(repr=False)
     checkpoint: Path
     tokens: str
     notes: tuple[str, ...]
-    report: AgreementReport
+    report: AgreementReport = field(repr=False)
 
     @property
     def passed(self) -> bool:

@@ -202,7 +202,7 @@ def matrix_formats(scheme: Scheme, config: RetNetConfig) -> dict[str, BlockForma
             raise UsageError(
                 f"pattern {pattern!r} is found in no matrix's name",
                 f"names such as {names[1]!r} and {names[-1]!r}",
-                "retnet-tools inspect shows the model",
+                "give a part of such a name",
             )
     formats = {name: scheme.format_of(name) for name in names}
     if not any(formats.values()):
