@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from retnet_tools.cli.command import MAX_THREADS
 from tests.commands import PROGRAM, parse
 
 COMMANDS = [((name,), command) for name, command in PROGRAM.commands.items() if not hasattr(command, "commands")]
@@ -22,7 +23,9 @@ def test_every_option_is_in_a_panel_with_its_default(words: tuple[str, ...], com
     text = cli(*words, "--help").out
     for param in command.params:
         assert all(name in text for name in (param.opts if param.param_type_name == "option" else []))
-    assert re.search(r"^Anywhere:\n(  .*\n)+", text, re.MULTILINE)
+    panels = dict(re.findall(r"^([A-Z]\w+):\n((?:  .*\n)+)", text, re.MULTILINE))
+    assert list(panels)[-2:] == ["Anywhere", "Examples"]
+    assert "-h, --help  " in panels["Anywhere"]
     for flags in ("-q, --quiet", "-v, --verbose", "--debug", "-h, --help"):
         assert text.count(flags) == 1
     assert "<str>" not in text
@@ -53,7 +56,8 @@ def test_the_options_of_a_command_come_first_and_what_to_quantize_to_before_how(
 def test_the_program_shows_its_commands_in_panels(cli) -> None:
     text = cli().out
     panels = re.findall(r"^([A-Z]\w+):\n((?:  .*\n)+)", text, re.MULTILINE)
-    assert [name for name, _ in panels][:3] == ["Checkpoints", "Exports", "Numbers"]
+    names = [name for name, _ in panels]
+    assert (names[:3], names[-2:]) == (["Checkpoints", "Exports", "Numbers"], ["Anywhere", "Examples"])
     shown = {line.split()[0] for _, lines in panels[:3] for line in lines.splitlines() if line[2] != " "}
     assert shown == set(PROGRAM.commands)
     assert cli("--help").out == text
@@ -96,3 +100,12 @@ def test_completion_completes(line: str, expected: set[str]) -> None:
     words = {"_RETNET_TOOLS_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
     found = subprocess.run(RETNET_TOOLS, capture_output=True, text=True, env=os.environ | words)
     assert set(found.stdout.split()) == expected
+
+
+@pytest.mark.parametrize(
+    "words", ["verify", "perplexity ckpt/ --text play.txt", "generate out/", "state save out/ -o x"]
+)
+def test_more_threads_than_a_machine_can_take_are_refused(words: str) -> None:
+    parse(f"retnet-tools {words} --threads {MAX_THREADS}")
+    with pytest.raises(Exception, match=rf"threads|{MAX_THREADS}"):
+        parse(f"retnet-tools {words} --threads {MAX_THREADS + 1}")

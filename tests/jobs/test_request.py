@@ -47,6 +47,18 @@ def test_words_have_one_form() -> None:
 
 
 @pytest.mark.parametrize(
+    ("fields", "ending"),
+    [
+        ({}, "onnx"),
+        ({"quantize": "q8", "device": "cuda"}, "onnx-int8-cuda"),
+        ({"to": "genai", "device": "cuda"}, "genai-cuda"),
+    ],
+)
+def test_a_folder_that_is_not_named_says_what_is_in_it(fields: dict[str, Any], ending: str) -> None:
+    assert ExportRequest("a", **fields).ending == ending
+
+
+@pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
         (ExportRequest, {"checkpoint": 3}, "checkpoint is 3; expected text or a path"),
