@@ -113,7 +113,7 @@ def test_a_missing_argument_is_told_with_what_it_is(cli) -> None:
     result = cli("export")
     assert (result.exit_code, result.err.count("\n")) == (2, 1)
     assert (
-        "Missing argument 'CHECKPOINT': A folder, a file, or a name on the hub; see retnet-tools --help" in result.err
+        "Missing argument 'CHECKPOINT': A folder, a file, or a name on the hub; see retnet-tools" in result.err
     )
 
 
