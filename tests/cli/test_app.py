@@ -112,9 +112,7 @@ def test_errors_that_are_not_ours_are_told_from_failures(
 def test_a_missing_argument_is_told_with_what_it_is(cli) -> None:
     result = cli("export")
     assert (result.exit_code, result.err.count("\n")) == (2, 1)
-    assert (
-        "Missing argument 'CHECKPOINT': A folder, a file, or a name on the hub; see retnet-tools" in result.err
-    )
+    assert "Missing argument 'CHECKPOINT': A folder, a file, or a name on the hub; see retnet-tools" in result.err
 
 
 def test_a_command_that_fails_behind_its_own_document_prints_no_second_one(cli) -> None:
