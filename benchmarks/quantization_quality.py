@@ -29,10 +29,10 @@ from typing import Any
 import numpy as np
 from large_checkpoint import machine
 
+from retnet_tools.graph.code_types import matrix_bytes
 from retnet_tools.graph.contract import WEIGHTS_FILE
 from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.graph.nodes import ELEMENT_TYPES
-from retnet_tools.graph.quantization import matrix_bytes
 from retnet_tools.quantize.options import matrix_formats
 from retnet_tools.weights import canonical_shapes
 

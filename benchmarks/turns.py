@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 from large_checkpoint import machine, print_document, random_weights, write_exports
 
 from retnet_tools.config import RetNetConfig
+from retnet_tools.graph.code_types import CODE_TYPES
 from retnet_tools.graph.manifest import read_manifest
-from retnet_tools.graph.quantization import CODE_TYPES
 from retnet_tools.paper import MODEL_SIZES, VOCABULARY_SIZE
 
 Case = TypeVar("Case", bound=Hashable)

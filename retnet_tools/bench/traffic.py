@@ -16,11 +16,12 @@ import onnx_ir as ir
 
 from retnet_tools.bench.transformer_graph import TransformerConfig, transformer_shapes
 from retnet_tools.config import RetNetConfig
+from retnet_tools.graph.code_types import matrix_bytes
 from retnet_tools.graph.contract import STEP_FILE, state_shape
 from retnet_tools.graph.files import load_graph
 from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.graph.ops import LOOKUPS
-from retnet_tools.graph.quantization import Scheme, matrix_bytes
+from retnet_tools.graph.quantization import Scheme
 from retnet_tools.weights import canonical_shapes
 
 _FLOAT32 = 4

@@ -27,7 +27,7 @@ from retnet_tools.cli.quantize import quantize
 from retnet_tools.cli.state import app as state_app
 from retnet_tools.cli.verify import verify
 from retnet_tools.errors import RetNetToolsError, UsageError
-from retnet_tools.graph.quantization import CODE_TYPES
+from retnet_tools.graph.code_types import CODE_TYPES
 from retnet_tools.version import __version__
 
 app = typer.Typer(

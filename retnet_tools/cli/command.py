@@ -14,7 +14,7 @@ from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 import typer
 
 from retnet_tools.console import print_message
-from retnet_tools.graph.quantization import CODE_TYPES, HALF_TYPES
+from retnet_tools.graph.code_types import CODE_TYPES, HALF_TYPES
 from retnet_tools.jobs.request import LEAST, Request, documentation
 
 CODES, HALVES = " or ".join(CODE_TYPES), " or ".join(HALF_TYPES.values())

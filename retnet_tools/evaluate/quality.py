@@ -11,10 +11,11 @@ from retnet_tools.evaluate.logits import ExportLogits, LogitsSource
 from retnet_tools.evaluate.perplexity import measure_perplexity
 from retnet_tools.evaluate.scored_text import read_tokens
 from retnet_tools.evaluate.scoring import Windows
+from retnet_tools.graph.code_types import CODE_TYPES, HALF_TYPES
 from retnet_tools.graph.contract import STEP_FILE
 from retnet_tools.graph.export import ExportPlan
 from retnet_tools.graph.manifest import read_manifest
-from retnet_tools.graph.quantization import CODE_TYPES, HALF_TYPES, Quality
+from retnet_tools.graph.quantization import Quality
 from retnet_tools.progress import Progress, no_progress
 from retnet_tools.quantize.card import update_record
 from retnet_tools.tokenizing.text_files import Text

@@ -13,9 +13,10 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir import Value
 
+from retnet_tools.graph.code_types import BlockFormat
 from retnet_tools.graph.contract import TensorSpec
 from retnet_tools.graph.nodes import ELEMENT_TYPES, GraphBuilder, tensor_type
-from retnet_tools.graph.quantization import AccuracyLevel, BlockFormat
+from retnet_tools.graph.quantization import AccuracyLevel
 from retnet_tools.weights import Array
 
 Layout = Literal["rows", "columns"]

@@ -19,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from retnet_tools.graph.quantization import BlockFormat
+from retnet_tools.graph.code_types import BlockFormat
 from retnet_tools.weights import Array
 
 _SHRINKS = tuple(product((1.0, 0.92, 0.84), repeat=2))

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from retnet_tools.dtypes import convert
+from retnet_tools.graph.code_types import BlockFormat
 from retnet_tools.graph.files import float_blocks
 from retnet_tools.graph.nodes import ELEMENT_TYPES
-from retnet_tools.graph.quantization import BlockFormat
 from retnet_tools.graph.weight_tensors import Layout, PartName, QuantizedPart, WeightTensor
 from retnet_tools.quantize.blockwise import QuantizedRows, count_coarse_blocks, join_rows
 from retnet_tools.quantize.methods import Method

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from retnet_tools.errors import InputError
-from retnet_tools.graph.quantization import BlockFormat
+from retnet_tools.graph.code_types import BlockFormat
 from retnet_tools.quantize.activations import not_finite
 from retnet_tools.quantize.blockwise import QuantizedRows, quantize_rows
 from retnet_tools.weights import Array

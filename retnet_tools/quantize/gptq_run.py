@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from retnet_tools.errors import InputError, OutputError
-from retnet_tools.graph.quantization import BlockFormat
+from retnet_tools.graph.code_types import BlockFormat
 from retnet_tools.model.layerwise import EMBEDDING, Block, Head, block_count, embed, head_matrix, stream_width
 from retnet_tools.quantize.activations import FloatWeights, batches, read_states, write_states
 from retnet_tools.quantize.blockwise import QuantizedRows, dequantize_rows, join_rows, quantize_rows

@@ -10,7 +10,7 @@ import numpy as np
 
 from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import UsageError, did_you_mean
-from retnet_tools.graph.quantization import BlockFormat
+from retnet_tools.graph.code_types import BlockFormat
 from retnet_tools.progress import Progress
 from retnet_tools.quantize.blockwise import QuantizedRows, quantize_rows
 from retnet_tools.quantize.calibration import CalibrationText

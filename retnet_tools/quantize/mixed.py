@@ -17,17 +17,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from retnet_tools.errors import UsageError
+from retnet_tools.graph.code_types import CODE_TYPES, BlockFormat, matrix_bytes
 from retnet_tools.graph.export import ExportPlan
 from retnet_tools.graph.nodes import ELEMENT_TYPES
-from retnet_tools.graph.quantization import (
-    CODE_TYPES,
-    BlockFormat,
-    MatrixSensitivity,
-    MixedPrecision,
-    Scheme,
-    TensorRule,
-    matrix_bytes,
-)
+from retnet_tools.graph.quantization import MatrixSensitivity, MixedPrecision, Scheme, TensorRule
 from retnet_tools.progress import Progress
 from retnet_tools.quantize.calibration import CalibrationText
 from retnet_tools.quantize.methods import MethodTask

@@ -13,16 +13,8 @@ from typing import Any, cast
 from retnet_tools.config import RetNetConfig
 from retnet_tools.dtypes import ALIASES
 from retnet_tools.errors import UsageError, did_you_mean
-from retnet_tools.graph.quantization import (
-    CODE_TYPES,
-    HALF_TYPES,
-    AccuracyLevel,
-    BlockFormat,
-    BlockSize,
-    HalfScheme,
-    Scheme,
-    TensorRule,
-)
+from retnet_tools.graph.code_types import CODE_TYPES, HALF_TYPES, BlockFormat, BlockSize
+from retnet_tools.graph.quantization import AccuracyLevel, HalfScheme, Scheme, TensorRule
 from retnet_tools.weights import canonical_shapes
 
 DEFAULT_ACCURACY_LEVEL: AccuracyLevel = 4

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from retnet_tools.errors import UsageError
+from retnet_tools.graph.code_types import BlockFormat
 from retnet_tools.graph.export import ExportPlan, plan_export
-from retnet_tools.graph.quantization import BlockFormat, HalfScheme, Quantization, Scheme
+from retnet_tools.graph.quantization import HalfScheme, Quantization, Scheme
 from retnet_tools.graph.targets import find_target, operator_set
 from retnet_tools.quantize.calibration import CalibrationText
 from retnet_tools.quantize.methods import find_method

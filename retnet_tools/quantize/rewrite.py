@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from retnet_tools.graph.code_types import BlockFormat
 from retnet_tools.graph.nodes import GraphBuilder
 from retnet_tools.graph.ops import StandardOps
-from retnet_tools.graph.quantization import AccuracyLevel, BlockFormat
+from retnet_tools.graph.quantization import AccuracyLevel
 from retnet_tools.graph.weight_tensors import BlockedMatrix, BuiltGraph, WeightTensor
 
 _PART_ORDER = ("codes", "scales", "zero_points")

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from retnet_tools.distributions import mean_kl
-from retnet_tools.graph.quantization import BlockFormat, Calibration
+from retnet_tools.graph.code_types import BlockFormat
+from retnet_tools.graph.quantization import Calibration
 from retnet_tools.model.layerwise import EMBEDDING, Block, Head, block_count, embed, head_matrix
 from retnet_tools.quantize.activations import FloatWeights, batches, not_finite
 from retnet_tools.quantize.blockwise import dequantize_rows, quantize_rows

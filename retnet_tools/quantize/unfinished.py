@@ -22,7 +22,7 @@ import numpy as np
 
 from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import OutputError
-from retnet_tools.graph.quantization import BlockFormat
+from retnet_tools.graph.code_types import BlockFormat
 from retnet_tools.quantize.blockwise import QuantizedRows
 from retnet_tools.staging import appended_file, is_disk_full
 from retnet_tools.version import __version__

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from retnet_tools.graph.quantization import HALF_TYPES, Quality
+from retnet_tools.graph.code_types import HALF_TYPES
+from retnet_tools.graph.quantization import Quality
 from retnet_tools.jobs.export import ExportResult
 from retnet_tools.quantize.options import scheme_text
 

@@ -15,11 +15,11 @@ import onnx_ir as ir
 
 from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import ProviderError
+from retnet_tools.graph.code_types import CODE_TYPES
 from retnet_tools.graph.contract import state_shape
 from retnet_tools.graph.files import load_graph
 from retnet_tools.graph.manifest import Manifest
 from retnet_tools.graph.nodes import ELEMENT_TYPES
-from retnet_tools.graph.quantization import CODE_TYPES
 from retnet_tools.runtime.failures import OutOfMemoryError, failure_type
 from retnet_tools.runtime.providers import Device
 

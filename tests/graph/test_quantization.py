@@ -10,8 +10,8 @@ from dataclasses import replace
 import pytest
 
 from retnet_tools.errors import ConfigError
+from retnet_tools.graph.code_types import BlockFormat
 from retnet_tools.graph.quantization import (
-    BlockFormat,
     Calibration,
     HalfScheme,
     MatrixSensitivity,

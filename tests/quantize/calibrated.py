@@ -9,7 +9,8 @@ import numpy as np
 
 from retnet_tools.config import RetNetConfig
 from retnet_tools.formats import Checkpoint, open_checkpoint
-from retnet_tools.graph.quantization import BlockFormat, Calibration, Scheme
+from retnet_tools.graph.code_types import BlockFormat
+from retnet_tools.graph.quantization import Calibration, Scheme
 from retnet_tools.progress import Progress
 from retnet_tools.quantize.blockwise import QuantizedRows, dequantize_rows
 from retnet_tools.quantize.calibration import CalibrationText

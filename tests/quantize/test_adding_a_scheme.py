@@ -11,9 +11,9 @@ import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from retnet_tools.graph import contract, quantization
+from retnet_tools.graph import code_types, contract
+from retnet_tools.graph.code_types import BlockFormat, CodeType, matrix_bytes
 from retnet_tools.graph.manifest import read_manifest
-from retnet_tools.graph.quantization import BlockFormat, CodeType, matrix_bytes
 from retnet_tools.quantize.blockwise import dequantize_rows, quantize_rows
 from retnet_tools.quantize.contents import pack
 from retnet_tools.quantize.options import QuantizeOptions, parse_type
@@ -47,7 +47,7 @@ INT2 = CodeType(
 
 @pytest.fixture(autouse=True)
 def row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(quantization.CODE_TYPES, INT2.name, INT2)
+    monkeypatch.setitem(code_types.CODE_TYPES, INT2.name, INT2)
 
 
 def test_its_words_and_defaults_are_known() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retnet_tools.graph.quantization import BlockFormat
+from retnet_tools.graph.code_types import BlockFormat
 from retnet_tools.quantize.blockwise import QuantizedRows, count_coarse_blocks, dequantize_rows, quantize_rows
 
 FLOAT32 = np.dtype(np.float32)

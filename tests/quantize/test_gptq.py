@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from retnet_tools.errors import InputError
-from retnet_tools.graph.quantization import BlockFormat
+from retnet_tools.graph.code_types import BlockFormat
 from retnet_tools.quantize.blockwise import QuantizedRows, quantize_rows
 from retnet_tools.quantize.gptq import DAMPING, ErrorFeedback, InputStatistics
 from tests.quantize.test_blockwise import FLOAT32, decode, weights

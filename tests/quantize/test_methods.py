@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from retnet_tools.errors import UsageError
-from retnet_tools.graph.quantization import BlockFormat, Calibration
+from retnet_tools.graph.code_types import BlockFormat
+from retnet_tools.graph.quantization import Calibration
 from retnet_tools.quantize import methods
 from retnet_tools.quantize.blockwise import quantize_rows
 from retnet_tools.quantize.calibration import CalibrationText

@@ -17,10 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retnet_tools.errors import UsageError
+from retnet_tools.graph.code_types import matrix_bytes
 from retnet_tools.graph.contract import WEIGHTS_FILE
 from retnet_tools.graph.export import ExportPlan, plan_export
 from retnet_tools.graph.manifest import read_manifest
-from retnet_tools.graph.quantization import Scheme, TensorRule, matrix_bytes
+from retnet_tools.graph.quantization import Scheme, TensorRule
 from retnet_tools.paper import paper_config
 from retnet_tools.quantize import mixed
 from retnet_tools.quantize.mixed import Choice, fill_room, plan_mixed

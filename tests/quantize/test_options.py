@@ -8,7 +8,8 @@ import re
 import pytest
 
 from retnet_tools.errors import UsageError
-from retnet_tools.graph.quantization import BlockFormat, Scheme, TensorRule
+from retnet_tools.graph.code_types import BlockFormat
+from retnet_tools.graph.quantization import Scheme, TensorRule
 from retnet_tools.quantize.options import QuantizeOptions, matrix_formats, options_of, parse_rule, parse_type
 from retnet_tools.weights import canonical_shapes
 from tests.helpers import ABLATIONS, BASE, OTHER_LAYERS

@@ -12,7 +12,7 @@ import pytest
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from retnet_tools.graph.quantization import BlockFormat, matrix_bytes
+from retnet_tools.graph.code_types import BlockFormat, matrix_bytes
 from retnet_tools.quantize.contents import pack
 from tests.quantize.test_blockwise import FLOAT32, decode, quantize_rows, weights
 from tests.tolerances import FLOAT16_PRODUCT, FLOAT32_PRODUCT

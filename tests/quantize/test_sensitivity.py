@@ -12,7 +12,7 @@ import torch
 
 from retnet_tools.distributions import mean_kl
 from retnet_tools.errors import InputError
-from retnet_tools.graph.quantization import BlockFormat
+from retnet_tools.graph.code_types import BlockFormat
 from retnet_tools.model.retention import retention_chunkwise
 from retnet_tools.model.retnet import load_model
 from retnet_tools.quantize import sensitivity

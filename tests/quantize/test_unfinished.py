@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from retnet_tools.errors import OutputError, UsageError
-from retnet_tools.graph.quantization import BlockFormat
+from retnet_tools.graph.code_types import BlockFormat
 from retnet_tools.quantize.blockwise import quantize_rows
 from retnet_tools.quantize.unfinished import Workplace, hash_work, unfinished_folder
 from tests.helpers import BASE, random_source
