@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from retnet_tools.cli import options
-from retnet_tools.cli.command import CODES, HALVES, MAX_THREADS, command
+from retnet_tools.cli.command import MAX_THREADS, SETTINGS, command
 from retnet_tools.jobs.request import CheckpointOrShipped
 
 if TYPE_CHECKING:
@@ -30,10 +30,6 @@ Depths = Annotated[str, _tests("-d", "--depth", help="Tokens before those, place
 Batches = Annotated[str, _tests("-b", "--batch", help="Sequences at once; a comma list.")]
 ThreadCounts = Annotated[str | None, _tests("-t", "--threads", help="CPU threads; a comma list.")]
 Repetitions = Annotated[int | None, _tests("-r", "--repetitions", help="Times to repeat each; 5 if left out.", min=1)]
-ChunkSize = Annotated[
-    int | None,
-    _tests("--chunk-size", help="Tokens of a prompt that RetNet reads at once; 256 if left out.", min=1),
-]
 Against = Annotated[
     str | None, _tests("--against", help="Alternatives: torch, transformer, transformer-gqa; a comma list.")
 ]
@@ -43,8 +39,8 @@ FloatType = Annotated[
 Operators = Annotated[
     str | None, _model("--ops", metavar="fused|standard", help="Of a checkpoint: fused (if left out) or standard.")
 ]
-Quantize = Annotated[str | None, _quantization("--quantize", help=f"Of a checkpoint: {CODES}, {HALVES}.")]
-BlockSize = Annotated[int | None, _quantization("--block-size", help="Weights that share a scale: 32, 64 or 128.")]
+Quantize = Annotated[str | None, _quantization("--quantize", **SETTINGS["quantize"])]
+BlockSize = Annotated[int | None, _quantization("--block-size", **SETTINGS["block_size"])]
 AccuracyLevel = Annotated[
     int | None, _quantization("--accuracy-level", help="Of products on the CPU: 4 in int8, 0 or 1 in float32.")
 ]
@@ -53,7 +49,6 @@ Profile = Annotated[bool, _tests("--profile", help="Show where a step's time goe
 Folder = Annotated[
     Path | None, _output("--folder", help="Where models are written for the time of a run.", show_default=False)
 ]
-Eager = Annotated[bool, _device("--no-cuda-graph", help="Launch the kernels of every step one by one on CUDA.")]
 Quick = Annotated[bool, _tests("--quick", help="-p 64 -n 16 -r 3, and small buffers.")]
 Format = Annotated[str, _output("--format", metavar="table|md|csv|json", help="table, md, csv or json.")]
 
@@ -70,14 +65,14 @@ def bench(
     batches: Batches = "1",
     threads: ThreadCounts = None,
     repetitions: Repetitions = None,
-    chunk_size: ChunkSize = None,
+    chunk_size: options.ChunkSize = None,
     against: Against = None,
     dtype: FloatType = None,
     ops: Operators = None,
     quantize: Quantize = None,
     block_size: BlockSize = None,
     accuracy_level: AccuracyLevel = None,
-    eager: Eager = False,
+    eager: options.NoCudaGraph = False,
     flat: Flat = False,
     profile: Profile = False,
     plot: options.Plot = None,

@@ -132,9 +132,7 @@ def documentation(request: type[Request]) -> dict[str, str]:
     texts: dict[str, str] = {}
     for kind in reversed(request.__mro__):
         for name, text in re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", inspect.getdoc(kind) or "", re.MULTILINE):
-            words = re.sub(r"\s+", " ", text)
-            # A value that may be typed stays as it is typed.
-            texts[name] = words if re.match(r"[\w-]+(,| or | \()", words) else words[0].upper() + words[1:]
+            texts[name] = text[0].upper() + re.sub(r"\s+", " ", text[1:])
     return texts
 
 
