@@ -48,14 +48,20 @@ def test_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
     weights = RandomWeights(canonical_shapes(CONFIG))
     files = write_canonical(tmp_path / "model", CONFIG, weights)
     size = sum(file.stat().st_size for file in files)
-    command = [sys.executable, "-c", RUN, str(tmp_path / "model"), str(tmp_path / "work")]
-    run = subprocess.run(command, check=True, capture_output=True, text=True, env=ONE_THREAD)
-    start, early, last = map(int, run.stdout.split())
-    print(start, early, last, size)
     assert size > 1e8
-    # The fourth block is the first at which all that a block needs has been there.
-    assert last - early < size / 10
-    assert last - start < size
+    growths = []
+    # A peak is higher by up to 16 MB in one run of ten, by where the heap had room; what a layer leaves is there each time.
+    for turn in range(3):
+        command = [sys.executable, "-c", RUN, str(tmp_path / "model"), str(tmp_path / f"work{turn}")]
+        run = subprocess.run(command, check=True, capture_output=True, text=True, env=ONE_THREAD)
+        start, early, last = map(int, run.stdout.split())
+        print(start, early, last, size)
+        assert last - start < size
+        # The fourth block is the first at which all that a block needs has been there.
+        growths.append(last - early)
+        if growths[-1] < size / 10:
+            return
+    pytest.fail(f"memory grew by {growths} bytes over the last layers")
 
 
 FEEDBACK = (
