@@ -50,7 +50,7 @@ def test_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
     size = sum(file.stat().st_size for file in files)
     assert size > 1e8
     growths = []
-    # A peak is higher by up to 16 MB in one run of ten, by where the heap had room; what a layer leaves is there each time.
+    # One peak in ten is up to 16 MB higher, by where the heap had room; what a layer leaves is there each time.
     for turn in range(3):
         command = [sys.executable, "-c", RUN, str(tmp_path / "model"), str(tmp_path / f"work{turn}")]
         run = subprocess.run(command, check=True, capture_output=True, text=True, env=ONE_THREAD)
