@@ -34,7 +34,7 @@ from docs_cells import (
     weights,
 )
 
-from retnet_tools.bench.plot import write_plot
+from retnet_tools.bench.plot import write_bench_plot
 from retnet_tools.bench.results import BenchReport
 from retnet_tools.fields import from_json
 
@@ -272,7 +272,7 @@ def draw_pictures() -> None:
     for path in sorted(path for path in FOLDER.glob("*.json") if path.stem.partition("-")[2] in PICTURES):
         document = read(path)
         report = from_json(BenchReport, {name: document[name] for name in BenchReport.__dataclass_fields__})
-        write_plot(report, path.with_suffix(".svg"), force=True)
+        write_bench_plot(report, path.with_suffix(".svg"), force=True)
 
 
 def picture(device: str, name: str, text: str) -> str:

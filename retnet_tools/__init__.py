@@ -59,7 +59,7 @@ from retnet_tools.version import __version__
 if TYPE_CHECKING:
     from retnet_tools.errors import RetNetToolsError
     from retnet_tools.formats import Checkpoint, open_checkpoint
-    from retnet_tools.jobs.calls import convert, export, inspect, perplexity, quantize, verify
+    from retnet_tools.jobs.api import convert, export, inspect, perplexity, quantize, verify
     from retnet_tools.runtime.decoder import Decoder, open_decoder
 
 __all__ = [
@@ -82,7 +82,7 @@ _HOMES = {
     "RetNetToolsError": "errors",
     "open_checkpoint": "formats",
     "open_decoder": "runtime.decoder",
-    **dict.fromkeys(("convert", "export", "inspect", "perplexity", "quantize", "verify"), "jobs.calls"),
+    **dict.fromkeys(("convert", "export", "inspect", "perplexity", "quantize", "verify"), "jobs.api"),
 }
 
 

@@ -47,7 +47,7 @@ def parse_dtype(text: str, allowed: Sequence[FloatName] = ("float16", "bfloat16"
     raise UsageError(f"dtype {text!r}", f"one of {', '.join(short)}", did_you_mean(text.strip().lower(), words))
 
 
-def convert(name: str, array: npt.NDArray[Any], target: np.dtype[Any]) -> npt.NDArray[Any]:
+def convert_array(name: str, array: npt.NDArray[Any], target: np.dtype[Any]) -> npt.NDArray[Any]:
     """An array in another float type, contiguous, converted in blocks on two threads.
 
     Args:

@@ -109,6 +109,34 @@ def test_modules_import_one_another_in_no_circle() -> None:
     TopologicalSorter({module: names - {module} for module, names in arrows.items()}).prepare()
 
 
+SAME_MEANING = {"log_decay"}
+"""Of torch and of graphs."""
+
+
+def test_a_name_that_leaves_its_room_has_one_meaning() -> None:
+    """But for a command and a job of one name, and what is the same in two rooms that do not know each other."""
+    homes: dict[str, set[str]] = {}
+    for module, file in NAMES.items():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or node.module not in NAMES or room(node.module) == room(module):
+                continue
+            defined = set(definitions(NAMES[node.module]))
+            for name in {alias.name for alias in node.names} & defined:
+                homes.setdefault(name, set()).add(node.module)
+    twice = {name: modules for name, modules in homes.items() if len(modules) > 1 and name not in SAME_MEANING}
+    assert twice == {}
+
+
+def definitions(file: Path) -> Iterator[str]:
+    """The names that a module defines at its top."""
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name))
+
+
 @pytest.mark.parametrize("module", NAMES)
 def test_only_the_modules_that_may_import_torch_do(module: str) -> None:
     if not may_load_torch(module):

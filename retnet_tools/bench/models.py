@@ -21,7 +21,7 @@ from retnet_tools.errors import OutputError, UsageError
 from retnet_tools.formats import Checkpoint, CheckpointSource
 from retnet_tools.graph.contract import MANIFEST_FILE, PREFILL_FILE, STEP_FILE, WEIGHTS_FILE
 from retnet_tools.graph.export import ExportPlan, plan_export, plan_of_export
-from retnet_tools.graph.files import file_bytes, float_blocks, write_graph, write_weights
+from retnet_tools.graph.folder import file_bytes, float_blocks, write_graph, write_weights
 from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.graph.ops import FusedOps
 from retnet_tools.graph.quantization import Scheme
@@ -37,7 +37,7 @@ from retnet_tools.random_weights import RandomWeights
 from retnet_tools.staging import staged_folder
 from retnet_tools.weights import WeightSource, canonical_shapes
 
-EXPORT_FOLDER, TRANSFORMER_FOLDER, PROBE_FOLDER = "retnet", "transformer", "probes"
+EXPORT_FOLDER, PROBE_FOLDER = "retnet", "probes"
 
 
 @dataclass(frozen=True)

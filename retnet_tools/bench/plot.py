@@ -59,7 +59,7 @@ Line = tuple[str, float, Callable[[Sequence["Axes"]], None]]
 """A row of panels: its title, its height, and what draws it."""
 
 
-def write_plot(report: BenchReport, path: Path, *, force: bool) -> None:
+def write_bench_plot(report: BenchReport, path: Path, *, force: bool) -> None:
     """Draw a report; the file appears whole or not at all.
 
     Raises:

@@ -18,7 +18,7 @@ from retnet_tools.bench.transformer_graph import TransformerConfig, transformer_
 from retnet_tools.config import RetNetConfig
 from retnet_tools.graph.code_types import matrix_bytes
 from retnet_tools.graph.contract import STEP_FILE, state_shape
-from retnet_tools.graph.files import load_graph
+from retnet_tools.graph.folder import load_graph
 from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.graph.ops import LOOKUPS
 from retnet_tools.graph.quantization import Scheme

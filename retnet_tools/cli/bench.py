@@ -88,7 +88,7 @@ def bench(
     A model that is no export yet is written to a temporary folder first.
     """
     from retnet_tools.bench.models import ModelOptions, make_model
-    from retnet_tools.bench.plot import write_plot
+    from retnet_tools.bench.plot import write_bench_plot
     from retnet_tools.bench.profile import measure_profile
     from retnet_tools.bench.results import benchmark_document
     from retnet_tools.bench.run import run_benchmark
@@ -133,7 +133,7 @@ def bench(
     else:
         typer.echo(markdown(report) if form == "md" else comma_separated(report))
     if plot is not None:
-        write_plot(report, plot, force=force)
+        write_bench_plot(report, plot, force=force)
 
 
 def bench_options(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retnet_tools.cli import options, sampling
+from retnet_tools.cli import options
 from retnet_tools.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,12 +30,12 @@ def generate(
     ] = False,
     max_tokens: Annotated[int, typer.Option("-n", "--max-tokens", help="Tokens to generate at most.")] = 128,
     samples: Annotated[int, typer.Option("--samples", help="Texts for the prompt, which is read once.", min=1)] = 1,
-    temperature: sampling.Temperature = None,
-    top_k: sampling.TopK = None,
-    top_p: sampling.TopP = None,
-    min_p: sampling.MinP = None,
-    repetition_penalty: sampling.RepetitionPenalty = None,
-    seed: sampling.Seed = None,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    seed: options.Seed = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="Text to stop before; may be repeated.")] = None,
     ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on past end-of-text.")] = False,
     state_in: Annotated[
@@ -64,14 +64,15 @@ def generate(
     from retnet_tools.staging import check_file
     from retnet_tools.tokenizing.text_files import read_prompt
 
-    chosen = sampling.given(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
+    named = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+    }
+    chosen: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     stops, size = tuple(stop or ()), chunk_size or PREFILL_CHUNK_SIZE
     Stopping(max_tokens, (), stops), Sampling(**chosen)
     if (prompts is None) != (output is None):

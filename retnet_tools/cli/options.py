@@ -12,7 +12,9 @@ from retnet_tools.cli.command import MAX_THREADS
 from retnet_tools.console import print_message
 from retnet_tools.errors import UsageError
 
-running, writing = (partial(typer.Option, rich_help_panel=panel) for panel in ("Device", "Output"))
+running, sampling, writing = (
+    partial(typer.Option, rich_help_panel=panel) for panel in ("Device", "Sampling", "Output")
+)
 
 DeviceName = Annotated[str, running("--device", help="cpu, cuda or cuda:N.")]
 CpuFallback = Annotated[
@@ -30,6 +32,16 @@ TokenIds = Annotated[bool, typer.Option("--token-ids", help="Token ids in and ou
 ChunkSize = Annotated[
     int | None, typer.Option("--chunk-size", help="Prompt tokens to run at once.", min=1, show_default=False)
 ]
+Temperature = Annotated[
+    float | None, sampling("--temperature", "--temp", help="0, the default, takes the likeliest token.")
+]
+TopK = Annotated[int | None, sampling("--top-k", help="Keep the k likeliest tokens; 0, the default, keeps all.")]
+TopP = Annotated[float | None, sampling("--top-p", help="Keep the smallest set of this probability; 1 keeps all.")]
+MinP = Annotated[float | None, sampling("--min-p", help="Keep tokens of this share of the best one's probability.")]
+RepetitionPenalty = Annotated[
+    float | None, sampling("--repetition-penalty", help="Above 1 makes tokens of the text so far less likely.")
+]
+Seed = Annotated[int | None, sampling("--seed", help="Seed of the sampler; 0 if left out.", min=0)]
 Plot = Annotated[Path | None, writing("--plot", help="Draw the figures: a .png, .svg or .pdf.", show_default=False)]
 Force = Annotated[bool, writing("--force", help="Replace an output that is there.")]
 Json = Annotated[bool, writing("--json", help="Print one JSON document.")]

@@ -1,6 +1,6 @@
 """What a file is, told by its first bytes.
 
-A container of tensors is a `Kind`; anything else that people name in its place is refused by what it is.
+A container of tensors is a `FileKind`; anything else that people name in its place is refused by what it is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STANDARD_WEIGHTS = tuple(
     f"{name}{index}" for name in ("model.safetensors", "pytorch_model.bin") for index in ("", INDEX_SUFFIX)
 )
 # What trainers leave beside the weights.
-BESIDE_WEIGHTS = re.compile(
+TRAINERS_FILES = re.compile(
     r"(optim|optimizer|scheduler|scaler|rng_state|random_states|training_args|trainer_state|sampler|dl_state_dict)"
     r"([._-].*)?|.*_optim_states\.pt",
     re.IGNORECASE,
@@ -57,7 +57,7 @@ _FROM_HEAD = (
 )
 
 
-class Kind(Enum):
+class FileKind(Enum):
     """A container of tensors."""
 
     SAFETENSORS = "safetensors"
@@ -78,20 +78,20 @@ def quantized_error(path: Path, method: str, name: str = "") -> InputError:
     return InputError(found, "floats", "use the checkpoint before quantization")
 
 
-def kind_of(path: Path) -> Kind:
+def kind_of(path: Path) -> FileKind:
     """The container that a file is.
 
     Raises:
         InputError: none; says what it is where that is known.
     """
     if path.name == DCP_FILE:
-        return Kind.DCP
+        return FileKind.DCP
     head = _head(path)
     kind = _kind(path, head) if path.suffix != DCP_SUFFIX else None
     if kind is not None:
         return kind
     if path.name.endswith(INDEX_SUFFIX) or (head.lstrip()[:1] == b"{" and _has_weight_map(path)):
-        return Kind.INDEX
+        return FileKind.INDEX
     what, action = _foreign(path, head) or _unknown(path, head)
     raise InputError(f"{short_name(path)} is {what}", "safetensors or a file of torch.save", action)
 
@@ -109,7 +109,7 @@ def candidates(folder: Path) -> list[Path]:
         return indices
     if (folder / DCP_FILE).is_file():
         return [folder / DCP_FILE]
-    files = [path for path in files if not BESIDE_WEIGHTS.fullmatch(path.name)]
+    files = [path for path in files if not TRAINERS_FILES.fullmatch(path.name)]
     # What is called weights and holds none is opened, and refused by what it is, where there is nothing better.
     return list(filter(_is_container, files)) or [path for path in files if path.suffix in WEIGHT_SUFFIXES]
 
@@ -137,16 +137,18 @@ def _is_container(path: Path) -> bool:
         return path.suffix in WEIGHT_SUFFIXES
     kind = _kind(path, head)
     # Any program may write pickles and zips: without one of torch's suffixes they must show torch's own marks.
-    return kind is Kind.SAFETENSORS or (kind is Kind.TORCH and (path.suffix in TORCH_SUFFIXES or _is_torch(head)))
+    return kind is FileKind.SAFETENSORS or (
+        kind is FileKind.TORCH and (path.suffix in TORCH_SUFFIXES or _is_torch(head))
+    )
 
 
-def _kind(path: Path, head: bytes) -> Kind | None:
+def _kind(path: Path, head: bytes) -> FileKind | None:
     if len(head) > 8 and int.from_bytes(head[:8], "little") < 1 << 40 and head[8:9] == b"{":
-        return Kind.SAFETENSORS
+        return FileKind.SAFETENSORS
     if head.startswith(_ZIP):
-        return Kind.TORCH if _is_torch(head) or path.suffix in TORCH_SUFFIXES else None
+        return FileKind.TORCH if _is_torch(head) or path.suffix in TORCH_SUFFIXES else None
     if (head[:1] == b"\x80" and head[1:2] in b"\1\2\3\4\5") or _TEXT_PICKLE.match(head):
-        return Kind.TORCH
+        return FileKind.TORCH
     return None
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from retnet_tools.config import RetNetConfig
-from retnet_tools.dtypes import NUMPY_DTYPES, FloatName, convert, parse_dtype
+from retnet_tools.dtypes import NUMPY_DTYPES, FloatName, convert_array, parse_dtype
 from retnet_tools.errors import ConfigError, InputError, OutputError, UsageError
 from retnet_tools.formats.mapping import expand_names, map_weights
 from retnet_tools.formats.provenance import provenance_section
@@ -179,7 +179,7 @@ def _blocks(
     weights: WeightSource, name: str, invert: Callable[[Array], Array] | None, dtype: np.dtype[Any]
 ) -> Iterator[Array]:
     for block in weights.blocks(name) if invert is None else (invert(weights.read(name)),):
-        yield convert(name, block, dtype)
+        yield convert_array(name, block, dtype)
 
 
 def _check_reads_back(

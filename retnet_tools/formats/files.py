@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from retnet_tools.errors import InputError, UsageError
-from retnet_tools.formats.content import INDEX_SUFFIX, Kind, candidates, kind_of, short_name
+from retnet_tools.formats.content import INDEX_SUFFIX, FileKind, candidates, kind_of, short_name
 from retnet_tools.formats.dcp import open_dcp
 from retnet_tools.formats.safetensors_files import open_safetensors, open_shards
 from retnet_tools.formats.state_dicts import Choice, averages_apart, choose, choose_state_dict
@@ -121,11 +121,11 @@ class CheckpointFiles:
             found = f"no weights in {short_name(self.folder)}"
             raise InputError(found, "safetensors or a file of torch.save", "check the path")
         kind = kind_of(file)
-        if kind is Kind.DCP:
+        if kind is FileKind.DCP:
             return open_dcp(file, self._entry)
-        if kind is Kind.TORCH:
+        if kind is FileKind.TORCH:
             return _open_torch(file, self._entry)
-        stored = open_safetensors(file) if kind is Kind.SAFETENSORS else open_shards(file, _open_shard)
+        stored = open_safetensors(file) if kind is FileKind.SAFETENSORS else open_shards(file, _open_shard)
         parts = averages_apart("", stored.locations)
         if self._entry is not None and len(parts) == 1:
             raise UsageError(f"entry {self._entry!r} of {short_name(file)}", "no entry", "it holds one state dict")
@@ -153,7 +153,7 @@ class CheckpointFiles:
 
 
 def _open_shard(file: Path) -> StoredTensors:
-    return open_safetensors(file) if kind_of(file) is Kind.SAFETENSORS else _open_torch(file, None)[0]
+    return open_safetensors(file) if kind_of(file) is FileKind.SAFETENSORS else _open_torch(file, None)[0]
 
 
 def _open_torch(file: Path, entry: str | None) -> tuple[StoredTensors, Choice]:

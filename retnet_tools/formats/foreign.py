@@ -13,9 +13,9 @@ from typing import Any
 
 from retnet_tools.errors import InputError
 from retnet_tools.formats.content import (
-    BESIDE_WEIGHTS,
     DCP_FILE,
     STANDARD_WEIGHTS,
+    TRAINERS_FILES,
     foreign_content,
     holds_weights,
     kind_of,
@@ -102,7 +102,7 @@ def _refuse_folder(folder: Path) -> None:
         names = names if len(names) < 60 else f"{names[:56]} ..."
         raise InputError(f"{name} holds checkpoints in folders ({names})", "one of them", f"name {where} in it")
     for path in inside:
-        if BESIDE_WEIGHTS.fullmatch(path.name):
+        if TRAINERS_FILES.fullmatch(path.name):
             raise InputError(f"{name} holds a trainer's state ({short_name(path)})", "weights", "save the model too")
         if path.is_file() and (found := foreign_content(path)) is not None:
             what, action = found

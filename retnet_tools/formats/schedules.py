@@ -23,7 +23,7 @@ ONE = np.float32(1)
 XPOS_BASE = 512
 OTHER_SCHEDULE = 1e-5
 """Stored numbers that differ from the published schedule by more than this, relatively, are another schedule."""
-HALF_TYPES = {"float16": (2.0**-10, 2.0**-24), "bfloat16": (2.0**-7, 0.0)}
+ROUNDING = {"float16": (2.0**-10, 2.0**-24), "bfloat16": (2.0**-7, 0.0)}
 """Steps of the half types: relative, and of the smallest numbers, which rounding moves by half of it."""
 
 
@@ -95,7 +95,7 @@ def read_buffer(source: Source, name: str, published: Array, *, rtol: float = OT
         raise InputError(found, f"{list(published.shape)}", "check that the configuration belongs to these weights")
     if not is_floating(location.dtype):
         raise InputError(f"tensor {name!r} is {location.dtype}", "float32")
-    rounded, buffer = location.dtype.name in HALF_TYPES, location.read()
+    rounded, buffer = location.dtype.name in ROUNDING, location.read()
     alike = _is_alike(buffer, published, rtol)
     if rounded and not alike:
         found = f"tensor {name!r} holds another schedule than the published one, rounded to {location.dtype}"
@@ -165,5 +165,5 @@ def name_of_all(stored: StoredTensors, template: str) -> str:
 
 
 def _is_alike(found: Array, published: Array, rtol: float) -> bool:
-    relative, absolute = HALF_TYPES.get(found.dtype.name, (rtol, 0.0))
+    relative, absolute = ROUNDING.get(found.dtype.name, (rtol, 0.0))
     return bool(np.allclose(found.astype(np.float64), published, rtol=relative, atol=absolute))

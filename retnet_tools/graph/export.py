@@ -17,7 +17,7 @@ from retnet_tools.formats.storage import StoredTensors, TensorLocation
 from retnet_tools.graph import contract, targets
 from retnet_tools.graph.cuda_kernels import kernel_version
 from retnet_tools.graph.decoders import StepBuilder
-from retnet_tools.graph.files import (
+from retnet_tools.graph.folder import (
     BlockReader,
     file_bytes,
     float_blocks,

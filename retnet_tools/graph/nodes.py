@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir import Value
 
-from retnet_tools.dtypes import convert
+from retnet_tools.dtypes import convert_array
 from retnet_tools.graph.contract import TensorSpec
 from retnet_tools.weights import Array
 
@@ -110,7 +110,7 @@ class GraphBuilder:
         """
         if factor == 1.0:
             return x
-        array = convert(f"scale {factor:g}", np.array([factor]), ELEMENT_TYPES[dtype].numpy()).reshape(())
+        array = convert_array(f"scale {factor:g}", np.array([factor]), ELEMENT_TYPES[dtype].numpy()).reshape(())
         return self.op("Mul", x, self.constant(f"scale_{factor!r}_{dtype}", array))
 
     def once(self, key: str, make: Callable[[GraphBuilder], Value]) -> Value:

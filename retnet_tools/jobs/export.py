@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retnet_tools.errors import UsageError
-from retnet_tools.jobs.inspect import state_bytes
+from retnet_tools.jobs.inspect import layer_state_bytes
 from retnet_tools.jobs.request import CheckpointRequest, Request, parse_size
 from retnet_tools.progress import Progress, in_megabytes, no_progress
 
@@ -166,7 +166,7 @@ class ExportResult:
     def state_bytes(self) -> int:
         """Bytes of the recurrent states of one sequence, at any length."""
         config = self.plan.checkpoint.config
-        return config.num_layers * state_bytes(config, self.plan.state_dtype)
+        return config.num_layers * layer_state_bytes(config, self.plan.state_dtype)
 
     @property
     def position_table_bytes(self) -> int:

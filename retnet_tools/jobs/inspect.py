@@ -135,7 +135,7 @@ def inspect_model(request: InspectRequest, model: StoredModel, progress: Progres
         parameters=parameters_by_part(config),
         tensors=len(list(model.weights.names())),
         bytes_by_dtype=dict(by_dtype.most_common()),
-        state_bytes=state_bytes(config, model.state_dtype),
+        state_bytes=layer_state_bytes(config, model.state_dtype),
         heads=head_memories(config),
         findings=tuple(sorted(findings, key=lambda f: SEVERITIES.index(f.severity))),
     )
@@ -168,7 +168,7 @@ def open_model(source: CheckpointSource) -> StoredModel:
     )
 
 
-def state_bytes(config: RetNetConfig, dtype: str) -> int:
+def layer_state_bytes(config: RetNetConfig, dtype: str) -> int:
     """Bytes of one layer's recurrent state `[H, K, V]` of one sequence."""
     from retnet_tools.dtypes import NUMPY_DTYPES
     from retnet_tools.graph.contract import state_shape
@@ -201,7 +201,7 @@ def _part_of(name: str) -> str:
 def _open_export(folder: Path) -> StoredModel:
     from retnet_tools.dtypes import NUMPY_DTYPES
     from retnet_tools.graph.contract import MANIFEST_FILE, WEIGHTS_FILE
-    from retnet_tools.graph.files import read_graphs
+    from retnet_tools.graph.folder import read_graphs
     from retnet_tools.graph.manifest import SCHEMA_VERSION, read_manifest
 
     manifest = read_manifest(folder)

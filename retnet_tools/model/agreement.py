@@ -31,7 +31,7 @@ from retnet_tools.errors import UsageError, VerificationError, did_you_mean
 from retnet_tools.model.budgets import ACTIONS, Budget, Cause, cause_of
 from retnet_tools.model.retention import FORMS, RetentionForm, retention_chunkwise
 from retnet_tools.model.retnet import RetNet, load_model
-from retnet_tools.model.runs import Difference, check_memory, max_abs_difference, require_finite, run_forms
+from retnet_tools.model.runs import Difference, check_run_memory, max_abs_difference, require_finite, run_forms
 from retnet_tools.progress import Progress, no_progress
 from retnet_tools.weights import FiniteWeights, WeightSource
 
@@ -154,7 +154,7 @@ def compare_forms(
             so that there is nothing to compare.
     """
     _check_arguments(config, inputs, forms, tolerance)
-    check_memory(config, inputs.shape[0], inputs.shape[1], forms)
+    check_run_memory(config, inputs.shape[0], inputs.shape[1], forms)
     weights = FiniteWeights(weights)
     ids = torch.from_numpy(inputs)
     clamped = config.score_normalization.clamp != "none"

@@ -146,7 +146,7 @@ def _kl_mean(a: Tensor, b: Tensor) -> float:
     return total / len(a) if not total < 0 else 0.0
 
 
-def check_memory(config: RetNetConfig, rows: int, tokens: int, forms: Mapping[str, RetentionForm]) -> None:
+def check_run_memory(config: RetNetConfig, rows: int, tokens: int, forms: Mapping[str, RetentionForm]) -> None:
     """Refuse more tokens than the memory that is available can hold; do nothing where that is not known.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from retnet_tools.dtypes import convert
+from retnet_tools.dtypes import convert_array
 from retnet_tools.errors import InputError
 from retnet_tools.weights import Array, FiniteWeights, TensorInfo, WeightSource
 
@@ -44,7 +44,7 @@ class FloatWeights(FiniteWeights):
             yield self._rounded(name, block)
 
     def _rounded(self, name: str, values: Array) -> Array:
-        return convert(name, values, self._dtype).astype(np.float32)
+        return convert_array(name, values, self._dtype).astype(np.float32)
 
 
 def not_finite(name: str, what: str) -> InputError:

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from retnet_tools.dtypes import convert
+from retnet_tools.dtypes import convert_array
 from retnet_tools.graph.code_types import BlockFormat
-from retnet_tools.graph.files import float_blocks
+from retnet_tools.graph.folder import float_blocks
 from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.graph.weight_tensors import Layout, PartName, QuantizedPart, WeightTensor
 from retnet_tools.quantize.blockwise import QuantizedRows, count_coarse_blocks, join_rows
@@ -78,7 +78,7 @@ class QuantizedContents:
     def _quantized(self, sources: tuple[str, ...], format: BlockFormat) -> Iterator[QuantizedRows]:
         for name in sources:
             for block in self._source.blocks(name):
-                rows = convert(name, block, self._type).astype(np.float32, copy=False)
+                rows = convert_array(name, block, self._type).astype(np.float32, copy=False)
                 quantized = self._method(name, rows, format, self._type)
                 self.coarse_blocks += count_coarse_blocks(rows, quantized, format)
                 yield quantized

@@ -16,7 +16,7 @@ from pathlib import Path
 from retnet_tools.errors import InputError, RangeError, UsageError
 from retnet_tools.graph.contract import CARD_FILE
 from retnet_tools.graph.export import ExportPlan, write_export
-from retnet_tools.graph.files import float_blocks
+from retnet_tools.graph.folder import float_blocks
 from retnet_tools.graph.manifest import Manifest
 from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.graph.quantization import Quantization

@@ -17,7 +17,7 @@ from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import ProviderError
 from retnet_tools.graph.code_types import CODE_TYPES
 from retnet_tools.graph.contract import state_shape
-from retnet_tools.graph.files import load_graph
+from retnet_tools.graph.folder import load_graph
 from retnet_tools.graph.manifest import Manifest
 from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.runtime.failures import OutOfMemoryError, failure_type
@@ -60,7 +60,7 @@ def chunk_bytes(config: RetNetConfig, dtype: str, batch: int, tokens: int) -> in
     return batch * (tokens * row + 3 * 4 * config.num_heads * tokens**2)
 
 
-def check_memory(device: Device, needed: int, what: str) -> None:
+def check_device_memory(device: Device, needed: int, what: str) -> None:
     """Check that a device with memory of its own has room, before anything is loaded.
 
     Args:

@@ -13,7 +13,7 @@ from pathlib import Path
 from retnet_tools.errors import ProviderError, RetNetToolsError
 from retnet_tools.graph.contract import STEP_FILE
 from retnet_tools.graph.cuda_kernels import cpu_nodes
-from retnet_tools.graph.files import load_graph
+from retnet_tools.graph.folder import load_graph
 from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.runtime import cuda, installation
 from retnet_tools.runtime.device_memory import LIBRARY_BYTES, graph_bytes, state_bytes

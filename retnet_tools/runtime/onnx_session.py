@@ -13,7 +13,7 @@ from retnet_tools.console import LOG
 from retnet_tools.errors import InputError, ProviderError
 from retnet_tools.graph.contract import STEP_FILE
 from retnet_tools.graph.cuda_kernels import cpu_nodes, kernel_version
-from retnet_tools.graph.files import load_graph
+from retnet_tools.graph.folder import load_graph
 from retnet_tools.runtime.device_memory import SMALLER
 from retnet_tools.runtime.failures import CaptureError, NoKernelError, OutOfMemoryError, failure_type, one_line
 from retnet_tools.runtime.providers import CpuFallbackWarning, Device, check_device

@@ -23,11 +23,11 @@ from retnet_tools.graph.contract import (
     step_inputs,
 )
 from retnet_tools.graph.cuda_kernels import cpu_nodes
-from retnet_tools.graph.files import load_graph
+from retnet_tools.graph.folder import load_graph
 from retnet_tools.graph.manifest import Manifest
 from retnet_tools.machine import allowed_cores
 from retnet_tools.runtime.buffers import DeviceBuffer
-from retnet_tools.runtime.device_memory import LIBRARY_BYTES, check_memory, graph_bytes, tensor_bytes
+from retnet_tools.runtime.device_memory import LIBRARY_BYTES, check_device_memory, graph_bytes, tensor_bytes
 from retnet_tools.runtime.failures import CaptureError
 from retnet_tools.runtime.onnx_session import kernels_are_known, open_session
 from retnet_tools.runtime.prompts import PREFILL_CHUNK_SIZE
@@ -121,7 +121,7 @@ class GraphOpener:
         if self.device.provider.memory is not None:
             check_device(self.device)
             needed = 0 if self._shared is not None else graph_bytes(path)
-            check_memory(self.device, needed + LIBRARY_BYTES, f"{name} of {self._folder}")
+            check_device_memory(self.device, needed + LIBRARY_BYTES, f"{name} of {self._folder}")
         else:
             size = (self._folder / WEIGHTS_FILE).stat().st_size
             threads = threads or session_threads(size, 1 if name == STEP_FILE else PREFILL_CHUNK_SIZE)
@@ -153,7 +153,7 @@ class GraphOpener:
         paths, known = [self._folder / name for name in names], kernels_are_known()
         weights = sum(map(tensor_bytes, stored_tensors(paths).values())) if known else sum(map(graph_bytes, paths))
         needed = weights + len(names) * LIBRARY_BYTES
-        check_memory(self.device, needed, f"{' and '.join(names)} of {self._folder}")
+        check_device_memory(self.device, needed, f"{' and '.join(names)} of {self._folder}")
         if known and not any(node.reason == "no kernel" for path in paths for node in cpu_nodes(load_graph(path))):
             self._shared = SharedWeights(paths, self.device)
 

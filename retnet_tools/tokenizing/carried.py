@@ -12,8 +12,8 @@ from retnet_tools.tokenizing.files import COMPANIONS, TOKENIZER_FILE, find_token
 from retnet_tools.tokenizing.special import (
     GENERATION_FILE,
     SpecialTokens,
-    generation_document,
     generation_notes,
+    generation_settings,
     special_tokens,
 )
 
@@ -65,7 +65,7 @@ def carried_text(files: Sequence[Path], settings: Mapping[str, Any], vocab_size:
         if found.made:
             made[TOKENIZER_FILE] = tokenizer.to_str()
     special = special_tokens(folders, vocab_size, tokenizer, settings=settings, own=own)
-    document = generation_document(folders, special)
+    document = generation_settings(folders, special)
     if document:
         made[GENERATION_FILE] = json.dumps(document, indent=2) + "\n"
     notes = (*search.notes, *special.notes, *generation_notes(document))

@@ -102,7 +102,7 @@ def special_tokens(
     return SpecialTokens({name: found for name, found in had.items() if found}, said, tuple(notes))
 
 
-def generation_document(folders: Iterable[Path], special: SpecialTokens) -> dict[str, Any]:
+def generation_settings(folders: Iterable[Path], special: SpecialTokens) -> dict[str, Any]:
     """What generation_config.json of another folder is to say: as here, with all special tokens."""
     found: dict[str, Any] = {}
     for folder in dict.fromkeys(folders):

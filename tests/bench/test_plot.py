@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from retnet_tools.bench.options import Case
-from retnet_tools.bench.plot import draw, write_plot
+from retnet_tools.bench.plot import draw, write_bench_plot
 from retnet_tools.errors import RetNetToolsError
 from tests.bench.reports import GRID, report, row
 
@@ -85,7 +85,7 @@ def test_prompts_and_decoding_are_bars_in_panels_apart() -> None:
 
 @pytest.mark.parametrize("name", ["a.png", "b.svg"])
 def test_a_file_is_written_whole(name: str, tmp_path: Path) -> None:
-    write_plot(report(GRID, flat=True), tmp_path / name, force=False)
+    write_bench_plot(report(GRID, flat=True), tmp_path / name, force=False)
     assert [file.name for file in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).stat().st_size > 10_000
 

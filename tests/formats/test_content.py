@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from retnet_tools.errors import InputError
-from retnet_tools.formats.content import Kind, candidates, kind_of
+from retnet_tools.formats.content import FileKind, candidates, kind_of
 from retnet_tools.formats.files import CheckpointFiles
 from tests.formats.cases import TEXT_FILES, write_torchscale
 
@@ -48,7 +48,7 @@ def test_any_name_is_read_by_itself_and_in_its_folder(tmp_path: Path, name: str,
 @pytest.mark.parametrize("protocol", [1, 2, 3, 4, 5])
 def test_legacy_files_of_every_protocol(tmp_path: Path, protocol: int) -> None:
     torch.save(STATE, tmp_path / "model", pickle_protocol=protocol, _use_new_zipfile_serialization=False)
-    assert kind_of(tmp_path / "model") is Kind.TORCH
+    assert kind_of(tmp_path / "model") is FileKind.TORCH
     assert set(CheckpointFiles(tmp_path).tensors.names()) == set(STATE)
 
 

@@ -31,7 +31,7 @@ from dataclasses import replace
 from pathlib import Path
 from onnxruntime import InferenceSession, SessionOptions, set_default_logger_severity
 from retnet_tools.graph.cuda_kernels import cpu_nodes
-from retnet_tools.graph.files import load_graph
+from retnet_tools.graph.folder import load_graph
 from retnet_tools.runtime.onnx_session import RECORD_PLACEMENT, node_placement
 
 set_default_logger_severity(4)

@@ -14,7 +14,7 @@ from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import InputError, UsageError
 from retnet_tools.graph.contract import GENAI_FILE, PREFILL_FILE, STEP_FILE
 from retnet_tools.graph.export import plan_of_export
-from retnet_tools.graph.files import load_graph
+from retnet_tools.graph.folder import load_graph
 from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.graph.ops import OPERATOR_SETS
 from retnet_tools.graph.targets import TARGET_DEVICES, operator_set, target_device

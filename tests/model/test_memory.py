@@ -7,7 +7,7 @@ from retnet_tools.errors import UsageError
 from retnet_tools.model import runs
 from retnet_tools.model.agreement import compare_forms, select_forms
 from retnet_tools.model.retention import FORMS, retention_chunkwise
-from retnet_tools.model.runs import check_memory, estimated_memory
+from retnet_tools.model.runs import check_run_memory, estimated_memory
 from tests.helpers import BASE, random_source
 
 PARALLEL = select_forms(["parallel", "recurrent"], chunk_size=48)
@@ -25,17 +25,17 @@ def test_scores_of_the_parallel_form_grow_with_the_square_of_the_tokens():
 
 def test_more_tokens_than_fit_are_refused_with_the_number_that_fits(monkeypatch):
     monkeypatch.setattr(runs, "available_memory", lambda: estimated_memory(BASE, 2, 700, PARALLEL))
-    check_memory(BASE, 2, 700, PARALLEL)
+    check_run_memory(BASE, 2, 700, PARALLEL)
     with pytest.raises(UsageError, match=r"701 tokens need .* at most 700 tokens; .* leave the parallel form out"):
-        check_memory(BASE, 2, 701, PARALLEL)
+        check_run_memory(BASE, 2, 701, PARALLEL)
     with pytest.raises(UsageError, match="at most 700 tokens"):
-        check_memory(BASE, 2, 10**9, PARALLEL)
-    check_memory(BASE, 2, 701, CHUNKS)
+        check_run_memory(BASE, 2, 10**9, PARALLEL)
+    check_run_memory(BASE, 2, 701, CHUNKS)
 
 
 def test_unknown_memory_refuses_nothing(monkeypatch):
     monkeypatch.setattr(runs, "available_memory", lambda: None)
-    check_memory(BASE, 2, 10**9, PARALLEL)
+    check_run_memory(BASE, 2, 10**9, PARALLEL)
 
 
 def test_a_comparison_that_cannot_fit_allocates_nothing():

@@ -17,7 +17,7 @@ from retnet_tools.errors import InputError, OutputError, UsageError
 from retnet_tools.graph import contract
 from retnet_tools.graph.code_types import BlockFormat
 from retnet_tools.graph.export import plan_export, plan_of_export, write_export
-from retnet_tools.graph.files import read_graphs
+from retnet_tools.graph.folder import read_graphs
 from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.graph.quantization import Calibration, HalfScheme, Quality, Quantization, Scheme
 from retnet_tools.graph.weight_tensors import WeightTensor

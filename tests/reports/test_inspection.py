@@ -17,9 +17,9 @@ from retnet_tools.jobs.inspect import (
     InspectRequest,
     InspectResult,
     inspect_model,
+    layer_state_bytes,
     open_model,
     parameters_by_part,
-    state_bytes,
 )
 from retnet_tools.jobs.inspect import inspect as inspect_job
 from retnet_tools.reports.inspection import inspection_document, render_inspection, size_text, tokens_text
@@ -74,7 +74,7 @@ def test_a_tied_head_has_no_parameters_of_its_own() -> None:
 
 
 def test_the_state_is_one_matrix_a_head_and_layer() -> None:
-    assert state_bytes(replace(BASE, num_layers=3), "float16") == 4 * 8 * 12 * 2
+    assert layer_state_bytes(replace(BASE, num_layers=3), "float16") == 4 * 8 * 12 * 2
 
 
 def test_bytes_by_dtype_follow_the_file(tmp_path: Path) -> None:

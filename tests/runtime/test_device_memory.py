@@ -12,7 +12,7 @@ from retnet_tools.graph.contract import PREFILL_FILE, STEP_FILE
 from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.paper import model_size
 from retnet_tools.runtime import cuda
-from retnet_tools.runtime.device_memory import check_memory, chunk_bytes, enough_memory, graph_bytes, state_bytes
+from retnet_tools.runtime.device_memory import check_device_memory, chunk_bytes, enough_memory, graph_bytes, state_bytes
 from retnet_tools.runtime.providers import Device
 from tests.exports import export
 from tests.fake_gpu import FakeGpu, needs_fake_gpu
@@ -72,10 +72,10 @@ def test_a_chunk_grows_with_rows_and_with_the_square_of_its_tokens() -> None:
 
 @pytest.mark.usefixtures("nearly_full")
 def test_memory_is_refused_before_it_is_asked_for() -> None:
-    check_memory(Device("cuda"), 2 * 10**9, "a model")
-    check_memory(Device("cpu"), 10**15, "a model")
+    check_device_memory(Device("cuda"), 2 * 10**9, "a model")
+    check_device_memory(Device("cpu"), 10**15, "a model")
     with pytest.raises(ProviderError) as caught:
-        check_memory(Device("cuda", 1), 2 * 10**9 + 10**7, "a model")
+        check_device_memory(Device("cuda", 1), 2 * 10**9 + 10**7, "a model")
     assert str(caught.value) == (
         "a model needs 2.01 GB on cuda:1, where 2.00 GB of 10.00 GB are free; a smaller batch, --dtype fp16, "
         "--quantize int8 or int4, another device, or --device cpu"

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from retnet_tools.errors import InputError
-from retnet_tools.tokenizing.special import generation_document, generation_notes, special_tokens
+from retnet_tools.tokenizing.special import generation_notes, generation_settings, special_tokens
 
 TOKENIZER = Tokenizer(models.WordLevel({f"<{i}>": i for i in range(40)}, unk_token="<0>"))
 
@@ -73,7 +73,7 @@ def test_ids_that_the_model_lacks_are_noted_and_stay_as_they_were_said(tmp_path:
         "generation_config.json has eos_token_id 40, which is none of the model's 40 tokens",
         "generation_config.json has pad_token_id -1, which is none of the model's 40 tokens",
     )
-    assert generation_document([tmp_path], found) == {"eos_token_id": [5, 40], "pad_token_id": -1}
+    assert generation_settings([tmp_path], found) == {"eos_token_id": [5, 40], "pad_token_id": -1}
 
 
 @pytest.mark.parametrize("value", ["2", [[1]], 2.0, True, {"id": 2}])
@@ -94,7 +94,7 @@ def test_a_document_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
 def test_other_generation_settings_stay_in_the_document(tmp_path: Path) -> None:
     write(tmp_path, generation_config={"temperature": 0.7, "eos_token_id": None})
     found = special_tokens([tmp_path], 40, settings={"eos_token_id": 5})
-    assert generation_document([tmp_path], found) == {"temperature": 0.7, "eos_token_id": 5}
+    assert generation_settings([tmp_path], found) == {"temperature": 0.7, "eos_token_id": 5}
 
 
 def test_settings_that_generate_does_not_apply_are_noted_by_key_and_value() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from retnet_tools.dtypes import convert
+from retnet_tools.dtypes import convert_array
 from retnet_tools.errors import InputError
 from retnet_tools.formats.storage import StoredTensors, TensorLocation, contiguous_strides
 from retnet_tools.graph.contract import EXPORT_AGAIN, WEIGHTS_FILE
@@ -36,7 +36,7 @@ def float_blocks(source: WeightSource) -> BlockReader:
             yield tensor.table
         for name in tensor.sources:
             for block in source.blocks(name):
-                yield convert(name, block, ELEMENT_TYPES[tensor.dtype].numpy())
+                yield convert_array(name, block, ELEMENT_TYPES[tensor.dtype].numpy())
 
     return read
 

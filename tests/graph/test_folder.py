@@ -14,7 +14,7 @@ from onnx.external_data_helper import load_external_data_for_model, set_external
 
 from retnet_tools.errors import InputError
 from retnet_tools.graph.contract import PREFILL_FILE, STEP_FILE, WEIGHTS_FILE
-from retnet_tools.graph.files import read_graphs
+from retnet_tools.graph.folder import read_graphs
 from tests.exports import export
 from tests.helpers import BASE, random_source
 
