@@ -1,4 +1,5 @@
 import os
+import signal
 
 # ONNX Runtime and onnxruntime-genai report to Microsoft by default; they read this when they are loaded.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -16,6 +17,8 @@ from retnet_tools.cli import app
 # Tests run beside each other: a test that wants more threads says so.
 torch.set_num_threads(1)
 machine.allowed_cores = lambda: 1
+# A shell starts what runs in the background with SIGINT ignored, and so would be the processes that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("ci", derandomize=True, deadline=None)
 if os.environ.get("CI"):
     settings.load_profile("ci")

@@ -9,13 +9,13 @@ import os
 import types
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import typer
 
 from retnet_tools.console import print_message
 from retnet_tools.graph.code_types import CODE_TYPES, HALF_TYPES
-from retnet_tools.jobs.request import LEAST, Request, documentation
+from retnet_tools.jobs.request import LEAST, SHIPPED, Request, documentation
 
 CODES, HALVES = " or ".join(CODE_TYPES), " or ".join(HALF_TYPES.values())
 BLOCK_SIZES = ", ".join(f"{row.name}: {row.block_size}" for row in CODE_TYPES.values())
@@ -106,14 +106,15 @@ def command(
 def _parameter(field: dataclasses.Field[Any], hints: dict[str, Any], how: Any) -> inspect.Parameter:
     """A field as typer takes it: of several types the first, a list of texts with a default as words between commas."""
     default, hint = cast("Any", field.default), hints[field.name]
-    kind = next(iter(get_args(hint)), hint) if isinstance(hint, types.UnionType) else hint
+    kind = next(iter(get_args(hint)), hint) if get_origin(hint) in (types.UnionType, Union) else hint
+    kind = type(get_args(kind)[0]) if get_origin(kind) is Literal else kind
     if get_origin(kind) is Sequence:
         kind, default = (str, ",".join(default)) if default else (list[str], None)
         if kind is not str:
             how.help = f"{how.help.rstrip('.')}; may be repeated."
     if default is dataclasses.MISSING:
         default = inspect.Parameter.empty
-    elif default is None or default == "":
+    elif default in (None, "", SHIPPED):
         kind, default = kind | None, None
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, how]

@@ -9,7 +9,9 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from retnet_tools.errors import UsageError
+from retnet_tools.errors import UsageError, find_row
+from retnet_tools.graph.code_types import BlockSize
+from retnet_tools.graph.quantization import AccuracyLevel
 from retnet_tools.jobs.inspect import layer_state_bytes
 from retnet_tools.jobs.request import CheckpointRequest, Request, parse_size
 from retnet_tools.progress import Progress, in_megabytes, no_progress
@@ -51,9 +53,9 @@ class WriteRequest(Request):
     """
 
     _: KW_ONLY
-    block_size: int | None = None
+    block_size: BlockSize | None = None
     symmetric: bool | None = None
-    accuracy_level: int | None = None
+    accuracy_level: AccuracyLevel | None = None
     method: str | None = None
     exclude: Sequence[str] = ()
     tensor_types: Sequence[str] = ()
@@ -70,6 +72,10 @@ class WriteRequest(Request):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.method is not None:
+            from retnet_tools.quantize.methods import METHODS
+
+            find_row(METHODS, "--method", self.method)
         if self.target_size is not None:
             self.settle(target_size=parse_size(self.target_size))
         if self.text is None and self.text_tokens is not None:
@@ -130,6 +136,8 @@ class ExportRequest(CheckpointRequest, WriteRequest):
         super().__post_init__()
         if (options := self.options_for(self.quantize)) is not None:
             self.settle(quantize=options.word)
+            if not options.is_half:
+                options.scheme(self.ops)
         export_target(self.to)
         self.settle(
             dtype=parse_dtype(self.dtype, ("float32", "float16", "bfloat16")),

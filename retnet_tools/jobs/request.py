@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 from retnet_tools.errors import InputError, UsageError, did_you_mean
 from retnet_tools.fields import check_types
@@ -29,6 +29,8 @@ LEAST: dict[str, float] = {
     "tolerance": 0.0,
 }
 """By field, the least number that makes sense."""
+SHIPPED = Path("the shipped checkpoint")
+"""Where no checkpoint is named; an empty name is none."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,15 @@ class Request:
         UsageError: a value of another type, out of range, or one that does not go with another.
     """
 
+    may_be_empty: ClassVar[tuple[str, ...]] = ()
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if "Sequence" in str(field.type) and value is not None:
+            if "Sequence" in str(field.type) and isinstance(value, str | list):
                 self.settle(**{field.name: (value,) if isinstance(value, str) else tuple(value)})
+            if value == "" != field.default and field.name not in self.may_be_empty:
+                raise UsageError(f"an empty {field.name.replace('_', ' ')}", "a value, or none at all")
         check_types(self)
         for name in LEAST.keys() & {field.name for field in dataclasses.fields(self)}:
             if (number := getattr(self, name)) is not None and number < LEAST[name]:
@@ -116,11 +122,11 @@ class CheckpointOrShipped(CheckpointRequest):
         checkpoint: a folder, a file, or a name on the hub; the shipped one if left out.
     """
 
-    checkpoint: str | Path = ""
+    checkpoint: str | Path = SHIPPED
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.checkpoint:
+        if self.checkpoint is SHIPPED:
             if self.revision is not None:
                 found = f"--revision {self.revision} without a checkpoint"
                 raise UsageError(found, "a name on the hub, such as org/name")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from retnet_tools.errors import UsageError
 from retnet_tools.jobs.request import CheckpointOrShipped
@@ -36,6 +36,8 @@ class VerifyRequest(CheckpointOrShipped):
         threads: CPU threads to use; by the size of the work if left out.
     """
 
+    may_be_empty: ClassVar[tuple[str, ...]] = ("text",)
+
     _: KW_ONLY
     modes: Sequence[str] = MODES
     dtype: str = "fp32"
@@ -51,9 +53,10 @@ class VerifyRequest(CheckpointOrShipped):
         from retnet_tools.dtypes import parse_dtype
         from retnet_tools.model.agreement import select_forms
 
-        modes = self.modes.split(",") if isinstance(self.modes, str) else self.modes
-        self.settle(modes=tuple(word.strip().lower() for word in modes), dtype=parse_dtype(self.dtype))
+        if isinstance(self.modes, str):
+            self.settle(modes=self.modes.split(","))
         super().__post_init__()
+        self.settle(modes=tuple(word.strip().lower() for word in self.modes), dtype=parse_dtype(self.dtype))
         select_forms(self.modes, self.chunk_size)
         if self.text is not None and self.file is not None:
             raise UsageError("both --prompt and --file", "one of them")

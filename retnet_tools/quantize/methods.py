@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from retnet_tools.config import RetNetConfig
-from retnet_tools.errors import UsageError, did_you_mean
+from retnet_tools.errors import UsageError, find_row
 from retnet_tools.graph.code_types import BlockFormat
 from retnet_tools.progress import Progress
 from retnet_tools.quantize.blockwise import QuantizedRows, quantize_rows
@@ -83,9 +83,7 @@ def find_method(name: str, text: CalibrationText | None) -> MethodSpec:
     Raises:
         UsageError: no such method, or a calibrated one without a text.
     """
-    if name not in METHODS:
-        raise UsageError(f"--method {name!r}", f"one of {', '.join(METHODS)}", did_you_mean(name, METHODS))
-    spec = METHODS[name]
+    spec = find_row(METHODS, "--method", name)
     if spec.calibrated and text is None:
         raise UsageError(
             f"--method {name} without a text to calibrate on", "--calibration FILE", "name one, or use --method rtn"

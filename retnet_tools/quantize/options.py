@@ -8,11 +8,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from retnet_tools.config import RetNetConfig
 from retnet_tools.dtypes import ALIASES
 from retnet_tools.errors import UsageError, did_you_mean
+from retnet_tools.fields import check_types
 from retnet_tools.graph.code_types import CODE_TYPES, HALF_TYPES, BlockFormat, BlockSize
 from retnet_tools.graph.quantization import AccuracyLevel, HalfScheme, Scheme, TensorRule
 from retnet_tools.weights import canonical_shapes
@@ -48,9 +49,9 @@ class QuantizeOptions:
     """
 
     type: str
-    block_size: int | None = None
+    block_size: BlockSize | None = None
     symmetric: bool | None = None
-    accuracy_level: int | None = None
+    accuracy_level: AccuracyLevel | None = None
     method: str | None = None
     exclude: tuple[str, ...] = ()
     tensor_types: tuple[str, ...] = ()
@@ -84,6 +85,9 @@ class QuantizeOptions:
             raise UsageError(f"a text to calibrate on with {self.type} weights", f"--quantize {_code_words()}")
         if self.is_half and _asks_for_something(vars(self)):
             raise UsageError(f"options of a quantization scheme with {self.word}", "none of them")
+        check_types(self)
+        if not self.is_half:
+            self._scheme(None)
 
     @property
     def is_half(self) -> bool:
@@ -116,13 +120,17 @@ class QuantizeOptions:
                 "fused operators",
                 "ONNX Runtime's session option session.qdq_matmulnbits_accuracy_level sets it there",
             )
-        level = DEFAULT_ACCURACY_LEVEL if self.accuracy_level is None and ops == "fused" else self.accuracy_level
+        return self._scheme(
+            DEFAULT_ACCURACY_LEVEL if self.accuracy_level is None and ops == "fused" else self.accuracy_level
+        )
+
+    def _scheme(self, level: AccuracyLevel | None) -> Scheme:
         size = CODE_TYPES[self.type].block_size if self.block_size is None else self.block_size
         return Scheme(
             type=self.type,
-            block_size=cast(BlockSize, size),
+            block_size=size,
             symmetric=self.symmetric is not False,
-            accuracy_level=cast(AccuracyLevel, level),
+            accuracy_level=level,
             method=self.method or "rtn",
             exclude=self.exclude,
             tensor_types=tuple(map(parse_rule, self.tensor_types)),

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from numbers import Integral
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -58,8 +59,8 @@ class Stopping:
     strings: Collection[str] = ()
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise UsageError(f"--max-tokens {self.max_tokens}", "at least 1")
+        if not isinstance(self.max_tokens, Integral) or self.max_tokens < 1:
+            raise UsageError(f"--max-tokens {self.max_tokens!r}", "at least 1")
         StopMatcher(self.strings)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, Unpack
 
+from retnet_tools.errors import UsageError
 from retnet_tools.runtime.codec import Codec, open_codec
 from retnet_tools.runtime.decode import Generations, Stopping, generate_from, stream_from
 from retnet_tools.runtime.providers import parse_device
@@ -69,7 +70,7 @@ class Decoder:
         Returns:
             A row for each sample of the first prompt, then of the second, and so on, with speeds in tokens a second.
         """
-        prompts = [prompts] if isinstance(prompts, str) else prompts
+        prompts = list(prompts) if isinstance(prompts, Sequence) and not isinstance(prompts, str) else [prompts]
         sequences, stopping = self._begin(len(prompts), max_tokens, stop, sampling)
         return generate_from(sequences, list(map(self._tokens, prompts)), stopping, samples=samples, codec=self.codec)
 
@@ -91,6 +92,8 @@ class Decoder:
         return Sequences.start(self.session, batch, Sampling(**sampling)), stopping
 
     def _tokens(self, prompt: str) -> list[int]:
+        if not isinstance(prompt, str):
+            raise UsageError(f"a prompt that is {type(prompt).__name__}", "text")
         tokens = self.codec.encode(prompt)
         self.session.check_prompt(tokens)
         return tokens

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from numbers import Real
 from typing import Any, TypedDict
 
 import numpy as np
@@ -97,7 +98,7 @@ class Sampling:
     neighbours.
 
     Raises:
-        UsageError: a value out of range.
+        UsageError: no number, or one out of range.
     """
 
     temperature: float = 0.0
@@ -109,6 +110,9 @@ class Sampling:
     steps: tuple[Step, ...] = ()
 
     def __post_init__(self) -> None:
+        for name, value in self.settings().items():
+            if not isinstance(value, Real):
+                raise UsageError(f"--{name.replace('_', '-')} {value!r}", "a number")
         if not (0 <= self.temperature < float("inf")):
             raise UsageError(f"--temperature {self.temperature}", "a number >= 0")
         if self.top_k < 0:

@@ -15,7 +15,7 @@ from retnet_tools.jobs.export import ExportRequest
 from retnet_tools.jobs.inspect import InspectRequest
 from retnet_tools.jobs.perplexity import PerplexityRequest
 from retnet_tools.jobs.quantize import QuantizeRequest
-from retnet_tools.jobs.request import Request, parse_size, shipped_checkpoint
+from retnet_tools.jobs.request import SHIPPED, Request, parse_size, shipped_checkpoint
 from retnet_tools.jobs.verify import VerifyRequest
 
 REQUESTS: tuple[Request, ...] = (
@@ -70,7 +70,7 @@ def test_a_folder_that_is_not_named_says_what_is_in_it(fields: dict[str, Any], e
         (ExportRequest, {"block_size": 32}, "options of a quantization scheme without --quantize"),
         (ExportRequest, {"quantize": "fp16", "method": "rtn"}, "options of a quantization scheme with fp16"),
         (ExportRequest, {"quantize": "int8", "target_bits": 5.0}, "a target for size or bits without a text"),
-        (ExportRequest, {"quantize": "int8", "block_size": "32"}, "block_size is '32'; expected an integer"),
+        (ExportRequest, {"quantize": "int8", "block_size": "32"}, "block_size is '32'; expected one of 32, 64, 128"),
         (ExportRequest, {"force": 1}, "force is 1; expected true or false"),
         (ExportRequest, {"ignore_keys": [1]}, "ignore_keys[0] is 1; expected text"),
         (ExportRequest, {"text_tokens": 5}, "--text-tokens without a text"),
@@ -87,7 +87,7 @@ def test_a_folder_that_is_not_named_says_what_is_in_it(fields: dict[str, Any], e
         (VerifyRequest, {"modes": "parallel,recurent"}, "did you mean 'recurrent'?"),
         (VerifyRequest, {"chunk_size": 0}, "chunk size 0"),
         (VerifyRequest, {"text": "a", "file": "b"}, "both --prompt and --file"),
-        (VerifyRequest, {"checkpoint": "", "revision": "main"}, "--revision main without a checkpoint"),
+        (VerifyRequest, {"checkpoint": SHIPPED, "revision": "main"}, "--revision main without a checkpoint"),
         (PerplexityRequest, {"text": ""}, "no text to score"),
         (PerplexityRequest, {"text": "t", "context": -1}, "--context -1"),
         (PerplexityRequest, {"text": "t", "stride": 600}, "--stride 600"),
@@ -118,3 +118,38 @@ def test_sizes_have_units(text: str | int, size: int) -> None:
 def test_other_sizes_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="size"):
         parse_size(text)
+
+
+CALIBRATED = {"calibration": "b", "quantize": "int8"}
+BESIDE: dict[str, dict[str, Any]] = {
+    "text_tokens": {"text": "b"},
+    "calibration_tokens": CALIBRATED,
+    "seed": CALIBRATED,
+    "target_bits": CALIBRATED,
+    "target_size": CALIBRATED,
+    "keep_merged": CALIBRATED,
+}
+"""What a field is not allowed without."""
+WRONG = (-1, float("nan"), "", object())
+
+
+@pytest.mark.parametrize("value", WRONG, ids=["negative", "nan", "empty", "object"])
+@pytest.mark.parametrize(
+    ("request_", "name"),
+    [(request, field.name) for request in REQUESTS for field in dataclasses.fields(request)],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_no_field_takes_what_makes_no_sense(request_: Request, name: str, value: object) -> None:
+    beside = {n: v for n, v in BESIDE.get(name, {}).items() if n in vars(request_)}
+    if value == "" and name in request_.may_be_empty:
+        pytest.skip("a text is judged by its tokens")
+    given = dataclasses.replace(request_, **beside)
+    with pytest.raises(UsageError):
+        dataclasses.replace(given, **{name: value})
+
+
+@pytest.mark.parametrize("fields", [{"block_size": 48}, {"accuracy_level": 2}, {"method": "gptqq"}, {"exclude": "("}])
+def test_what_quantization_does_not_offer_is_refused_at_once(fields: dict[str, Any]) -> None:
+    for make in (lambda **f: ExportRequest("a", quantize="int4", **f), lambda **f: QuantizeRequest("a", "int4", **f)):
+        with pytest.raises(UsageError):
+            make(**fields)

@@ -6,6 +6,7 @@ import doctest
 import gc
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from retnet_tools.errors import UsageError
 from retnet_tools.formats import open_checkpoint
 from retnet_tools.runtime import Sampling, decoder, generate, open_decoder
 from retnet_tools.runtime.decoder import Decoder
+from retnet_tools.runtime.sampling import SamplingFields
 from retnet_tools.runtime.session import DecoderSession
 from tests.exports import export
 from tests.fake_gpu import FakeGpu, needs_fake_gpu
@@ -104,6 +106,25 @@ def test_wrong_input_is_refused_before_anything_runs(opened: Decoder) -> None:
         opened.generate("a", samples=0)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{name: "a"} for name in ("max_tokens", *SamplingFields.__annotations__) if name != "steps"],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_is_no_number_is_refused_by_name(opened: Decoder, options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} 'a'"):
+        opened.stream("ROMEO. ", **options)
+
+
+@pytest.mark.parametrize("prompt", [5, None, ["ROMEO. "], [1, 2, 3]], ids=str)
+def test_what_is_no_text_is_refused_by_its_type(opened: Decoder, prompt: Any) -> None:
+    with pytest.raises(UsageError, match=f"a prompt that is {type(prompt).__name__}"):
+        opened.stream(prompt)
+    with pytest.raises(UsageError, match="a prompt that is"):
+        opened.generate([prompt])
+
+
 @pytest.mark.parametrize("threads", [0, -1])
 def test_threads_that_cannot_be_are_refused(folder: Path, threads: int) -> None:
     with pytest.raises(UsageError, match=f"--threads {threads}; expected at least 1"):
@@ -134,6 +155,7 @@ def test_a_closed_session_runs_nothing(folder: Path) -> None:
 GONE = """
 import gc, json, sys, weakref
 from pathlib import Path
+from typing import Any
 import numpy as np
 from retnet_tools.runtime import DecoderSession, Device, Sequences, Stopping, generate_from
 gc.collect()
