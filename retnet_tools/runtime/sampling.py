@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from numbers import Real
 from typing import Any, TypedDict
 
@@ -37,15 +37,35 @@ class Candidates:
     logits: Array
     seen: Array
 
+    @classmethod
+    def all(cls, logits: Array, seen: Array) -> Candidates:
+        """Every token of the vocabulary."""
+        return cls(_token_ids(len(logits)), logits, seen)
+
     @cached_property
     def weights(self) -> Array:
-        """`[N]` float64, exp(l - max l): probabilities but for their sum."""
-        wide = self.logits.astype(np.float64)
+        """`[N]` float64, exp(l) but for a factor that all have: probabilities but for their sum."""
+        wide = np.asarray(self.logits, dtype=np.float64)
         return np.asarray(np.exp(wide - wide.max()))
+
+    @property
+    def are_seen(self) -> Array:
+        """`[N]` bool, whether the sequence holds each of these tokens."""
+        return self.seen if self.ids is _token_ids(len(self.seen)) else np.asarray(self.seen[self.ids])
 
     def keep(self, index: Array) -> Candidates:
         """Those at these places, or where a mask is true."""
-        return Candidates(self.ids[index], self.logits[index], self.seen)
+        kept = Candidates(self.ids[index], self.logits[index], self.seen)
+        if "weights" in vars(self):
+            vars(kept)["weights"] = self.weights[index]
+        return kept
+
+
+@lru_cache(maxsize=4)
+def _token_ids(count: int) -> Array:
+    ids = np.arange(count)
+    ids.flags.writeable = False
+    return ids
 
 
 Step = Callable[[Candidates], Candidates]
@@ -53,16 +73,18 @@ Step = Callable[[Candidates], Candidates]
 
 def repetition_penalty(candidates: Candidates, penalty: float) -> Candidates:
     """Logits of tokens that are there already become l / r where positive and l r where negative (arXiv 1909.05858)."""
-    wide, seen = candidates.logits.astype(np.float64), candidates.seen[candidates.ids]
-    moved = np.where(seen, np.where(wide > 0, wide / penalty, wide * penalty), wide)
-    return dataclasses.replace(candidates, logits=moved)
+    wide = np.asarray(candidates.logits, dtype=np.float64)
+    moved = np.where(candidates.are_seen, np.where(wide > 0, wide / penalty, wide * penalty), wide)
+    return Candidates(candidates.ids, moved, candidates.seen)
 
 
 def temperature(candidates: Candidates, value: float) -> Candidates:
     """(l - max l) / T: probabilities to the power of 1 / T."""
     with np.errstate(over="ignore"):
-        scaled = (candidates.logits.astype(np.float64) - float(candidates.logits.max())) / value
-    return dataclasses.replace(candidates, logits=scaled)
+        scaled = (np.asarray(candidates.logits, dtype=np.float64) - float(candidates.logits.max())) / value
+    cooled = Candidates(candidates.ids, scaled, candidates.seen)
+    vars(cooled)["weights"] = np.exp(scaled)
+    return cooled
 
 
 def top_k(candidates: Candidates, count: int) -> Candidates:
@@ -128,7 +150,7 @@ class Sampling:
 
     def candidates(self, logits: Array, seen: Array) -> Candidates:
         """What is left of `[vocab]` logits after every step, for a sequence that holds the tokens `seen`."""
-        left = Candidates(np.arange(len(logits)), logits, seen)
+        left = Candidates.all(logits, seen)
         for step in self._chain:
             left = step(left)
         if not len(left.ids):
