@@ -30,7 +30,7 @@ lint: .venv/.installed
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 # The official decoder is an alternative too; it comes without what it depends on.
 out/torchscale: .venv/.installed

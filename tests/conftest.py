@@ -3,6 +3,8 @@ import signal
 
 # ONNX Runtime and onnxruntime-genai report to Microsoft by default; they read this when they are loaded.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+# Tests run beside each other, and so do the processes that they start: a test that wants more threads says so.
+os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,14 +16,16 @@ from hypothesis import settings
 from retnet_tools import machine
 from retnet_tools.cli import app
 
-# Tests run beside each other: a test that wants more threads says so.
 torch.set_num_threads(1)
 machine.allowed_cores = lambda: 1
+# What a test says of colours and widths is what it gets, on any terminal.
+for variable in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "PY_COLORS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(variable, None)
 # A shell starts what runs in the background with SIGINT ignored, and so would be the processes that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-settings.register_profile("ci", derandomize=True, deadline=None)
-if os.environ.get("CI"):
-    settings.load_profile("ci")
+# How long an example takes says how busy the machine is.
+settings.register_profile("anywhere", derandomize="CI" in os.environ, deadline=None)
+settings.load_profile("anywhere")
 
 
 @dataclass(frozen=True)

@@ -24,5 +24,4 @@ def why_not() -> str | None:
     return device_problem(DEVICE)
 
 
-needs_cuda = pytest.mark.skipif(why_not() is not None, reason=f"no GPU: {why_not()}")
 needs_cuda_graphs = pytest.mark.skipif(ON_CPU, reason="CUDA graphs need CUDA")

@@ -87,12 +87,10 @@ def test_every_benchmark_among_the_steps_is_a_command_that_bench_takes(gpu_steps
         assert command.make_context("bench", words).params["device"] == "cuda"
 
 
-@pytest.mark.slow
+@needs_fake_gpu
 def test_the_tests_that_come_first_exist(gpu_steps) -> None:
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *gpu_steps.TESTS]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert f"{len(gpu_steps.TESTS)} tests collected" in result.stdout
+    collect = "-m pytest --collect-only -q -p no:cacheprovider"
+    assert f"{len(gpu_steps.TESTS)} tests collected" in FakeGpu().run(collect, *gpu_steps.TESTS).stdout
 
 
 def arguments(folder: Path, *more: object) -> tuple[object, ...]:

@@ -22,14 +22,16 @@ from retnet_tools.runtime.onnx_session import node_placement, open_session
 from retnet_tools.runtime.selftest import run_selftest
 from retnet_tools.runtime.state_file import capture, read_state, write_state
 from retnet_tools.weights import Array, WeightSource
-from tests.cuda_device import DEVICE, DTYPES, ON_CPU, needs_cuda, needs_cuda_graphs
+from tests.cuda_device import DEVICE, DTYPES, ON_CPU, needs_cuda_graphs, why_not
 from tests.exports import export, run_genai, zero_states
 from tests.helpers import ABLATIONS, BASE, random_source, random_tokens
 from tests.quantized import decoded_source, quantize
 from tests.reference import reference_logits
 from tests.tolerances import CUDA_LOGITS, CUDA_QUANTIZED, CUDA_STATES, GRAPH_FLOAT32
 
-pytestmark = [pytest.mark.cuda, needs_cuda]
+pytestmark = pytest.mark.cuda
+if why_not() is not None:
+    pytest.skip(f"no GPU: {why_not()}", allow_module_level=True)
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "shakespeare"
 HEADS = [(256, 512), (256, 432), (128, 256), (64, 128), (160, 320), (64, 54)]

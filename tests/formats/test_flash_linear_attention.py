@@ -1,71 +1,27 @@
-"""Other configurations than the conformance cases, against the implementations' own code where it is installed.
+"""Other configurations than the conformance cases, against flash-linear-attention's own code where it is installed.
 
-They are no requirement of this project:
+It is no requirement of this project:
 
-    pip install --no-deps yet-another-retnet einops
     pip install --no-deps flash-linear-attention fla-core triton transformers ...   (no GPU is needed)
 
-flash-linear-attention's model, layers and wiring run as they are; its Triton kernels are replaced by their definition
-in torch, since they need a GPU and compute in float32.
+Its model, layers and wiring run as they are; its Triton kernels are replaced by their definition in torch, since they
+need a GPU and compute in float32.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet_tools.formats import open_checkpoint
-from retnet_tools.model.retention import FORMS
-from retnet_tools.model.retnet import load_model
-from tests.tolerances import GOLDEN_FLOAT32, GOLDEN_FLOAT64
+from tests.formats.implementations import TOKENS, check, randomize
+from tests.tolerances import GOLDEN_FLOAT64
 
-TOKENS = torch.from_numpy(np.random.default_rng(0).integers(0, 31, (2, 19)))
-
-
-def randomize(model: nn.Module) -> None:
-    """Weights of unit gain, norm weights around 1, biases of 0.1: nothing that a test could miss."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() > 1:
-                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
-            else:
-                parameter.add_(0.2 * noise)
-
-
-def check(folder: Path, expected: Tensor, dtype: torch.dtype, tolerance: float) -> None:
-    checkpoint = open_checkpoint(folder)
-    model = load_model(checkpoint.config, checkpoint.weights, dtype)
-    for form in FORMS.values():
-        with torch.no_grad():
-            torch.testing.assert_close(model(TOKENS, form=form).logits, expected, rtol=0, atol=tolerance)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize(
-    ("heads", "norm_first", "activation"),
-    [*itertools.product([1, 4], [True, False], ["swish", "gelu"]), (2, False, "relu")],
-)
-def test_yet_another_retnet(heads: int, norm_first: bool, activation: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    package = pytest.importorskip("yet_another_retnet.retnet", reason="yet-another-retnet is not installed")
-    arguments = {"d_model": heads * 8, "nhead": heads, "num_layers": 2, "dim_feedforward": 24, "layer_norm_eps": 1e-4}
-    arguments |= {"num_tokens": 31, "norm_first": norm_first, "activation": activation}
-    model = package.RetNet(**arguments).eval()
-    randomize(model)
-    torch.save(model.state_dict(), tmp_path / "model.pt")
-    (tmp_path / "args.json").write_text(json.dumps(arguments))
-    with torch.no_grad():
-        expected = model.to(dtype).forward_parallel(TOKENS)
-    check(tmp_path, expected, dtype, GOLDEN_FLOAT64 if dtype == torch.float64 else GOLDEN_FLOAT32)
+models = pytest.importorskip("fla.models.retnet", reason="flash-linear-attention is not installed")
 
 
 def rms(x: Tensor, module: nn.Module) -> Tensor:
@@ -100,7 +56,6 @@ def rotated_halves(self: nn.Module, q: Tensor, k: Tensor, **_: Any) -> tuple[Ten
 
 @pytest.fixture
 def fla(monkeypatch: pytest.MonkeyPatch) -> Any:
-    models = pytest.importorskip("fla.models.retnet", reason="flash-linear-attention is not installed")
     from fla.layers import multiscale_retention
     from fla.modules import FusedRMSNormGated, RMSNorm, mlp, rotary
 
