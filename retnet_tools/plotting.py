@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from retnet_tools.errors import OutputError, RetNetToolsError, UsageError
+from retnet_tools.errors import RetNetToolsError, UsageError
+from retnet_tools.staging import check_file, staged_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,16 +24,13 @@ def check_plot(path: Path, *, force: bool) -> None:
     Raises:
         RetNetToolsError: matplotlib is not installed.
         UsageError: another type of file, or one that exists.
-        OutputError: no such folder.
+        OutputError: it cannot be written there.
     """
     if path.suffix.lower() not in PLOT_TYPES:
         raise UsageError(f"--plot {path}", f"a name ending in {', '.join(PLOT_TYPES)}")
     if importlib.util.find_spec("matplotlib") is None:
         raise RetNetToolsError("--plot needs matplotlib", action="pip install 'retnet-tools[plot]'")
-    if path.exists() and not force:
-        raise UsageError(f"{path} exists already", action="name another file, or add --force to replace it")
-    if not path.parent.is_dir():
-        raise OutputError(f"no folder {path.parent} for {path.name}", "a folder that exists")
+    check_file(path, force=force)
 
 
 def save_figure(figure: Figure, path: Path, *, force: bool) -> None:
@@ -45,14 +42,7 @@ def save_figure(figure: Figure, path: Path, *, force: bool) -> None:
     from matplotlib import rc_context
 
     check_plot(path, force=force)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        kind = path.suffix[1:].lower()
-        # The same figure is the same file.
-        with rc_context({"svg.hashsalt": "retnet-tools"}):
-            figure.savefig(partial, format=kind, dpi=_DPI, metadata={"Date": None} if kind == "svg" else None)
-        os.replace(partial, path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path} ({error.strerror or error})", "a file that can be written") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    kind = path.suffix[1:].lower()
+    # The same figure is the same file.
+    with staged_file(path, force=force) as partial, rc_context({"svg.hashsalt": "retnet-tools"}):
+        figure.savefig(partial, format=kind, dpi=_DPI, metadata={"Date": None} if kind == "svg" else None)

@@ -23,6 +23,7 @@ ROWS = {
     "version": 0,
     "fields": 0,
     "dtypes": 0,
+    "locks": 0,
     "staging": 0,
     "machine": 0,
     "console": 0,

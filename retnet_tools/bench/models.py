@@ -210,8 +210,8 @@ def _write(
         read = QuantizedContents(source, round_to_nearest, precision.dtype)
     tensors = {name: tensor for graph in graphs.values() for name, tensor in graph.stored.items()}
     marker, required = next(iter(graphs)), file_bytes(tensors.values())
-    with staged_folder(folder, marker=marker, required_bytes=required) as partial:
-        places = write_weights(partial / WEIGHTS_FILE, tensors.values(), read, progress=lambda count: None)
+    with staged_folder(folder, marker=marker, required_bytes=required, force=False) as partial:
+        places, _ = write_weights(partial / WEIGHTS_FILE, tensors.values(), read, progress=lambda count: None)
         for name, graph in graphs.items():
             write_graph(partial / name, graph, places)
     return folder

@@ -27,5 +27,6 @@ def inspect(
     with progress_bar() as progress:
         result = job.inspect(request, progress)
     print_json(inspection_document(result)) if as_json else render_inspection(result)
+    result.require_intact()
     if strict:
         result.require_clean()

@@ -18,11 +18,12 @@ import numpy as np
 from retnet_tools.config import RetNetConfig
 from retnet_tools.dtypes import NUMPY_DTYPES, FloatName, convert_array, parse_dtype
 from retnet_tools.errors import ConfigError, InputError, OutputError, UsageError
+from retnet_tools.formats.files import CONFIG_NAMES
 from retnet_tools.formats.mapping import expand_names, map_weights
 from retnet_tools.formats.provenance import provenance_section
 from retnet_tools.formats.safetensors_files import write_safetensors
 from retnet_tools.formats.settings import Settings
-from retnet_tools.formats.spec import AS_STORED, CONFIG_FILE, SAFETENSORS_FILE, Checkpoint, FormatSpec, Source, Writing
+from retnet_tools.formats.spec import AS_STORED, SAFETENSORS_FILE, TORCH_FILE, Checkpoint, FormatSpec, Source, Writing
 from retnet_tools.formats.storage import PlannedTensor, StoredTensors, planned
 from retnet_tools.formats.torch_files import write_torch
 from retnet_tools.progress import ByteProgress
@@ -71,6 +72,11 @@ class Conversion:
     def nbytes(self) -> int:
         """Bytes of tensor data; what shares storage counts once."""
         return sum(t.nbytes for tensors in self.weights.values() for t in tensors if t.same_as is None)
+
+    @property
+    def marker(self) -> str:
+        """The file that makes a checkpoint of the folder."""
+        return list(self.documents)[-1]
 
     @property
     def files(self) -> list[str]:
@@ -241,7 +247,7 @@ def shard(tensors: Sequence[PlannedTensor], limit: int) -> tuple[dict[str, list[
 
 
 def write_checkpoint(path: Path, plan: Conversion, *, force: bool, progress: ByteProgress | None) -> list[Path]:
-    """Write a checkpoint folder; other files that are in it stay.
+    """Write a checkpoint folder; one that is replaced keeps its files of other names.
 
     Memory: one block of a tensor (16 MB), or a whole one where its format transforms it.
 
@@ -252,16 +258,19 @@ def write_checkpoint(path: Path, plan: Conversion, *, force: bool, progress: Byt
         The files written.
 
     Raises:
-        UsageError: a checkpoint is there and `force` is not set.
-        OutputError: the path is no folder, or the disk is full; nothing new is left behind.
+        UsageError, OutputError: as `staging.staged_folder`; nothing new is left behind.
         InputError: a tensor that cannot be read or does not fit its type.
     """
     if len(set(plan.files)) < len(plan.files):
         raise OutputError("an extra file has the name of a file of the checkpoint", "another name", "rename it")
-    check_folder(path, plan, force=force)
-    *_, config = plan.documents
-    stale = [file.name for file in _present(path) if file.name not in plan.files]
-    with staged_folder(path, marker=config, required_bytes=plan.nbytes + _OTHER_BYTES, stale=stale) as folder:
+    with staged_folder(
+        path,
+        marker=plan.marker,
+        required_bytes=plan.nbytes + _OTHER_BYTES,
+        force=force,
+        ours=CONFIG_NAMES,
+        stale=lambda: _checkpoint_files(path) - set(plan.files),
+    ) as folder:
         for name, tensors in plan.weights.items():
             write = write_safetensors if name.endswith(".safetensors") else write_torch
             write(folder / name, tensors, progress)
@@ -274,16 +283,6 @@ def write_checkpoint(path: Path, plan: Conversion, *, force: bool, progress: Byt
     return [path / name for name in plan.files]
 
 
-def check_folder(path: Path, plan: Conversion, *, force: bool) -> None:
-    """Refuse a path that is a file, or where a checkpoint is and `force` is not set."""
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"{path} is a file", "a folder", "name another output")
-    if force or not path.is_dir():
-        return
-    for found in _present(path, plan.files):
-        raise UsageError(f"{found} exists already", action="name another output, or add --force to replace it")
-
-
-def _present(path: Path, names: Sequence[str] = ()) -> list[Path]:
-    named = [path / name for name in dict.fromkeys((CONFIG_FILE, SAFETENSORS_FILE, INDEX_FILE, *names))]
-    return [file for file in (*named, *sorted(path.glob(SHARD_PATTERN))) if file.exists()]
+def _checkpoint_files(path: Path) -> set[str]:
+    """Names of configurations and weights, which would be read beside others."""
+    return {*CONFIG_NAMES, SAFETENSORS_FILE, INDEX_FILE, TORCH_FILE, *(file.name for file in path.glob(SHARD_PATTERN))}

@@ -29,7 +29,7 @@ from retnet_tools.formats.settings import Keys, Settings
 from retnet_tools.formats.storage import StoredTensors
 from retnet_tools.weights import Array, WeightSource
 
-CONFIG_FILE, SAFETENSORS_FILE = "config.json", "model.safetensors"
+CONFIG_FILE, SAFETENSORS_FILE, TORCH_FILE = "config.json", "model.safetensors", "model.pt"
 Shape = tuple[int, ...]
 Modules = Mapping[str, Sequence[str]]
 NameTable = Mapping[str, str | tuple[str, ...] | None]

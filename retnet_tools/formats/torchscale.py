@@ -15,7 +15,7 @@ from retnet_tools.errors import InputError
 from retnet_tools.formats import torchscale_tensors as tensors
 from retnet_tools.formats.mapping import stored_name
 from retnet_tools.formats.settings import FAIRSEQ, Keys, Only, Settings, words
-from retnet_tools.formats.spec import FormatSpec, Reading, Source, Writing
+from retnet_tools.formats.spec import TORCH_FILE, FormatSpec, Reading, Source, Writing
 from retnet_tools.formats.storage import StoredTensors
 from retnet_tools.formats.torchscale_tensors import EMBEDDING, FINAL_NORM, HEAD, RELEASES, Release
 
@@ -202,7 +202,7 @@ def _write(config: RetNetConfig, assumed_clamp: bool) -> Writing:
         settings,
         tensors.decoder_names(written),
         settings_file="args.json",
-        weights_file="model.pt",
+        weights_file=TORCH_FILE,
         ties={HEAD: EMBEDDING} if tied else {},
         buffers=tensors.written_buffers(config),
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import InputError
 from retnet_tools.formats import Checkpoint
 from retnet_tools.formats.hub import hub_origin
+from retnet_tools.formats.integrity import FileRecord
 from retnet_tools.formats.provenance import provenance, source_digests
 from retnet_tools.formats.storage import StoredTensors, TensorLocation
 from retnet_tools.graph import contract, targets
@@ -26,10 +29,10 @@ from retnet_tools.graph.folder import (
     write_graph,
     write_weights,
 )
-from retnet_tools.graph.manifest import Manifest, read_manifest
+from retnet_tools.graph.manifest import Manifest, parse_manifest, read_manifest
 from retnet_tools.graph.quantization import Quantization
 from retnet_tools.graph.weight_tensors import BuiltGraph, WeightTensor
-from retnet_tools.staging import check_target, staged_folder
+from retnet_tools.staging import staged_folder
 from retnet_tools.tokenizing.carried import CarriedText, carried_text
 from retnet_tools.tokenizing.files import TOKENIZER_FILE, load_tokenizer
 from retnet_tools.tokenizing.special import GENERATION_FILE, SpecialTokens
@@ -173,15 +176,20 @@ def write_export(
         OutputError: it cannot be written, or the disk is full; nothing is left behind.
         InputError: the checkpoint cannot be read, or a value does not fit `dtype`.
     """
-    checkpoint, marker = plan.checkpoint, contract.MANIFEST_FILE
-    check_target(out, marker=marker, force=force, source=checkpoint.path)
-    needed = plan.weight_bytes + GRAPH_BYTES
+    checkpoint = plan.checkpoint
     with (
-        staged_folder(out, marker=marker, required_bytes=needed, stale=_stale_files(out)) as folder,
+        staged_folder(
+            out,
+            marker=contract.MANIFEST_FILE,
+            required_bytes=plan.weight_bytes + GRAPH_BYTES,
+            force=force,
+            source=checkpoint.path,
+            stale=partial(_stale_files, out),
+        ) as folder,
         source_digests(checkpoint.source_files) as digests,
     ):
         read = read or float_blocks(checkpoint.weights)
-        places = write_weights(folder / contract.WEIGHTS_FILE, plan.tensors.values(), read, progress)
+        places, weights = write_weights(folder / contract.WEIGHTS_FILE, plan.tensors.values(), read, progress)
         for file in plan.text.copies:
             shutil.copyfile(file, folder / file.name)
         for name, text in {**plan.text.made, **plan.files}.items():
@@ -202,6 +210,10 @@ def write_export(
         )
         for name, make_text in (texts or {}).items():
             (folder / name).write_text(make_text(manifest), encoding="utf-8")
+        files = {
+            file.name: FileRecord.of(file) for file in sorted(folder.iterdir()) if file.name != contract.WEIGHTS_FILE
+        }
+        manifest = dataclasses.replace(manifest, files={contract.WEIGHTS_FILE: weights, **files})
         (folder / contract.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
@@ -243,7 +255,7 @@ def _stale_files(out: Path) -> tuple[str, ...]:
     """Files of an earlier export that a new one replaces or removes."""
     replaced: tuple[str, ...] = targets.TARGET_FILES
     try:
-        manifest = read_manifest(out)
+        manifest = parse_manifest(out)
         replaced = (*targets.TARGET_FILES, *manifest.tokenizer_files, GENERATION_FILE)
         quantized = manifest.quantization is not None
         card = (out / contract.CARD_FILE).read_text(encoding="utf-8").splitlines() if quantized else []

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from retnet_tools.dtypes import convert_array
 from retnet_tools.errors import InputError
+from retnet_tools.formats.integrity import FileRecord
 from retnet_tools.formats.storage import StoredTensors, TensorLocation, contiguous_strides
 from retnet_tools.graph.contract import EXPORT_AGAIN, WEIGHTS_FILE
 from retnet_tools.graph.nodes import ELEMENT_TYPES
@@ -52,8 +56,8 @@ def file_bytes(tensors: Iterable[WeightTensor]) -> int:
 
 def write_weights(
     path: Path, tensors: Iterable[WeightTensor], read: BlockReader, progress: Callable[[int], None]
-) -> dict[str, FileRegion]:
-    """Write weights.data, one block of a tensor in memory at a time; gives the place of each tensor by name.
+) -> tuple[dict[str, FileRegion], FileRecord]:
+    """Write weights.data, one block of a tensor in memory at a time; gives the place of each tensor, and its hash.
 
     Args:
         tensors: what to store, in order.
@@ -64,15 +68,22 @@ def write_weights(
         InputError: a finite value that becomes infinite in the stored type, or content of another length than the
             tensor has, by tensor name.
     """
-    tensors, places = list(tensors), {}
-    with path.open("wb") as file:
+    tensors, places, digest = list(tensors), {}, hashlib.sha256()
+    with path.open("wb") as file, ThreadPoolExecutor(1) as pool:
+
+        def write(data: Any) -> None:
+            # Both release the interpreter's lock.
+            hashed = pool.submit(digest.update, data)
+            file.write(data)
+            hashed.result()
+
         for tensor in tensors:
             if tensor.same_as is not None:
                 continue
             offset = _aligned(file.tell())
-            file.seek(offset)
+            write(bytes(offset - file.tell()))
             for block in read(tensor):
-                file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+                write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
             written = file.tell() - offset
             if written != tensor.stored_bytes:
                 raise InputError(
@@ -81,7 +92,9 @@ def write_weights(
                 )
             places[tensor.name] = FileRegion(path, offset, written)
             progress(written)
-    return places | {tensor.name: places[tensor.same_as] for tensor in tensors if tensor.same_as is not None}
+        record = FileRecord(file.tell(), digest.hexdigest())
+    places |= {tensor.name: places[tensor.same_as] for tensor in tensors if tensor.same_as is not None}
+    return places, record
 
 
 def write_graph(path: Path, built: BuiltGraph, places: dict[str, FileRegion]) -> None:

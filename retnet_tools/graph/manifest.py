@@ -6,13 +6,21 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import ConfigError, InputError
-from retnet_tools.graph.contract import EXPORT_AGAIN, MANIFEST_FILE, MAX_POSITION, TensorSpec, state_scale
+from retnet_tools.formats.integrity import FileRecord
+from retnet_tools.graph.contract import (
+    EXPORT_AGAIN,
+    MANIFEST_FILE,
+    MAX_POSITION,
+    WEIGHTS_FILE,
+    TensorSpec,
+    state_scale,
+)
 from retnet_tools.graph.quantization import Quantization
 from retnet_tools.graph.targets import TARGET_DEVICES
 
@@ -33,6 +41,7 @@ class Manifest:
         graphs: for each graph file its inputs and outputs.
         tokenizer_files: names of the tokenizer's files in the folder.
         device: whose kernels the graphs were made for; they run on all.
+        files: size and sha256 of every other file of the export, by name; empty in exports from before there were any.
     """
 
     config: RetNetConfig
@@ -44,6 +53,7 @@ class Manifest:
     graphs: dict[str, dict[str, tuple[TensorSpec, ...]]]
     tokenizer_files: tuple[str, ...]
     device: str = "cpu"
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
 
     def fingerprint(self) -> dict[str, str]:
         """What a saved state depends on, by name: the model, and the types that its numbers were made with."""
@@ -69,6 +79,7 @@ class Manifest:
             "max_position": MAX_POSITION,
             "tokenizer_files": list(self.tokenizer_files),
             "provenance": self.provenance,
+            "files": {name: dataclasses.asdict(record) for name, record in self.files.items()},
             "graphs": {
                 name: {side: [dataclasses.asdict(spec) for spec in specs] for side, specs in graph.items()}
                 for name, graph in self.graphs.items()
@@ -79,7 +90,24 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of an exported folder.
+    """Read the manifest of an exported folder, whose files have to be as long as it says.
+
+    The card, and what other programs read, may have been edited since.
+
+    Raises:
+        InputError: as `parse_manifest`, or a graph, weights.data or a file of the tokenizer is missing or cut short.
+    """
+    manifest = parse_manifest(folder)
+    for name in (*manifest.graphs, WEIGHTS_FILE, *manifest.tokenizer_files):
+        if (record := manifest.files.get(name)) is not None and (problem := record.size_problem(folder / name)):
+            raise InputError(
+                f"{folder / name} {problem}", f"{record.bytes} bytes, as {MANIFEST_FILE} says", EXPORT_AGAIN
+            )
+    return manifest
+
+
+def parse_manifest(folder: Path) -> Manifest:
+    """What the manifest of an exported folder says.
 
     Raises:
         InputError: no manifest, not JSON, another schema version, or a field that is missing, unknown or wrong.
@@ -110,6 +138,7 @@ def read_manifest(folder: Path) -> Manifest:
             },
             tokenizer_files=tuple(data["tokenizer_files"]),
             device=data["device"],
+            files={name: FileRecord.from_dict(record) for name, record in data.get("files", {}).items()},
         )
     except ConfigError as error:
         raise InputError(f"{path}: {error.found}", error.expected, EXPORT_AGAIN) from error

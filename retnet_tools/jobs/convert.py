@@ -6,6 +6,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from retnet_tools.errors import InputError, OutputError
 from retnet_tools.jobs.request import CheckpointRequest, parse_size
 from retnet_tools.progress import Progress, in_megabytes, no_progress
 
@@ -85,6 +86,27 @@ def convert(request: ConvertRequest, progress: Progress = no_progress) -> Conver
         max_shard_size=parse_size(request.max_shard_size),
     )
     if not request.dry_run:
-        told = in_megabytes(progress, "convert", plan.nbytes)
-        write_checkpoint(Path(request.output), plan, force=request.force, progress=told)
+        folder, told = Path(request.output), in_megabytes(progress, "convert", plan.nbytes)
+        _check_output(folder, plan.marker, force=request.force)
+        write_checkpoint(folder, plan, force=request.force, progress=told)
     return ConvertResult(request, checkpoint, plan)
+
+
+def _check_output(folder: Path, marker: str, *, force: bool) -> None:
+    """Check that a folder may be written, and that what is replaced is a RetNet: other models have a config.json too.
+
+    Raises:
+        UsageError, OutputError: it may not, or is something else.
+    """
+    from retnet_tools.formats import open_checkpoint
+    from retnet_tools.formats.files import CONFIG_NAMES
+    from retnet_tools.staging import check_folder
+
+    check_folder(folder, marker=marker, force=force, ours=CONFIG_NAMES)
+    if any((folder / name).is_file() for name in CONFIG_NAMES):
+        try:
+            open_checkpoint(folder)
+        except InputError as error:
+            raise OutputError(
+                f"{folder} holds something else than a RetNet checkpoint ({error.found})", action="remove it yourself"
+            ) from error

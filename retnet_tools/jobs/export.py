@@ -229,10 +229,10 @@ def check_output(request: WriteRequest, folder: Path, source: Path, *, quantized
     """
     from retnet_tools.graph.contract import MANIFEST_FILE
     from retnet_tools.quantize.card import check_card
-    from retnet_tools.staging import check_target
+    from retnet_tools.staging import check_folder
 
     if not request.dry_run:
-        check_target(folder, marker=MANIFEST_FILE, force=request.force, source=source)
+        check_folder(folder, marker=MANIFEST_FILE, force=request.force, source=source)
         if quantized:
             check_card(folder)
 

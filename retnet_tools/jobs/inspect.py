@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from retnet_tools.config import RetNetConfig
     from retnet_tools.evaluate.lint import Finding, HeadMemory
     from retnet_tools.formats import CheckpointSource
+    from retnet_tools.formats.integrity import FileCheck
     from retnet_tools.graph.manifest import Manifest
     from retnet_tools.weights import WeightSource
 
@@ -30,10 +31,13 @@ class InspectRequest(CheckpointRequest):
     Attributes:
         checkpoint: an exported folder, or a checkpoint: a folder, a file, or a name on the hub.
         quick: do not read the tensors' data.
+        check: read every file, and hold it to the size and hash that were recorded when it was written; of a checkpoint
+            to what its files and index say.
     """
 
     _: KW_ONLY
     quick: bool = False
+    check: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class InspectResult:
         state_bytes: of one layer's recurrent state `[H, K, V]` of one sequence.
         heads: what each head can remember.
         findings: what looks wrong, errors first; without the tensors' data in a quick look.
+        checks: what was held against each file, where that was asked for.
     """
 
     request: InspectRequest = field(repr=False)
@@ -84,10 +89,21 @@ class InspectResult:
     state_bytes: int
     heads: tuple[HeadMemory, ...]
     findings: tuple[Finding, ...]
+    checks: tuple[FileCheck, ...]
 
     def count(self, severity: str) -> int:
         """How many findings there are of a severity."""
         return sum(finding.severity == severity for finding in self.findings)
+
+    def require_intact(self) -> None:
+        """Do nothing where every file that was checked is what was written.
+
+        Raises:
+            InputError: one is not.
+        """
+        from retnet_tools.formats.integrity import require_intact
+
+        require_intact(self.checks)
 
     def require_clean(self) -> None:
         """Do nothing where there is neither an error nor a warning.
@@ -138,7 +154,22 @@ def inspect_model(request: InspectRequest, model: StoredModel, progress: Progres
         state_bytes=layer_state_bytes(config, model.state_dtype),
         heads=head_memories(config),
         findings=tuple(sorted(findings, key=lambda f: SEVERITIES.index(f.severity))),
+        checks=_check_files(model, progress) if request.check else (),
     )
+
+
+def _check_files(model: StoredModel, progress: Progress) -> tuple[FileCheck, ...]:
+    from retnet_tools.formats.integrity import check_checkpoint, check_records
+    from retnet_tools.graph.contract import EXPORT_AGAIN, MANIFEST_FILE
+
+    if model.manifest is None:
+        told = in_megabytes(progress, "check", sum(model.files.values()))
+        return tuple(check_checkpoint(list(model.files), told))
+    if not (records := model.manifest.files):
+        found = f"{model.path / MANIFEST_FILE} has no sizes and hashes of its files"
+        raise InputError(found, "an export of this version", EXPORT_AGAIN)
+    told = in_megabytes(progress, "check", sum(record.bytes for record in records.values()))
+    return tuple(check_records(model.path, records, told))
 
 
 def open_model(source: CheckpointSource) -> StoredModel:

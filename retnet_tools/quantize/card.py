@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from retnet_tools.errors import UsageError
+from retnet_tools.formats.integrity import FileRecord
 from retnet_tools.graph.contract import CARD_FILE, CARD_TITLE, MANIFEST_FILE, WEIGHTS_FILE
 from retnet_tools.graph.manifest import Manifest, read_manifest
 from retnet_tools.graph.quantization import Calibration, MixedPrecision, Quantization
 from retnet_tools.quantize.options import matrix_formats, matrix_names, scheme_text
+from retnet_tools.staging import staged_folder
 from retnet_tools.version import __version__
 
 _MOST_SENSITIVE = 5
@@ -99,10 +100,11 @@ def update_record(folder: Path, record: Quantization) -> None:
         InputError: not an exported folder.
     """
     manifest = dataclasses.replace(read_manifest(folder), quantization=record)
-    for name, text in ((CARD_FILE, model_card(manifest)), (MANIFEST_FILE, manifest.to_json())):
-        partial = folder / f".{name}.partial-{os.getpid()}"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, folder / name)
+    with staged_folder(folder, marker=MANIFEST_FILE, required_bytes=0, force=True) as partial:
+        (partial / CARD_FILE).write_text(model_card(manifest), encoding="utf-8")
+        files = {**manifest.files, CARD_FILE: FileRecord.of(partial / CARD_FILE)}
+        text = dataclasses.replace(manifest, files=files).to_json()
+        (partial / MANIFEST_FILE).write_text(text, encoding="utf-8")
 
 
 def _facts(manifest: Manifest, record: Quantization) -> list[tuple[str, str]]:

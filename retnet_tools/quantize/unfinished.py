@@ -11,8 +11,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -21,14 +19,11 @@ from typing import Any
 import numpy as np
 
 from retnet_tools.config import RetNetConfig
-from retnet_tools.errors import OutputError
 from retnet_tools.graph.code_types import BlockFormat
 from retnet_tools.quantize.blockwise import QuantizedRows
-from retnet_tools.staging import appended_file, is_disk_full
+from retnet_tools.staging import locked, remove_path, whole_file, writing_to
 from retnet_tools.version import __version__
 from retnet_tools.weights import Array, WeightSource
-
-LOCK_FILE = "lock"
 
 
 def unfinished_folder(out: Path) -> Path:
@@ -84,11 +79,9 @@ class Workplace(ExitStack):
             UsageError: another process has work open here.
             OutputError: the folder cannot be written to.
         """
-        with _writing_to(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not self._opened:
-                self.enter_context(appended_file(self.folder / LOCK_FILE))
-            work = Unfinished(self.folder, kind, key)
+        if not self._opened:
+            self.enter_context(locked(self.folder))
+        work = Unfinished(self.folder, kind, key)
         self._opened.append(work)
         return work
 
@@ -98,12 +91,10 @@ class Workplace(ExitStack):
             return
         for work in self._opened:
             work.remove()
-        with suppress(OSError):
-            # While the lock is held, so that nobody else's goes away.
-            (self.folder / LOCK_FILE).unlink(missing_ok=True)
-        self.close()
+        # While the lock is held, so that nobody else's goes away.
         with suppress(OSError):
             self.folder.rmdir()
+        self.close()
 
 
 class Unfinished:
@@ -113,10 +104,9 @@ class Unfinished:
         self.folder = parent / f"{kind}-{key[:32]}"
         for other in parent.glob(f"{kind}-*"):
             if other != self.folder:
-                shutil.rmtree(other, ignore_errors=True)
-        self.folder.mkdir(exist_ok=True)
-        for partial in self.folder.glob("*.partial"):
-            partial.unlink()
+                remove_path(other)
+        with writing_to(self.folder, "a folder"):
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     def __contains__(self, name: str) -> bool:
         return (self.folder / name).is_file()
@@ -128,12 +118,8 @@ class Unfinished:
         Raises:
             OutputError: the disk is full.
         """
-        partial = self.folder / f"{name}.partial"
-        with _writing_to(self.folder):
+        with whole_file(self.folder / name) as partial:
             yield partial
-            with partial.open("r+b") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, self.folder / name)
 
     def discard(self, name: str) -> None:
         """Forget a result."""
@@ -141,7 +127,7 @@ class Unfinished:
 
     def remove(self) -> None:
         """Forget all results."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_path(self.folder)
 
     def save_rows(self, name: str, rows: QuantizedRows) -> None:
         """Keep the codes of a matrix under its name."""
@@ -155,21 +141,3 @@ class Unfinished:
         """The codes of a matrix; float32 has held scales of any type exactly."""
         with np.load(self.folder / f"{name}.npz") as parts:
             return QuantizedRows(parts["codes"], parts["scales"].astype(scale_type), parts.get("zero_points"))
-
-
-@contextmanager
-def _writing_to(folder: Path) -> Iterator[None]:
-    """Turns errors of writing to a folder into one line; others pass."""
-    try:
-        yield
-    except OSError as error:
-        if is_disk_full(error):
-            raise OutputError(
-                f"the disk is full: results in {folder} not written", "more free space", "make room and run it again"
-            ) from error
-        path = None if error.filename is None else Path(os.fsdecode(error.filename))
-        if path is not None and (folder in (path, *path.parents) or path in folder.parents):
-            raise OutputError(
-                f"cannot write {path} ({error.strerror or error})", "a folder that can be written", "name another -o"
-            ) from error
-        raise

@@ -58,6 +58,9 @@ def inspection_document(result: InspectResult) -> dict[str, Any]:
             "counts": {severity: result.count(severity) for severity in SEVERITIES},
             "findings": [asdict(finding) for finding in result.findings],
         },
+        "checks": [
+            {"name": check.file.name, "how": check.how, "problem": check.problem or None} for check in result.checks
+        ],
         "notes": list(model.notes),
     }
 
@@ -71,6 +74,8 @@ def render_inspection(result: InspectResult) -> None:
     _render_parameters(console, result)
     _render_heads(console, result)
     _render_findings(console, result)
+    for check in result.checks:
+        print_line(console, f"check    {check.file.name}: {check.problem or 'good'} ({check.how})")
     for note in result.model.notes:
         print_line(console, f"note: {note}")
 

@@ -26,7 +26,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from retnet_tools.errors import InputError, OutputError, ProviderError, RetNetToolsError, UsageError
+from retnet_tools.errors import InputError, ProviderError, RetNetToolsError, UsageError
 from retnet_tools.graph.contract import MAX_POSITION
 from retnet_tools.runtime.codec import Codec
 from retnet_tools.runtime.decode import Stopping, generate_from
@@ -34,7 +34,7 @@ from retnet_tools.runtime.prompts import PREFILL_CHUNK_SIZE
 from retnet_tools.runtime.sampling import Sampling
 from retnet_tools.runtime.sequences import Sequences
 from retnet_tools.runtime.session import DecoderSession
-from retnet_tools.staging import appended_file, staged_file
+from retnet_tools.staging import appended_file, flush, staged_file
 
 DEFAULT_BATCH = 8
 _BEGINNING = b'{"index": '
@@ -121,26 +121,24 @@ def generate_bulk(
     if output.exists() and prompts.samefile(output):
         raise UsageError(f"{output} for prompts and answers", "two files")
     written = errors = tokens = 0
-    try:
-        if retry_failed and output.exists() and not force:
-            _forget_errors(prompts, digest, output)
-        with appended_file(output) as file:
-            done, _, size = ({}, set(), 0) if force else _answers(output)
-            total = _check(prompts, digest, done, output)
-            file.truncate(size)
-            rows = _rows(prompts, digest)
-            while batch := list(islice(rows, options.batch)):
-                if progress is not None:
-                    progress(f"{tokens} tokens", min(batch[0].index, total), total)
-                missing = [row for row in batch if row.index not in done]
-                answers = _answer(session, codec, batch, options) if missing else {}
-                for row in missing:
-                    answer = answers[row.index]
-                    _write(file, {"index": row.index, "id": _id(row), "key": row.key, **answer})
-                    written, errors = written + 1, errors + ("error" in answer)
-                    tokens += len(answer.get("tokens", ()))
-    except OSError as error:
-        raise OutputError(f"cannot write {output} ({error.strerror})", "a file that can be written") from error
+    if retry_failed and output.exists() and not force:
+        _forget_errors(prompts, digest, output)
+    with appended_file(output) as file:
+        done, _, size = ({}, set(), 0) if force else _answers(output)
+        total = _check(prompts, digest, done, output)
+        file.truncate(size)
+        rows = _rows(prompts, digest)
+        while batch := list(islice(rows, options.batch)):
+            if progress is not None:
+                progress(f"{tokens} tokens", min(batch[0].index, total), total)
+            missing = [row for row in batch if row.index not in done]
+            answers = _answer(session, codec, batch, options) if missing else {}
+            for row in missing:
+                answer = answers[row.index]
+                _write(file, {"index": row.index, "id": _id(row), "key": row.key, **answer})
+                written, errors = written + 1, errors + ("error" in answer)
+                tokens += len(answer.get("tokens", ()))
+            flush(file)
     return BulkSummary(total, written, total - written, errors, tokens, time.perf_counter() - began)
 
 
@@ -149,13 +147,7 @@ def _forget_errors(prompts: Path, digest: str, output: Path) -> None:
     done, failed, _ = _answers(output)
     _check(prompts, digest, {index: key for index, key in done.items() if index not in failed}, output)
     if failed:
-        # It is replaced once it is whole; until then nobody else may write to what will be gone.
-        with (
-            staged_file(output, force=True) as partial,
-            appended_file(output),
-            output.open("rb") as answers,
-            partial.open("wb") as kept,
-        ):
+        with staged_file(output, force=True) as partial, output.open("rb") as answers, partial.open("wb") as kept:
             kept.writelines(line for line in answers if line.endswith(b"\n") and "error" not in json.loads(line))
 
 
@@ -288,4 +280,3 @@ def _step_name(step: Any) -> str:
 def _write(file: IO[bytes], document: dict[str, Any]) -> None:
     # Half a surrogate pair has no UTF-8; its backslash form is its JSON form too.
     file.write((json.dumps(document, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
-    file.flush()

@@ -116,11 +116,11 @@ def test_a_source_is_streamed_one_tensor_at_a_time(tmp_path: Path) -> None:
 
 
 def test_an_existing_checkpoint_is_kept_unless_forced(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text("{}")
-    (tmp_path / "heldout.txt").write_text("text")
     first, second = random_source(SMALL, seed=6), random_source(BASE, seed=7)
     write_canonical(tmp_path, SMALL, first, max_shard_size=5000)
-    with pytest.raises(UsageError, match=r"config\.json exists already.*--force"):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "heldout.txt").write_text("text")
+    with pytest.raises(UsageError, match=r"exists already.*--force"):
         write_canonical(tmp_path, BASE, second)
     assert_same(tmp_path, SMALL, first)
     write_canonical(tmp_path, BASE, second, force=True)

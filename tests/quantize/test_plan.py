@@ -93,7 +93,8 @@ def test_half_precision_equals_an_export_in_it(ops: str, dtype: str, target: str
         name: content for name, content in expected.items() if name != "retnet.json"
     }
     manifest = read_manifest(tmp_path / "half")
-    assert replace(manifest, quantization=None) == read_manifest(tmp_path / "expected")
+    half = replace(manifest, quantization=None, files={n: r for n, r in manifest.files.items() if n != "README.md"})
+    assert half == read_manifest(tmp_path / "expected")
     sizes = [(tmp_path / name / contract.WEIGHTS_FILE).stat().st_size for name in ("float", "half")]
     assert manifest.quantization == Quantization(HalfScheme(dtype), *sizes)
     card = found["README.md"].decode()
@@ -126,7 +127,7 @@ def test_the_record_reads_back_and_counts_the_bytes(tmp_path: Path) -> None:
     assert after.quantization.scheme == Scheme("int4", 32)
     assert after.quantization.float_bytes == (folder / contract.WEIGHTS_FILE).stat().st_size
     assert after.quantization.weight_bytes == (out / contract.WEIGHTS_FILE).stat().st_size
-    assert replace(after, quantization=None) == before
+    assert replace(after, quantization=None, files=before.files) == before
 
 
 @pytest.mark.parametrize("change", [{"type": "int3"}, {"group": 1}, {"accuracy_level": 3}])

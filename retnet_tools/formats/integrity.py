@@ -1,0 +1,151 @@
+"""Whether files are what was written: sizes and sha256 of exports, and what checkpoints say of themselves."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from retnet_tools.errors import InputError
+from retnet_tools.formats.content import INDEX_SUFFIX
+from retnet_tools.formats.storage import load_json
+
+_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file was when it was written."""
+
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, file: Path) -> FileRecord:
+        """The record of a file as it is. Memory: 4 MiB."""
+        return cls(file.stat().st_size, _hash(file, hashlib.sha256()))
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> FileRecord:
+        """From JSON; a ValueError or KeyError for anything else."""
+        size, digest = document["bytes"], document["sha256"]
+        if type(size) is not int or size < 0 or not re.fullmatch("[0-9a-f]{64}", digest) or len(document) != 2:
+            raise ValueError("a file without its size and sha256")
+        return cls(size, digest)
+
+    def size_problem(self, file: Path) -> str:
+        """What is wrong with the size of a file, in words; nothing where it is right."""
+        if not file.is_file():
+            return "is missing"
+        size = file.stat().st_size
+        return "" if size == self.bytes else f"has {size} bytes"
+
+    def problem(self, file: Path, told: Callable[[int], None]) -> str:
+        """What is wrong with a file that is read whole, in words; nothing where it is right.
+
+        Args:
+            told: called with the bytes just read.
+        """
+        found = self.size_problem(file)
+        return found or ("" if _hash(file, hashlib.sha256(), told) == self.sha256 else "has another sha256")
+
+
+@dataclass(frozen=True)
+class FileCheck:
+    """What was held against a file.
+
+    Attributes:
+        how: sha256 (an export's record, or the hub's name of it), git-sha1 (the same), crc32 (of each entry of a torch
+            file), size (by a header or an index), none (a file that says nothing of itself).
+        problem: what is wrong; empty where nothing is.
+    """
+
+    file: Path
+    how: str
+    problem: str = ""
+
+
+def require_intact(checks: Sequence[FileCheck]) -> None:
+    """Do nothing for files of which none has a problem.
+
+    Raises:
+        InputError: the first that has one, and how many have.
+    """
+    bad = [check for check in checks if check.problem]
+    if bad:
+        more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise InputError(f"{bad[0].file} {bad[0].problem}{more}", f"what was written ({bad[0].how})", "fetch it again")
+
+
+def check_records(folder: Path, files: Mapping[str, FileRecord], told: Callable[[int], None]) -> Iterator[FileCheck]:
+    """Hold the files of an export to the record in its manifest."""
+    for name, record in files.items():
+        yield FileCheck(folder / name, "sha256", record.problem(folder / name, told))
+
+
+def check_checkpoint(files: Sequence[Path], told: Callable[[int], None]) -> Iterator[FileCheck]:
+    """Hold the files of an opened checkpoint to what they, their index and the hub's cache say of them.
+
+    Opening has held headers and indices to the sizes of their files already. Nothing in them is run.
+    """
+    for file in files:
+        blob = file.resolve()
+        if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}|[0-9a-f]{40}", blob.name):
+            yield _check_blob(file, blob, told)
+        elif zipfile.is_zipfile(file):
+            yield FileCheck(file, "crc32", _entry_problem(file, told))
+        elif file.name.endswith(INDEX_SUFFIX):
+            yield FileCheck(file, "size", _index_problem(file))
+        else:
+            told(file.stat().st_size)
+            yield FileCheck(file, "size" if file.suffix == ".safetensors" else "none")
+
+
+def _check_blob(file: Path, blob: Path, told: Callable[[int], None]) -> FileCheck:
+    """The hub's cache names large files by their sha256, and small ones as git does."""
+    how, digest = ("sha256", hashlib.sha256()) if len(blob.name) == 64 else ("git-sha1", hashlib.sha1())
+    if how == "git-sha1":
+        digest.update(f"blob {blob.stat().st_size}\0".encode())
+    return FileCheck(file, how, "" if _hash(blob, digest, told) == blob.name else f"has another {how}")
+
+
+def _entry_problem(file: Path, told: Callable[[int], None]) -> str:
+    with zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            try:
+                with archive.open(info) as entry:
+                    while block := entry.read(_BLOCK):
+                        told(len(block))
+            except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+                return f"has a damaged entry {info.filename[:80]!r} ({error})"
+    return ""
+
+
+def _index_problem(index: Path) -> str:
+    """Whether an index gives the size of its shards' tensors; that it names them all was seen when it was opened."""
+    document = load_json(index)
+    metadata = document.get("metadata") if isinstance(document, dict) else None
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    shards = {index.parent / name for name in document["weight_map"].values()}
+    if type(total) is not int or any(shard.suffix != ".safetensors" for shard in shards):
+        return ""
+    found = sum(shard.stat().st_size - 8 - _header_bytes(shard) for shard in shards)
+    return "" if found == total else f"says {total} bytes in all, where its shards hold {found}"
+
+
+def _header_bytes(shard: Path) -> int:
+    with shard.open("rb") as file:
+        return int.from_bytes(file.read(8), "little")
+
+
+def _hash(file: Path, digest: Any, told: Callable[[int], None] = lambda count: None) -> str:
+    with file.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+            told(len(block))
+    return str(digest.hexdigest())
