@@ -77,16 +77,17 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Figure, "savefig", full)
-    with pytest.raises(OutputError, match="No space left"):
+    with pytest.raises(OutputError, match="the disk is full"):
         write_plot(report(), tmp_path / "a.png", force=False)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_types_and_missing_folders_are_refused(tmp_path: Path) -> None:
+def test_other_types_and_places_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"a name ending in \.png"):
         check_plot(tmp_path / "a.gif", force=False)
-    with pytest.raises(OutputError, match="no folder"):
-        check_plot(tmp_path / "none" / "a.png", force=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="file is a file; expected a folder"):
+        check_plot(tmp_path / "file" / "a.png", force=False)
 
 
 def test_a_missing_matplotlib_is_one_line_that_says_what_to_install(monkeypatch, tmp_path: Path) -> None:
