@@ -1,5 +1,6 @@
 # `make demo` runs the main job on the shipped checkpoint; `make test` runs lint, types and all tests.
 # `make bench` and `make bench-gpu` measure what docs/benchmarks.md says of speed and memory, on a quiet machine, and rewrite it.
+# `make mutants` plants faults and fails if tests do not notice one; FAULTS='--file PATH' and other options choose some.
 # They make their environment first: .venv, with the tested versions of constraints.txt; `make bench-gpu` takes PYTHON
 # where there is no .venv, and also runs the tests marked cuda and writes benchmarks/gpu/.
 
@@ -10,7 +11,7 @@ OUT := out/shakespeare-onnx
 # A GPU host may have no network: its own Python will do, where it has the packages.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: demo test lint bench bench-gpu clean
+.PHONY: demo test lint mutants bench bench-gpu clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -31,6 +32,9 @@ lint: .venv/.installed
 
 test: lint
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
+
+mutants: .venv/.installed
+	$(BIN)/python -m tests.trials.mutants $(FAULTS)
 
 # The official decoder is an alternative too; it comes without what it depends on.
 out/torchscale: .venv/.installed

@@ -287,13 +287,8 @@ class _Batch:
     def shrink(self, tokens: Any) -> Any:
         """Leave out rows that have ended once they are half of the batch: leaving out copies the states."""
         live = self._live()
-        if 2 * len(live) <= len(self.rows):
-            return self._keep(live, tokens)
-        for i, row in enumerate(self.rows):
-            if row.reason is not None:
-                # It is stepped along until then, and must not run into the last position.
-                self.sequences.state.position[i] = tokens[i] = 0
-        return tokens
+        # What has ended is stepped along until then, and no further than it had room for.
+        return self._keep(live, tokens) if 2 * len(live) <= len(self.rows) else tokens
 
     def park(self, parked: dict[int, Sequences], tokens: Any, reasons: Collection[StopReason]) -> Any:
         """Move rows that ended for these reasons out of the batch as they are now."""

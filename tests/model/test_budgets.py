@@ -36,6 +36,33 @@ def test_no_tolerance_covers_a_handoff():
         require_agreement(report)
 
 
+NAN = float("nan")
+LIMITS = Budget(rounding=1e-4, epsilon=1e-3, logic=1e-9, tolerance=None)
+
+
+@pytest.mark.parametrize(
+    ("d", "d64", "d0", "exceeded"),
+    [
+        (0.0, 0.0, 0.0, None),
+        (1e-4, 0.0, 0.0, None),
+        (1.01e-4, 0.0, 0.0, "rounding"),
+        (NAN, 0.0, 0.0, "rounding"),
+        (1e-3, 1e-3, 0.0, None),
+        (1.09e-3, 1e-3, 0.0, None),
+        (1.2e-3, 1e-3, 0.0, "rounding"),
+        (1.2e-3, 1.01e-3, 0.0, "normalisation-epsilon"),
+        (0.0, 1.01e-3, 0.0, "normalisation-epsilon"),
+        (0.0, NAN, 0.0, "normalisation-epsilon"),
+        (1e-9, 1e-9, 1e-9, None),
+        (1.01e-9, 1.01e-9, 1.01e-9, "logic"),
+        (0.0, 0.0, 1.01e-9, "logic"),
+        (1.0, 1.0, NAN, "logic"),
+    ],
+)
+def test_every_part_of_a_difference_has_a_limit_of_its_own(d, d64, d0, exceeded):
+    assert LIMITS.exceeded(d, d64, d0) == exceeded
+
+
 @pytest.mark.parametrize("tolerance", [-1.0, float("nan"), float("inf")])
 def test_a_tolerance_that_is_no_limit_is_refused(tolerance):
     with pytest.raises(UsageError, match="tolerance"):

@@ -105,6 +105,21 @@ def test_the_parallel_form_clamps_each_row_of_scores(clamp):
     close(state, unclamped_state)
 
 
+@pytest.mark.parametrize("clamp", ["abs_of_sum", "sum_of_abs"])
+def test_gradients_take_the_clamp_for_a_constant(clamp):
+    """As torchscale's `detach` does."""
+    q, k, v = (x.requires_grad_() for x in random_qkv())
+    weight = torch.from_numpy(np.random.default_rng(1).standard_normal((B, H, T, V)))
+    with torch.no_grad():
+        clamped, _ = retention_parallel(q, k, v, DECAY, score_clamp=clamp)
+        divisor = (retention_recurrent(q, k, v, DECAY)[0] / clamped).median(-1, keepdim=True).values
+    assert float(divisor.max()) > 2
+    found = torch.autograd.grad((retention_parallel(q, k, v, DECAY, score_clamp=clamp)[0] * weight).sum(), (q, k, v))
+    expected = torch.autograd.grad((retention_recurrent(q, k, v, DECAY)[0] / divisor * weight).sum(), (q, k, v))
+    for a, b in zip(found, expected, strict=True):
+        close(a, b, 1e-9)
+
+
 def test_the_sum_of_absolutes_is_clamped_from_above():
     q, k, v = random_qkv()
     output, _ = retention_parallel(1e4 * q, 1e4 * k, v, DECAY, score_clamp="sum_of_abs")

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from retnet_tools.config import BlockNorm
 from retnet_tools.errors import InputError
-from retnet_tools.model.norms import normalize
+from retnet_tools.model.norms import Norm, normalize
 from retnet_tools.model.retention import FORMS, retention_chunkwise, retention_recurrent
 from retnet_tools.model.retnet import RetNet, initialize, load_model
 from retnet_tools.weights import canonical_shapes
@@ -145,16 +146,28 @@ def test_initialization_depends_on_the_seed_alone():
     assert not torch.equal(first["embedding.weight"], other["embedding.weight"])
 
 
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_the_squares_of_a_norm_do_not_overflow_float16(kind):
+    x = np.random.default_rng(3).standard_normal((2, 64)) * 1e3
+    norm = Norm(64, BlockNorm(kind, 1e-6)).to(torch.float16)
+    centred = x - x.mean(-1, keepdims=True) if kind == "layer" else x
+    expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True))
+    np.testing.assert_allclose(norm(torch.from_numpy(x).half()).detach(), expected, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize("kind", ["rms", "layer", "none"])
 def test_a_zero_vector_stays_zero_without_epsilon(kind):
     assert torch.equal(normalize(torch.zeros(2, 4), kind, 0.0), torch.zeros(2, 4))
 
 
 def test_the_initial_distribution_is_that_of_torchscale():
-    """xavier_uniform_ with gain 2^-2.5 for q, k, v and the gate (`reset_parameters` of its multiscale_retention.py)."""
+    """xavier_uniform_ with gain 2^-2.5 for q, k, v and the gate, and 1 for the output (`reset_parameters` of its
+    multiscale_retention.py)."""
+    small = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "retention.gate_proj.weight")
     for name, parameter in initialize(RetNet(BASE), 1).named_parameters():
-        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "retention.gate_proj.weight")):
-            bound = 2**-2.5 * (6 / sum(parameter.shape)) ** 0.5
+        if name.endswith((*small, "out_proj.weight")):
+            gain = 2**-2.5 if name.endswith(small) else 1
+            bound = gain * (6 / sum(parameter.shape)) ** 0.5
             assert 0.95 * bound < parameter.abs().max() <= bound
         elif name.endswith("embedding.weight"):
             assert abs(float(parameter.detach().std()) * BASE.hidden_size**0.5 - 1) < 0.1

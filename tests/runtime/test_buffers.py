@@ -38,12 +38,17 @@ ROUND_TRIP = """
 import json
 import numpy as np
 from retnet_tools.runtime import Device
-from retnet_tools.runtime.buffers import buffer_of, zero_buffer
+from retnet_tools.runtime.buffers import buffer_of, spare_buffer, zero_buffer
 array = np.arange(24, dtype=np.float16).reshape(4, 2, 3)
 buffer, empty = buffer_of(array, Device("cuda")), zero_buffer((2, 3), "int64", Device("cuda"))
 first = [buffer.read().tolist(), empty.read().tolist(), buffer.rows([3, 0, 3]).read().tolist()]
 buffer.write(array[::-1])
-print(json.dumps([*first, buffer.read().tolist(), str(buffer.read().dtype), buffer.size_bytes]))
+other = spare_buffer(array.shape, array.dtype, Device("cuda"))
+other.copy(buffer)
+copied = other.read().tolist()
+other.clear()
+last = [copied, other.read().tolist(), buffer.read().tolist(), str(buffer.read().dtype), buffer.size_bytes]
+print(json.dumps([*first, *last]))
 """
 STEP = """
 import ctypes, json, sys
@@ -94,9 +99,10 @@ def test_memory_of_a_buffer_goes_back_when_it_goes() -> None:
 @needs_fake_gpu
 def test_what_is_written_to_a_device_is_what_is_read() -> None:
     array = np.arange(24, dtype=np.float16).reshape(4, 2, 3)
-    written, zeros, rows, reversed_, dtype, size = FakeGpu().evaluate(ROUND_TRIP)
+    written, zeros, rows, copied, cleared, reversed_, dtype, size = FakeGpu().evaluate(ROUND_TRIP)
     assert (written, zeros) == (array.tolist(), [[0] * 3] * 2)
     assert rows == array[[3, 0, 3]].tolist()
+    assert (copied, cleared) == (array[::-1].tolist(), (0 * array).tolist())
     assert (reversed_, dtype, size) == (array[::-1].tolist(), "float16", 48)
 
 
@@ -127,6 +133,11 @@ def test_an_array_is_its_buffer_on_the_cpu() -> None:
     assert (scalar.shape, scalar.read()) == ((), 3)
     assert zero_buffer((4,), "float16", Device("cpu")).read().tolist() == [0.0] * 4
     assert spare_buffer((4, 5), "float32", Device("cpu")).shape == (4, 5)
+
+
+def test_a_buffer_of_zeros_is_one_wherever_its_memory_was_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HostBuffer, "empty", lambda shape, dtype, device: HostBuffer(np.full(shape, 7, dtype)))
+    assert zero_buffer((2, 3), "float32", Device("cpu")).read().tolist() == [[0.0] * 3] * 2
 
 
 def test_logits_are_copied_once_on_the_cpu(tmp_path: Path) -> None:

@@ -230,6 +230,33 @@ def test_a_text_that_would_pass_the_last_position_is_refused_before_it_begins(se
     assert len(generate_from(ragged, [[1], [1] * 40], Stopping(10)).rows) == 2
 
 
+def test_a_row_that_ends_before_the_last_position_is_stepped_along_with_the_others(session: DecoderSession) -> None:
+    prompts, count = [[3, 1], [2, 7], [1, 8]], 12
+    sequences = Sequences.start(session, 3)
+    start = contract.MAX_POSITION + 1 - len(prompts[0]) - count
+    sequences.state.position[:] = [start, 0, 0]
+    alone = [torch_greedy(prompt, count) for prompt in prompts[1:]]
+    far = Sequences.start(session)
+    far.state.position[:] = start
+    first = generate_from(far, prompts[:1], Stopping(count)).rows[0].tokens[0]
+    assert all(first not in tokens for tokens in alone)
+    rows = generate_from(sequences, prompts, Stopping(count, {first})).rows
+    assert [row.stop_reason for row in rows] == ["end-of-text", "length", "length"]
+    assert [list(row.tokens) for row in rows] == [[], *alone]
+
+
+def test_what_is_fed_stays_the_callers(session: DecoderSession) -> None:
+    ids, prompts = np.array([3, 4]), random_tokens(BASE, 2, 6, seed=27)
+    state, before = session.new_state(2), prompts.copy()
+    for n in range(3):
+        session.step(ids + n, state)
+        session.step(ids, state)
+        session.step(ids + 9, state)
+    session.prefill(prompts, state, chunk_size=2)
+    assert ids.tolist() == [3, 4]
+    np.testing.assert_array_equal(prompts, before)
+
+
 @pytest.mark.parametrize("ops", ["fused", "standard"])
 def test_states_written_in_place_are_those_of_a_double_buffer(ops: str, tmp_path: Path) -> None:
     config = ABLATIONS["shared_key_value_heads"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import doctest
 import gc
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,28 @@ from tests.fake_gpu import FakeGpu, needs_fake_gpu
 from tests.helpers import BASE, random_source
 
 CHECKPOINT = Path(__file__).parents[2] / "ckpt"
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None
+from pathlib import Path
+from retnet_tools.runtime import open_decoder
+from retnet_tools.runtime.bulk import BulkOptions, generate_bulk
+from retnet_tools.runtime.decode import Stopping, generate_from
+from retnet_tools.runtime.sampling import Sampling
+from retnet_tools.runtime.sequences import Sequences
+from retnet_tools.runtime.state_file import capture, read_state, write_state
+folder, place = Path(sys.argv[1]), Path(sys.argv[2])
+with open_decoder(folder, threads=1) as decoder:
+    print(repr("".join(decoder.stream("ROMEO. ", max_tokens=5, temperature=0.8, top_k=9))))
+    sequences = Sequences.start(decoder.session, 1, Sampling(1.0))
+    kept = generate_from(sequences, [[1, 2, 3]], Stopping(3), keep=True).sequences
+    write_state(place / "state", capture(kept))
+    read_state(place / "state").sequences(decoder.session).sample()
+    (place / "prompts").write_text('{"tokens": [1, 2]}')
+    options = BulkOptions(Stopping(2), Sampling())
+    print(generate_bulk(decoder.session, decoder.codec, place / "prompts", place / "answers", options).written)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +67,14 @@ def test_the_examples_of_the_documentation_run(folder: Path, monkeypatch: pytest
     failed, tried = doctest.testmod(decoder)
     assert tried > 5
     assert failed == 0
+
+
+def test_nothing_that_runs_an_export_needs_torch(folder: Path, opened: Decoder, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT_TORCH, folder, tmp_path]
+    result = subprocess.run(list(map(str, command)), check=False, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    text = "".join(opened.stream("ROMEO. ", max_tokens=5, temperature=0.8, top_k=9))
+    assert result.stdout.splitlines() == [repr(text), "1"]
 
 
 def test_a_stream_is_what_generate_gives(opened: Decoder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from retnet_tools.graph.ops import OPERATOR_SETS
 from retnet_tools.model.retention import retention_parallel, retention_recurrent
 from retnet_tools.model.retnet import load_model
 from retnet_tools.runtime import opening
+from retnet_tools.runtime.buffers import HostBuffer
 from retnet_tools.runtime.decode import generate
 from retnet_tools.runtime.recurrent_state import RecurrentState
 from retnet_tools.runtime.session import DecoderSession
@@ -224,3 +226,15 @@ def test_an_export_without_its_prefill_graph_is_refused(session: DecoderSession,
         (tmp_path / name).write_bytes((session.folder / name).read_bytes())
     with pytest.raises(InputError, match=r"no prefill\.onnx"):
         DecoderSession(tmp_path)
+
+
+@pytest.mark.parametrize("chunk_size", [4, 5])
+def test_a_second_set_of_states_goes_with_its_prompt(session: DecoderSession, chunk_size: int) -> None:
+    def buffers() -> int:
+        gc.collect()
+        shape = (2, *contract.state_shape(CONFIG))
+        return sum(type(found) is HostBuffer and found.shape == shape for found in gc.get_objects())
+
+    before, state = buffers(), session.new_state(2)
+    session.prefill(random_tokens(CONFIG, 2, 9, seed=1), state, chunk_size=chunk_size)
+    assert buffers() - before == CONFIG.num_layers * (1 if session.in_place else 2)
