@@ -31,8 +31,9 @@ def chunk(g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: ir.Value
     assert decay.position_ids.shape is not None
     tokens = g.constant("tokens", np.array(decay.position_ids.shape[1], dtype=np.int64))
     first = g.op("Gather", decay.position_ids, g.integers(0), axis=1)  # [B, T] -> [B, 1]
-    counts = g.op("Add", g.op("Sub", first, first), tokens)
-    return StandardOps().retention_chunk(g, q, k, v, past, chunk_decay(g, decay.log_gamma, tokens, counts))
+    start = g.op("Sub", first, first)
+    terms = chunk_decay(g, decay.log_gamma, tokens, start, g.op("Add", start, tokens))
+    return StandardOps().retention_chunk(g, q, k, v, past, terms)
 
 
 def rows(heads: tuple[int, int, int], arguments: argparse.Namespace, device: Device) -> list[dict[str, Any]]:

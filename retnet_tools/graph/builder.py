@@ -16,7 +16,14 @@ import onnx_ir as ir
 from onnx_ir import Value
 
 from retnet_tools.config import BlockNorm, RetNetConfig
-from retnet_tools.graph.contract import FLOAT16_STATE_LIMIT, TensorSpec, state_scale, step_inputs, step_outputs
+from retnet_tools.graph.contract import (
+    FLOAT16_STATE_LIMIT,
+    MAX_POSITION,
+    TensorSpec,
+    state_scale,
+    step_inputs,
+    step_outputs,
+)
 from retnet_tools.graph.nodes import GraphBuilder, Pair, epsilon, graph_value, tensor_type
 from retnet_tools.graph.ops import NormWeights, StandardOps
 from retnet_tools.graph.positions import PositionValues, position_values
@@ -24,9 +31,9 @@ from retnet_tools.graph.weight_tensors import BuiltGraph, WeightTensor
 from retnet_tools.weights import Array, canonical_shapes
 
 WIDE = "float32"
-TokenInputs = tuple[Value, Value, Value | None]
+TokenInputs = tuple[Value, Value, Value]
 """Ids `[B, T]` or embeddings `[B, T, D]`, positions `[B, T]`, and a mask of keys `[B, T, 1]` float32: 1 at real tokens,
-0 at padding; None where every token is real."""
+0 at padding, NaN where nothing right can come out: it reaches the state and all that is read from it."""
 Border = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
 """The inputs and the outputs of a graph."""
 
@@ -113,6 +120,20 @@ class DecoderBuilder(WeightedBuilder, ABC):
     def further_outputs(self) -> list[Value]:
         """Outputs after the states."""
         return []
+
+    def known(self, tokens: Value, position_ids: Value) -> tuple[Value, Value, Value]:
+        """Ids inside the vocabulary, positions inside the tables, and whether each token had both, `[B, T]` bool.
+
+        -1 is the last row of a table to an ONNX lookup, and a quantized embedding takes any id. The CPU refuses to
+        look up a position that is nowhere; CUDA checks no lookup, and there the row has to become NaN.
+        """
+        g, zero = self.g, self.g.int64("zero", 0)
+        inside = g.op("Clip", position_ids, zero, g.int64("last_position", MAX_POSITION))
+        known = g.op("Equal", position_ids, inside)
+        if self.config.has_vocabulary:
+            ids = g.op("Clip", tokens, zero, g.int64("last_id", self.config.vocab_size - 1))
+            known, tokens = g.op("And", known, g.op("Equal", tokens, ids)), ids
+        return tokens, g.op("Where", known, position_ids, g.int64("nowhere", 1 << 40)), known
 
     def build(self) -> BuiltGraph:
         """The graph, without weights."""

@@ -10,9 +10,16 @@
 A stack without embedding and head has inputs_embeds [B,1,D] (prefill [B,T,D]) float32 in place of input_ids, and
 hidden_states [B,1,D] float32 in place of logits.
 
-attention_mask is 1 at real tokens and 0 at padding, which stands on the right: ones, then zeros. Padding changes
+attention_mask is 1 at real tokens, which stand together, and 0 at padding before and after them. Padding changes
 nothing, whatever its ids and positions. A row of padding alone keeps its state bit for bit; its logits are finite and
 mean nothing.
+
+What cannot be right is not a number: a row whose real tokens have gaps, whose mask has other values, or whose
+position_ids do not count up by one over its real tokens has NaN logits and states, and no other row does. An id outside
+the vocabulary or a position outside 0 to `MAX_POSITION`, negative ones too, ends the call on the CPU ("indices element
+out of data bounds", of a lookup of positions), and makes its row NaN where no lookup is checked, as on CUDA. NaN in a
+state stays in its row and reaches its logits. What a graph cannot see: a state of another text, or one that does not
+stand at the position that it is fed with, nonzero at position 0 among them.
 
 `export --to genai` writes model.onnx in place of both graphs, for onnxruntime-genai:
 
@@ -20,8 +27,9 @@ mean nothing.
                        -> logits [B,1,vocab+1] of the last real token of each row, same states, present.{i}.conv_state
     genai_config.json  what onnxruntime-genai reads, see `retnet_tools.graph.genai`
 
-There padding is where position_ids is 0 in a column other than the first. The padding token is a token of its own, one
-past the vocabulary, and its logit is the lowest float32. conv_state is passed on as it is.
+There padding is where position_ids is 0 in a column other than the first, on the right; before a real token it makes
+the row NaN. The padding token is a token of its own, one past the vocabulary, and its logit is the lowest float32.
+conv_state is passed on as it is.
 
 The state is the plain sum S_n = gamma S_(n-1) + k_n^T v_n (Eq. 6) with 1/sqrt(K) on k and rotated keys. It is valid
 only with the position that it stands at. A sequence starts with zero states at position 0.

@@ -47,13 +47,13 @@ class StepDecay:
 
 @dataclass(frozen=True)
 class ChunkDecay:
-    """The terms of Eq. 7 for a chunk of T tokens, of which row b has n_b real ones.
+    """The terms of Eq. 7 for a chunk of T tokens, of which row b has real ones from a_b up to, without, e_b.
 
     Attributes:
         matrix: D_nm = gamma^(n-m) for n >= m, else 0, `[H, T, T]`.
-        xi: gamma^(j+1), `[H, T, 1]`.
-        zeta: gamma^(n_b-1-j), `[..., B, H, 1, T]`; 1 at padded tokens, whose k is 0.
-        carried: gamma^n_b, `[..., B, H, 1, 1]`; 1 for a row of padding alone.
+        xi: gamma^(j+1-a_b), `[B, H, T, 1]`; 1 before a_b.
+        zeta: gamma^(e_b-1-j), `[..., B, H, 1, T]`; 1 from e_b on. k of padded tokens is 0.
+        carried: gamma^(e_b-a_b), `[..., B, H, 1, 1]`; 1 for a row of padding alone.
     """
 
     heads: int
@@ -63,13 +63,14 @@ class ChunkDecay:
     carried: Value
 
 
-def chunk_decay(g: GraphBuilder, log_gamma: Array, length: Value, counts: Value) -> ChunkDecay:
+def chunk_decay(g: GraphBuilder, log_gamma: Array, length: Value, start: Value, end: Value) -> ChunkDecay:
     """The powers of a chunk, or of several of one length, made once for all layers.
 
     Args:
         log_gamma: `[H]`.
         length: T, an int64 scalar.
-        counts: n_b, `[..., B, 1]` int64.
+        start: a_b, `[B, 1]` int64, the same in all chunks; `[1, 1]` where rows agree.
+        end: e_b, `[..., B, 1]` int64.
     """
     heads = len(log_gamma)
     logs = g.constant("log_gamma_heads", log_gamma.astype(np.float32).reshape(heads, 1, 1))
@@ -82,13 +83,14 @@ def chunk_decay(g: GraphBuilder, log_gamma: Array, length: Value, counts: Value)
     index = g.op("Range", zero, length, one)  # [T]
     column = g.op("Unsqueeze", index, g.integers(1))  # [T, 1]
     distance = g.op("Max", g.op("Sub", column, index), zero)  # [T, T]
-    left = g.op("Sub", g.op("Sub", counts, one), index)  # [..., B, T]
+    read = g.op("Max", g.op("Sub", g.op("Add", index, one), start), zero)  # [B, T]
+    left = g.op("Max", g.op("Sub", g.op("Sub", end, one), index), zero)  # [..., B, T]
     return ChunkDecay(
         heads,
         matrix=g.op("Trilu", powers(distance), upper=0),
-        xi=powers(g.op("Add", column, one)),
-        zeta=powers(g.op("Unsqueeze", g.op("Max", left, zero), g.integers(-3, -2))),  # [..., B, 1, 1, T]
-        carried=powers(g.op("Unsqueeze", counts, g.integers(-2, -1))),  # [..., B, 1, 1, 1]
+        xi=powers(g.op("Unsqueeze", read, g.integers(1, 3))),  # [B, 1, T, 1]
+        zeta=powers(g.op("Unsqueeze", left, g.integers(-3, -2))),  # [..., B, 1, 1, T]
+        carried=powers(g.op("Unsqueeze", g.op("Sub", end, start), g.integers(-2, -1))),  # [..., B, 1, 1, 1]
     )
 
 

@@ -22,9 +22,11 @@ class StepBuilder(DecoderBuilder):
 
     def read(self, inputs: Sequence[Value]) -> TokenInputs:
         """Every token is real."""
-        tokens, position_ids = inputs
+        g = self.g
+        tokens, position_ids, known = self.known(*inputs)
         self._decay = StepDecay(log_decay(self.config), position_ids)
-        return tokens, position_ids, None
+        key_mask = g.op("Where", known, g.float32("real", 1), g.float32("nan", np.nan))
+        return tokens, position_ids, g.op("Unsqueeze", key_mask, g.integers(-1))
 
     def token_axis(self, x: Value) -> Value:
         """One row is one sequence."""
@@ -42,10 +44,11 @@ class StepBuilder(DecoderBuilder):
 class PrefillBuilder(DecoderBuilder):
     """Retention by chunks (Eq. 7, corrected) in every layer: matrix products over T tokens and a carried state.
 
-    Padding on the right is exact. Row b has n_b real tokens; its state decays by gamma^n_b, k is 0 at padded tokens,
-    and nothing else reads them. Their ids and positions are replaced by 0, so that they need not be valid. From the
-    last layer's feed-forward on, only the last real token of each row is computed. A row that is padded elsewhere gets
-    NaN as its logits and states.
+    Padding is exact before and after the real tokens of a row: k is 0 there, and nothing else reads them; the decay
+    counts real tokens alone. Ids and positions of padding are replaced by 0, so that they need not be valid. From the
+    last layer's feed-forward on, only the last real token of each row is computed.
+
+    A row whose real tokens have gaps, or positions that do not count up by one, gets NaN as its logits and states.
 
     A model with a gamma of each key dimension walks token by token in its retention
     (`StandardOps.retention_tokens`).
@@ -68,43 +71,44 @@ class PrefillBuilder(DecoderBuilder):
         Args:
             tokens: ids `[B, T]` or embeddings `[B, T, D]`.
             position_ids: `[B, T]`.
-            mask: `[B, T]` int64: ones, then zeros.
+            mask: `[B, T]` int64: 1 at real tokens, which stand together, 0 elsewhere.
         """
-        g = self.g
-        position_ids = g.op("Mul", position_ids, mask)
+        g, zero, one = self.g, self.g.int64("zero", 0), self.g.int64("one", 1)
         self._shape = g.op("Concat", g.op("Shape", mask), g.integers(-1), axis=0)
-        self._length = g.op("Gather", self._shape, g.int64("one", 1), axis=0)
-        counts = g.op("ReduceSum", mask, g.integers(1), keepdims=1)  # [B, 1]
-        zero, one = g.int64("zero", 0), g.int64("one", 1)
-        self._last = g.op("Max", g.op("Sub", counts, one), zero)
-        column = g.op("Unsqueeze", mask, g.integers(-1))  # [B, T] -> [B, T, 1]
-        # NaN in all keys of a row, and so in all that follows from them, is visibly wrong.
-        nan = g.float32("nan", np.nan)
-        key_mask = g.op("Where", self._right_padded(mask, counts), g.cast(column, "int64", "float32"), nan)
+        self._length = g.op("Gather", self._shape, one, axis=0)
+        index = g.op("Range", zero, self._length, one)  # [T]
+        ends = g.op("Where", g.op("Equal", mask, one), g.op("Add", index, one), zero)
+        end = g.op("ReduceMax", ends, g.integers(1), keepdims=1)  # [B, 1]
+        start = g.op("Sub", end, g.op("ReduceSum", mask, g.integers(1), keepdims=1))
+        self._last = g.op("Max", g.op("Sub", end, one), zero)
+        between = g.op("And", g.op("GreaterOrEqual", index, start), g.op("Less", index, end))
+        real = g.cast(between, "bool", "int64")
+
+        offsets = g.op("Sub", position_ids, index)
+        offset = g.op("GatherElements", offsets, self._last, axis=1)  # [B, 1]
+        in_order = g.op("Equal", g.op("Mul", g.op("Sub", offsets, offset), real), zero)
+        position_ids = g.op("Mul", position_ids, real)
+        column = g.op("Unsqueeze", between, g.integers(-1))  # [B, T] -> [B, T, 1]
+        if self.config.has_vocabulary:
+            tokens = g.op("Mul", tokens, real)
+        else:
+            tokens = g.op("Where", column, tokens, g.float32("blank", 0))
+        tokens, position_ids, known = self.known(tokens, position_ids)
+
+        right = g.op("And", g.op("And", g.op("Equal", mask, real), in_order), known)
+        count = g.op("ReduceSum", g.cast(right, "bool", "int64"), g.integers(1), keepdims=1)
+        whole = g.op("Unsqueeze", g.op("Equal", count, self._length), g.integers(-1))  # [B, 1, 1]
+        key_mask = g.op("Where", whole, g.cast(column, "bool", "float32"), g.float32("nan", np.nan))
         log_gamma = log_decay(self.config)
         if log_gamma.ndim == 2:
             self._decay = g.op("Mul", StepDecay(log_gamma, position_ids).rows(g), key_mask)
         else:
-            self._decay = self.chunk_terms(log_gamma, counts)
-        if self.config.has_vocabulary:
-            tokens = g.op("Mul", tokens, mask)
-        else:
-            blank = g.float32("blank", 0)
-            tokens = g.op("Where", g.op("Equal", column, one), tokens, blank)
+            self._decay = self.chunk_terms(log_gamma, start, end)
         return tokens, position_ids, key_mask
 
-    def _right_padded(self, mask: Value, counts: Value) -> Value:
-        """Whether each row of a mask with the sums n_b `[B, 1]` is n_b ones, then zeros, `[B, 1, 1]`."""
-        g = self.g
-        numbers = g.op("Range", g.int64("zero", 0), self._length, g.int64("one", 1))
-        expected = g.cast(g.op("Less", numbers, counts), "bool", "int64")
-        equal = g.cast(g.op("Equal", mask, expected), "bool", "int64")
-        right = g.op("Equal", g.op("ReduceSum", equal, g.integers(1), keepdims=1), self._length)
-        return g.op("Unsqueeze", right, g.integers(-1))
-
-    def chunk_terms(self, log_gamma: Array, counts: Value) -> ChunkDecay:
-        """Powers of gamma: all T tokens, of which `counts` `[B, 1]` are real, are one chunk."""
-        return chunk_decay(self.g, log_gamma, self._length, counts)
+    def chunk_terms(self, log_gamma: Array, start: Value, end: Value) -> ChunkDecay:
+        """Powers of gamma: all T tokens, of which those from `start` to `end` `[B, 1]` are real, are one chunk."""
+        return chunk_decay(self.g, log_gamma, self._length, start, end)
 
     def token_axis(self, x: Value) -> Value:
         """Rows are the tokens of one sequence after another."""
@@ -117,5 +121,5 @@ class PrefillBuilder(DecoderBuilder):
         return self.ops.retention_chunk(self.g, q, k, v, past, self._decay)
 
     def last_rows(self, x: Value) -> Value:
-        """Row n_b - 1 of sequence b, and row 0 of one that is padding alone."""
+        """The last real row of each sequence, and row 0 of one that is padding alone."""
         return self.g.op("GatherND", self.token_axis(x), self._last, batch_dims=1)  # [B*T, D] -> [B, D]

@@ -4,7 +4,7 @@ What goes wrong there without a word, and so has to be known:
 
 - Beam search gives wrong texts (`num_beams` must be 1): the states of the beams are not reordered.
 - Before `append_tokens` after `generate_next_token`, call `get_logits`, or the last token never reaches the state.
-- Padding on the left is never right, nor is a row without a token.
+- A row without a token means nothing. (Padding on the left makes a row NaN.)
 
 What onnxruntime-genai refuses itself: `rewind_to(k)` for k > 0 without `snapshot_state()` at k, `append_tokens` twice
 in a batch, `chunk_size` for a batch, batches of more than 32, and its `Engine`, which wants attention it can page.
@@ -60,25 +60,22 @@ class GenaiBuilder(PrefillBuilder):
         """Padding is where position_ids is 0 in a column other than the first."""
         g = self.g
         tokens, position_ids, *self._conv_states = inputs
-        zero, one, minus_one = g.int64("zero", 0), g.int64("one", 1), g.int64("minus_one", -1)
-        padding, nowhere = g.int64("padding_id", contract.padding_id(self.config)), g.int64("nowhere", 1 << 40)
+        zero, one = g.int64("zero", 0), g.int64("one", 1)
+        padding = g.int64("padding_id", contract.padding_id(self.config))
         tokens = g.op("Where", g.op("Equal", tokens, padding), zero, tokens)
         length = g.op("Gather", g.op("Shape", position_ids), one, axis=0)
         first = g.op("Equal", g.op("Range", zero, length, one), zero)  # [T]
-        real = g.op("Or", first, g.op("Greater", position_ids, zero))
-        # onnxruntime-genai's tokenizers give -1 for what they do not know, and a quantized embedding takes any id. The
-        # CPU refuses to look up a position that is nowhere; CUDA checks no lookup, and the row becomes NaN.
-        unknown = g.op("And", real, g.op("Or", g.op("Less", tokens, zero), g.op("Greater", tokens, padding)))
-        tokens, position_ids = g.op("Where", unknown, zero, tokens), g.op("Where", unknown, nowhere, position_ids)
+        real = g.op("Or", first, g.op("Not", g.op("Equal", position_ids, zero)))
         self._one_token = g.op("Equal", length, one)
         self._step = StepDecay(log_decay(self.config), position_ids)
-        mask = g.op("Where", unknown, minus_one, g.cast(real, "bool", "int64"))
-        return self.blank_padding(tokens, position_ids, mask)
+        return self.blank_padding(tokens, position_ids, g.cast(real, "bool", "int64"))
 
-    def chunk_terms(self, log_gamma: Array, counts: Value) -> ChunkDecay:
-        """Several chunks of one length."""
-        self._chunks = Chunks(self.g, self._shape, self._length)
-        return chunk_decay(self.g, log_gamma, self._chunks.size, self._chunks.counts(self.g, counts))
+    def chunk_terms(self, log_gamma: Array, start: Value, end: Value) -> ChunkDecay:
+        """Several chunks of one length; the first token of each row is real, so that `start` is 0."""
+        g = self.g
+        self._chunks = Chunks(g, self._shape, self._length)
+        start, end = g.constant("first", np.zeros((1, 1), np.int64)), self._chunks.counts(g, end)
+        return chunk_decay(g, log_gamma, self._chunks.size, start, end)
 
     def retention(self, q: Value, k: Value, v: Value, past: Value) -> Pair:
         """A step, or chunks one after another."""

@@ -42,14 +42,14 @@ def position_values(
     config: RetNetConfig,
     position_ids: Value,
     table: Callable[[str, Array], Value],
-    key_mask: Value | None,
+    key_mask: Value,
 ) -> PositionValues:
     """Look up and combine the tables.
 
     Args:
         position_ids: `[B, T]`.
         table: declares a stored table.
-        key_mask: `[B, T, 1]` float32, 1 at real tokens and 0 at padding; None where every token is real.
+        key_mask: `[B, T, 1]` float32: 1 at real tokens, 0 at padding, NaN where nothing right can come out.
     """
     radix = g.int64("position_radix", POSITION_RADIX)
     high = g.op("Div", position_ids, radix)
@@ -63,9 +63,8 @@ def position_values(
     cos = g.op("Sub", g.op("Mul", cos_h, cos_l), g.op("Mul", sin_h, sin_l))
     sin = g.op("Add", g.op("Mul", sin_h, cos_l), g.op("Mul", cos_h, sin_l))
     # The scale of k and the mask ride on its rotation: one product for the whole graph, exact in every weight type.
-    key_cos, key_sin = (g.scale(x, config.score_normalization.key_scale, "float32") for x in (cos, sin))
-    if key_mask is not None:
-        key_cos, key_sin = (g.op("Mul", x, key_mask) for x in (key_cos, key_sin))
+    key_scale = g.scale(key_mask, config.score_normalization.key_scale, "float32")
+    key_cos, key_sin = (g.op("Mul", x, key_scale) for x in (cos, sin))
     if config.has_head_rotation:
         pairs = config.head_k_dim // 2
         # [B, T, H*K/2] -> [B, T*H, K/2]

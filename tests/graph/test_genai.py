@@ -149,12 +149,6 @@ def test_a_row_that_has_ended_takes_the_padding_token_and_disturbs_no_other(ops:
         assert np.isfinite(a).all()
 
 
-def test_an_id_beyond_the_padding_token_is_an_error_of_the_runtime(tmp_path: Path) -> None:
-    run = cpu_runner(genai_graph(BASE, random_source(BASE, seed=26), tmp_path / "out"))
-    with pytest.raises(Exception, match="out of data bounds"):
-        run_genai(run, BASE, np.array([[3, BASE.vocab_size + 1]]), zero_states(BASE, 1))
-
-
 @pytest.mark.parametrize("ops", OPS)
 @pytest.mark.parametrize("name", ["base", "torchscale_2023", "key_decay", *OTHER_LAYERS])
 def test_float16_weights_keep_float32_states(name: str, ops: str, tmp_path: Path) -> None:
@@ -229,26 +223,14 @@ def test_memory_is_linear_in_the_prompt(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ops", OPS)
 @pytest.mark.parametrize("name", ["base", "key_decay"])
-def test_padding_before_or_between_tokens_is_nan(name: str, ops: str, tmp_path: Path) -> None:
+def test_padding_before_or_between_tokens_or_a_leap_is_nan(name: str, ops: str, tmp_path: Path) -> None:
     config = ABLATIONS[name]
     run = cpu_runner(genai_graph(config, random_source(config, 30), tmp_path / "out", ops=ops))
-    positions = np.array([[0, 1, 2, 3, 4], [0, 0, 0, 1, 2], [0, 1, 0, 2, 3], [0, 1, 2, 0, 0]])
-    feeds = {contract.INPUT_IDS: random_tokens(config, 4, 5, seed=31), contract.POSITION_IDS: positions}
-    for i, state in enumerate(zero_states(config, 4)):
-        feeds |= {contract.PAST_CONV_NAMES % i: np.zeros((4, 1, 1), np.float32), contract.PAST_NAMES % i: state}
+    positions = np.array([[0, 1, 2, 3, 4], [0, 0, 0, 1, 2], [0, 1, 0, 2, 3], [0, 1, 2, 0, 0], [4, 5, 7, 8, 9]])
+    feeds = {contract.INPUT_IDS: random_tokens(config, 5, 5, seed=31), contract.POSITION_IDS: positions}
+    for i, state in enumerate(zero_states(config, 5)):
+        feeds |= {contract.PAST_CONV_NAMES % i: np.zeros((5, 1, 1), np.float32), contract.PAST_NAMES % i: state}
     logits, *after = run(feeds)
     for found in (logits[..., : config.vocab_size], *after[: config.num_layers]):
-        assert [bool(np.isnan(row).all()) for row in found] == [False, True, True, False]
+        assert [bool(np.isnan(row).all()) for row in found] == [False, True, True, False, True]
         assert np.isfinite(found[[0, 3]]).all()
-
-
-@pytest.mark.parametrize("ops", OPS)
-@pytest.mark.parametrize("length", [1, 3])
-@pytest.mark.parametrize("wrong", [-1, -62, 62, 1 << 33])
-def test_an_id_that_the_model_lacks_is_refused(wrong: int, length: int, ops: str, tmp_path: Path) -> None:
-    """Also from the end of the embedding, where -1 is its last row to an ONNX lookup."""
-    run = cpu_runner(genai_graph(BASE, random_source(BASE, 30), tmp_path / "out", ops=ops))
-    ids = np.full((1, length), 3)
-    ids[0, -1] = wrong
-    with pytest.raises(Exception, match="out of data bounds"):
-        run_genai(run, BASE, ids, zero_states(BASE, 1))

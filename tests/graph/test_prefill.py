@@ -191,24 +191,6 @@ def test_padding_never_leaks(name: str, ops: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ops", OPS)
-@pytest.mark.parametrize("name", ["base", "key_decay", *OTHER_LAYERS])
-def test_a_row_that_is_padded_elsewhere_is_no_number(name: str, ops: str, tmp_path: Path) -> None:
-    config, source = ABLATIONS[name], random_source(ABLATIONS[name], seed=19)
-    run = cpu_runner(export(config, source, tmp_path / "out", ops=ops) / contract.PREFILL_FILE)
-    ids, states = random_tokens(config, 4, 6, seed=20), random_states(config, 4, seed=21)
-    masks = np.array([[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1], [1, 0, 1, 1, 0, 0], [1, 1, 1, 1, 0, 1]])
-    positions = np.tile(np.arange(6), (4, 1))
-    feeds = {contract.INPUT_IDS: ids, contract.POSITION_IDS: positions, contract.ATTENTION_MASK: masks}
-    logits, *after = run({**feeds, **{contract.PAST_NAMES % i: state for i, state in enumerate(states)}})
-    expected, expected_after = run_prefill(run, ids, states, np.array([4, 4, 4, 4]))
-    np.testing.assert_allclose(logits[0, 0], expected[0], rtol=0, atol=GRAPH_FLOAT32)
-    assert np.isnan(logits[1:]).all()
-    for state, reference in zip(after, expected_after, strict=True):
-        np.testing.assert_allclose(state[0], reference[0], rtol=0, atol=GRAPH_FLOAT32)
-        assert np.isnan(state[1:]).all()
-
-
-@pytest.mark.parametrize("ops", OPS)
 def test_padding_is_exact_however_short_the_memory(ops: str, tmp_path: Path) -> None:
     """gamma^(n - T) of the padded tokens is beyond float32 from T = 11 on for log(gamma) = -9."""
     config = without_clamp(replace(BASE, decay=(-9.0, -5.0, -1.0, 0.0)))
@@ -299,30 +281,3 @@ def test_both_graphs_share_every_stored_tensor(ops: str, tmp_path: Path) -> None
             walks = file == contract.PREFILL_FILE and bool(config.key_decay)
             assert kinds.count("Scan") == (config.num_layers if walks and ops == "standard" else 0)
         assert places[0] == places[1]
-
-
-MASKS = np.array(
-    [[1] * 8, [1] * 3 + [0] * 5, [0] * 8, [0] * 2 + [1] * 6, [1, 1, 0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 2, 0, 0, 0]]
-)
-
-
-@pytest.mark.parametrize("state_dtype", ["float32", "float16"])
-@pytest.mark.parametrize("ops", OPS)
-@pytest.mark.parametrize("name", ["base", "key_decay", "stack", "no_head_norm", "relu_ffn", "feature_map_relu"])
-def test_padding_elsewhere_than_on_the_right_is_nan_and_moves_no_other_row(
-    name: str, ops: str, state_dtype: str, tmp_path: Path
-) -> None:
-    config = ABLATIONS[name]
-    out = export(config, random_source(config, 30), tmp_path / "out", ops=ops, state_dtype=state_dtype)
-    run, ids = cpu_runner(out / contract.PREFILL_FILE), random_tokens(config, len(MASKS), 8, seed=31)
-    states = zero_states(config, len(MASKS), np.dtype(state_dtype))
-    right = run_prefill(run, ids, states, MASKS[:, 0] * np.array([8, 3, 0, 0, 8, 8]))
-    feeds = {
-        contract.INPUT_IDS if config.has_vocabulary else contract.INPUTS_EMBEDS: ids,
-        contract.POSITION_IDS: np.tile(np.arange(8), (len(MASKS), 1)),
-        contract.ATTENTION_MASK: MASKS,
-    }
-    logits, *after = run({**feeds, **{contract.PAST_NAMES % i: state for i, state in enumerate(states)}})
-    for found, expected in zip([logits[:, 0], *after], [right[0], *right[1]], strict=True):
-        assert np.isnan(found[3:]).all()
-        np.testing.assert_array_equal(found[:3], expected[:3])
