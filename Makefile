@@ -11,7 +11,7 @@ OUT := out/shakespeare-onnx
 # A GPU host may have no network: its own Python will do, where it has the packages.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: demo test lint mutants bench bench-gpu clean
+.PHONY: demo test lint mutants kills bench bench-gpu clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -35,6 +35,10 @@ test: lint
 
 mutants: .venv/.installed
 	$(BIN)/python -m tests.trials.mutants $(FAULTS)
+
+# Commands that write, killed at random moments and on full disks.
+kills: .venv/.installed
+	$(BIN)/python -m tests.trials.kills --kills 200 --disks 40
 
 # The official decoder is an alternative too; it comes without what it depends on.
 out/torchscale: .venv/.installed
