@@ -6,14 +6,15 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 # Tests run beside each other, and so do the processes that they start: a test that wants more threads says so.
 os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import settings
 
-from retnet_tools import machine
+from retnet_tools import console, machine
 from retnet_tools.cli import app
 
 torch.set_num_threads(1)
@@ -39,8 +40,14 @@ Run = Callable[..., Result]
 
 
 @pytest.fixture
-def cli(monkeypatch, capsys) -> Run:
-    """Run `retnet-tools` in this process, with the error handling of its entry point."""
+def cli(monkeypatch, capsys) -> Iterator[Run]:
+    """Run `retnet-tools` in this process, with the error handling of its entry point, which owns a process: what it
+    sets there is set back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    level = console.LOG.level
+    for owner, name in ((warnings, "showwarning"), (console.LOG, "handlers"), (console.LOG, "propagate")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
 
     def run(*arguments: object) -> Result:
         monkeypatch.setattr("sys.argv", ["retnet-tools", *map(str, arguments)])
@@ -50,4 +57,7 @@ def cli(monkeypatch, capsys) -> Run:
         out, err = capsys.readouterr()
         return Result(stop.value.code or 0, out, err)
 
-    return run
+    yield run
+    console.LOG.setLevel(level)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -25,7 +25,7 @@ def bench(*arguments: object) -> tuple[dict[str, Any], str]:
 @needs_fake_gpu
 @pytest.mark.parametrize("captured", [True, False])
 def test_rows_say_which_steps_were_captured_and_what_memory_they_took(captured: bool, tmp_path: Path) -> None:
-    options = ("--dtype", "fp16", "--against", "transformer", "-p", 9, "-n", 4, "-r", 2, "-b", "1,64", "--profile")
+    options = ("--dtype", "fp16", "--against", "transformer", "-p", 9, "-n", 4, "-r", 1, "-b", "1,64", "--profile")
     document, _ = bench(*options, *(() if captured else ("--no-cuda-graph",)), "--folder", tmp_path)
     assert document["skipped"] == []
     assert (document["device"], document["device_name"]) == ("cuda", "Fake GPU 0")

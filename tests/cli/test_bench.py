@@ -17,6 +17,7 @@ from retnet_tools.bench.traffic import retnet_traffic
 from retnet_tools.fields import from_json
 from retnet_tools.jobs.request import shipped_checkpoint
 from retnet_tools.machine import Machine
+from tests.bench.inline import measure_inline
 from tests.exports import export
 from tests.helpers import ABLATIONS, BASE, random_source
 
@@ -29,7 +30,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(BASE, random_source(BASE, 1), tmp_path_factory.mktemp("bench") / "out")
 
 
-@pytest.mark.slow
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure_inline(monkeypatch)
+
+
+@pytest.mark.usefixtures("inline")
 def test_everything_at_once_on_the_shipped_checkpoint(tmp_path: Path, cli) -> None:
     """The whole command in seconds; the document's schema."""
     picture, scratch = tmp_path / "out.svg", tmp_path / "scratch"
@@ -91,6 +97,7 @@ def check(row: BenchRow) -> None:
         assert row.state_bytes_per_sequence == FIXTURE_STATES
 
 
+@pytest.mark.usefixtures("inline")
 def test_batches_depths_and_threads_are_combined(folder: Path, cli) -> None:
     result = cli(
         "bench", folder, "-p", 8, "-n", "4,5", "-d", "0,9", "-b", "1,3", "-t", "1,2", "-r", 1, "--quick", "--json"
@@ -108,6 +115,7 @@ def test_batches_depths_and_threads_are_combined(folder: Path, cli) -> None:
     assert all(row["tokens_per_second_std"] is None for row in rows)
 
 
+@pytest.mark.usefixtures("inline")
 def test_rates_agree_with_times(folder: Path, cli) -> None:
     """One step and one prompt of four rows: all times are that of one run, and no longer than the command took."""
     began = time.perf_counter()
@@ -122,6 +130,7 @@ def test_rates_agree_with_times(folder: Path, cli) -> None:
     assert prompt["ms_to_first_token"] == pytest.approx(9 * prompt["ms_per_token_p50"])
 
 
+@pytest.mark.usefixtures("inline")
 def test_a_checkpoint_is_exported_as_it_is_told(cli) -> None:
     result = cli(
         "bench", *QUICK, "-p", 0, "-n", 4, "--quantize", "int8", "--block-size", 32, "--ops", "standard", "--json"
@@ -133,6 +142,7 @@ def test_a_checkpoint_is_exported_as_it_is_told(cli) -> None:
     assert document["rows"][0]["dtype"] == "float32"
 
 
+@pytest.mark.usefixtures("inline")
 def test_a_quantized_export_is_measured_against_a_quantized_transformer(tmp_path: Path, cli) -> None:
     assert cli("export", shipped_checkpoint(), "-o", tmp_path / "out", "--quantize", "int4").exit_code == 0
     result = cli("bench", tmp_path / "out", *QUICK, "-p", 0, "-n", 4, "--against", "transformer", "--flat", "--json")
@@ -144,6 +154,7 @@ def test_a_quantized_export_is_measured_against_a_quantized_transformer(tmp_path
     assert all(place["max_abs"] is None for place in document["flat"]["positions"])
 
 
+@pytest.mark.usefixtures("inline")
 def test_a_published_size_needs_no_checkpoint(tmp_path: Path, cli) -> None:
     result = cli("bench", "--size", "base", *QUICK, "-p", 0, "-n", 2, "-r", 1, "--folder", tmp_path, "--json")
     document = json.loads(result.out)
@@ -153,6 +164,7 @@ def test_a_published_size_needs_no_checkpoint(tmp_path: Path, cli) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("inline")
 def test_tables_markdown_and_csv_have_a_line_for_each_row(folder: Path, cli) -> None:
     options = (folder, "-b", "1,3", "-p", 0, "-n", 2, "-r", 1, *QUICK)
     lines = cli("bench", *options).out.splitlines()
@@ -229,6 +241,7 @@ def test_a_stack_without_a_vocabulary_is_refused(tmp_path: Path, cli) -> None:
     assert "stack without embedding and head" in result.err
 
 
+@pytest.mark.usefixtures("inline")
 def test_results_are_printed_before_a_plot_that_fails(tmp_path: Path, folder: Path, monkeypatch, cli) -> None:
     from retnet_tools.bench import plot
     from retnet_tools.errors import OutputError
@@ -242,6 +255,7 @@ def test_results_are_printed_before_a_plot_that_fails(tmp_path: Path, folder: Pa
     assert len(json.loads(result.out)["rows"]) == 1
 
 
+@pytest.mark.usefixtures("inline")
 def test_the_chunk_size_is_that_of_the_rows(folder: Path, cli) -> None:
     result = cli("bench", folder, "-p", 9, "-n", 1, "-r", 1, *QUICK, "--chunk-size", 4, "--json")
     prompt, step = json.loads(result.out)["rows"]
@@ -253,6 +267,7 @@ def test_the_chunk_size_is_that_of_the_rows(folder: Path, cli) -> None:
 
 def test_memory_of_a_sequence_is_measured_over_batches(folder: Path, cli) -> None:
     result = cli("bench", folder, "-p", 0, "-n", 1, "-r", 1, "-b", "1,4000,8000", *QUICK, "--json")
+    assert result.exit_code == 0, result.err
     rows = json.loads(result.out)["rows"]
     if rows[0]["peak_resident_bytes"] is None:
         pytest.skip("the kernel keeps no peak to reset")

@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 
 from retnet_tools.cli import app
+from tests.bench.inline import measure_inline
 from tests.exports import export
 from tests.fake_gpu import FakeGpu, needs_fake_gpu
 from tests.helpers import BASE, random_source
@@ -55,6 +56,7 @@ def test_a_device_that_cannot_be_had_is_exit_code_4(name: str, folder: Path, tmp
 def test_a_fallback_runs_on_the_cpu_and_warns(
     name: str, folder: Path, tmp_path: Path, cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    measure_inline(monkeypatch)
     said: list[str] = []
     monkeypatch.setattr(app, "_show_warning", lambda message, *rest: said.append(str(message)))
     result = cli(*commands(folder, tmp_path)[name], "--device", "cuda", "--allow-cpu-fallback")
@@ -67,6 +69,7 @@ def test_a_fallback_runs_on_the_cpu_and_warns(
 def test_the_report_of_a_benchmark_that_fell_back_says_cpu(
     folder: Path, tmp_path: Path, cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    measure_inline(monkeypatch)
     monkeypatch.setattr(app, "_show_warning", lambda *rest: None)
     arguments = commands(folder, tmp_path)["bench"]
     document = json.loads(cli(*arguments, "--device", "cuda", "--allow-cpu-fallback", "--json").out)

@@ -11,6 +11,7 @@ import torch
 
 from retnet_tools.evaluate.logits import is_export
 from retnet_tools.formats import open_checkpoint
+from tests.bench.inline import measure_inline
 from tests.formats.cases import SETTINGS, small_tensors
 
 UNTOLD = {name: value for name, value in SETTINGS.items() if name != "torchscale_version"}
@@ -43,7 +44,10 @@ def arguments(command: str, folder: Path, options: dict[str, object]) -> list[ob
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_each_option_is_asked_for_and_all_of_them_are_enough(command: str, folder: Path, cli) -> None:
+def test_each_option_is_asked_for_and_all_of_them_are_enough(
+    command: str, folder: Path, cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure_inline(monkeypatch)
     options = {"--config": folder / "elsewhere.json", "--entry": "second", "--ignore-key": "house_style"}
     for left_out, said in (
         ("--config", "--config"),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+import retnet_tools as rt
 from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.quantize import steps
 from tests.exports import export
@@ -18,10 +20,14 @@ FIXTURE = Path(__file__).parents[2] / "fixtures" / "shakespeare"
 HELD_OUT = FIXTURE / "heldout.txt"
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return rt.export(FIXTURE, tmp_path_factory.mktemp("quality") / "float").folder
+
+
 @pytest.fixture
-def folder(tmp_path: Path, cli) -> Path:
-    assert cli("export", FIXTURE, "-o", tmp_path / "float").exit_code == 0
-    return tmp_path / "float"
+def folder(exported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "float"))
 
 
 def test_the_figures_are_those_of_perplexity(folder: Path, tmp_path: Path, cli) -> None:
@@ -35,13 +41,13 @@ def test_the_figures_are_those_of_perplexity(folder: Path, tmp_path: Path, cli) 
         "--text",
         HELD_OUT,
         "--text-tokens",
-        1500,
+        700,
         "--json",
     )
     assert result.exit_code == 0
     quality = json.loads(result.out)["quality"]
     measured = json.loads(
-        cli("perplexity", tmp_path / "q", "--text", HELD_OUT, "-n", 1500, "--against", folder, "--json").out
+        cli("perplexity", tmp_path / "q", "--text", HELD_OUT, "-n", 700, "--against", folder, "--json").out
     )
     assert quality["tokens"] == measured["text"]["scored_tokens"]
     assert quality["perplexity"] == pytest.approx(measured["model"]["mean_ppl"]["value"], rel=1e-6)
@@ -59,7 +65,7 @@ def test_the_figures_are_those_of_perplexity(folder: Path, tmp_path: Path, cli) 
 
 def test_a_checkpoint_is_the_parent_of_what_export_quantizes(tmp_path: Path, cli) -> None:
     result = cli(
-        "export", FIXTURE, "-o", tmp_path / "q", "--quantize", "int8", "--text", HELD_OUT, "--text-tokens", 1500
+        "export", FIXTURE, "-o", tmp_path / "q", "--quantize", "int8", "--text", HELD_OUT, "--text-tokens", 700
     )
     assert result.exit_code == 0
     assert "quality       PPL" in result.out
@@ -70,7 +76,7 @@ def test_a_checkpoint_is_the_parent_of_what_export_quantizes(tmp_path: Path, cli
 
 
 def test_half_precision_is_measured_too(folder: Path, tmp_path: Path, cli) -> None:
-    arguments = ["--quantize", "fp16", "--text", HELD_OUT, "--text-tokens", 1500]
+    arguments = ["--quantize", "fp16", "--text", HELD_OUT, "--text-tokens", 700]
     result = cli("quantize", folder, "-o", tmp_path / "q", *arguments)
     assert result.exit_code == 0
     assert "of float32: float16 weights and activations, rtn" in result.out
@@ -81,7 +87,7 @@ def test_half_precision_is_measured_too(folder: Path, tmp_path: Path, cli) -> No
 
 def test_the_hash_is_of_the_bytes_whatever_ends_a_line(folder: Path, tmp_path: Path, cli) -> None:
     text = tmp_path / "text.txt"
-    text.write_bytes(HELD_OUT.read_bytes()[:6000].replace(b"\n", b"\r\n"))
+    text.write_bytes(HELD_OUT.read_bytes()[:3000].replace(b"\n", b"\r\n"))
     arguments = ["--quantize", "int8", "--text", text, "--json"]
     quality = json.loads(cli("quantize", folder, "-o", tmp_path / "q", *arguments).out)["quality"]
     assert quality["sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()

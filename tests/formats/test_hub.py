@@ -17,6 +17,7 @@ from retnet_tools.formats import open_checkpoint
 from retnet_tools.formats.canonical import write_canonical
 from retnet_tools.formats.hub import HubOrigin, hub_origin, local_checkpoint
 from retnet_tools.weights import WeightSource
+from tests.bench.inline import measure_inline
 from tests.formats.cases import TEXT_FILES
 from tests.formats.hub_server import Hub, Repository, serve
 from tests.helpers import BASE, random_source
@@ -110,8 +111,11 @@ def test_an_export_from_the_hub_lies_here_and_knows_its_commit(fetch, hub: Hub, 
     assert (tmp_path / "again" / "weights.data").read_bytes() == (out / "weights.data").read_bytes()
 
 
-@pytest.mark.slow
-def test_every_command_that_takes_a_checkpoint_takes_a_name(fetch, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("nearby")
+def test_every_command_that_takes_a_checkpoint_takes_a_name(
+    tmp_path: Path, cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure_inline(monkeypatch)
     (tmp_path / "text").write_text("1 2 3 4 5 6 7 8")
     commands = (
         ("inspect", NAME, "--quick", "--json"),
@@ -121,9 +125,9 @@ def test_every_command_that_takes_a_checkpoint_takes_a_name(fetch, tmp_path: Pat
         ("bench", NAME, "-p", 4, "-n", 1, "-r", 1, "-t", 1, "--quick", "--json"),
     )
     for command in commands:
-        result = fetch(*command)
-        assert result.returncode == 0, result.stderr
-        json.loads(result.stdout)
+        result = cli(*command)
+        assert result.exit_code == 0, result.err
+        json.loads(result.out)
     card = (tmp_path / "converted" / "README.md").read_text()
     assert f"({NAME} on the hub, commit {COMMIT})" in card
 

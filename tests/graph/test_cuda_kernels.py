@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from retnet_tools.quantize.plan import plan_blocks
 from tests.exports import checkpoint, export
 from tests.fake_gpu import FakeGpu, needs_fake_gpu
 from tests.helpers import ABLATIONS, BASE, OTHER_LAYERS, random_source
+from tests.pairs import pairwise
 from tests.quantized import quantize
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -59,9 +61,7 @@ def placements(*graphs: Path) -> list[tuple[str, list[str], list[str]]]:
     return [tuple(row) for row in FakeGpu().evaluate(PLACEMENT, *graphs)]
 
 
-@pytest.mark.parametrize("ops", OPERATOR_SETS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ABLATIONS)
+@pytest.mark.parametrize(("name", "dtype", "ops"), pairwise(ABLATIONS, DTYPES, OPERATOR_SETS))
 def test_every_node_of_an_export_for_cuda_has_a_kernel_and_steps_leave_none_on_the_cpu(
     name: str, dtype: str, ops: str
 ) -> None:
@@ -76,11 +76,16 @@ def test_every_node_of_an_export_for_cuda_has_a_kernel_and_steps_leave_none_on_t
         assert kernel_notes(plan) == ()
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("bits", ["int8", "int4"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("ops", OPERATOR_SETS)
-@pytest.mark.parametrize("name", ["base", "tied", "projection_bias", "plain_ffn", *OTHER_LAYERS])
+@pytest.mark.parametrize(
+    ("name", "ops", "dtype", "bits", "symmetric"),
+    pairwise(
+        ("base", "tied", "projection_bias", "plain_ffn", *OTHER_LAYERS),
+        OPERATOR_SETS,
+        DTYPES,
+        ("int8", "int4"),
+        (False, True),
+    ),
+)
 def test_quantized_weights_have_kernels_too(name: str, ops: str, dtype: str, bits: str, symmetric: bool) -> None:
     plan = plan_export(checkpoint(ABLATIONS[name], random_source(BASE, 1)), dtype=dtype, ops=ops, device="cuda")
     plan = plan_blocks(plan, QuantizeOptions(bits, block_size=32, symmetric=symmetric).scheme(ops))
@@ -150,42 +155,28 @@ def test_an_unknown_operator_and_unknown_types_have_no_kernel() -> None:
 
 
 @needs_fake_gpu
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_the_prediction_is_what_the_provider_does(device: str, tmp_path: Path) -> None:
-    graphs = []
-    names = ("base", "torchscale_2023", "key_decay", "feature_map_elu", "shared_key_value_heads", "stack")
-    for name in (*names, *OTHER_LAYERS):
-        for ops in OPERATOR_SETS:
-            config = ABLATIONS[name]
-            out = export(config, random_source(config, 1), tmp_path / f"{name}-{ops}", ops=ops, device=device)
-            graphs += sorted(out.glob("*.onnx"))
-    for kind in ("int8", "int4"):
-        parent = tmp_path / "base-standard"
-        graphs += sorted(quantize(parent, tmp_path / kind, kind, block_size=32).glob("*.onnx"))
-    for graph, predicted, actual in placements(*graphs):
-        assert predicted == actual, graph
-        assert device == "cpu" or not actual or "step" not in graph
-
-
-@needs_fake_gpu
 @pytest.mark.slow
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_prediction_is_what_the_provider_does_with_every_model(dtype: str, device: str, tmp_path: Path) -> None:
-    graphs = []
-    for name, config in ABLATIONS.items():
-        for ops in OPERATOR_SETS:
-            for target in ("onnx", "genai") if config.has_vocabulary else ("onnx",):
-                out = tmp_path / f"{name}-{ops}-{target}"
-                export(config, random_source(config, 1), out, ops=ops, dtype=dtype, target=target, device=device)
-                graphs += sorted(out.glob("*.onnx"))
-    for graph, predicted, actual in placements(*graphs):
+def test_the_prediction_is_what_the_provider_does_with_every_model(tmp_path: Path) -> None:
+    graphs: dict[str, tuple[str, str]] = {}
+    for i, row in enumerate(pairwise(ABLATIONS, OPERATOR_SETS, ("onnx", "genai"), DTYPES, ("cpu", "cuda"))):
+        name, ops, target, dtype, device = row
+        config = ABLATIONS[name]
+        target, out = target if config.has_vocabulary else "onnx", tmp_path / f"{i}-{name}"
+        export(config, random_source(config, 1), out, ops=ops, dtype=dtype, target=target, device=device)
+        graphs |= {str(graph): (dtype, device) for graph in sorted(out.glob("*.onnx"))}
+    for device, kind in itertools.product(("cpu", "cuda"), ("int8", "int4")):
+        parent = export(BASE, random_source(BASE, 1), tmp_path / f"{device}-{kind}", ops="standard", device=device)
+        quantized = quantize(parent, tmp_path / f"{device}-{kind}-quantized", kind, block_size=32)
+        graphs |= {str(graph): ("float32", device) for graph in sorted(quantized.glob("*.onnx"))}
+    for graph, predicted, actual in placements(*map(Path, graphs)):
+        dtype, device = graphs[graph]
         if predicted == "refused":
             # The CPU provider has no bfloat16 to fall back to.
             assert (dtype, device) == ("bfloat16", "cpu")
             assert {"Elu", "LeakyRelu"} & set(actual), graph
         else:
             assert predicted == actual, graph
+            assert device == "cpu" or not actual or STEP_FILE not in graph
 
 
 def test_the_table_knows_the_signatures_that_onnxruntime_has() -> None:
