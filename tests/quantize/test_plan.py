@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import json
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from retnet_tools.graph import contract
 from retnet_tools.graph.code_types import BlockFormat
 from retnet_tools.graph.export import plan_export, plan_of_export, write_export
 from retnet_tools.graph.folder import read_graphs
-from retnet_tools.graph.manifest import read_manifest
+from retnet_tools.graph.manifest import Manifest, read_manifest
 from retnet_tools.graph.quantization import Calibration, HalfScheme, Quality, Quantization, Scheme
 from retnet_tools.graph.weight_tensors import WeightTensor
 from retnet_tools.quantize import methods
@@ -165,6 +166,24 @@ def test_figures_measured_later_go_into_manifest_and_card(tmp_path: Path) -> Non
     assert "| perplexity | 12.5000 | 12.2500 |" in card
     assert "87.50%" in card
     assert DecoderSession(out, threads=1).manifest.quantization == record
+    assert read_manifest(out).files["README.md"].sha256 == hashlib.sha256(card.encode()).hexdigest()
+
+
+def test_figures_that_cannot_be_written_leave_manifest_and_card_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(manifest: Manifest) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out = quantize(export(BASE, random_source(BASE, 4), tmp_path / "float"), tmp_path / "out", "int4")
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    record = replace(
+        read_manifest(out).quantization, quality=Quality("held.txt", "cd" * 32, 512, 12.5, 12.25, 0.03, 1.0)
+    )
+    monkeypatch.setattr(Manifest, "to_json", full)
+    with pytest.raises(OutputError, match="the disk is full"):
+        update_record(out, record)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
 
 @pytest.mark.parametrize("ops", ["fused", "standard"])

@@ -80,6 +80,16 @@ def test_a_run_cut_anywhere_goes_on_to_the_same_answers(
         assert (tmp_path / "out.jsonl").read_bytes() == whole
 
 
+def test_answers_of_a_batch_are_in_the_file_before_the_next_one_begins(
+    session: DecoderSession, prompts: Path, tmp_path: Path
+) -> None:
+    out, seen = tmp_path / "out.jsonl", []
+    generate_bulk(
+        session, IdCodec(), prompts, out, GREEDY, progress=lambda what, done, total: seen.append((done, len(read(out))))
+    )
+    assert seen == [(n, n) for n in range(0, 22, 4)]
+
+
 def test_answers_lost_from_the_middle_are_made_again(session: DecoderSession, prompts: Path, tmp_path: Path) -> None:
     run(session, prompts, tmp_path / "whole.jsonl")
     lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
