@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from retnet_tools.errors import ProviderError
@@ -117,6 +118,27 @@ def test_an_error_is_taken_back_before_onnxruntime_finds_it() -> None:
     with pytest.raises(ProviderError, match=r"cudaMalloc fails on cuda:0 \(what went wrong, 2\)"):
         CudaRuntime(0, 13, Full(2)).allocate(100)
     assert calls == ["cudaSetDevice", "cudaMalloc", "cudaGetLastError"]
+
+
+def test_every_copy_is_done_when_its_method_returns() -> None:
+    """A small upload returns before it has arrived, and ONNX Runtime's stream waits for none of the default one."""
+    calls = []
+
+    class Recorded(Library):
+        def __getattr__(self, name: str):
+            calls.append(name)
+            return lambda *arguments: 0
+
+    runtime, array = CudaRuntime(0, 13, Recorded(0)), np.zeros(4)
+    for copy, last in (
+        (lambda: runtime.upload(1 << 20, array), ["cudaMemcpy", "cudaStreamSynchronize"]),
+        (lambda: runtime.download(array, 1 << 20), ["cudaMemcpy"]),
+        (lambda: runtime.copy_rows(1 << 20, 1 << 21, 16, (1, 0)), ["cudaMemcpyAsync"] * 2 + ["cudaDeviceSynchronize"]),
+        (lambda: runtime.clear(1 << 20, 32), ["cudaMemset", "cudaDeviceSynchronize"]),
+    ):
+        calls.clear()
+        copy()
+        assert [name for name in calls if name != "cudaSetDevice"] == last
 
 
 def test_a_library_that_is_not_there_is_a_provider_error() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from retnet_tools.graph import contract
 from retnet_tools.model.retention import retention_recurrent
 from retnet_tools.model.retnet import load_model
 from retnet_tools.runtime.codec import IdCodec, open_codec
-from retnet_tools.runtime.decode import Stopping, generate, generate_from
+from retnet_tools.runtime.decode import Generation, Generations, Stopping, generate, generate_from
 from retnet_tools.runtime.sampling import Sampling
 from retnet_tools.runtime.sequences import NO_TOKENS, Sequences, hash_tokens
 from retnet_tools.runtime.session import DecoderSession
@@ -136,6 +137,24 @@ def test_kept_sequences_hold_every_token_but_the_one_that_ended_the_text(session
         for kept, fresh in zip(result.sequences.state.numpy(), expected.numpy(), strict=True):
             np.testing.assert_allclose(kept[i], fresh[0], rtol=0, atol=GRAPH_FLOAT32)
     assert list(result.rows[0].tokens) == cut
+
+
+def test_tokens_are_hashed_as_the_documentation_says() -> None:
+    """h_n = sha256(h_(n-1) + token n as 8 bytes, little-endian), so that states of other programs can be told apart."""
+    first = hashlib.sha256(hashlib.sha256(b"retnet-tools tokens").digest() + b"\x02\x01\0\0\0\0\0\0").digest()
+    assert hash_tokens(NO_TOKENS, [258]) == first
+    assert hash_tokens(NO_TOKENS, [258, 7]) == hashlib.sha256(first + b"\x07" + bytes(7)).digest()
+
+
+def test_the_rate_of_generating_counts_the_steps_that_were_run() -> None:
+    """The first token of a row comes with its prompt; a token that ends a text took a step and is not shown."""
+    rows = (
+        Generation((1, 2, 3), "", "length"),
+        Generation((), "", "end-of-text"),
+        Generation((1, 2), "", "end-of-text"),
+    )
+    result = Generations(rows, prompt_tokens=12, prompt_seconds=3.0, decode_seconds=2.0)
+    assert (result.tokens_per_second, result.prompt_tokens_per_second) == (2.0, 4.0)
 
 
 def test_samples_of_one_prompt_are_forked_from_one_reading(session: DecoderSession, monkeypatch) -> None:

@@ -62,6 +62,25 @@ def test_draws_follow_the_distribution() -> None:
     np.testing.assert_allclose(shares, [0.5, 0.25, 0.15, 0.1], atol=4 * 0.5 / 4000**0.5)
 
 
+@pytest.mark.parametrize(("number", "token"), [(0.0, 1), (np.nextafter(0.5, 0), 1), (0.5, 3), (np.nextafter(1, 0), 3)])
+def test_a_draw_takes_the_token_whose_share_of_the_line_holds_the_number(number: float, token: int) -> None:
+    """Tokens that cannot be have none, wherever they stand."""
+
+    class Stream:
+        def random(self) -> float:
+            return number
+
+    logits = np.array([[-1e4, 0.0, -1e4, 0.0, -1e4]])
+    one = Sampler(Sampling(1.0), [Stream()], np.zeros((1, 5), dtype=bool))
+    assert one.sample(logits).tolist() == [token]
+
+
+def test_no_two_rows_of_any_seeds_draw_alike() -> None:
+    logits = np.zeros((8, 10_000))
+    draws = [sampler(Sampling(1.0, seed=seed), rows=8, vocab=10_000).sample(logits).tolist() for seed in range(8)]
+    assert len({number for row in draws for number in row}) > 60
+
+
 def test_the_same_seed_draws_the_same_tokens() -> None:
     def draw(seed: int) -> list[int]:
         one = sampler(Sampling(1.0, seed=seed))

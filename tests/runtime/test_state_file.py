@@ -79,6 +79,7 @@ def test_what_was_captured_or_read_does_not_change_when_sequences_go_on(
     sequences = grown(session)
     state = capture(sequences)
     write_state(tmp_path / "a.state", state)
+    sequences.state.position += 1
     tokens_of(sequences, 20)
     same(state, read_state(tmp_path / "a.state"))
     assert tokens_of(state.sequences(session), 20) == tokens_of(state.sequences(session), 20)
@@ -193,6 +194,15 @@ def test_another_model_is_refused_by_name(
         read_state(tmp_path / "a.state").sequences(other)
 
 
+def test_a_state_that_does_not_say_all_of_its_model_is_refused(session: DecoderSession, tmp_path: Path) -> None:
+    write_state(tmp_path / "a.state", state := capture(grown(session)))
+    for name in state.fingerprint:
+        less = {key: value for key, value in state.fingerprint.items() if key != name}
+        path = rewritten(tmp_path / "a.state", metadata={"fingerprint": json.dumps(less)})
+        with pytest.raises(InputError, match=f"a state of {name.replace('_', ' ')} None"):
+            read_state(path).sequences(session)
+
+
 def test_an_export_without_younger_fields_opens_and_takes_the_states_that_it_made(
     session: DecoderSession, tmp_path: Path
 ) -> None:
@@ -245,6 +255,8 @@ def rewritten(path: Path, *, tensors: dict | None = None, metadata: dict | None 
         ({"logits": np.zeros((), np.float32)}, {}, "is broken"),
         ({"seen": np.zeros((2, 7), bool)}, {}, r"seen is bool of \(2, 7\)"),
         ({"position": np.array([15, -1])}, {}, r"positions \[15, -1\]"),
+        ({"position": np.array([15, 0])}, {}, "positions"),
+        ({"position": np.array([15, (1 << 24) + 1])}, {}, "positions"),
         ({"position": np.array([15, 1 << 30])}, {}, "positions"),
         ({"position": np.array([15.0, 3.0])}, {}, "position is float64"),
         ({"logits": None}, {}, "is broken"),
