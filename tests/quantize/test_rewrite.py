@@ -135,6 +135,17 @@ def test_a_rule_for_a_whole_merged_matrix_leaves_it_merged(tmp_path: Path) -> No
     assert operators(out)["Concat"] == 1
 
 
+@pytest.mark.parametrize("level", [0, 1, 4])
+def test_products_are_as_accurate_as_was_asked_for(level: int, tmp_path: Path) -> None:
+    folder = export(BASE, random_source(BASE, 10), tmp_path / "float")
+    out = quantize(folder, tmp_path / "out", "int4", accuracy_level=level)
+    for graph in (contract.STEP_FILE, contract.PREFILL_FILE):
+        nodes = onnx.load(out / graph, load_external_data=False).graph.node
+        products = [node for node in nodes if node.op_type == "MatMulNBits"]
+        found = [{a.name: onnx.helper.get_attribute_value(a) for a in node.attribute} for node in products]
+        assert {attributes["accuracy_level"] for attributes in found} == {level}
+
+
 @pytest.mark.parametrize("name", ["base", "tied", "torchscale_2023", *OTHER_LAYERS])
 def test_fused_graphs_have_one_node_for_each_product(name: str, tmp_path: Path) -> None:
     folder = export(ABLATIONS[name], random_source(ABLATIONS[name], 10), tmp_path / "float")
