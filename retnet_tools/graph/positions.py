@@ -78,8 +78,8 @@ def position_values(
     return PositionValues(cos, sin, key_cos, key_sin, scale)
 
 
-def phase_tables(config: RetNetConfig) -> dict[str, Array]:
-    """cos and sin of b theta (`low`) and 4096 a theta (`high`), each `[4096, K/2]` float32.
+def phase_tables(config: RetNetConfig, dtype: str = "float32") -> dict[str, Array]:
+    """cos and sin of b theta (`low`) and 4096 a theta (`high`), each `[4096, K/2]`, computed in float64.
 
     `[4096, H*K/2]` where each head has frequencies of its own.
     """
@@ -87,13 +87,13 @@ def phase_tables(config: RetNetConfig) -> dict[str, Array]:
     steps = np.arange(POSITION_RADIX, dtype=np.float64)[:, None]
     tables = {}
     for part, positions in (("low", steps), ("high", steps * POSITION_RADIX)):
-        tables[f"positions.cos_{part}"] = np.cos(positions * theta).astype(np.float32)
-        tables[f"positions.sin_{part}"] = np.sin(positions * theta).astype(np.float32)
+        tables[f"positions.cos_{part}"] = np.cos(positions * theta).astype(dtype)
+        tables[f"positions.sin_{part}"] = np.sin(positions * theta).astype(dtype)
     return tables
 
 
-def decay_sum_tables(config: RetNetConfig) -> dict[str, Array]:
-    """sum_(i<=b) gamma^i, gamma^(b+1) and sum_(i<4096a) gamma^i, each `[4096, H]` float32."""
+def decay_sum_tables(config: RetNetConfig, dtype: str = "float32") -> dict[str, Array]:
+    """sum_(i<=b) gamma^i, gamma^(b+1) and sum_(i<4096a) gamma^i, each `[4096, H]`, computed in float64."""
     steps = np.arange(POSITION_RADIX, dtype=np.float64)[:, None]
     log_gamma = np.array(config.decay)
     safe = np.where(log_gamma == 0, -1.0, log_gamma)
@@ -106,4 +106,4 @@ def decay_sum_tables(config: RetNetConfig) -> dict[str, Array]:
         "positions.decay_power_low": np.exp(log_gamma * (steps + 1)),
         "positions.decay_sum_high": sums(steps * POSITION_RADIX),
     }
-    return {name: table.astype(np.float32) for name, table in tables.items()}
+    return {name: table.astype(dtype) for name, table in tables.items()}

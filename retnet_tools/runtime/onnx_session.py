@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import onnx
+
 from retnet_tools.console import LOG
 from retnet_tools.errors import InputError, ProviderError
 from retnet_tools.graph.contract import STEP_FILE
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 RECORD_PLACEMENT = ("session.record_ep_graph_assignment_info", "1")
 """The session option without which ONNX Runtime forgets where it placed what."""
+
+_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class UnforeseenPlacementWarning(UserWarning):
@@ -69,6 +73,7 @@ def open_session(
     cuda_graph: bool = False,
     profile: Path | None = None,
     weights: Mapping[str, onnxruntime.OrtValue] | None = None,
+    exact: bool = False,
 ) -> onnxruntime.InferenceSession:
     """Open a graph.
 
@@ -82,6 +87,7 @@ def open_session(
         cuda_graph: whether the graph is captured on the first run of each `gpu_graph_id`, and replayed then.
         profile: the start of the name of a profile that ONNX Runtime writes when the session's profiling ends.
         weights: values to use for tensors of the external data, by name, in place of loading them.
+        exact: whether products with quantized weights are made in floats, whatever accuracy level the graph asks for.
 
     Raises:
         ProviderError: the provider cannot be had, or has no place for a node; says what is missing.
@@ -97,7 +103,8 @@ def open_session(
     options.log_severity_level = 4
     provider = device.provider
     unpacked = () if prepack else (("session.disable_prepacking", "1"),)
-    for entry in (RECORD_PLACEMENT, *provider.settings, *unpacked):
+    in_floats = (("session.qdq_matmulnbits_accuracy_level", "0"), (_FOLDER, str(path.parent))) if exact else ()
+    for entry in (RECORD_PLACEMENT, *provider.settings, *unpacked, *in_floats):
         options.add_session_config_entry(*entry)
     if threads is not None:
         options.intra_op_num_threads = threads
@@ -110,7 +117,7 @@ def open_session(
     try:
         # ONNX Runtime's own fallback opens the graph on the CPU and says so on stdout.
         session = onnxruntime.InferenceSession(
-            str(path),
+            _in_floats(path) if exact else str(path),
             options,
             providers=[(provider.onnxruntime, provider.options(device, cuda_graph))],
             enable_fallback=0,
@@ -149,6 +156,16 @@ def misplaced(path: Path, device: Device, placement: Placement) -> tuple[Counter
         outside = {name: kind for name, kind in outside.items() if reasons.get(name) != "shapes"}
     refused = {name: kind for name, kind in outside.items() if name in reasons or kernels_are_known()}
     return Counter(refused.values()), Counter(kind for name, kind in outside.items() if name not in refused)
+
+
+def _in_floats(path: Path) -> bytes:
+    """A graph in which no product is made in int8, as bytes."""
+    model = onnx.load(path, load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
+                attribute.i = 0
+    return bytes(model.SerializeToString())
 
 
 def _check_placement(path: Path, device: Device, placement: Placement) -> None:

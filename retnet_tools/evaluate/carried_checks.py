@@ -1,0 +1,81 @@
+"""What an exported folder says besides weights and graphs, against the checkpoint: its configuration and its text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from retnet_tools.config import RetNetConfig
+from retnet_tools.errors import RetNetToolsError
+from retnet_tools.evaluate.checks import Check
+from retnet_tools.graph.contract import GENAI_CONFIG_FILE
+from retnet_tools.graph.export import ExportPlan
+from retnet_tools.tokenizing.files import COMPANIONS, TOKENIZER_FILE, load_tokenizer
+from retnet_tools.tokenizing.special import GENERATION_FILE
+
+_TEXT_FILES = (TOKENIZER_FILE, *COMPANIONS, GENERATION_FILE)
+
+
+def check_config(found: RetNetConfig, expected: RetNetConfig) -> Check:
+    """The configuration of the manifest; the clamp of the scores, which no graph has, does not count."""
+    scores = replace(found.score_normalization, clamp=expected.score_normalization.clamp)
+    theirs, ours = replace(found, score_normalization=scores).to_dict(), expected.to_dict()
+    differing = [name for name in ours if theirs[name] != ours[name]]
+    return Check("text", "configuration", len(differing), 0, "fields differ", ", ".join(differing), len(ours))
+
+
+def check_text(folder: Path, plan: ExportPlan) -> list[Check]:
+    """Tokenizer, special tokens and settings against what the checkpoint's export would carry.
+
+    Args:
+        plan: of the checkpoint.
+    """
+    expected: dict[str, bytes] = {file.name: file.read_bytes() for file in plan.text.copies}
+    expected |= {name: text.encode() for name, text in {**plan.text.made, **plan.files}.items()}
+    there = {name for name in (*_TEXT_FILES, *plan.text.tokenizer_files) if (folder / name).is_file()}
+    checks = []
+    for name in sorted(there | expected.keys()):
+        if name not in expected:
+            checks.append(Check("text", name, 1, 0, "differences", "the checkpoint has none"))
+            continue
+        wrong = list(_differences(folder / name, expected[name], plan))
+        checks.append(Check("text", name, len(wrong), 0, "differences", ", ".join(wrong[:3])))
+    return checks
+
+
+def _differences(file: Path, expected: bytes, plan: ExportPlan) -> Iterator[str]:
+    if not file.is_file():
+        yield "missing"
+        return
+    data = file.read_bytes()
+    if data == expected:
+        return
+    if file.name == TOKENIZER_FILE and TOKENIZER_FILE in plan.text.made:
+        # Made anew, another release of the library may write the same tokenizer in other words.
+        try:
+            if load_tokenizer(file).to_str() == plan.text.tokenizer.to_str():
+                return
+        except RetNetToolsError as error:
+            yield error.found
+            return
+    try:
+        found, own = (_settled(file.name, json.loads(text)) for text in (data, expected))
+    except (ValueError, RecursionError):
+        yield "other bytes"
+        return
+    if isinstance(own, Mapping) and isinstance(found, Mapping):
+        yield from (str(key) for key in sorted({*own, *found}) if own.get(key) != found.get(key))
+    elif found != own:
+        yield "other content"
+
+
+def _settled(name: str, document: Any) -> Any:
+    """A document without what a user may set: of genai_config.json how to search, and where to run."""
+    if name != GENAI_CONFIG_FILE:
+        return document
+    model = {key: value for key, value in document["model"].items() if key != "decoder"}
+    decoder = document["model"]["decoder"]
+    return model | {f"decoder.{key}": value for key, value in decoder.items() if key != "session_options"}
