@@ -149,7 +149,9 @@ class AgainstRuns:
     def _run(self, name: str, run: Callable[[], None]) -> None:
         """Run, and take a graph that does not for one that fails."""
         try:
-            run()
+            # What is not finite fails, and needs no warning besides.
+            with np.errstate(all="ignore"):
+                run()
         except GraphRunError as error:
             self._add(Check("graphs", f"{name}: runs", np.inf, 0, "failures", str(error)[:200]))
 
@@ -180,14 +182,11 @@ class AgainstRuns:
             own, allowed = expected.states[cut][layer], expected.states_apart[cut][layer][self._noise_of(name)]
             for row in range(len(own)) if rows is None else rows:
                 largest = np.abs(own[row]).max((1, 2))
-                apart, limit = (
-                    np.abs(found[row] - own[row]).max((1, 2)),
-                    allowed[row] + writes * self._rounding * largest,
-                )
                 unit = np.where(largest > 0, largest, 1.0)
-                for head in range(len(unit)):
+                apart = np.abs(found[row] - own[row]).max((1, 2)) / unit
+                limit = (allowed[row] + writes * self._rounding * largest) / unit
+                for head, figures in enumerate(zip(apart.tolist(), limit.tolist(), strict=True)):
                     where = f"layer {layer}, head {head}, row {row}, position {at.position[row] - 1}"
-                    figures = float(apart[head] / unit[head]), float(limit[head] / unit[head])
                     self._add(Check("graphs", f"{name}: states", *figures, "of the largest", where))
 
     def _noise_of(self, name: str) -> int:

@@ -39,7 +39,7 @@ class Check:
     @property
     def excess(self) -> float:
         """How many times its limit the figure is."""
-        if math.isnan(self.measured):
+        if math.isnan(self.measured) or math.isnan(self.limit):
             return math.inf
         if self.limit == 0:
             return math.inf if self.measured > 0 else 0.0

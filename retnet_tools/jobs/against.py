@@ -112,10 +112,10 @@ def verify_against(request: VerifyRequest, folder: Path, source: CheckpointSourc
     chosen = choose_tokens(opened.config, opened.tokenizer_files, text, length=request.tokens, seed=request.seed)
     if (length := chosen.ids.shape[1]) < LEAST_TOKENS:
         raise UsageError(f"{length} tokens to verify an export on", f"at least {LEAST_TOKENS}")
-    plan = _plan_of(opened, manifest)
+    plan = plan_of(opened, manifest)
     checks, notes = [check_config(manifest.config, opened.config), *check_text(folder, plan)], list(opened.notes)
     if checks[0].passed:
-        held = _Held(request, folder, manifest, opened, plan, budget, device)
+        held = Held(request, folder, manifest, opened, plan, budget, device)
         weights = held.weights(progress)
         checks += weights
         tokens = chosen.ids[:1].astype(np.float32) if not opened.config.has_vocabulary else chosen.ids[:1]
@@ -129,7 +129,7 @@ def verify_against(request: VerifyRequest, folder: Path, source: CheckpointSourc
 
 
 @dataclass(frozen=True)
-class _Held:
+class Held:
     """An export of the configuration of its checkpoint; `plan` is of float weights."""
 
     request: VerifyRequest
@@ -239,7 +239,7 @@ class _Held:
         return StoredWeights(self.folder, self.opened.config, self.manifest.graphs, plan.tensors)
 
 
-def _plan_of(opened: Checkpoint, manifest: Manifest) -> ExportPlan:
+def plan_of(opened: Checkpoint, manifest: Manifest) -> ExportPlan:
     """What an export of this kind of the checkpoint holds, its weights floats."""
     return plan_export(
         opened,
