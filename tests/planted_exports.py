@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -307,7 +308,19 @@ def plant(folder: Path, edit: Edit, config: RetNetConfig, graphs: tuple[str, ...
             if edit(model.graph, config):
                 onnx.save(model, folder / name)
                 planted = True
+    record_again(folder)
     return planted
+
+
+def record_again(folder: Path) -> None:
+    """Let retnet.json say of the files what they are, as of an exporter that wrote the fault itself."""
+    file = folder / "retnet.json"
+    document = json.loads(file.read_text())
+    for name in document["files"]:
+        if (path := folder / name).is_file():
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            document["files"][name] = {"bytes": path.stat().st_size, "sha256": digest}
+    file.write_text(json.dumps(document))
 
 
 def stored_places(folder: Path) -> dict[str, tuple[int, int, int]]:
@@ -330,6 +343,7 @@ def changed_byte(folder: Path, place: int, flip: int) -> None:
         byte = file.read(1)[0]
         file.seek(place)
         file.write(bytes([byte ^ flip]))
+    record_again(folder)
 
 
 def byte_places(folder: Path, rng: np.random.Generator) -> dict[str, tuple[int, int]]:
@@ -362,6 +376,7 @@ def other_tokenizer(folder: Path) -> bool:
     size = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
     words = {f"w{number}": number for number in range(size)}
     Tokenizer(models.WordLevel(words, unk_token="w0")).save(str(folder / "tokenizer.json"))
+    record_again(folder)
     return True
 
 

@@ -1,4 +1,4 @@
-"""What an exported folder says besides weights and graphs, against the checkpoint: its configuration and its text."""
+"""What an exported folder says besides weights and graphs, against the checkpoint, and against its own record."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any
 from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import RetNetToolsError
 from retnet_tools.evaluate.checks import Check
-from retnet_tools.graph.contract import GENAI_CONFIG_FILE
+from retnet_tools.formats.integrity import check_records
+from retnet_tools.graph.contract import GENAI_CONFIG_FILE, WEIGHTS_FILE
 from retnet_tools.graph.export import ExportPlan
+from retnet_tools.graph.manifest import Manifest
 from retnet_tools.tokenizing.files import COMPANIONS, TOKENIZER_FILE, load_tokenizer
 from retnet_tools.tokenizing.special import GENERATION_FILE
 
@@ -25,6 +27,17 @@ def check_config(found: RetNetConfig, expected: RetNetConfig) -> Check:
     theirs, ours = replace(found, score_normalization=scores).to_dict(), expected.to_dict()
     differing = [name for name in ours if theirs[name] != ours[name]]
     return Check("text", "configuration", len(differing), 0, "fields differ", ", ".join(differing), len(ours))
+
+
+def check_files(folder: Path, manifest: Manifest) -> list[Check]:
+    """Files that are not what was written, by the sizes and hashes of the manifest, where it has them; not those that a
+    user may change, the card and settings.
+    """
+    names = (*manifest.graphs, WEIGHTS_FILE, *manifest.tokenizer_files)
+    records = {name: manifest.files[name] for name in names if name in manifest.files}
+    wrong = [check.file.name for check in check_records(folder, records, lambda count: None) if check.problem]
+    where = ", ".join(wrong)
+    return [Check("files", "sizes and sha256", len(wrong), 0, "files differ", where, len(records))] if records else []
 
 
 def check_text(folder: Path, plan: ExportPlan) -> list[Check]:

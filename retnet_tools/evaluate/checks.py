@@ -15,7 +15,7 @@ class Check:
     """One thing that was looked at.
 
     Attributes:
-        part: what of an export it is about: text, weights, graphs or cost.
+        part: what of an export it is about: text, weights, graphs, cost or files.
         name: what it is called in reports, alone in its part.
         measured, limit: the worst figure that was seen, and what it may be at its place.
         unit: of both.

@@ -12,7 +12,7 @@ import numpy as np
 from retnet_tools.errors import UsageError, VerificationError
 from retnet_tools.evaluate.against import AgainstRuns, cost_checks
 from retnet_tools.evaluate.budget_file import AgainstBudget, read_budget
-from retnet_tools.evaluate.carried_checks import check_config, check_text
+from retnet_tools.evaluate.carried_checks import check_config, check_files, check_text
 from retnet_tools.evaluate.checks import Check
 from retnet_tools.evaluate.graph_runs import GraphRuns
 from retnet_tools.evaluate.stored_weights import StoredWeights
@@ -29,7 +29,7 @@ from retnet_tools.evaluate.weight_checks import check_weights
 from retnet_tools.formats import Checkpoint, CheckpointSource
 from retnet_tools.graph.code_types import BlockFormat
 from retnet_tools.graph.export import ExportPlan, plan_export
-from retnet_tools.graph.manifest import Manifest, read_manifest
+from retnet_tools.graph.manifest import Manifest, parse_manifest
 from retnet_tools.graph.quantization import Scheme
 from retnet_tools.graph.targets import find_target
 from retnet_tools.progress import Progress, in_megabytes
@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from retnet_tools.jobs.verify import VerifyRequest
     from retnet_tools.model.noise import Noise
 
-PARTS = ("text", "weights", "graphs", "cost")
+PARTS = ("text", "weights", "graphs", "cost", "files")
+"""What is looked at, what says most about a fault first."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def verify_against(request: VerifyRequest, folder: Path, source: CheckpointSourc
     budget = read_budget(None if request.budget is None else Path(request.budget))
     device = parse_device(request.device)
     check_device(device)
-    manifest, opened = read_manifest(folder), source.open()
+    manifest, opened = parse_manifest(folder), source.open()
     text = request.text if request.file is None else read_text(Path(request.file)).content
     chosen = choose_tokens(opened.config, opened.tokenizer_files, text, length=request.tokens, seed=request.seed)
     if (length := chosen.ids.shape[1]) < LEAST_TOKENS:
@@ -123,6 +124,7 @@ def verify_against(request: VerifyRequest, folder: Path, source: CheckpointSourc
     else:
         notes.append("of another configuration: weights and graphs were not looked at")
     scheme = "" if manifest.quantization is None else f", {scheme_text(manifest.quantization.scheme)}"
+    checks += check_files(folder, manifest)
     kind = f"{manifest.dtype}{scheme}, {manifest.ops} operators, {', '.join(manifest.graphs)}"
     words = f"{length} tokens ({chosen.source})"
     return AgainstResult(request, folder, opened.path, str(device), kind, words, tuple(checks), tuple(notes))

@@ -205,9 +205,9 @@ def _recorded_source(request: VerifyRequest, folder: Path) -> CheckpointSource:
         UsageError: it is not there any more as it was.
     """
     from retnet_tools.formats.source_search import find_source
-    from retnet_tools.graph.manifest import read_manifest
+    from retnet_tools.graph.manifest import parse_manifest
 
-    record = read_manifest(folder).provenance["source_files"]
+    record = parse_manifest(folder).provenance["source_files"]
     found = find_source(folder, record, [shipped_checkpoint()])
     if found is None:
         names = ", ".join(file["name"] for file in record) or "no files"

@@ -15,14 +15,25 @@ from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import VerificationError
 from retnet_tools.evaluate.budget_file import read_budget
 from retnet_tools.formats import open_checkpoint
-from retnet_tools.graph.manifest import read_manifest
+from retnet_tools.graph.manifest import parse_manifest
 from retnet_tools.jobs.against import AgainstResult, Held, plan_of
 from retnet_tools.jobs.api import export, verify
 from retnet_tools.jobs.verify import VerifyRequest
 from retnet_tools.progress import no_progress
 from retnet_tools.runtime.providers import parse_device
 from tests.helpers import ABLATIONS, BASE
-from tests.planted_exports import EDITS, GENAI, PREFILL, STEP, byte_places, changed_byte, other_tokenizer, plant
+from tests.planted_exports import (
+    EDITS,
+    GENAI,
+    PREFILL,
+    STEP,
+    byte_places,
+    changed_byte,
+    other_tokenizer,
+    plant,
+    record_again,
+    stored_places,
+)
 from tests.trials.against import write_model
 
 TOKENS = 30
@@ -42,7 +53,7 @@ class Exported:
 
     def held(self, out: Path) -> Held:
         request = VerifyRequest(out, against=self.checkpoint)
-        manifest, opened = read_manifest(out), open_checkpoint(self.checkpoint)
+        manifest, opened = parse_manifest(out), open_checkpoint(self.checkpoint)
         plan = plan_of(opened, manifest)
         return Held(request, out, manifest, opened, plan, read_budget(None), parse_device("cpu"))
 
@@ -148,7 +159,7 @@ def test_another_tokenizer_is_caught(exported: dict[str, Exported], tmp_path: Pa
     assert other_tokenizer(bad)
     assert failed(one.verdict(bad)) == {"text: tokenizer.json"}
     (bad / "tokenizer.json").unlink()
-    assert failed(one.verdict(bad)) == {"text: tokenizer.json"}
+    assert failed(one.verdict(bad)) == {"text: tokenizer.json", "files: sizes and sha256"}
 
 
 def test_other_end_tokens_are_caught_and_settings_of_search_are_not(
@@ -161,6 +172,25 @@ def test_other_end_tokens_are_caught_and_settings_of_search_are_not(
     assert one.verdict(bad).passed
     file.write_text(text.replace('"eos_token_id": 61', '"eos_token_id": 3'))
     assert failed(one.verdict(bad)) == {"text: genai_config.json"}
+
+
+def test_codes_chosen_by_their_effect_are_held_as_matrices_and_files(tmp_path: Path) -> None:
+    """What one code of GPTQ should be nobody knows without its text; the record of the export does."""
+    checkpoint, text = write_model(tmp_path / "model", BASE, seed=6), tmp_path / "text.txt"
+    text.write_text(" ".join(f"t{n}" for n in np.random.default_rng(0).integers(0, 61, 2000)))
+    options = {"quantize": "int4", "method": "gptq", "calibration": text, "calibration_tokens": 1024}
+    export(checkpoint, tmp_path / "out", **options)
+    one = Exported(BASE, checkpoint, tmp_path / "out")
+    assert failed(one.verdict()) == set()
+    offset, size, _ = stored_places(one.out)["layers.0.ffn.down_proj.weight.codes"]
+    data = bytearray((one.out / "weights.data").read_bytes())
+    data[offset] ^= 1
+    (one.out / "weights.data").write_bytes(data)
+    assert failed(one.verdict()) == {"files: sizes and sha256"}
+    data[offset : offset + size] = data[offset : offset + size][::-1]
+    (one.out / "weights.data").write_bytes(data)
+    record_again(one.out)
+    assert "weights: what matrices lose" in failed(one.verdict())
 
 
 def test_another_checkpoint_is_caught(exported: dict[str, Exported], tmp_path: Path) -> None:
