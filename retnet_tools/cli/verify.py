@@ -11,7 +11,7 @@ import typer
 from retnet_tools.cli import options
 from retnet_tools.cli.command import command
 from retnet_tools.errors import OutputError, UsageError
-from retnet_tools.jobs.verify import FORMS_ALONE, VerifyRequest
+from retnet_tools.jobs.verify_request import FORMS_ALONE, VerifyRequest
 
 
 @command(

@@ -32,6 +32,7 @@ from retnet_tools.graph.export import ExportPlan, plan_export
 from retnet_tools.graph.manifest import Manifest, parse_manifest
 from retnet_tools.graph.quantization import Scheme
 from retnet_tools.graph.targets import find_target
+from retnet_tools.jobs.verify_request import VerifyRequest
 from retnet_tools.progress import Progress, in_megabytes
 from retnet_tools.quantize.options import matrix_formats, scheme_text
 from retnet_tools.quantize.plan import plan_blocks
@@ -41,7 +42,6 @@ from retnet_tools.tokenizing.token_ids import choose_tokens
 from retnet_tools.weights import Array
 
 if TYPE_CHECKING:
-    from retnet_tools.jobs.verify import VerifyRequest
     from retnet_tools.model.noise import Noise
 
 PARTS = ("text", "weights", "graphs", "cost", "files")

@@ -18,6 +18,7 @@ from retnet_tools.jobs import perplexity as scoring
 from retnet_tools.jobs import quantize as quantizing
 from retnet_tools.jobs import verify as verifying
 from retnet_tools.jobs.request import Request
+from retnet_tools.jobs.verify_request import VerifyRequest
 from retnet_tools.progress import Progress, no_progress
 
 Given = ParamSpec("Given")
@@ -41,7 +42,7 @@ def _call(request: Callable[Given, Asked], job: Callable[[Asked, Progress], Resu
 
 convert = _call(converting.ConvertRequest, converting.convert)
 inspect = _call(inspecting.InspectRequest, inspecting.inspect)
-verify = _call(verifying.VerifyRequest, verifying.verify)
+verify = _call(VerifyRequest, verifying.verify)
 export = _call(exporting.ExportRequest, exporting.export)
 quantize = _call(quantizing.QuantizeRequest, quantizing.quantize)
 perplexity = _call(scoring.PerplexityRequest, scoring.perplexity)
