@@ -137,7 +137,7 @@ def _regions(folder: Path, graphs: list[str], tensors: Mapping[str, WeightTensor
     return regions
 
 
-def covered(regions: Iterable[FileRegion], size: int) -> Iterator[tuple[int, int]]:
+def uncovered(regions: Iterable[FileRegion], size: int) -> Iterator[tuple[int, int]]:
     """Starts and ends of what lies between the regions of a file."""
     end = 0
     for region in sorted(set(regions), key=lambda region: region.offset):

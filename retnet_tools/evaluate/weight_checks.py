@@ -10,7 +10,7 @@ from retnet_tools.config import RetNetConfig
 from retnet_tools.dtypes import convert_array
 from retnet_tools.evaluate.budget_file import WeightBudget
 from retnet_tools.evaluate.checks import Check, worst
-from retnet_tools.evaluate.stored_weights import StoredWeights, covered
+from retnet_tools.evaluate.stored_weights import StoredWeights, uncovered
 from retnet_tools.graph.folder import BlockReader, float_blocks
 from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.graph.positions import decay_sum_tables, phase_tables
@@ -25,7 +25,7 @@ _TIES = 1e-15 * 8
 is the nearest, either is right."""
 
 
-def check_weights(
+def judge_weights(
     stored: StoredWeights,
     config: RetNetConfig,
     source: WeightSource,
@@ -137,7 +137,7 @@ def _between(stored: StoredWeights) -> Check:
     """Bytes between tensors, and after the last, that are not 0."""
     size, wrong, where = stored.file.stat().st_size, 0, ""
     with stored.file.open("rb") as file:
-        for start, end in covered(stored.regions.values(), size):
+        for start, end in uncovered(stored.regions.values(), size):
             file.seek(start)
             other = np.flatnonzero(np.frombuffer(file.read(end - start), np.uint8))
             if other.size:

@@ -25,7 +25,7 @@ from retnet_tools.evaluate.walks import (
     far_tokens,
     start_cuts,
 )
-from retnet_tools.evaluate.weight_checks import check_weights
+from retnet_tools.evaluate.weight_checks import judge_weights
 from retnet_tools.formats import Checkpoint, CheckpointSource
 from retnet_tools.graph.code_types import BlockFormat
 from retnet_tools.graph.export import ExportPlan, plan_export
@@ -146,7 +146,7 @@ class Held:
         """Every byte of weights.data."""
 
         scheme = self._scheme
-        return check_weights(
+        return judge_weights(
             self._stored,
             self.opened.config,
             self.opened.weights,
