@@ -20,9 +20,13 @@ class RetNetToolsError(Exception):
         found: what is there.
         expected: what should have been there; empty when `found` already says it.
         action: what to do next.
+
+    Attributes:
+        result: of a job, what it has computed and written all the same.
     """
 
     exit_code = 1
+    result: object = None
 
     def __init__(self, found: str, expected: str = "", action: str = "") -> None:
         self.found = found

@@ -114,6 +114,8 @@ SCHEMA_VERSION = 1
 """Of errors as JSON."""
 KINDS = {1: "failure", 2: "usage", 3: "verification", 4: "provider", 5: "input"}
 LEVELS = {"quiet": logging.ERROR, "verbose": logging.DEBUG}
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+"""What asks a program to end; each system has some."""
 _shared = partial(typer.Option, rich_help_panel=SHARED, expose_value=False)
 
 
@@ -154,10 +156,13 @@ def options(
 
 
 def main() -> None:
-    """Entry point: run a command, turn errors into one line on stderr and their exit code."""
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _stop)
+    """Run a command, turn errors into one line on stderr and their exit code, and signals into 128 and their number."""
+    stops = _Stops()
+    for name in SIGNALS:
+        number = getattr(signal, name, None)
+        # nohup ignores one, and a shell another of what it starts in the background.
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, stops.stop)
     warnings.showwarning = _show_warning
     console.LOG.handlers, console.LOG.propagate = [_Notes()], False
     console.LOG.setLevel(logging.INFO)
@@ -169,15 +174,18 @@ def main() -> None:
     documents = console.documents_printed()
     try:
         code = app(args=sys.argv[1:] or ["--help"], prog_name="retnet-tools", standalone_mode=False)
+        _flush_results()
         console.LOG.debug("done")
         sys.exit(code or 0)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
-        # The reader went away; keep the interpreter from complaining when it flushes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _forget_results()
         sys.exit(128 + 13)
     except Exception as error:
+        if stops.number is not None:
+            # A module that was being imported has made an error of it.
+            sys.exit(128 + stops.number)
         if "--debug" in sys.argv:
             traceback.print_exc()
         _fail(*_for_the_user(error), documents)
@@ -217,9 +225,26 @@ def _show_warning(
     print(f"warning: {message}", file=sys.stderr)
 
 
-def _stop(number: int, _: object) -> None:
-    # Unwinds the stack, so that a half-written output is removed.
-    sys.exit(128 + number)
+class _Stops:
+    """The signals of one run, and the first of them that came."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def stop(self, number: int, _: object) -> None:
+        """Unwind the stack, so that a half-written output is removed."""
+        self.number = self.number or number
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+
+def _flush_results() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _forget_results() -> None:
+    """Drop what stdout does not take, about which the interpreter would complain when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _fail(error: RetNetToolsError, kind: str, documents: int) -> NoReturn:
@@ -229,6 +254,10 @@ def _fail(error: RetNetToolsError, kind: str, documents: int) -> NoReturn:
         parts = {"found": error.found, "expected": error.expected, "hint": error.action}
         described = {"kind": kind, "exit_code": error.exit_code, "message": str(error), **parts}
         console.print_json({"schema_version": SCHEMA_VERSION, "error": described})
+    try:
+        _flush_results()
+    except OSError:
+        _forget_results()
     sys.exit(error.exit_code)
 
 

@@ -54,7 +54,7 @@ def generate(
     """Continue a prompt, streaming text to stdout and speed to stderr; or answer a file of prompts."""
     from retnet_tools.console import print_json, print_message
     from retnet_tools.reports.generation import generation_document, generation_speed
-    from retnet_tools.runtime.bulk import BulkOptions
+    from retnet_tools.runtime.bulk import BulkOptions, check_bulk
     from retnet_tools.runtime.decode import Stopping, generate_from
     from retnet_tools.runtime.decoder import open_decoder
     from retnet_tools.runtime.prompts import PREFILL_CHUNK_SIZE
@@ -93,6 +93,7 @@ def generate(
     if prompts is not None and output is not None:
         if prompt is not None or file is not None or state_in or state_out or samples > 1:
             raise UsageError("--prompts with -p, --file, --samples or a state", "one job at a time")
+        check_bulk(prompts, output)
         with opened(prompts=True) as decoder:
             stopping = Stopping(max_tokens, () if ignore_end else decoder.codec.end_ids, stops)
             bulk = BulkOptions(stopping, Sampling(**chosen), batch, size)
@@ -119,13 +120,13 @@ def generate(
             chunk_size=size,
             keep=state_out is not None,
         )
+        if as_json:
+            print_json(generation_document(result))
+        else:
+            print(*[f"[{i}] {row.text}" for i, row in enumerate(result.rows)] if several else [], sep="\n")
+        print_message(generation_speed(result))
         if state_out is not None and result.sequences is not None:
             write_state(state_out, capture(result.sequences), force=force)
-    if as_json:
-        print_json(generation_document(result))
-    else:
-        print(*[f"[{i}] {row.text}" for i, row in enumerate(result.rows)] if several else [], sep="\n")
-    print_message(generation_speed(result))
 
 
 def _answer(

@@ -38,6 +38,6 @@ def perplexity(
         request = replace(request, by_position=True)
     with progress_bar() as progress:
         result = job.perplexity(request, progress)
+    print_json(perplexity_document(result)) if as_json else render_perplexity(result.report)
     if plot is not None:
         write_plot(result.report, plot, force=force)
-    print_json(perplexity_document(result)) if as_json else render_perplexity(result.report)

@@ -98,7 +98,9 @@ def fork(
     from retnet_tools.console import print_json
     from retnet_tools.reports.states import render_state, state_document
     from retnet_tools.runtime.state_file import read_state, write_state
+    from retnet_tools.staging import check_file
 
+    check_file(output, force=force)
     found = read_state(state)
     chosen = list(range(found.batch)) if rows is None else options.parse_numbers("--rows", rows)
     forked = found.select([row for row in chosen for _ in range(copies)])

@@ -72,7 +72,7 @@ def measure_quality(
     threads: int | None = None,
     progress: Progress = no_progress,
 ) -> Quality:
-    """Measure a quantized folder against its float parent and write the figures into its retnet.json and card.
+    """Measure a quantized folder against its float parent.
 
     Args:
         folder: what `quantize` wrote.
@@ -94,7 +94,7 @@ def measure_quality(
     report = measure_perplexity(source, tokens, WINDOWS, baseline=baseline, progress=progress)
     assert report.baseline is not None
     assert report.divergence is not None
-    quality = Quality(
+    return Quality(
         text=text.name,
         sha256=text.sha256,
         tokens=report.scored_tokens,
@@ -103,5 +103,14 @@ def measure_quality(
         mean_kl=report.divergence.mean_kld.value,
         same_top=report.divergence.same_top.value,
     )
+
+
+def record_quality(folder: Path, quality: Quality) -> None:
+    """Write the figures into the folder's retnet.json and card.
+
+    Raises:
+        OutputError: they cannot be written.
+    """
+    record = read_manifest(folder).quantization
+    assert record is not None
     update_record(folder, dataclasses.replace(record, quality=quality))
-    return quality

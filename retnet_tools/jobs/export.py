@@ -9,7 +9,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from retnet_tools.errors import UsageError, find_row
+from retnet_tools.errors import RetNetToolsError, UsageError, find_row
 from retnet_tools.graph.code_types import BlockSize
 from retnet_tools.graph.quantization import AccuracyLevel
 from retnet_tools.jobs.inspect import layer_state_bytes
@@ -204,6 +204,9 @@ def export(request: ExportRequest, progress: Progress = no_progress) -> ExportRe
         UsageError: an output that exists, a model that the target cannot run, or options that do not fit the model.
         InputError: a checkpoint or a text that cannot be read.
         OutputError: an output that cannot be written.
+
+    An error behind a written folder, while what was lost is measured or put down in it, has the `ExportResult` as its
+    `result`.
     """
     from retnet_tools.graph.export import default_output, plan_export
 
@@ -251,12 +254,12 @@ def write(
         source: the float model.
     """
     from retnet_tools.evaluate.logits import open_logits
-    from retnet_tools.evaluate.quality import check_measurable, measure_quality
+    from retnet_tools.evaluate.quality import check_measurable, measure_quality, record_quality
     from retnet_tools.graph.export import write_export
     from retnet_tools.quantize.steps import plan_quantized, write_quantized
     from retnet_tools.tokenizing.text_files import read_text
 
-    text, quality = None if request.text is None else read_text(Path(request.text)), None
+    text = None if request.text is None else read_text(Path(request.text))
     if text is not None:
         check_measurable(plan, None if options is None else options.type, text, request.text_tokens)
     with _workplace(folder) as work:
@@ -270,10 +273,17 @@ def write(
         else:
             told = in_megabytes(progress, "write", plan.weight_bytes)
             manifest = write_export(plan, folder, force=request.force, progress=told)
-    if text is not None:
+    result = ExportResult(request, folder, dataclasses.replace(plan, quantization=manifest.quantization), None, None)
+    if text is None:
+        return result
+    try:
         quality = measure_quality(folder, open_logits(source), text, limit=request.text_tokens, progress=progress)
-    plan = dataclasses.replace(plan, quantization=manifest.quantization)
-    return ExportResult(request, folder, plan, quality, None)
+        result = dataclasses.replace(result, quality=quality)
+        record_quality(folder, quality)
+    except RetNetToolsError as error:
+        error.result = result
+        raise
+    return result
 
 
 @contextmanager

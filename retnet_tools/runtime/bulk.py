@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from retnet_tools.errors import InputError, ProviderError, RetNetToolsError, UsageError
+from retnet_tools.errors import InputError, OutputError, ProviderError, RetNetToolsError, UsageError
 from retnet_tools.graph.contract import MAX_POSITION
 from retnet_tools.runtime.codec import Codec
 from retnet_tools.runtime.decode import Stopping, generate_from
@@ -34,7 +35,7 @@ from retnet_tools.runtime.prompts import PREFILL_CHUNK_SIZE
 from retnet_tools.runtime.sampling import Sampling
 from retnet_tools.runtime.sequences import Sequences
 from retnet_tools.runtime.session import DecoderSession
-from retnet_tools.staging import appended_file, flush, staged_file
+from retnet_tools.staging import appended_file, check_file, flush, staged_file
 
 DEFAULT_BATCH = 8
 _BEGINNING = b'{"index": '
@@ -91,6 +92,21 @@ class _BulkRow:
     key: str
 
 
+def check_bulk(prompts: Path, output: Path) -> None:
+    """Check, before a model is opened, that there are prompts, and that answers can be written.
+
+    Raises:
+        InputError, UsageError, OutputError: as `generate_bulk`.
+    """
+    if not prompts.is_file():
+        raise InputError(f"no file {prompts}", "a file of JSON lines with a prompt each")
+    if output.exists() and prompts.samefile(output):
+        raise UsageError(f"{output} for prompts and answers", "two files")
+    check_file(output, force=True)
+    if output.exists() and not os.access(output, os.W_OK):
+        raise OutputError(f"cannot write {output}", "a file that can be written", "name another output")
+
+
 def generate_bulk(
     session: DecoderSession,
     codec: Codec,
@@ -116,10 +132,7 @@ def generate_bulk(
         ProviderError: the device fails or has no memory; answers of the batches before stay.
     """
     began, digest = time.perf_counter(), options.digest(session, codec)
-    if not prompts.is_file():
-        raise InputError(f"no file {prompts}", "a file of JSON lines with a prompt each")
-    if output.exists() and prompts.samefile(output):
-        raise UsageError(f"{output} for prompts and answers", "two files")
+    check_bulk(prompts, output)
     written = errors = tokens = 0
     if retry_failed and output.exists() and not force:
         _forget_errors(prompts, digest, output)
