@@ -19,6 +19,8 @@ from retnet_tools.config import BlockNorm, RetNetConfig
 from retnet_tools.errors import InputError
 
 Array = npt.NDArray[Any]
+_NAMED = 8
+"""Tensors that a note names at most."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +72,18 @@ class WeightSource(ABC):
         return None
 
 
-class FiniteWeights(WeightSource):
-    """The tensors of another source; one that holds NaN or infinities is refused when it, or its piece, is read.
+class CountedWeights(WeightSource):
+    """The tensors of another source, and how many of the values read were NaN or infinite.
 
     Memory: what the source gives, and a byte for each of its elements.
+
+    Attributes:
+        wrong: those values by the name of their tensor, of tensors that have any.
     """
 
     def __init__(self, source: WeightSource) -> None:
         self._source = source
+        self.wrong: dict[str, int] = {}
 
     def names(self) -> Iterable[str]:
         """Names of all tensors."""
@@ -89,21 +95,41 @@ class FiniteWeights(WeightSource):
 
     def read(self, name: str) -> Array:
         """The tensor's data."""
-        return _finite(name, self._source.read(name))
+        return self._counted(name, self._source.read(name))
 
     def blocks(self, name: str) -> Iterator[Array]:
         """The tensor in pieces along its first axis."""
-        return (_finite(name, block) for block in self._source.blocks(name))
+        return (self._counted(name, block) for block in self._source.blocks(name))
+
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of those that were read."""
+        if not self.wrong:
+            return ()
+        named = ", ".join(f"{name} ({count})" for name, count in list(self.wrong.items())[:_NAMED])
+        more = f" and {len(self.wrong) - _NAMED} more" if len(self.wrong) > _NAMED else ""
+        return (f"NaN or infinite weights in {named}{more}: all that they reach is NaN",)
+
+    def _counted(self, name: str, array: Array) -> Array:
+        if wrong := _not_finite(array):
+            self.wrong[name] = self.wrong.get(name, 0) + wrong
+        return array
 
 
-def _finite(name: str, array: Array) -> Array:
-    if wrong := array.size - np.count_nonzero(np.isfinite(array)):
-        raise InputError(
-            f"tensor {name!r} holds {wrong} NaN or infinite value{'s' if wrong > 1 else ''}",
-            "finite weights",
-            "inspect lists all such tensors",
-        )
-    return array
+class FiniteWeights(CountedWeights):
+    """The same, refusing a tensor that holds NaN or infinities when it, or its piece, is read."""
+
+    def _counted(self, name: str, array: Array) -> Array:
+        if wrong := _not_finite(array):
+            raise InputError(
+                f"tensor {name!r} holds {wrong} NaN or infinite value{'s' if wrong > 1 else ''}",
+                "finite weights",
+                "inspect lists all such tensors",
+            )
+        return array
+
+
+def _not_finite(array: Array) -> int:
+    return int(array.size - np.count_nonzero(np.isfinite(array)))
 
 
 def parameter_count(config: RetNetConfig) -> int:

@@ -1,12 +1,22 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 from retnet_tools.errors import InputError
 from retnet_tools.model.retnet import RetNet
-from retnet_tools.weights import FiniteWeights, TensorInfo, canonical_shapes, check_weights, is_floating
+from retnet_tools.weights import (
+    Array,
+    CountedWeights,
+    FiniteWeights,
+    TensorInfo,
+    canonical_shapes,
+    check_weights,
+    is_floating,
+)
 from tests.helpers import ABLATIONS, BASE, MemorySource, random_source
 
 
@@ -58,3 +68,21 @@ def test_tensors_that_are_not_finite_are_refused_when_read(dtype: type) -> None:
 @pytest.mark.parametrize("dtype", [np.int8, np.uint16, np.bool_, np.complex64, ml_dtypes.float8_e4m3fn])
 def test_other_types_may_not(dtype: type) -> None:
     assert not is_floating(np.dtype(dtype))
+
+
+def test_values_that_are_no_numbers_are_counted_by_tensor_over_its_blocks() -> None:
+    class Blocks(MemorySource):
+        def blocks(self, name: str) -> Iterator[Array]:
+            yield from np.array_split(self.tensors[name], 3)
+
+    tensors = {f"t{i}": np.arange(12, dtype=np.float32).reshape(6, 2) for i in range(12)}
+    for i in range(10):
+        for row, value in [(0, np.nan), (2, np.inf), (5, -np.inf)][: 1 + i % 3]:
+            tensors[f"t{i}"][row, 1] = value
+    counted = CountedWeights(Blocks(tensors))
+    assert counted.notes() == ()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(np.concatenate(list(counted.blocks(name))), tensor)
+    assert counted.wrong == {f"t{i}": 1 + i % 3 for i in range(10)}
+    named = ", ".join(f"t{i} ({1 + i % 3})" for i in range(8))
+    assert counted.notes() == (f"NaN or infinite weights in {named} and 2 more: all that they reach is NaN",)

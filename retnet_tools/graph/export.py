@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from retnet_tools.config import RetNetConfig
+from retnet_tools.console import LOG
 from retnet_tools.errors import InputError
 from retnet_tools.formats import Checkpoint
 from retnet_tools.formats.hub import hub_origin
@@ -36,7 +37,7 @@ from retnet_tools.staging import staged_folder
 from retnet_tools.tokenizing.carried import CarriedText, carried_text
 from retnet_tools.tokenizing.files import TOKENIZER_FILE, load_tokenizer
 from retnet_tools.tokenizing.special import GENERATION_FILE, SpecialTokens
-from retnet_tools.weights import canonical_shapes
+from retnet_tools.weights import CountedWeights, canonical_shapes
 
 GRAPH_BYTES = 8 << 20
 """Room for graphs and manifest when the free space is checked."""
@@ -161,7 +162,8 @@ def write_export(
 ) -> Manifest:
     """Write the folder: weights.data, then the graphs and retnet.json; all appear at the end.
 
-    The card of a quantized folder goes away when another takes its place, a README of somebody else's stays.
+    The card of a quantized folder goes away when another takes its place, a README of somebody else's stays. Float
+    weights with NaN or infinities are written as they are, and a note of the manifest's provenance names them.
 
     Memory: one block of a source tensor (16 MB), or a whole one where its format transforms it.
 
@@ -188,7 +190,8 @@ def write_export(
         ) as folder,
         source_digests(checkpoint.source_files) as digests,
     ):
-        read = read or float_blocks(checkpoint.weights)
+        counted = CountedWeights(checkpoint.weights)
+        read = read or float_blocks(counted)
         places, weights = write_weights(folder / contract.WEIGHTS_FILE, plan.tensors.values(), read, progress)
         for file in plan.text.copies:
             shutil.copyfile(file, folder / file.name)
@@ -196,7 +199,9 @@ def write_export(
             (folder / name).write_text(text, encoding="utf-8")
         for name, graph in plan.graphs.items():
             write_graph(folder / name, graph, places)
-        notes = [*checkpoint.notes, *plan.text.notes]
+        for note in counted.notes():
+            LOG.warning("warning: %s", note)
+        notes = [*checkpoint.notes, *plan.text.notes, *counted.notes()]
         manifest = Manifest(
             config=checkpoint.config,
             dtype=plan.dtype,

@@ -273,7 +273,9 @@ def write(
         else:
             told = in_megabytes(progress, "write", plan.weight_bytes)
             manifest = write_export(plan, folder, force=request.force, progress=told)
-    result = ExportResult(request, folder, dataclasses.replace(plan, quantization=manifest.quantization), None, None)
+    notes = tuple(dict.fromkeys((*plan.notes, *manifest.provenance["notes"])))
+    plan = dataclasses.replace(plan, quantization=manifest.quantization, notes=notes)
+    result = ExportResult(request, folder, plan, None, None)
     if text is None:
         return result
     try:

@@ -141,7 +141,14 @@ def capture(sequences: Sequences) -> StateFile:
 
 
 def write_state(path: Path, state: StateFile, *, force: bool = False) -> None:
-    """Write a state file; it appears whole or not at all, and takes another one's place with `force` only."""
+    """Write a state file; it appears whole or not at all, and takes another one's place with `force` only.
+
+    Raises:
+        InputError: a state with NaN or infinities, by layer and head.
+        UsageError, OutputError: as `retnet_tools.staging.staged_file`.
+    """
+    if (found := _not_finite(state)) is not None:
+        raise InputError(found, "a state of finite numbers", "inspect the weights of the model that made it")
     tensors = {f"layers.{i}.recurrent_state": array for i, array in enumerate(state.states)}
     tensors |= {"position": state.position, "logits": state.logits, "seen": state.seen}
     metadata = {
@@ -212,14 +219,26 @@ def _check(state: StateFile) -> None:
         raise ValueError(f"states that do not have {batch} rows")
     if state.position.min() < 1 or state.position.max() > MAX_POSITION + 1:
         raise ValueError(f"positions {state.position.tolist()}")
-    if not all(np.isfinite(array.astype(np.float32)).all() for array in (*state.states, state.logits)):
-        raise ValueError("NaN or infinite values")
+    if (found := _not_finite(state)) is not None:
+        raise ValueError(found)
     if not len(state.token_hashes) == len(state.streams) == batch:
         raise ValueError(f"not {batch} token hashes and streams")
     for digest, stream in zip(state.token_hashes, state.streams, strict=True):
         if len(bytes.fromhex(digest)) != 32:
             raise ValueError("a token hash that is no sha256")
         _stream(stream)
+
+
+def _not_finite(state: StateFile) -> str | None:
+    """The first place of a state that holds NaN or infinities, in words."""
+    for layer, array in enumerate(state.states):
+        wrong = ~np.isfinite(array.astype(np.float32))
+        if wrong.any():
+            heads = np.flatnonzero(wrong.any(axis=(0, 2, 3)))
+            named = f"head{'s' if len(heads) > 1 else ''} {', '.join(map(str, heads))}"
+            return f"{np.count_nonzero(wrong)} NaN or infinite values in the state of layer {layer}, {named}"
+    wrong = ~np.isfinite(state.logits)
+    return f"{np.count_nonzero(wrong)} NaN or infinite logits" if wrong.any() else None
 
 
 def _stream_state(stream: np.random.Generator) -> dict[str, Any]:

@@ -6,8 +6,10 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from retnet_tools.formats.canonical import write_canonical
 from tests.exports import export
 from tests.helpers import BASE, random_source
 
@@ -28,6 +30,25 @@ def test_a_prompt_saved_once_goes_on_like_the_prompt(folder: Path, tmp_path: Pat
     assert cli("generate", folder, "--state-in", state, "-p", "9 2", "-n", 8).out == whole
     plain = cli("generate", folder, "-p", PROMPT, "-n", 8).out
     assert cli("generate", folder, "--state-in", state, "-n", 8).out == plain
+
+
+def test_a_model_with_nan_is_exported_with_a_warning_and_its_state_is_not_kept(tmp_path: Path, cli) -> None:
+    source = random_source(BASE, seed=81)
+    # A row of k of the third head.
+    source.tensors["layers.0.retention.k_proj.weight"][17, 2] = np.nan
+    write_canonical(tmp_path / "ckpt", BASE, source)
+    result = cli("export", tmp_path / "ckpt", "-o", tmp_path / "out")
+    note = "NaN or infinite weights in layers.0.retention.k_proj.weight (1): all that they reach is NaN"
+    assert (result.exit_code, result.err) == (0, f"warning: {note}\n")
+    assert f"  note: {note}\n" in result.out
+    assert json.loads((tmp_path / "out" / "retnet.json").read_text())["provenance"]["notes"] == [note]
+    saved = cli("state", "save", tmp_path / "out", "-p", PROMPT, "-o", tmp_path / "a.state", "--json")
+    error = json.loads(saved.out)["error"]
+    assert (saved.exit_code, error["kind"]) == (5, "input")
+    assert error["found"] == "24 NaN or infinite values in the state of layer 0, head 2"
+    assert not list(tmp_path.glob("*.state*"))
+    refused = cli("quantize", tmp_path / "out", "--quantize", "int8")
+    assert (refused.exit_code, "k_proj.weight' holds 1 NaN" in refused.err) == (5, True)
 
 
 def test_a_text_in_two_halves_is_the_whole_text(folder: Path, tmp_path: Path, cli) -> None:

@@ -66,6 +66,26 @@ def test_weights_data_holds_every_tensor_once_and_bit_exact(name: str, tmp_path:
             np.testing.assert_array_equal(stored[tensor.name], expected)
 
 
+def test_weights_that_are_no_numbers_are_written_as_they_are_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = random_source(BASE, 2)
+    source.tensors["layers.1.retention.k_proj.weight"][[0, 3, 5], 1] = np.nan, np.inf, -np.inf
+    source.tensors["final_norm.weight"][7] = np.nan
+    out = export(BASE, source, tmp_path / "out")
+    note = (
+        "NaN or infinite weights in layers.1.retention.k_proj.weight (3), final_norm.weight (1): all that they reach "
+        "is NaN"
+    )
+    assert read_manifest(out).provenance["notes"] == [note]
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [f"warning: {note}"]
+    plan = export_module.plan_of_export(out)
+    for name, tensor in source.tensors.items():
+        np.testing.assert_array_equal(plan.checkpoint.weights.read(name), tensor)
+    # What is made of it says so too.
+    assert note in plan.notes
+
+
 def test_a_value_beyond_float16_is_refused_by_tensor_name(tmp_path: Path) -> None:
     source = random_source(BASE, 3)
     source.tensors["layers.1.ffn.up_proj.weight"][3, 5] = 1e5

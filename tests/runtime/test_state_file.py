@@ -261,7 +261,12 @@ def rewritten(path: Path, *, tensors: dict | None = None, metadata: dict | None 
         ({"position": np.array([15.0, 3.0])}, {}, "position is float64"),
         ({"logits": None}, {}, "is broken"),
         ({"layers.1.recurrent_state": None, "layers.5.recurrent_state": np.zeros((2, 1, 1, 1))}, {}, "is broken"),
-        ({"layers.0.recurrent_state": np.full((2, 4, 8, 12), np.nan, np.float32)}, {}, "NaN or infinite"),
+        (
+            {"layers.0.recurrent_state": np.full((2, 4, 8, 12), np.nan, np.float32)},
+            {},
+            "768 NaN or infinite values in the state of layer 0, heads 0, 1, 2, 3",
+        ),
+        ({"logits": np.full((2, 61), np.inf, np.float32)}, {}, "122 NaN or infinite logits"),
         ({"layers.0.recurrent_state": np.zeros((1, 4, 8, 12), np.float32)}, {}, "do not have 2 rows"),
     ],
 )
@@ -271,6 +276,21 @@ def test_a_broken_file_is_refused(
     write_state(tmp_path / "a.state", capture(grown(session)))
     with pytest.raises(InputError, match=message):
         read_state(rewritten(tmp_path / "a.state", tensors=tensors, metadata=metadata))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_state_that_is_no_number_is_not_written(dtype: type, session: DecoderSession, tmp_path: Path) -> None:
+    state = capture(grown(session))
+    states = [layer.astype(dtype) for layer in state.states]
+    states[1][1, 2, 3, 4], states[1][0, 2, 0, 0] = np.nan, -np.inf
+    message = "2 NaN or infinite values in the state of layer 1, head 2; expected a state of finite numbers"
+    with pytest.raises(InputError, match=message):
+        write_state(tmp_path / "a.state", dataclasses.replace(state, states=tuple(states)))
+    logits = state.logits.copy()
+    logits[0, 5] = np.nan
+    with pytest.raises(InputError, match="1 NaN or infinite logits"):
+        write_state(tmp_path / "a.state", dataclasses.replace(state, logits=logits))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
