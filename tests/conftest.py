@@ -43,7 +43,7 @@ Run = Callable[..., Result]
 def cli(monkeypatch, capsys) -> Iterator[Run]:
     """Run `retnet-tools` in this process, with the error handling of its entry point, which owns a process: what it
     sets there is set back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     level = console.LOG.level
     for owner, name in ((warnings, "showwarning"), (console.LOG, "handlers"), (console.LOG, "propagate")):
         monkeypatch.setattr(owner, name, getattr(owner, name))
