@@ -95,6 +95,17 @@ def test_zero_points_pay_where_a_block_lies_on_one_side_of_zero(bits: int) -> No
     assert errors[1] < 0.5 * errors[0]
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_block_far_from_zero_is_held_as_well_as_by_steps_from_zero(bits: int, sign: int) -> None:
+    """Zero keeps a code, so the codes reach from it to the end of the block: each weight is within half a step."""
+    format = BlockFormat(bits, 64, False)
+    weight = (sign * np.random.default_rng(8).uniform(0.5, 1, (16, 128))).astype(np.float32)
+    half = np.abs(weight.astype(np.float64)).max() / format.top / 2
+    apart = decode(quantize_rows(weight, format, FLOAT32), format) - weight
+    assert np.sqrt((apart**2).mean()) <= half
+
+
 @ALL_FORMATS
 def test_zeros_stay_exactly_zero(format: BlockFormat) -> None:
     weight = weights(6, 200, seed=4)
