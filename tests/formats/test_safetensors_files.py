@@ -1,17 +1,21 @@
-"""Names that safetensors' `save_model` leaves to the metadata, in one file and in shards."""
+"""safetensors files: names that `save_model` leaves to the metadata; bytes and their places."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file, save_model
 
 from retnet_tools.errors import InputError, UsageError
 from retnet_tools.formats.files import CheckpointFiles
+from retnet_tools.formats.safetensors_files import open_safetensors, write_safetensors
+from retnet_tools.formats.storage import PlannedTensor
 
 
 class Tied(torch.nn.Module):
@@ -93,3 +97,45 @@ def test_an_entry_of_a_safetensors_file(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "part.safetensors"}}))
     with pytest.raises(UsageError, match=r"entry 'ema' of model\.safetensors\.index\.json"):
         CheckpointFiles(tmp_path, entry="ema").tensors  # noqa: B018
+
+
+def stored(path: Path, entries: dict[str, tuple[int, int]], size: int) -> Path:
+    """A file of uint8 tensors at these places among `size` bytes of data."""
+    header = {name: {"dtype": "U8", "shape": [b - a], "data_offsets": [a, b]} for name, (a, b) in entries.items()}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(range(size)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("entries", "size", "message"),
+    [
+        ({"a": (0, 4), "b": (4, 8)}, 9, "as its header says"),
+        ({"a": (0, 4), "b": (4, 8)}, 7, "as its header says"),
+        ({"a": (0, 4), "b": (3, 8)}, 8, "starts at byte"),
+        ({"a": (0, 8), "b": (2, 6)}, 8, "starts at byte"),
+        ({"a": (0, 4), "b": (5, 8)}, 8, "starts at byte"),
+        ({"a": (1, 4), "b": (4, 8)}, 8, "starts at byte"),
+    ],
+)
+def test_tensors_fill_their_file_each_byte_once(
+    entries: dict[str, tuple[int, int]], size: int, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        open_safetensors(stored(tmp_path / "x.safetensors", entries, size))
+
+
+def test_what_the_system_copies_a_little_at_a_time_is_copied_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = os.copy_file_range
+    monkeypatch.setattr(os, "copy_file_range", lambda a, b, count, **places: copy(a, b, min(count, 7), **places))
+    source = open_safetensors(stored(tmp_path / "x.safetensors", {"a": (0, 30), "b": (30, 50)}, 50))
+    planned = [
+        PlannedTensor(at.shape, at.dtype, name, lambda: iter(()), copied=source.region(name))
+        for name, at in source.locations.items()
+    ]
+    write_safetensors(tmp_path / "y.safetensors", planned)
+    with safe_open(tmp_path / "y.safetensors", "numpy") as file:
+        assert file.get_tensor("a").tolist() == list(range(30))
+        assert file.get_tensor("b").tolist() == list(range(30, 50))
