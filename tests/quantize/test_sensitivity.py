@@ -57,6 +57,12 @@ def test_each_is_the_divergence_of_the_whole_model(name: str, tmp_path: Path) ->
         assert expected > 1e-8
 
 
+def test_types_of_one_matrix_are_measured_apart(tmp_path: Path) -> None:
+    trials = [Trial(("lm_head.weight",), format) for format in (INT4, INT8)]
+    found = Sensitivity(make_task(BASE, random_source(BASE, 3), tmp_path), trials).measure()
+    assert 0 < found[trials[1]] < found[trials[0]] / 50
+
+
 def test_several_matrices_together_and_all_of_them(tmp_path: Path) -> None:
     ids = random_tokens(BASE, 3, 40, 7)
     together = ("layers.1.ffn.gate_proj.weight", "layers.1.ffn.up_proj.weight")
