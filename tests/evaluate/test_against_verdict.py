@@ -44,7 +44,7 @@ class Stand:
 
 
 Spoil = Callable[[str, Stand, Array, bool], str]
-"""What is wrong with a run of step or chunk, by where it begins, the tokens of each row, and whether padding is blank."""
+"""What is wrong with a run of step or chunk, by where it begins, tokens of each row, and whether padding is blank."""
 
 
 class Graphs:
