@@ -22,10 +22,11 @@ from retnet_tools.model.retention import retention_chunkwise, retention_parallel
 from tests.exports import cpu_runner, export, run_genai, zero_states
 from tests.graph.test_prefill import all_nodes, check_rows, check_states, random_states, torch_run, without_clamp
 from tests.helpers import ABLATIONS, BASE, OTHER_LAYERS, random_source, random_tokens
+from tests.pairs import pairwise
 from tests.reference import reference_logits
 from tests.tolerances import GRAPH_FLOAT16, GRAPH_FLOAT32, GRAPH_POSITIONS
 
-OPS = list(OPERATOR_SETS)
+OPS, DTYPES = list(OPERATOR_SETS), ("float32", "float16", "bfloat16")
 NAMES = [name for name, config in ABLATIONS.items() if config.has_vocabulary]
 FORMS = {
     "parallel": retention_parallel,
@@ -163,9 +164,10 @@ def test_float16_weights_keep_float32_states(name: str, ops: str, tmp_path: Path
     assert all(value.dtype == np.float32 for value in (logits, *states))
 
 
-@pytest.mark.parametrize("ops", OPS)
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("name", ["base", "torchscale_2023", "tied", "key_decay", *OTHER_LAYERS])
+@pytest.mark.parametrize(
+    ("name", "dtype", "ops"),
+    pairwise(["base", "torchscale_2023", "tied", "key_decay", *OTHER_LAYERS], DTYPES, OPS),
+)
 def test_the_checker_accepts_every_graph(name: str, dtype: str, ops: str, tmp_path: Path) -> None:
     config = ABLATIONS[name]
     graph = genai_graph(config, random_source(config, 1), tmp_path / "out", ops=ops, dtype=dtype)

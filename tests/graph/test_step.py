@@ -19,9 +19,10 @@ from retnet_tools.model.retention import retention_recurrent
 from retnet_tools.model.retnet import load_model
 from tests.exports import cpu_runner, export, run_steps, zero_states
 from tests.helpers import ABLATIONS, BASE, OTHER_LAYERS, MemorySource, random_source, random_tokens
+from tests.pairs import pairwise
 from tests.tolerances import GRAPH_FLOAT16, GRAPH_FLOAT32, GRAPH_POSITIONS
 
-OPS = list(OPERATOR_SETS)
+OPS, DTYPES = list(OPERATOR_SETS), ("float32", "float16", "bfloat16")
 
 
 @torch.no_grad()
@@ -75,9 +76,10 @@ def test_the_reference_evaluator_runs_the_standard_graph(name: str, tmp_path: Pa
         np.testing.assert_allclose(logits, expected[:, n], rtol=0, atol=GRAPH_FLOAT32)
 
 
-@pytest.mark.parametrize("ops", OPS)
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("name", ["base", "torchscale_2023", "tied", *OTHER_LAYERS])
+@pytest.mark.parametrize(
+    ("name", "dtype", "ops"),
+    pairwise(["base", "torchscale_2023", "tied", *OTHER_LAYERS], DTYPES, OPS),
+)
 def test_the_checker_accepts_every_graph(name: str, dtype: str, ops: str, tmp_path: Path) -> None:
     config = ABLATIONS[name]
     graph = export(config, random_source(config, 1), tmp_path / "out", ops=ops, dtype=dtype) / contract.STEP_FILE

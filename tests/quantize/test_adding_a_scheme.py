@@ -11,15 +11,18 @@ import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 
+from retnet_tools.formats.canonical import write_canonical
 from retnet_tools.graph import code_types, contract
 from retnet_tools.graph.code_types import BlockFormat, CodeType, matrix_bytes
 from retnet_tools.graph.manifest import read_manifest
+from retnet_tools.paper import paper_config
 from retnet_tools.quantize.blockwise import dequantize_rows, quantize_rows
 from retnet_tools.quantize.contents import pack
 from retnet_tools.quantize.options import QuantizeOptions, parse_type
 from retnet_tools.weights import Array
 from tests.exports import cpu_runner, export, run_steps, zero_states
 from tests.helpers import ABLATIONS, BASE, random_source, random_tokens
+from tests.pairs import pairwise
 from tests.quantize.calibrated import FIXTURE
 from tests.quantized import decoded_source, quantize
 from tests.reference import reference_logits
@@ -79,9 +82,10 @@ def test_a_matrix_is_quantized_packed_and_dequantized(shape: tuple[int, int], sy
     assert 0.2 < np.sqrt(np.mean((expected[:, : shape[1]] - weight) ** 2)) / weight.std() < 0.5
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("ops", ["fused", "standard"])
-@pytest.mark.parametrize("name", ["base", "tied", "other_head_sizes"])
+@pytest.mark.parametrize(
+    ("name", "ops", "symmetric"),
+    pairwise(["base", "tied", "other_head_sizes"], ["fused", "standard"], [True, False]),
+)
 def test_onnxruntime_runs_it(name: str, ops: str, symmetric: bool, tmp_path: Path) -> None:
     config = ABLATIONS.get(name, BASE)
     folder = export(config, random_source(config, 3), tmp_path / "float", ops=ops)
@@ -102,11 +106,12 @@ def test_onnxruntime_runs_it(name: str, ops: str, symmetric: bool, tmp_path: Pat
             np.testing.assert_allclose(logits, expected[:, n], rtol=0, atol=GRAPH_FLOAT32)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--method", "gptq"], ["--target-bits", "4.2"]], ids=lambda words: words[0])
 def test_methods_and_targets_take_it(arguments: list[str], tmp_path: Path, cli) -> None:
+    config = paper_config(vocab_size=2048, hidden_size=64, value_dim=64, ffn_dim=64, num_layers=2, num_heads=2)
+    write_canonical(tmp_path / "in", config, random_source(config, 1), extra_files=[FIXTURE / "tokenizer.json"])
     text = ["--calibration", FIXTURE / "calibration.txt", "--calibration-tokens", "512"]
-    result = cli("export", FIXTURE, "-o", tmp_path / "out", "--quantize", "q2", *arguments, *text, "--json")
+    result = cli("export", tmp_path / "in", "-o", tmp_path / "out", "--quantize", "q2", *arguments, *text, "--json")
     assert result.exit_code == 0, result.err
     record = json.loads(result.out)["quantization"]
     assert record["scheme"]["type"] == "int2"

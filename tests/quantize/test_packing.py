@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -14,6 +15,7 @@ from onnx.reference import ReferenceEvaluator
 
 from retnet_tools.graph.code_types import BlockFormat, matrix_bytes
 from retnet_tools.quantize.contents import pack
+from tests.pairs import pairwise
 from tests.quantize.test_blockwise import FLOAT32, decode, quantize_rows, weights
 from tests.tolerances import FLOAT16_PRODUCT, FLOAT32_PRODUCT
 
@@ -21,16 +23,10 @@ SHAPES = [(48, 256), (7, 200), (6, 33), (5, 96), (1, 1)]
 FORMATS = [
     BlockFormat(bits, size, symmetric) for bits in (8, 4) for size in (32, 64, 128) for symmetric in (True, False)
 ]
-EVERYTHING = [
-    pytest.mark.parametrize("format", FORMATS, ids=str),
-    pytest.mark.parametrize("shape", SHAPES, ids=str),
-]
-
-
-def everything(test):
-    for mark in EVERYTHING:
-        test = mark(test)
-    return test
+everything = pytest.mark.parametrize(("format", "shape"), list(itertools.product(FORMATS, SHAPES)), ids=str)
+with_types_and_batches = pytest.mark.parametrize(
+    ("format", "shape", "scale_type", "batch"), pairwise(FORMATS, SHAPES, [np.float32, np.float16], [1, 5]), ids=str
+)
 
 
 def model(nodes: list[Any], constants: dict[str, Any], x: np.ndarray, rank: int = 2) -> onnx.ModelProto:
@@ -65,9 +61,7 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-@everything
-@pytest.mark.parametrize("scale_type", [np.float32, np.float16])
-@pytest.mark.parametrize("batch", [1, 5])
+@with_types_and_batches
 def test_matmul_nbits_reads_what_was_packed(format: BlockFormat, shape: tuple, scale_type: type, batch: int) -> None:
     rows = quantize_rows(weights(*shape), format, np.dtype(scale_type))
     constants = tensors(pack(rows, format, "rows"))
@@ -139,9 +133,7 @@ def activation_rounding(x: np.ndarray, weight: np.ndarray, size: int) -> np.ndar
     return bound
 
 
-@everything
-@pytest.mark.parametrize("scale_type", [np.float32, np.float16])
-@pytest.mark.parametrize("batch", [1, 5])
+@with_types_and_batches
 def test_at_level_4_no_more_is_lost_than_rounded_activations_explain(
     format: BlockFormat, shape: tuple, scale_type: type, batch: int
 ) -> None:

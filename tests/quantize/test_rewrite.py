@@ -15,6 +15,7 @@ from retnet_tools.graph import contract
 from retnet_tools.graph.ops import OPERATOR_SETS
 from tests.exports import cpu_runner, export, run_genai, run_prefill, run_steps, zero_states
 from tests.helpers import ABLATIONS, BASE, OTHER_LAYERS, random_source, random_tokens
+from tests.pairs import pairwise
 from tests.quantized import decoded_source, quantize
 from tests.reference import reference_logits
 from tests.tolerances import GRAPH_FLOAT16, GRAPH_FLOAT32
@@ -22,12 +23,7 @@ from tests.tolerances import GRAPH_FLOAT16, GRAPH_FLOAT32
 OPS = list(OPERATOR_SETS)
 CONFIGS = ["base", "tied", "torchscale_2023", "stack", "head_bias", "no_gate", "plain_ffn", "other_head_sizes"]
 CONFIGS += OTHER_LAYERS
-SCHEMES = [
-    pytest.param(kind, size, symmetric, id=f"{kind}-{size}-{'symmetric' if symmetric else 'asymmetric'}")
-    for kind in ("int8", "int4")
-    for size in (32, 64, 128)
-    for symmetric in (True, False)
-]
+KINDS, SYMMETRIC = ("int8", "int4"), (True, False)
 
 
 def exact(ops: str) -> dict[str, int]:
@@ -53,18 +49,14 @@ def check_graphs(config, folder: Path, seed: int = 0) -> None:
             np.testing.assert_allclose(logits, expected[:, -1], rtol=0, atol=GRAPH_FLOAT32)
 
 
-@pytest.mark.parametrize(("kind", "size", "symmetric"), SCHEMES)
-@pytest.mark.parametrize("ops", OPS)
+@pytest.mark.parametrize(("kind", "size", "symmetric", "ops"), pairwise(KINDS, (32, 64, 128), SYMMETRIC, OPS))
 def test_every_scheme_computes_with_the_weights_it_stores(kind, size, symmetric, ops: str, tmp_path: Path) -> None:
     folder = export(BASE, random_source(BASE, 3), tmp_path / "float", ops=ops)
     options = {"block_size": size, "symmetric": symmetric, **exact(ops)}
     check_graphs(BASE, quantize(folder, tmp_path / "out", kind, **options))
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-@pytest.mark.parametrize("ops", OPS)
-@pytest.mark.parametrize("name", CONFIGS[1:])
+@pytest.mark.parametrize(("name", "ops", "kind", "symmetric"), pairwise(CONFIGS[1:], OPS, KINDS, SYMMETRIC))
 def test_every_kind_of_model_computes_with_the_weights_it_stores(
     name: str, ops: str, kind, symmetric: bool, tmp_path: Path
 ) -> None:
@@ -74,9 +66,9 @@ def test_every_kind_of_model_computes_with_the_weights_it_stores(
     check_graphs(config, quantize(folder, tmp_path / "out", kind, **options))
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-@pytest.mark.parametrize("name", ["base", "tied", "other_head_sizes", *OTHER_LAYERS])
+@pytest.mark.parametrize(
+    ("name", "kind", "symmetric"), pairwise(["base", "tied", "other_head_sizes", *OTHER_LAYERS], KINDS, SYMMETRIC)
+)
 def test_the_reference_evaluator_runs_standard_graphs(name: str, kind, symmetric: bool, tmp_path: Path) -> None:
     config = ABLATIONS[name]
     folder = export(config, random_source(config, 5), tmp_path / "float", ops="standard")
@@ -186,10 +178,9 @@ def test_float16_activations_run_on_the_cpu(kind, ops: str, tmp_path: Path) -> N
     assert all(state.dtype == np.float32 for state in after)
 
 
-@pytest.mark.parametrize("ops", OPS)
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-@pytest.mark.parametrize("name", ["base", "tied"])
+@pytest.mark.parametrize(
+    ("name", "kind", "dtype", "ops"), pairwise(["base", "tied"], KINDS, ["float32", "float16", "bfloat16"], OPS)
+)
 def test_the_checker_accepts_every_graph(name: str, kind, dtype: str, ops: str, tmp_path: Path) -> None:
     folder = export(ABLATIONS[name], random_source(ABLATIONS[name], 1), tmp_path / "float", ops=ops, dtype=dtype)
     out = quantize(folder, tmp_path / "out", kind, symmetric=False)

@@ -289,7 +289,7 @@ def test_an_output_that_another_run_writes_to_is_refused(
 
 
 @pytest.mark.slow
-def test_a_thousand_prompts_killed_again_and_again_are_each_answered_once(tmp_path: Path) -> None:
+def test_hundreds_of_prompts_killed_again_and_again_are_each_answered_once(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(FIXTURE)
     folder = export(checkpoint.config, checkpoint.weights, tmp_path / "out")
     for file in checkpoint.tokenizer_files:
@@ -297,27 +297,27 @@ def test_a_thousand_prompts_killed_again_and_again_are_each_answered_once(tmp_pa
     words = (FIXTURE / "heldout.txt").read_text(encoding="utf-8").split()
     rng = np.random.default_rng(73)
     lines = []
-    for i in range(1000):
+    for i in range(300):
         start, count = rng.integers(0, len(words) - 40), rng.integers(1, 40)
         lines.append(json.dumps({"id": f"p{i}", "prompt": " ".join(words[start : start + count])}))
-    lines[500] = "{"
+    lines[150] = "{"
     (tmp_path / "in.jsonl").write_text("\n".join(lines), encoding="utf-8")
     command = [sys.executable, "-m", "retnet_tools.cli.app", "generate", str(folder), "-n", "12", "-t", "1"]
     command += ["--temperature", "0.9", "--seed", "5", "--batch", "16", "--prompts", str(tmp_path / "in.jsonl"), "-o"]
     subprocess.run([*command, str(tmp_path / "whole.jsonl")], check=True, capture_output=True)
     out, kills = tmp_path / "killed.jsonl", 0
-    for wanted in (1, 150, 420, 700):
+    for wanted in (1, 60, 150):
         process = subprocess.Popen([*command, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and (not out.exists() or out.read_bytes().count(b"\n") < wanted):
             time.sleep(0.002)
         kills += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert kills == 4
-    assert out.read_bytes().count(b"\n") < 1000
+    assert kills == 3
+    assert out.read_bytes().count(b"\n") < 300
     subprocess.run([*command, str(out)], check=True, capture_output=True)
     answers = read(out)
-    assert [answer["index"] for answer in answers] == list(range(1000))
+    assert [answer["index"] for answer in answers] == list(range(300))
     assert sum("error" in answer for answer in answers) == 1
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert os.path.getsize(out) > 1000
