@@ -14,6 +14,8 @@ from typing import Any, Literal
 from retnet_tools.errors import ConfigError
 from retnet_tools.fields import check_not_negative, check_positive, check_size, check_types, from_json
 
+MAX_LAYERS, MAX_WIDTH, MAX_VOCABULARY, MAX_STATE = 1 << 10, 1 << 20, 1 << 24, 1 << 28
+"""Sizes beyond those of any model, of which tables and states would fill a machine."""
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "leaky_relu", "elu", "sigmoid", "tanh"]
 NormKind = Literal["rms", "layer"]
 HeadNormKind = Literal["rms", "layer", "none"]
@@ -185,6 +187,12 @@ class RetNetConfig:
             check_size("vocab_size", self.vocab_size)
         for name in ("hidden_size", "num_layers", "num_heads", "num_kv_groups", "key_dim", "value_dim"):
             check_size(name, getattr(self, name))
+        limits = {"num_layers": MAX_LAYERS, "vocab_size": MAX_VOCABULARY}
+        for name in ("vocab_size", "hidden_size", "num_layers", "key_dim", "value_dim"):
+            if (size := getattr(self, name)) > (most := limits.get(name, MAX_WIDTH)):
+                raise ConfigError(f"{name} is {size}", f"at most {most}")
+        if (size := self.key_dim * self.value_dim // self.num_heads) > MAX_STATE:
+            raise ConfigError(f"key_dim and value_dim make a state of {size} numbers", f"at most {MAX_STATE}")
         for name in ("key_dim", "value_dim"):
             if getattr(self, name) % self.num_heads:
                 raise ConfigError(

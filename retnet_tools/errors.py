@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 Row = TypeVar("Row")
+MAX_SHOWN = 600
+"""Characters of a part of an error."""
 
 
 class RetNetToolsError(Exception):
@@ -29,9 +31,7 @@ class RetNetToolsError(Exception):
     result: object = None
 
     def __init__(self, found: str, expected: str = "", action: str = "") -> None:
-        self.found = found
-        self.expected = expected
-        self.action = action
+        self.found, self.expected, self.action = map(_shown, (found, expected, action))
         super().__init__(found, expected, action)
 
     def __str__(self) -> str:
@@ -41,6 +41,14 @@ class RetNetToolsError(Exception):
         if self.action:
             parts.append(self.action)
         return " ".join("; ".join(parts).split())
+
+
+def _shown(text: str) -> str:
+    """A text that may quote a stranger's file, so that it can be shown: of one line, printable, not too long."""
+    words = " ".join(text.split())
+    if len(words) > MAX_SHOWN:
+        words = f"{words[: MAX_SHOWN * 3 // 4]} ... {words[-MAX_SHOWN // 4 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
 
 
 class OutputError(RetNetToolsError):

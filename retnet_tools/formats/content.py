@@ -5,12 +5,12 @@ A container of tensors is a `FileKind`; anything else that people name in its pl
 
 from __future__ import annotations
 
-import json
 import re
 from enum import Enum
 from pathlib import Path
 
 from retnet_tools.errors import InputError
+from retnet_tools.inputs import load_json, open_input
 
 HEAD_BYTES = 512
 INDEX_SUFFIX = ".index.json"
@@ -28,7 +28,6 @@ TRAINERS_FILES = re.compile(
     r"([._-].*)?|.*_optim_states\.pt",
     re.IGNORECASE,
 )
-MAX_INDEX_BYTES = 1 << 28
 _ZIP = b"PK\x03\x04"
 _LFS = b"version https://git-lfs"
 _LEGACY_MAGIC = (b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19", b"119547037146038801333356L")
@@ -127,7 +126,7 @@ def foreign_content(path: Path) -> tuple[str, str] | None:
 
 
 def _head(path: Path) -> bytes:
-    with path.open("rb") as file:
+    with open_input(path) as file:
         return file.read(HEAD_BYTES)
 
 
@@ -160,11 +159,9 @@ def _is_torch(head: bytes) -> bool:
 
 
 def _has_weight_map(path: Path) -> bool:
-    if path.stat().st_size > MAX_INDEX_BYTES:
-        return False
     try:
-        document = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
+        document = load_json(path)
+    except InputError:
         return False
     return isinstance(document, dict) and "weight_map" in document
 

@@ -26,6 +26,7 @@ from retnet_tools.formats.settings import Settings
 from retnet_tools.formats.spec import AS_STORED, SAFETENSORS_FILE, TORCH_FILE, Checkpoint, FormatSpec, Source, Writing
 from retnet_tools.formats.storage import PlannedTensor, StoredTensors, planned
 from retnet_tools.formats.torch_files import write_torch
+from retnet_tools.inputs import read_words
 from retnet_tools.progress import ByteProgress
 from retnet_tools.staging import staged_folder
 from retnet_tools.tokenizing.carried import carried_text
@@ -134,7 +135,7 @@ def plan_checkpoint(
     notes = (*checkpoint.notes, *text.notes)
 
     def card_text() -> str:
-        before = "" if card is None else card.read_text(encoding="utf-8").rstrip() + "\n\n"
+        before = "" if card is None else read_words(card).rstrip() + "\n\n"
         return before + provenance_section(checkpoint.format, checkpoint.source_files, (*notes, *plan.notes))
 
     plan = plan_conversion(

@@ -23,7 +23,8 @@ from retnet_tools.formats.pickles import unpickle
 from retnet_tools.formats.stand_ins import Global, Shell, Storage, TensorView, is_tensor
 from retnet_tools.formats.state_dicts import MAX_DEPTH, Choice, averages_apart, choose, is_beside_weights
 from retnet_tools.formats.storage import DTYPES, LazyTensor, StoredTensors, TensorLocation
-from retnet_tools.formats.torch_files import is_count, read_torch
+from retnet_tools.formats.torch_files import EXPANDED_BYTES, is_count, read_torch
+from retnet_tools.inputs import open_input, part_path
 from retnet_tools.weights import Array
 
 MAX_CHUNKS = 1 << 14
@@ -114,7 +115,7 @@ def open_dcp(metadata_file: Path, entry: str | None = None) -> tuple[StoredTenso
             compressed or quantized tensors.
         UsageError: no such entry.
     """
-    with metadata_file.open("rb") as file:
+    with open_input(metadata_file) as file:
         metadata = _entries(metadata_file, unpickle(file, metadata_file))
     described = {
         name: value
@@ -170,9 +171,8 @@ def _places(metadata_file: Path, data: Any, names: Mapping[str, Any]) -> Places:
 
 def _part(metadata_file: Path, name: str) -> tuple[Path, int]:
     """A `.distcp` file and its size."""
-    if Path(name).name != name or "\0" in name:
+    if (file := part_path(metadata_file.parent, name)) is None:
         raise _broken(metadata_file, f"the file name {name[:60]!r}")
-    file = metadata_file.parent / name
     if not file.is_file():
         found = f"no {short_name(file)} in {short_name(metadata_file.parent)}"
         raise InputError(found, "every file that .metadata names", "fetch the missing part")
@@ -197,6 +197,9 @@ def _tensor(metadata_file: Path, name: str, described: Shell, places: Places) ->
         if place is None:
             missing = f"{short_name(folder)} has no data for {name[:60]!r} at {list(offsets)}"
             raise InputError(missing, "every chunk in a .distcp file", "fetch it again")
+        if math.prod(sizes) * DTYPES[dtype].itemsize > max(place.length, EXPANDED_BYTES):
+            wrong = f"{short_name(folder)} has {place.length} bytes for {list(sizes)} of {name[:60]!r}"
+            raise InputError(wrong, f"{dtype}, an element of its own for each", "fetch it again")
         found.append(place._replace(sizes=sizes))
     if len(found) > MAX_CHUNKS or not fill_exactly([(c.offsets, c.sizes) for c in found], shape):
         wrong = f"{short_name(folder)} has chunks of {name[:60]!r} that overlap or leave gaps"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,9 @@ from retnet_tools.formats.content import INDEX_SUFFIX, FileKind, candidates, kin
 from retnet_tools.formats.dcp import open_dcp
 from retnet_tools.formats.safetensors_files import open_safetensors, open_shards
 from retnet_tools.formats.state_dicts import Choice, averages_apart, choose, choose_state_dict
-from retnet_tools.formats.storage import StoredTensors, load_json
+from retnet_tools.formats.storage import StoredTensors
 from retnet_tools.formats.torch_files import read_torch
+from retnet_tools.inputs import load_json
 
 CONFIG_NAMES = ("config.json", "args.json", "retnet_config.json")
 TOKENIZER_PATTERNS = (
@@ -67,29 +70,21 @@ class CheckpointFiles:
         """The JSON objects in the folder that may be configurations, those of the usual names first.
 
         Raises:
-            InputError: one of the usual names, or the file that was named, is not JSON; the latter is no object.
+            InputError: one of the usual names, or the file that was named, is no JSON object.
         """
         if (named := self._config) is not None:
             if not named.is_file():
                 raise InputError(f"no such file: {named}", "a configuration", "check the path")
-            document = load_json(named)
-            if not isinstance(document, dict):
-                raise InputError(f"{named} is no JSON object", "a configuration", "name another file")
-            return {named: document}
+            return {named: _object(named)}
         usual = [self.folder / name for name in CONFIG_NAMES]
         others = [p for p in sorted(self.folder.glob("*.json")) if p not in usual and not p.name.endswith(INDEX_SUFFIX)]
         found = {}
         for path in (*usual, *others):
-            if not path.is_file() or path in self.tokenizer_files or path.stat().st_size > MAX_CONFIG_BYTES:
-                continue
-            try:
-                document = load_json(path)
-            except InputError:
-                if path in usual:
-                    raise
-                continue
-            if isinstance(document, dict):
-                found[path] = document
+            if path in usual and os.path.lexists(path):
+                found[path] = _object(path)
+            elif path.is_file() and path not in self.tokenizer_files and path.stat().st_size <= MAX_CONFIG_BYTES:
+                with suppress(InputError):
+                    found[path] = _object(path)
         return found
 
     @property
@@ -150,6 +145,13 @@ class CheckpointFiles:
 
     def _matching(self, patterns: tuple[str, ...]) -> list[Path]:
         return sorted({path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file()})
+
+
+def _object(path: Path) -> dict[str, Any]:
+    document = load_json(path)
+    if not isinstance(document, dict):
+        raise InputError(f"{path} is no JSON object", "a configuration", "name another file")
+    return document
 
 
 def _open_shard(file: Path) -> StoredTensors:

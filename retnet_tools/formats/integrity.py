@@ -13,7 +13,7 @@ from typing import Any
 
 from retnet_tools.errors import InputError
 from retnet_tools.formats.content import INDEX_SUFFIX
-from retnet_tools.formats.storage import load_json
+from retnet_tools.inputs import load_json, open_input
 
 _BLOCK = 1 << 22
 
@@ -139,12 +139,12 @@ def _index_problem(index: Path) -> str:
 
 
 def _header_bytes(shard: Path) -> int:
-    with shard.open("rb") as file:
+    with open_input(shard) as file:
         return int.from_bytes(file.read(8), "little")
 
 
 def _hash(file: Path, digest: Any, told: Callable[[int], None] = lambda count: None) -> str:
-    with file.open("rb") as stream:
+    with open_input(file) as stream:
         while block := stream.read(_BLOCK):
             digest.update(block)
             told(len(block))

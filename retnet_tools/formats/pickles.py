@@ -22,6 +22,7 @@ FLOAT64 = struct.Struct(">d")
 MAX_LINE = 1 << 20
 MAX_INTEGER_BYTES = 1 << 10
 MAX_MEMO_INDEX = 1 << 28
+MAX_OPERATIONS = 1 << 21
 SIMPLE_KEYS = (str, int, float, bool, bytes, type(None), Shell, Global)
 
 
@@ -73,11 +74,14 @@ class _Machine:
 
     def run(self) -> Any:
         read, operations = self.read, OPERATIONS
-        while (opcode := read(1)) != b".":
+        for _ in range(MAX_OPERATIONS):
+            opcode = read(1)
+            if opcode == b".":
+                return self.stack.pop()
             if not opcode:
                 raise EOFError("it ends before its last operation")
             operations[opcode](self)
-        return self.stack.pop()
+        raise ValueError(f"more than {MAX_OPERATIONS} operations")
 
     def take(self, count: int) -> bytes:
         data = self.read(count) if 0 <= count <= self._left else b""
@@ -166,13 +170,19 @@ class _Machine:
             target = target.items
         if not isinstance(target, dict) or len(items) % 2:
             raise ValueError(f"entries for {type(target).__name__}")
-        target.update(_pairs(items))
+        count, more = len(target), _pairs(items)
+        target.update(more)
+        if len(target) < count + len(more):
+            raise ValueError("a name twice")
 
 
 def _pairs(items: list[Any]) -> dict[Any, Any]:
     """Keys and values in turn, as a dict; nested tuples take exponential time to hash: each is a key of its own."""
     names = [name if isinstance(name, SIMPLE_KEYS) else Shell("key") for name in items[::2]]
-    return dict(zip(names, items[1::2], strict=True))
+    made = dict(zip(names, items[1::2], strict=True))
+    if len(made) < len(names):
+        raise ValueError("a name twice")
+    return made
 
 
 def _integer(text: str) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from retnet_tools.formats.hub import HubOrigin, hub_origin
+from retnet_tools.inputs import open_input
 from retnet_tools.version import __version__
 
 _HASH_BLOCK = 1 << 22
@@ -28,7 +29,7 @@ def source_digests(files: Sequence[Path]) -> Iterator[Callable[[], list[str]]]:
 
     def sha256(path: Path) -> str:
         digest = hashlib.sha256()
-        with path.open("rb") as file:
+        with open_input(path) as file:
             while not stop.is_set() and (block := file.read(_HASH_BLOCK)):
                 digest.update(block)
         return digest.hexdigest()

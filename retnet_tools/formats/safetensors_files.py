@@ -19,12 +19,12 @@ from retnet_tools.errors import InputError
 from retnet_tools.formats import storage
 from retnet_tools.formats.content import quantized_error
 from retnet_tools.formats.storage import LazyTensor, PlannedTensor, StoredTensors, TensorLocation
+from retnet_tools.inputs import MAX_DOCUMENT, load_json, open_input, parse_json, part_path
 from retnet_tools.progress import ByteProgress
 from retnet_tools.weights import FileRegion
 
 _NAMES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 DTYPES = dict(zip(_NAMES, storage.DTYPES.values(), strict=True))
-MAX_HEADER = 100_000_000
 _NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -34,16 +34,17 @@ def open_safetensors(path: Path) -> StoredTensors:
     Raises:
         InputError: truncated, with trailing bytes, overlapping tensors, an unknown dtype or a broken header.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_input(path) as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(MAX_HEADER, size - 8):
+        if size < 8 or length > min(MAX_DOCUMENT, size - 8):
             found = f"{path} has {size} bytes and names a header of {length}"
-            raise InputError(found, "a complete safetensors file", "fetch it again")
+            expected = f"a complete safetensors file, its header of at most {MAX_DOCUMENT}"
+            raise InputError(found, expected, "fetch it again")
         text = file.read(length)
     try:
-        header = json.loads(text, object_pairs_hook=storage.unique_keys)
-    except (ValueError, RecursionError) as error:
+        header = parse_json(text)
+    except ValueError as error:
         raise _broken(path, f"a header that cannot be read ({error})") from error
     if not isinstance(header, dict):
         raise _broken(path, "a header that is no object")
@@ -74,15 +75,14 @@ def open_shards(index: Path, open_shard: Callable[[Path], StoredTensors]) -> Sto
         InputError: a broken index, a shard name that leads out of the folder, a shard that is missing, and a tensor
             that its shard does not hold or that the index does not name.
     """
-    document = storage.load_json(index)
+    document = load_json(index)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise InputError(f"{index} has no weight_map", "an object from tensor name to shard file", "fetch it again")
     shards: dict[str, StoredTensors] = {}
     for shard in dict.fromkeys(weight_map.values()):
-        if Path(shard).name != shard or "\\" in shard or "\0" in shard or shard in ("", ".", ".."):
+        if (path := part_path(index.parent, shard)) is None:
             raise InputError(f"{index} names the shard {shard!r}", "a file name inside the folder", "correct the index")
-        path = index.parent / shard
         if not path.is_file():
             raise InputError(f"no shard {shard!r}, which {index.name} names", str(path), "fetch the missing shard")
         shards[shard] = open_shard(path)
@@ -154,7 +154,7 @@ def _copy_region(out: FileIO, region: FileRegion) -> bool:
     if not hasattr(os, "copy_file_range"):
         return False
     done = 0
-    with region.path.open("rb") as source:
+    with open_input(region.path) as source:
         while (left := region.nbytes - done) > 0:
             try:
                 count = os.copy_file_range(source.fileno(), out.fileno(), left, offset_src=region.offset + done)

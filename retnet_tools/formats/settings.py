@@ -16,7 +16,7 @@ from retnet_tools.errors import InputError, UsageError, did_you_mean
 
 Choice = TypeVar("Choice")
 
-MAX_COUNT, MAX_NUMBER, MAX_SHOWN = 1 << 24, sys.float_info.max, 60
+MAX_COUNT, MAX_NUMBER, MAX_SHOWN = 1 << 20, sys.float_info.max, 60
 
 
 def words(text: str) -> frozenset[str]:

@@ -6,7 +6,6 @@ resident memory is bounded by the tensors that the caller holds.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from retnet_tools.errors import InputError
+from retnet_tools.inputs import open_input
 from retnet_tools.weights import Array, FileRegion, TensorInfo, WeightSource
 
 BLOCK_BYTES = 1 << 24
@@ -95,7 +95,7 @@ class TensorLocation(LazyTensor):
             InputError: the file ends before the tensor does.
         """
         data = target.reshape(-1).view(np.uint8).data
-        with self.file.open("rb", buffering=0) as file:
+        with open_input(self.file) as file:
             file.seek(self.offset)
             done = 0
             while done < len(data) and (count := file.readinto(data[done:])):
@@ -221,26 +221,3 @@ def ends_early(file: Path, missing: int) -> InputError:
     """The error for a file that became shorter since it was opened."""
     expected, action = "the size it had when it was opened", "fetch or copy it again"
     return InputError(f"{file} ends {missing} bytes inside a tensor", expected, action)
-
-
-def load_json(path: Path) -> Any:
-    """The JSON document in a file.
-
-    Raises:
-        InputError: not UTF-8, not JSON, or an object with a name twice, of which a reader would silently take one.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
-        found = f"{path} cannot be read as JSON ({error})"
-        raise InputError(found, "a JSON document", "fetch or write it again") from error
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; a name that occurs twice is a `ValueError`."""
-    result: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in result:
-            raise ValueError(f"the name {name!r} occurs twice")
-        result[name] = value
-    return result

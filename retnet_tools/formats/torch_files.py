@@ -21,6 +21,7 @@ from retnet_tools.formats.content import quantized_error, short_name
 from retnet_tools.formats.pickles import corrupt, unpickle
 from retnet_tools.formats.stand_ins import Global, Storage, StrangeTensor, TensorView
 from retnet_tools.formats.storage import DTYPES, PlannedTensor, TensorLocation, contiguous_strides
+from retnet_tools.inputs import open_input
 from retnet_tools.progress import ByteProgress
 
 # What torch's classes of storages hold.
@@ -39,6 +40,8 @@ ITEM_SIZES = {"complex64": 8, "complex128": 16, "qint32": 4}
 EXPANDED_BYTES = 1 << 20
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
+# Bytes of a zip's directory, of which each entry takes some fifteen times as many in memory, and of its pickle.
+MAX_DIRECTORY, MAX_PICKLE = 1 << 23, 1 << 28
 # Of the entries that a pickle adds to a dict at a time.
 BATCH = 1000
 _TUPLES = {1: b"\x85", 2: b"\x86", 3: b"\x87"}
@@ -100,7 +103,7 @@ class _Region(io.RawIOBase):
     """Some bytes of a file, as a file."""
 
     def __init__(self, path: Path, start: int, length: int) -> None:
-        self._file, self._start, self._end = path.open("rb", buffering=0), start, start + length
+        self._file, self._start, self._end = open_input(path), start, start + length
         self._file.seek(start)
 
     def readable(self) -> bool:
@@ -123,8 +126,8 @@ class _Region(io.RawIOBase):
 
 def _read_zip(path: Path, file: IO[bytes], start: int, length: int) -> tuple[Any, Callable[[Storage], int]]:
     try:
-        with zipfile.ZipFile(file) as archive:
-            entries = {info.filename: info for info in archive.infolist()}
+        with zipfile.ZipFile(_Directory(file)) as archive:
+            entries = _entries(path, archive.infolist(), length)
         pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise corrupt(path, "no data.pkl")
@@ -137,6 +140,8 @@ def _read_zip(path: Path, file: IO[bytes], start: int, length: int) -> tuple[Any
 
         def read(name: str) -> bytes:
             at, size = extent(name)
+            if size > MAX_PICKLE:
+                raise ValueError(f"{name[:80]} of {size} bytes")
             file.seek(at - start)
             return file.read(size)
 
@@ -157,16 +162,43 @@ def _read_zip(path: Path, file: IO[bytes], start: int, length: int) -> tuple[Any
     return unpickle(io.BytesIO(text), path, _storage), find
 
 
+class _Directory:
+    """A zip file of which the directory is read, unless that is absurdly large."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.seek, self.tell, self._read = file.seek, file.tell, file.read
+
+    def read(self, size: int = -1) -> bytes:
+        if size > MAX_DIRECTORY:
+            raise ValueError(f"a directory of {size} bytes")
+        return self._read(size)
+
+
+def _entries(path: Path, found: Sequence[zipfile.ZipInfo], length: int) -> dict[str, zipfile.ZipInfo]:
+    """The entries by name: every name once, each of them in the file, and none inside another."""
+    end = 0
+    for info in sorted(found, key=lambda info: info.header_offset):
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+            what = f"{short_name(path)} has the compressed entry {info.filename[:80]}"
+            raise InputError(what, "stored entries", "save it with torch.save")
+        if info.header_offset < end:
+            raise ValueError(f"the entry {info.filename[:80]!r} lies over another, or before the file")
+        end = info.header_offset + 30 + info.compress_size
+    if end > length:
+        raise ValueError("an entry past its end")
+    entries = {info.filename: info for info in found}
+    if len(entries) < len(found):
+        raise ValueError("two entries of one name")
+    return entries
+
+
 def _extent(path: Path, entries: Mapping[str, zipfile.ZipInfo], name: str, start: int, length: int) -> tuple[int, int]:
     """First byte and size of a stored entry, past its local header."""
     info = entries.get(name)
     if info is None:
         raise corrupt(path, f"no entry {name[:80]}")
-    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-        found = f"{short_name(path)} has the compressed entry {name[:80]}"
-        raise InputError(found, "stored entries", "save it with torch.save")
-    with path.open("rb", buffering=0) as file:
-        file.seek(start + max(0, info.header_offset))
+    with open_input(path) as file:
+        file.seek(start + info.header_offset)
         header = file.read(30)
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
         raise corrupt(path, f"no local header of {name[:80]}")
@@ -202,7 +234,7 @@ def _read_legacy(path: Path, file: IO[bytes], start: int, length: int) -> tuple[
     for key in keys:
         numel = int.from_bytes(file.read(8), "little")
         at = file.tell()
-        if numel > length or (numel and found[key] % numel) or (found[key] > 0) != (numel > 0):
+        if found[key] not in (numel * size for size in (1, 2, 4, 8, 16)):
             raise corrupt(path, f"storage {key[:40]} has {numel} elements for {found[key]} bytes")
         starts[key] = start + at
         file.seek(at + found[key])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from retnet_tools.dtypes import convert_array
@@ -21,6 +23,7 @@ from retnet_tools.formats.storage import StoredTensors, TensorLocation, contiguo
 from retnet_tools.graph.contract import EXPORT_AGAIN, WEIGHTS_FILE
 from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.graph.weight_tensors import BuiltGraph, WeightTensor
+from retnet_tools.inputs import part_path, read_input
 from retnet_tools.version import __version__
 from retnet_tools.weights import Array, FileRegion, WeightSource
 
@@ -28,6 +31,11 @@ IR_VERSION = 11
 """The ONNX IR version that came with opset 23."""
 ALIGNMENT = 4096
 """Offsets in weights.data are multiples of this, so that a runtime can map each tensor."""
+MAX_GRAPH, MAX_PARTS = 1 << 22, 200_000
+"""Bytes of a graph, each of which may take a hundred in memory; its nodes, their inputs and the like. A layer has 7 kB
+and 200."""
+# What it warns of is an error here, or none.
+logging.getLogger("onnx_ir").setLevel(logging.CRITICAL)
 BlockReader = Callable[[WeightTensor], Iterable[Array]]
 """The content of a tensor of weights.data, in pieces, in order."""
 
@@ -141,7 +149,8 @@ def read_graphs(folder: Path, names: Iterable[str]) -> ExportedGraphs:
     counts: dict[str, dict[str, int]] = {}
     locations: dict[str, TensorLocation] = {}
     for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
+        path = part_path(folder, name)
+        if path is None or not path.is_file():
             raise InputError(f"no {name} in {folder}", "every graph that its manifest lists", EXPORT_AGAIN)
         graph = load_graph(folder / name)
         operators = Counter(f"{n.domain}.{n.op_type}" if n.domain else n.op_type for n in graph.all_nodes())
@@ -149,14 +158,13 @@ def read_graphs(folder: Path, names: Iterable[str]) -> ExportedGraphs:
         for value in graph.initializers.values():
             tensor = value.const_value
             if isinstance(tensor, ir.ExternalTensor):
-                location = _locate(folder, name, tensor)
+                location = _locate(folder, tensor)
                 if locations.setdefault(tensor.name or "", location) != location:
                     raise InputError(
                         f"{folder / name} places {tensor.name!r} elsewhere than another graph",
                         "every tensor stored once",
                         EXPORT_AGAIN,
                     )
-    _check_size(folder / WEIGHTS_FILE, locations)
     first: dict[tuple[int, int], str] = {}
     for name, location in locations.items():
         first.setdefault((location.offset, location.span * location.dtype.itemsize), name)
@@ -167,33 +175,91 @@ def load_graph(file: Path) -> ir.Graph:
     """A graph without its external data.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: as `check_graph`.
+    """
+    model = check_graph(file)
+    try:
+        graph = ir.from_proto(model).graph
+    except Exception as error:
+        raise _no_graph(file, error) from error
+    ir.external_data.set_base_dir(graph, file.parent)
+    return graph
+
+
+def check_graph(file: Path) -> onnx.ModelProto:
+    """A graph as it is stored, found to be of a graph's size, and to take its data from weights.data beside it.
+
+    Raises:
+        InputError: it cannot be read or is absurdly large, or it has data elsewhere, of another length than its shape
+            says, or past the end of the file.
     """
     try:
-        return ir.load(file).graph
+        model: onnx.ModelProto = onnx.ModelProto.FromString(read_input(file, MAX_GRAPH))
+    except InputError:
+        raise
     except Exception as error:
-        raise InputError(f"{file} cannot be read ({error})", "an ONNX graph", EXPORT_AGAIN) from error
+        raise _no_graph(file, error) from error
+    parts, needed = 0, 0
+    for graph in _subgraphs(model.graph):
+        parts += len(graph.node) + len(graph.initializer) + len(graph.input) + len(graph.output) + len(graph.value_info)
+        if parts <= MAX_PARTS:
+            parts += sum(len(node.input) + len(node.output) + len(node.attribute) for node in graph.node)
+        if parts > MAX_PARTS or model.functions or graph.sparse_initializer:
+            raise _no_graph(file, "functions, sparse tensors or too many nodes")
+        for tensor in _tensors(graph):
+            needed = max(needed, _check_place(file, tensor))
+    weights = file.parent / WEIGHTS_FILE
+    if needed and not weights.is_file():
+        raise InputError(f"no {weights.name} in {file.parent}", "the weights that its graphs point to", EXPORT_AGAIN)
+    if needed and (found := weights.stat().st_size) < needed:
+        raise InputError(f"{weights} has {found} bytes", f"at least {needed}, as its graphs say", EXPORT_AGAIN)
+    return model
 
 
-def _locate(folder: Path, graph: str, tensor: ir.ExternalTensor) -> TensorLocation:
-    if tensor.location != WEIGHTS_FILE:
-        found = f"{folder / graph} has data in {str(tensor.location)!r}"
+def _subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph and those inside it; protobuf has refused more than a hundred levels."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (*attribute.graphs, *((attribute.g,) if attribute.HasField("g") else ())):
+                yield from _subgraphs(inner)
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from (*attribute.tensors, *((attribute.t,) if attribute.HasField("t") else ()))
+
+
+def _check_place(file: Path, tensor: onnx.TensorProto) -> int:
+    """The byte of weights.data at which a tensor ends; 0 for one that lies in the graph."""
+    if tensor.data_location != onnx.TensorProto.EXTERNAL and not tensor.external_data:
+        return 0
+    what, entries = f"{tensor.name[:80]!r}", [(entry.key, entry.value) for entry in tensor.external_data]
+    place = dict(entries)
+    if len(place) < len(entries) or place.get("location") != WEIGHTS_FILE:
+        found = f"{file} has data of {what} in {place.get('location')!r}"
         raise InputError(found, f"{WEIGHTS_FILE} beside it", EXPORT_AGAIN)
+    try:
+        offset, length = (int(place.get(key, "0")[:20]) for key in ("offset", "length"))
+        size: int = math.ceil(math.prod(tensor.dims) * ir.DataType(tensor.data_type).itemsize)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise _no_graph(file, f"{what}: {error}") from error
+    if offset < 0 or min(tensor.dims, default=0) < 0:
+        raise _no_graph(file, f"{what} of shape {list(tensor.dims)[:8]} at byte {offset}")
+    if "length" in place and length != size:
+        raise InputError(f"{file} gives {what} {length} bytes", f"{size}, by its shape", EXPORT_AGAIN)
+    return offset + size
+
+
+def _no_graph(file: Path, why: object) -> InputError:
+    return InputError(f"{file} cannot be read ({why})", "an ONNX graph", EXPORT_AGAIN)
+
+
+def _locate(folder: Path, tensor: ir.ExternalTensor) -> TensorLocation:
     shape, dtype = tuple(tensor.shape.numpy()), tensor.dtype
     size = math.ceil(math.prod(shape) * dtype.itemsize)
-    if tensor.length not in (None, size):
-        found = f"{folder / graph} gives {tensor.name!r} {tensor.length} bytes"
-        raise InputError(found, f"{size}, by its shape", EXPORT_AGAIN)
     # Types of less than a byte are packed: their bytes are all that can be read as an array.
     shape, kind = ((size,), np.dtype(np.uint8)) if dtype.itemsize < 1 else (shape, dtype.numpy())
     return TensorLocation(shape, kind, folder / WEIGHTS_FILE, tensor.offset or 0, contiguous_strides(shape))
-
-
-def _check_size(file: Path, locations: Mapping[str, TensorLocation]) -> None:
-    if not locations:
-        return
-    if not file.is_file():
-        raise InputError(f"no {file.name} in {file.parent}", "the weights that its graphs point to", EXPORT_AGAIN)
-    needed = max(t.offset + t.span * t.dtype.itemsize for t in locations.values())
-    if (found := file.stat().st_size) < needed:
-        raise InputError(f"{file} has {found} bytes", f"at least {needed}, as its graphs say", EXPORT_AGAIN)

@@ -23,6 +23,7 @@ from retnet_tools.graph.contract import (
 )
 from retnet_tools.graph.quantization import Quantization
 from retnet_tools.graph.targets import TARGET_DEVICES
+from retnet_tools.inputs import load_json, part_path
 
 SCHEMA_VERSION = 1
 FLOATS = ("float32", "float16", "bfloat16")
@@ -117,9 +118,10 @@ def parse_manifest(folder: Path) -> Manifest:
         expected = "a folder written by `retnet-tools export`"
         raise InputError(f"{folder} has no {MANIFEST_FILE}", expected, "export the checkpoint first")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if (version := data["schema_version"]) != SCHEMA_VERSION:
-            raise InputError(f"{path} has schema_version {version}", str(SCHEMA_VERSION), EXPORT_AGAIN)
+        data = load_json(path, "the JSON that export writes", EXPORT_AGAIN)
+        version = data["schema_version"]
+        if type(version) is not int or version != SCHEMA_VERSION:
+            raise InputError(f"{path} has schema_version {version!r}", str(SCHEMA_VERSION), EXPORT_AGAIN)
         # Exports from before there was a choice were for the CPU.
         data.setdefault("device", "cpu")
         for name, choices in (("dtype", FLOATS), ("state_dtype", FLOATS), ("device", TARGET_DEVICES)):
@@ -131,18 +133,15 @@ def parse_manifest(folder: Path) -> Manifest:
             state_dtype=data["state_dtype"],
             ops=data["ops"],
             quantization=None if data["quantization"] is None else Quantization.from_dict(data["quantization"]),
-            provenance=data["provenance"],
-            graphs={
-                name: {side: tuple(map(_spec, specs)) for side, specs in graph.items()}
-                for name, graph in data["graphs"].items()
-            },
-            tokenizer_files=tuple(data["tokenizer_files"]),
+            provenance=_provenance(data["provenance"]),
+            graphs={_name(name): _border(graph) for name, graph in data["graphs"].items()},
+            tokenizer_files=tuple(map(_name, data["tokenizer_files"])),
             device=data["device"],
-            files={name: FileRecord.from_dict(record) for name, record in data.get("files", {}).items()},
+            files={_name(name): FileRecord.from_dict(record) for name, record in data.get("files", {}).items()},
         )
     except ConfigError as error:
         raise InputError(f"{path}: {error.found}", error.expected, EXPORT_AGAIN) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is not a manifest ({error})", "the JSON that export writes") from error
 
 
@@ -151,5 +150,33 @@ def _check_choice(path: Path, data: Mapping[str, Any], name: str, choices: Itera
         raise InputError(f"{path} has {name} {data[name]!r}", f"one of {', '.join(choices)}", "export again")
 
 
-def _spec(data: dict[str, Any]) -> TensorSpec:
-    return TensorSpec(data["name"], data["dtype"], tuple(data["shape"]))
+def _name(name: Any) -> str:
+    """The name of a file in the folder."""
+    if part_path(Path(), name) is None:
+        raise ValueError(f"the file name {str(name)[:80]!r}")
+    return str(name)
+
+
+def _provenance(data: Any) -> dict[str, Any]:
+    """A record of which the parts that are read are of their types."""
+    files, notes = data["source_files"], data.get("notes", [])
+    if not isinstance(files, list) or not all(isinstance(file["sha256"], str) for file in files):
+        raise ValueError("provenance.source_files without sha256")
+    if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+        raise ValueError("provenance.notes that are no texts")
+    return dict(data)
+
+
+def _border(graph: Any) -> dict[str, tuple[TensorSpec, ...]]:
+    if set(graph) != {"inputs", "outputs"}:
+        raise ValueError("a graph without inputs and outputs")
+    return {side: tuple(map(_spec, specs)) for side, specs in graph.items()}
+
+
+def _spec(data: Any) -> TensorSpec:
+    spec = TensorSpec(data["name"], data["dtype"], tuple(data["shape"]))
+    if not isinstance(spec.name, str) or not isinstance(spec.dtype, str):
+        raise ValueError("an input or output without a name and a type")
+    if not all(isinstance(size, str) or (type(size) is int and size >= 0) for size in spec.shape):
+        raise ValueError(f"{spec.name[:80]!r} of shape {str(spec.shape)[:80]}")
+    return spec

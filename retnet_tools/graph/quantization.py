@@ -18,6 +18,7 @@ from retnet_tools.fields import check_size, check_types, from_json
 from retnet_tools.graph.code_types import CODE_TYPES, BlockFormat, BlockSize, CodeName, HalfName
 
 AccuracyLevel = Literal[0, 1, 4]
+MAX_PATTERN, MAX_REPETITIONS = 200, 4
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,12 @@ class Quantization:
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
+    # Records of strangers hold patterns too: each repetition multiplies the time that a name can take.
+    plain = re.sub(r"\\.|\(\?|\[\^?\]?[^\]]*\]", "", pattern[: MAX_PATTERN + 1], flags=re.DOTALL)
+    if len(pattern) > MAX_PATTERN or sum(map(plain.count, "*+{?")) > MAX_REPETITIONS or re.search(r"\)[*+{]", plain):
+        expected = f"at most {MAX_PATTERN} characters and {MAX_REPETITIONS} repetitions, none of a group"
+        raise ConfigError(f"pattern {pattern[:60]!r}", expected)
     try:
         return re.compile(pattern)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise ConfigError(f"pattern {pattern!r} ({error})", "a regular expression") from error

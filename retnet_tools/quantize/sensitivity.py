@@ -18,6 +18,7 @@ import numpy as np
 from retnet_tools.distributions import mean_kl
 from retnet_tools.graph.code_types import BlockFormat
 from retnet_tools.graph.quantization import Calibration
+from retnet_tools.inputs import load_json
 from retnet_tools.model.layerwise import EMBEDDING, Block, Head, block_count, embed, head_matrix
 from retnet_tools.quantize.activations import FloatWeights, batches, not_finite
 from retnet_tools.quantize.blockwise import dequantize_rows, quantize_rows
@@ -87,8 +88,8 @@ class Sensitivity:
 
     def measure(self) -> dict[Trial, float]:
         """The divergence of each trial, nats a token."""
-        known = (self._work.folder / _FILE).read_text(encoding="utf-8") if _FILE in self._work else "{}"
-        found: dict[str, float] = json.loads(known)
+        file = self._work.folder / _FILE
+        found: dict[str, float] = load_json(file, action=f"remove {file}") if _FILE in self._work else {}
         places: dict[int, list[Trial]] = {}
         for trial in self._trials:
             if trial.key not in found:

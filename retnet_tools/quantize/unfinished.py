@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 
 from retnet_tools.config import RetNetConfig
+from retnet_tools.errors import InputError
 from retnet_tools.graph.code_types import BlockFormat
+from retnet_tools.inputs import open_input
 from retnet_tools.quantize.blockwise import QuantizedRows
 from retnet_tools.staging import locked, remove_path, whole_file, writing_to
 from retnet_tools.version import __version__
@@ -138,6 +140,17 @@ class Unfinished:
             np.savez(file, **parts)  # type: ignore[arg-type]
 
     def load_rows(self, name: str, scale_type: np.dtype[Any]) -> QuantizedRows:
-        """The codes of a matrix; float32 has held scales of any type exactly."""
-        with np.load(self.folder / f"{name}.npz") as parts:
-            return QuantizedRows(parts["codes"], parts["scales"].astype(scale_type), parts.get("zero_points"))
+        """The codes of a matrix; float32 has held scales of any type exactly.
+
+        Raises:
+            InputError: the file is not what `save_rows` wrote.
+        """
+        file = self.folder / f"{name}.npz"
+        try:
+            with open_input(file) as stream, np.load(stream) as parts:
+                return QuantizedRows(parts["codes"], parts["scales"].astype(scale_type), parts.get("zero_points"))
+        except InputError:
+            raise
+        except Exception as error:  # numpy's own, zipfile's and zlib's
+            found = f"{file} is broken ({type(error).__name__}: {error})"
+            raise InputError(found, "results of an earlier run", f"remove {self.folder} and run it again") from error

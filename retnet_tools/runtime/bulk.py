@@ -29,6 +29,7 @@ from typing import IO, Any
 
 from retnet_tools.errors import InputError, OutputError, ProviderError, RetNetToolsError, UsageError
 from retnet_tools.graph.contract import MAX_POSITION
+from retnet_tools.inputs import MAX_DOCUMENT, open_input, parse_json
 from retnet_tools.runtime.codec import Codec
 from retnet_tools.runtime.decode import Stopping, generate_from
 from retnet_tools.runtime.prompts import PREFILL_CHUNK_SIZE
@@ -161,7 +162,7 @@ def _forget_errors(prompts: Path, digest: str, output: Path) -> None:
     _check(prompts, digest, {index: key for index, key in done.items() if index not in failed}, output)
     if failed:
         with staged_file(output, force=True) as partial, output.open("rb") as answers, partial.open("wb") as kept:
-            kept.writelines(line for line in answers if line.endswith(b"\n") and "error" not in json.loads(line))
+            kept.writelines(line for line in answers if line.endswith(b"\n") and "error" not in parse_json(line))
 
 
 def _answers(output: Path) -> tuple[dict[int, str], set[int], int]:
@@ -171,23 +172,30 @@ def _answers(output: Path) -> tuple[dict[int, str], set[int], int]:
     done: dict[int, str] = {}
     failed: set[int] = set()
     whole = 0
-    with output.open("rb") as file:
-        for line in file:
+    with open_input(output) as file:
+        while line := file.readline(MAX_DOCUMENT):
             cut = not line.endswith(b"\n")
             try:
                 if cut and line[: len(_BEGINNING)] != _BEGINNING[: len(line)]:
                     raise ValueError("no beginning of an answer")
                 if not cut:
-                    answer = json.loads(line)
-                    done[int(answer["index"])] = str(answer["key"])
+                    answer = parse_json(line)
+                    done[_index(answer)] = str(answer["key"])
                     if "error" in answer:
-                        failed.add(int(answer["index"]))
+                        failed.add(_index(answer))
                     whole += len(line)
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
+            except (ValueError, KeyError, TypeError) as error:
                 raise InputError(
                     f"{output} holds something else than answers", "what generate --prompts wrote", "name another -o"
                 ) from error
     return done, failed, whole
+
+
+def _index(answer: dict[str, Any]) -> int:
+    index = answer["index"]
+    if type(index) is not int or index < 0:
+        raise ValueError("no number of a row")
+    return index
 
 
 def _check(prompts: Path, digest: str, done: dict[int, str], output: Path) -> int:
@@ -209,11 +217,21 @@ def _check(prompts: Path, digest: str, done: dict[int, str], output: Path) -> in
 def _rows(prompts: Path, digest: str) -> Iterator[_BulkRow]:
     """The lines of a file that are not blank."""
     try:
-        with prompts.open(encoding="utf-8-sig") as file:
-            for index, line in enumerate(text for text in map(str.strip, file) if text):
+        with open_input(prompts) as file:
+            for index, line in enumerate(_lines(prompts, file)):
                 yield _BulkRow(index, line, hashlib.sha256(f"{digest}{line}".encode()).hexdigest()[:16])
     except UnicodeDecodeError as error:
         raise InputError(f"{prompts} is not UTF-8 ({error.reason})", "JSON lines in UTF-8") from error
+
+
+def _lines(prompts: Path, file: IO[bytes]) -> Iterator[str]:
+    """What is not blank, the ends of lines as Python reads a text."""
+    encoding = "utf-8-sig"
+    while line := file.readline(MAX_DOCUMENT + 1):
+        if len(line) > MAX_DOCUMENT:
+            raise InputError(f"{prompts} has a line of more than {MAX_DOCUMENT} bytes", "a prompt a line", "use --file")
+        yield from (part for part in map(str.strip, line.decode(encoding).split("\r")) if part)
+        encoding = "utf-8"
 
 
 def _answer(
@@ -257,8 +275,8 @@ def _run(
 def _prompt(row: _BulkRow, session: DecoderSession, codec: Codec, options: BulkOptions) -> list[int]:
     """The token ids of a row; an error for a line that is no prompt, or none that the model takes."""
     try:
-        document = json.loads(row.line)
-    except (ValueError, RecursionError) as error:
+        document = parse_json(row.line)
+    except ValueError as error:
         raise InputError(f"row {row.index} is not JSON ({error})", 'an object with a "prompt"') from error
     prompt = document.get("prompt") if isinstance(document, dict) else None
     tokens = document.get("tokens") if isinstance(document, dict) else None
@@ -275,9 +293,9 @@ def _prompt(row: _BulkRow, session: DecoderSession, codec: Codec, options: BulkO
 def _id(row: _BulkRow) -> Any:
     """The id that a row has, or its number where it has none that JSON can hold."""
     try:
-        document = json.loads(row.line)
+        document = parse_json(row.line)
         found = document.get("id", row.index) if isinstance(document, dict) else row.index
-        json.dumps({"id": found}, allow_nan=False)
+        json.dumps({"id": found})
     except (ValueError, RecursionError):
         return row.index
     return found

@@ -21,9 +21,10 @@ from retnet_tools.graph.contract import (
     WEIGHTS_FILE,
     prefill_inputs,
     step_inputs,
+    step_outputs,
 )
 from retnet_tools.graph.cuda_kernels import cpu_nodes
-from retnet_tools.graph.folder import load_graph
+from retnet_tools.graph.folder import check_graph, load_graph
 from retnet_tools.graph.manifest import Manifest
 from retnet_tools.machine import allowed_cores
 from retnet_tools.runtime.buffers import DeviceBuffer
@@ -118,6 +119,7 @@ class GraphOpener:
             InputError: a graph that cannot be read, or another than the manifest says.
         """
         path, threads = self._folder / name, self._threads
+        check_graph(path)
         if self.device.provider.memory is not None:
             check_device(self.device)
             needed = 0 if self._shared is not None else graph_bytes(path)
@@ -139,7 +141,11 @@ class GraphOpener:
         )
         inputs = _INPUTS[name](self._manifest.config, self._manifest.state_dtype)
         found = [(value.name, tuple(value.shape)) for value in session.get_inputs()]
-        if found != [(spec.name, spec.shape) for spec in inputs]:
+        outputs = [spec.name for spec in step_outputs(self._manifest.config, self._manifest.state_dtype)]
+        if (
+            found != [(spec.name, spec.shape) for spec in inputs]
+            or [value.name for value in session.get_outputs()] != outputs
+        ):
             raise InputError(f"{path} does not fit {MANIFEST_FILE}", "the graph it describes", "export again")
         return session
 

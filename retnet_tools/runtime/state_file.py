@@ -25,17 +25,19 @@ import numpy as np
 
 from retnet_tools.errors import InputError, RetNetToolsError, UsageError
 from retnet_tools.formats.safetensors_files import open_safetensors, write_safetensors
-from retnet_tools.formats.storage import planned
+from retnet_tools.formats.storage import StoredTensors, planned
 from retnet_tools.graph.contract import MAX_POSITION, state_shape
+from retnet_tools.inputs import parse_json
 from retnet_tools.runtime.recurrent_state import RecurrentState
 from retnet_tools.runtime.sampling import Sampler, Sampling
 from retnet_tools.runtime.sequences import Sequences
 from retnet_tools.runtime.session import DecoderSession
 from retnet_tools.staging import staged_file
-from retnet_tools.weights import Array
+from retnet_tools.weights import Array, TensorInfo, is_floating
 
 FORMAT = "retnet-tools state"
 SCHEMA_VERSION = "1"
+MAX_SETTING = 1 << 64
 
 
 @dataclass(frozen=True)
@@ -180,43 +182,56 @@ def read_state(path: Path) -> StateFile:
             f"{path} has schema_version {meta.get('schema_version')}", SCHEMA_VERSION, "make the state again"
         )
     try:
+        _check_shapes(stored, layers)
         state = StateFile(
             states=tuple(stored.read(f"layers.{i}.recurrent_state") for i in range(layers)),
             position=stored.read("position"),
             logits=stored.read("logits"),
             seen=stored.read("seen"),
-            fingerprint=json.loads(meta["fingerprint"]),
-            token_hashes=tuple(json.loads(meta["token_hashes"])),
-            sampling=Sampling(**json.loads(meta["sampling"])),
-            streams=tuple(json.loads(meta["streams"])),
+            fingerprint=parse_json(meta["fingerprint"]),
+            token_hashes=tuple(parse_json(meta["token_hashes"])),
+            sampling=Sampling(**parse_json(meta["sampling"])),
+            streams=tuple(parse_json(meta["streams"])),
         )
         _check(state)
     except InputError:
         raise
-    except (RetNetToolsError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (RetNetToolsError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise InputError(f"{path} is broken ({error})", "a whole state file", "make the state again") from error
     return state
 
 
-def _check(state: StateFile) -> None:
-    """Check what a file says against itself: a ValueError says what does not fit."""
-    batch, vocab = state.batch, state.logits.shape[-1]
-    if not all(isinstance(value, str) for value in state.fingerprint.values()):
-        raise ValueError("a fingerprint that is not text")
-    if type(state.sampling.top_k) is not int or type(state.sampling.seed) is not int:
-        raise ValueError("top_k or seed that is no whole number")
+def _check_shapes(stored: StoredTensors, layers: int) -> None:
+    """Check the tensors against one another, before one is read: a ValueError says what does not fit."""
+    states = [stored.info(f"layers.{i}.recurrent_state") for i in range(layers)]
+    (batch,), (_, vocab), (_, seen) = (stored.info(name).shape for name in ("position", "logits", "seen"))
     expected = {
         "position": (np.int64, (batch,)),
         "logits": (np.float32, (batch, vocab)),
         # A stack without a vocabulary has hidden states for logits, and no tokens to see.
-        "seen": (bool, (batch, vocab if state.seen.size else 0)),
+        "seen": (bool, (batch, vocab if seen else 0)),
     }
     for name, (dtype, shape) in expected.items():
-        array = getattr(state, name)
-        if array.dtype != dtype or array.shape != shape:
-            raise ValueError(f"{name} is {array.dtype} of {array.shape}")
-    if not batch or not state.states or any(s.ndim != 4 or len(s) != batch for s in state.states):
+        if (found := stored.info(name)) != TensorInfo(shape, np.dtype(dtype)):
+            raise ValueError(f"{name} is {found.dtype} of {found.shape}")
+    if others := sorted(set(stored.names()) - expected.keys() - {f"layers.{i}.recurrent_state" for i in range(layers)}):
+        raise ValueError(f"the unknown tensor {others[0]!r}")
+    if not batch or not states or any(len(s.shape) != 4 or s.shape[0] != batch for s in states):
         raise ValueError(f"states that do not have {batch} rows")
+    if wrong := [state.dtype for state in states if not is_floating(state.dtype)]:
+        raise ValueError(f"states of {wrong[0]}")
+
+
+def _check(state: StateFile) -> None:
+    """Check what a file says against itself: a ValueError says what does not fit."""
+    batch = state.batch
+    if not all(isinstance(value, str) for value in state.fingerprint.values()):
+        raise ValueError("a fingerprint that is not text")
+    if type(state.sampling.top_k) is not int or type(state.sampling.seed) is not int:
+        raise ValueError("top_k or seed that is no whole number")
+    for name, value in state.sampling.settings().items():
+        if isinstance(value, bool) or state.sampling.steps or abs(value) > MAX_SETTING:
+            raise ValueError(f"sampling.{name} {str(value)[:40]}")
     if state.position.min() < 1 or state.position.max() > MAX_POSITION + 1:
         raise ValueError(f"positions {state.position.tolist()}")
     if (found := _not_finite(state)) is not None:
@@ -248,4 +263,6 @@ def _stream_state(stream: np.random.Generator) -> dict[str, Any]:
 def _stream(state: Any) -> np.random.PCG64:
     bits = np.random.PCG64(0)
     bits.state = state
+    if bits.state != state:
+        raise ValueError("a stream of random numbers that numpy does not make")
     return bits

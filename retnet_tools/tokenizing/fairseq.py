@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from retnet_tools.errors import InputError
+from retnet_tools.inputs import load_json, read_input, read_words
+from retnet_tools.tokenizing.library import MAX_TOKEN_ID, library_errors
 from retnet_tools.tokenizing.sentence_piece import SentencePieceModel, sentence_piece_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
@@ -25,10 +28,13 @@ def read_byte_level(vocab: Path, merges: Path) -> tuple[dict[str, int], list[tup
     """
     from tokenizers import models
 
-    try:
+    document = load_json(vocab, "a byte-level BPE", "fetch it again")
+    numbers = document.values() if isinstance(document, dict) else [document]
+    if wrong := [n for n in numbers if type(n) is not int or not 0 <= n <= MAX_TOKEN_ID]:
+        raise InputError(f"{vocab} has the id {str(wrong[0])[:40]}", f"an object with ids of 0 to {MAX_TOKEN_ID}")
+    read_input(merges)
+    with library_errors(f"{vocab} and {merges.name}"):
         ids, pairs = models.BPE.read_file(str(vocab), str(merges))
-    except Exception as error:
-        raise InputError(f"{vocab} and {merges.name} cannot be read ({error})", "a byte-level BPE") from error
     for left, right in pairs:
         if not {left, right, left + right} <= ids.keys():
             raise InputError(f"{merges} merges {left!r} and {right!r}", f"tokens of {vocab.name}")
@@ -71,20 +77,16 @@ def read_dictionary(file: Path) -> dict[str, int]:
         InputError: a line of another kind, or a word that comes twice.
     """
     ids, count = dict(SPECIAL), len(SPECIAL)
-    try:
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                word, _, last = line.rstrip().rpartition(" ")
-                if overwrite := last == "#fairseq:overwrite":
-                    word, _, last = word.rpartition(" ")
-                if not word or not _is_number(last):
-                    raise InputError(f"{file} has {line.strip()!r} in line {number}", "a word and its count")
-                if word in ids and not overwrite:
-                    raise InputError(f"{file} has {word!r} twice (line {number})", "every word once")
-                ids[word] = count
-                count += 1
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8 ({error.reason})", "fairseq's dictionary") from error
+    for number, line in enumerate(io.StringIO(read_words(file)), 1):
+        word, _, last = line.rstrip().rpartition(" ")
+        if overwrite := last == "#fairseq:overwrite":
+            word, _, last = word.rpartition(" ")
+        if not word or not _is_number(last):
+            raise InputError(f"{file} has {line.strip()!r} in line {number}", "a word and its count")
+        if word in ids and not overwrite:
+            raise InputError(f"{file} has {word!r} twice (line {number})", "every word once")
+        ids[word] = count
+        count += 1
     return ids
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from retnet_tools.errors import InputError, RetNetToolsError, UsageError
+from retnet_tools.inputs import open_input, read_input
 from retnet_tools.tokenizing.fairseq import (
     END_OF_TEXT,
     SPECIAL_IDS,
@@ -17,10 +18,18 @@ from retnet_tools.tokenizing.fairseq import (
     read_byte_level,
     read_dictionary,
 )
+from retnet_tools.tokenizing.library import MAX_TOKEN_ID, library_errors
 from retnet_tools.tokenizing.sentence_piece import read_sentence_piece, sentence_piece_tokenizer
-from retnet_tools.tokenizing.special import SPECIAL_TOKENS_FILE, TOKENIZER_CONFIG_FILE, read_json, token_text
+from retnet_tools.tokenizing.special import (
+    SPECIAL_TOKENS_FILE,
+    TOKENIZER_CONFIG_FILE,
+    decoder_ids,
+    read_json,
+    token_text,
+)
 
 TOKENIZER_FILE = "tokenizer.json"
+MAX_TOKENIZER = 1 << 26
 COMPANIONS = (TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE, "chat_template.jinja", "chat_template.json")
 """What belongs to a tokenizer.json: settings, and how a conversation is written."""
 _ADDED_FILE = "added_tokens.json"
@@ -106,10 +115,9 @@ def load_tokenizer(file: Path) -> Any:
     """
     from tokenizers import Tokenizer
 
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:
-        raise InputError(f"{file} cannot be read ({error})", "a tokenizer of the tokenizers library") from error
+    data = read_input(file, MAX_TOKENIZER)
+    with library_errors(file):
+        tokenizer = Tokenizer.from_buffer(data)
     # Settings of its training: they would cut a long text without a word.
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -128,7 +136,8 @@ def find_tokenizer(files: Iterable[Path], vocab_size: int) -> TokenizerSearch:
         problems.append(InputError(f"{name} is a Git-LFS pointer", "the file itself", "run git lfs pull in its folder"))
     for make in (_own, _fairseq, _sentence_piece, _byte_level, _other):
         try:
-            found = make(by_name, vocab_size)
+            with library_errors(", ".join(by_name)):
+                found = make(by_name, vocab_size)
         except RetNetToolsError as error:
             problems.append(error)
             continue
@@ -138,7 +147,7 @@ def find_tokenizer(files: Iterable[Path], vocab_size: int) -> TokenizerSearch:
 
 
 def _is_lfs_pointer(file: Path) -> bool:
-    with file.open("rb") as stream:
+    with open_input(file) as stream:
         return stream.read(len(_LFS)) == _LFS
 
 
@@ -232,11 +241,9 @@ def _settings(files: Mapping[str, Path]) -> dict[str, Any]:
 def _added(files: Mapping[str, Path], settings: Mapping[str, Any]) -> dict[str, int]:
     """Ids of tokens that came after the tokenizer's training."""
     found = read_json(files[_ADDED_FILE]) if _ADDED_FILE in files else {}
-    for key, token in (settings.get("added_tokens_decoder") or {}).items():
-        if (text := token_text(token)) is not None:
-            found[text] = int(key) if key.isdecimal() else key
-    if wrong := [token for token, number in found.items() if type(number) is not int or number < 0]:
-        raise InputError(f"the added token {wrong[0]!r} has no id", "a number")
+    found |= decoder_ids(settings)
+    if wrong := [token for token, id in found.items() if type(id) is not int or not 0 <= id <= MAX_TOKEN_ID]:
+        raise InputError(f"the added token {wrong[0]!r} has the id {found[wrong[0]]}", f"0 to {MAX_TOKEN_ID}")
     return found
 
 

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from retnet_tools.errors import InputError, UsageError
+from retnet_tools.inputs import read_input
 
 INSTALL = "pip install sentencepiece, then run this again"
 SPACE = "▁"
+MAX_PIECE = 1 << 10
 _UNIGRAM, _BPE, _CHAR = 1, 2, 4
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _OWN_IDS = ("bos", "eos", "pad")
@@ -75,9 +77,13 @@ def read_sentence_piece(file: Path) -> SentencePieceModel:
     except ImportError as error:
         raise UsageError(f"{file.name} without the sentencepiece library", "it, to read the file", INSTALL) from error
     try:
-        data = file.read_bytes()
-        processor = SentencePieceProcessor(model_proto=data)
+        data = read_input(file)
         model = sentencepiece_model_pb2.ModelProto.FromString(data)
+        if max((len(piece.piece) for piece in model.pieces), default=0) > MAX_PIECE:
+            raise InputError(f"{file} has a piece of more than {MAX_PIECE} characters", "pieces of words")
+        processor = SentencePieceProcessor(model_proto=data)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"{file} cannot be read ({error})", "a SentencePiece model") from error
     trainer, normalizer = model.trainer_spec, model.normalizer_spec

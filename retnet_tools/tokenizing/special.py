@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from retnet_tools.errors import InputError
+from retnet_tools.inputs import load_json
 
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -78,7 +80,7 @@ def special_tokens(
     for name in (GENERATION_FILE, TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE):
         for folder in folders:
             document: Mapping[str, Any] = read_json(folder / name)
-            known |= _decoder_ids(document)
+            known |= decoder_ids(document)
             sources.insert(0 if name == GENERATION_FILE else len(sources), (name, document, name != GENERATION_FILE))
     said: dict[str, tuple[int, ...]] = {}
     notes = []
@@ -131,10 +133,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error})", "a JSON object") from error
+    data = load_json(path, "a JSON object", "correct it")
     if not isinstance(data, dict):
         raise InputError(f"{path} holds {type(data).__name__}", "a JSON object")
     return data
@@ -168,13 +167,18 @@ def _resolved(words: Any, tokenizer: Any, known: Mapping[str, int]) -> Iterator[
             yield number
 
 
-def _decoder_ids(document: Mapping[str, Any]) -> dict[str, int]:
-    """Ids by token of `added_tokens_decoder`."""
-    table = document.get("added_tokens_decoder")
-    found = table.items() if isinstance(table, dict) else ()
-    return {text: int(key) for key, token in found if (text := token_text(token)) is not None and key.isdecimal()}
+def decoder_ids(document: Mapping[str, Any]) -> dict[str, int]:
+    """Ids by token of `added_tokens_decoder`.
+
+    Raises:
+        InputError: one that is no number.
+    """
+    table = document.get("added_tokens_decoder") or {}
+    if not isinstance(table, dict) or not all(key.isascii() and key.isdecimal() and len(key) < 20 for key in table):
+        raise InputError(f"added_tokens_decoder is {_short(table)}", "an object from ids to tokens")
+    return {text: int(key) for key, token in table.items() if (text := token_text(token)) is not None}
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value) if isinstance(value, bool | str | list | dict) else repr(value)
+    text = json.dumps(value) if isinstance(value, bool | str) else reprlib.repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

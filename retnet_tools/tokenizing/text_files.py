@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from retnet_tools.errors import InputError, UsageError
+from retnet_tools.inputs import open_input
 
 PIECE = 1 << 20
 """Bytes of a text that are read at a time."""
@@ -67,15 +68,13 @@ def text_pieces(file: Path, digest: hashlib._Hash) -> Iterator[str]:
         InputError: a file that cannot be read or is not UTF-8.
     """
     try:
-        with file.open("rb") as stream:
+        with open_input(file, pipes=True) as stream:
             while lines := stream.readlines(PIECE):
                 piece = b"".join(lines)
                 digest.update(piece)
                 yield _decode(piece, str(file))
     except OSError as error:
-        other = f"cannot read {file} ({error.strerror or error})"
-        found = {FileNotFoundError: f"no file {file}", IsADirectoryError: f"{file} is a folder"}.get(type(error), other)
-        raise InputError(found, "a text file in UTF-8") from error
+        raise InputError(f"cannot read {file} ({error.strerror or error})", "a text file in UTF-8") from error
 
 
 def _decode(content: bytes, name: str) -> str:

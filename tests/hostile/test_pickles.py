@@ -170,35 +170,27 @@ def doubled(start: bytes, times: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("operations", "readable"),
+    "operations",
     [
-        (b"}" + doubled(b")", 200) + b"Ns0", True),  # a key that takes 2^200 steps to hash
-        (b"\x8f(" + doubled(b")", 200) + b"\x900", True),
-        (b"](" + doubled(b")", 200) + b"e0", True),
-        (b"ccollections\nCounter\n}q\x02" + doubled(b")", 200) + b"Ns\x85R0", True),
-        (b"N" + b"(" * 5000 + b"t" * 5000 + b"00", True),
-        (b"X\xff\xff\xff\xff", False),
-        (b"\x8d" + b"\xff" * 7 + b"\x7f", False),
-        (b"\x8e" + b"\xff" * 8, False),
-        (b"\x8b\xff\xff\xff\x7f", False),
-        (b"\x8b\xff\xff\xff\xff", False),
-        (b"L" + b"9" * 5000 + b"\n0", False),
-        (b"r\xff\xff\xff\xff", False),
-        (b"p99999999999999999999\n", False),
-        (b"h\x77", False),
-        (b"0" * 10, False),
-        (b"\x82\x01", False),
-        (b"Q", False),
-        (b"P1\n", False),
+        b"}" + doubled(b")", 200) + b"Ns0",  # a key that takes 2^200 steps to hash
+        b"\x8f(" + doubled(b")", 200) + b"\x900",
+        b"](" + doubled(b")", 200) + b"e0",
+        b"ccollections\nCounter\n}q\x02" + doubled(b")", 200) + b"Ns\x85R0",
+        b"N" + b"(" * 5000 + b"t" * 5000 + b"00",
     ],
-    ids=lambda value: str(value[:12]) if isinstance(value, bytes) else "",
+    ids=lambda value: str(value[:12]),
 )
-def test_small_files_cost_little(tmp_path: Path, operations: bytes, readable: bool) -> None:
+def test_what_would_take_for_ever_elsewhere_is_read_over(tmp_path: Path, operations: bytes) -> None:
     file = write(tmp_path / "model.pt", "plain", operations)
     start = time.process_time()
-    with contextlib.nullcontext() if readable else pytest.raises(InputError, match=r"model\.pt"):
-        assert open_all(file) == list(STATE)
+    assert open_all(file) == list(STATE)
     assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize("operations", [b"}(NK\x01NK\x02u0", b"}NK\x01sNK\x02s0", b"(NK\x01NK\x02d0"])
+def test_a_name_that_comes_twice_is_refused(tmp_path: Path, operations: bytes) -> None:
+    with pytest.raises(InputError, match="a name twice"):
+        open_all(write(tmp_path / "model.pt", "plain", operations))
 
 
 def test_trees_that_refer_to_themselves_many_times_over(tmp_path: Path) -> None:

@@ -1,0 +1,25 @@
+"""What the tokenizers library raises about a stranger's file, in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from retnet_tools.errors import InputError, RetNetToolsError
+
+MAX_TOKEN_ID = (1 << 22) - 1
+"""A table of tokens is as long as its largest id."""
+_PANIC = "PanicException"
+
+
+@contextmanager
+def library_errors(what: object) -> Iterator[None]:
+    """Turns the library's errors, which are bare exceptions or its own panics, into one about `what`."""
+    try:
+        yield
+    except RetNetToolsError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+            raise
+        raise InputError(f"{what} cannot be read ({error})", "a tokenizer of the tokenizers library") from error
