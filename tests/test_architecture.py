@@ -23,6 +23,7 @@ ROWS = {
     "errors": 0,
     "version": 0,
     "fields": 0,
+    "inputs": 0,
     "dtypes": 0,
     "locks": 0,
     "staging": 0,
