@@ -40,11 +40,11 @@ def run(arguments: list[str], output: str, compiled: bool) -> NoReturn:
 
 
 def wait(process: int, timeout: float) -> int | None:
-    """The exit code of a run; None where it did not end, and was ended."""
-    end, code = time.monotonic() + timeout, None
+    """The exit code of a run; None where it did not end, or nobody waits for it any more, and was ended."""
+    end, code, asked_by = time.monotonic() + timeout, None, os.getppid()
     while True:
         ended, status = os.waitpid(process, os.WNOHANG)
-        if ended or time.monotonic() > end:
+        if ended or time.monotonic() > end or os.getppid() != asked_by:
             break
         time.sleep(0.02)
     if ended:
@@ -66,7 +66,9 @@ def main() -> None:
         order: dict[str, Any] = json.loads(line)
         if not (process := os.fork()):
             run(order["arguments"], order["output"], order["compiled"])
-        print(json.dumps(wait(process, order["timeout"])), flush=True)
+        code = wait(process, order["timeout"])
+        with suppress(BrokenPipeError):
+            print(json.dumps(code), flush=True)
 
 
 if __name__ == "__main__":
