@@ -215,8 +215,8 @@ def spoil_a_weight(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (cut, "as its graphs say"),
-        (drop_a_graph, "no step.onnx"),
+        (cut, "as retnet.json says"),
+        (drop_a_graph, "step.onnx is missing"),
         (drop_the_manifest, "no retnet.json"),
         (spoil_a_weight, "NaN"),
     ],

@@ -31,6 +31,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 BLOCKED = [
     "perplexity nothing --text ids.txt --plot blocked/a.svg",
     "bench nothing --plot blocked/a.svg",
+    "verify nothing --junit blocked/a.xml",
     "generate nothing -p 1 --state-out blocked/a.state",
     "generate nothing --prompts prompts.jsonl -o blocked/a.jsonl",
     "generate nothing --prompts prompts.jsonl -o .",
@@ -86,8 +87,8 @@ def in_the_way(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
 
 SIDE = [
     ("perplexity random --token-ids --text ids.txt -c 32 -t 1 --plot a.svg", "a.svg"),
-    ("bench random --quick -p 0 -n 1 -r 1 -t 1 --plot a.svg", "a.svg"),
     ("generate random -p 1,2 -n 4 --state-out a.state", "a.state"),
+    ("verify --modes parallel,recurrent --tokens 4 --junit a.xml", "a.xml"),
 ]
 
 
