@@ -1,5 +1,6 @@
 # `make demo` runs the main job on the shipped checkpoint; `make test` runs lint, types and all tests.
 # `make bench` and `make bench-gpu` measure what docs/benchmarks.md says of speed and memory, on a quiet machine, and rewrite it.
+# `make against` tries verify --against on healthy random models and on planted faults (half an hour).
 # `make mutants` plants faults and fails if tests do not notice one; FAULTS='--file PATH' and other options choose some.
 # They make their environment first: .venv, with the tested versions of constraints.txt; `make bench-gpu` takes PYTHON
 # where there is no .venv, and also runs the tests marked cuda and writes benchmarks/gpu/.
@@ -11,7 +12,7 @@ OUT := out/shakespeare-onnx
 # A GPU host may have no network: its own Python will do, where it has the packages.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: demo test lint mutants kills bench bench-gpu clean
+.PHONY: demo test lint mutants kills against bench bench-gpu clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -37,6 +38,10 @@ mutants: .venv/.installed
 	$(BIN)/python -m tests.trials.mutants $(FAULTS)
 
 # Commands that write, killed at random moments and on full disks.
+against: .venv/.installed
+	$(BIN)/python -m tests.trials.against --count 200 --conformance
+	$(BIN)/python -m tests.trials.against --count 8 --seed 500 --faults
+
 kills: .venv/.installed
 	$(BIN)/python -m tests.trials.kills --kills 200 --disks 40
 

@@ -30,6 +30,7 @@ class AgainstRuns:
     Args:
         runs: the graphs.
         state_rounding: what a state may lose each time that it is written, in parts of the largest element of a head.
+        margin: how many times as far as the furthest copy a graph may be from the model.
         noise: which of the noises of the expectations stands for what these graphs compute with.
         written: which of them where states were written often on the way.
         suffix: of the names of the checks.
@@ -40,9 +41,17 @@ class AgainstRuns:
     """
 
     def __init__(
-        self, config: RetNetConfig, runs: GraphRuns, state_rounding: float, noise: int, written: int, suffix: str
+        self,
+        config: RetNetConfig,
+        runs: GraphRuns,
+        *,
+        state_rounding: float,
+        margin: float,
+        noise: int,
+        written: int,
+        suffix: str,
     ) -> None:
-        self._config, self._runs, self._rounding = config, runs, state_rounding
+        self._config, self._runs, self._rounding, self._margin = config, runs, state_rounding, margin
         self._noise, self._written, self._suffix = noise, written, suffix
         self._found: dict[str, list[Check]] = {}
         self.stepped: Array | None = None
@@ -158,7 +167,10 @@ class AgainstRuns:
     def _logits(self, name: str, found: Array, expected: Expectation, places: Array, at: Standing) -> None:
         """Logits `[B, vocab]` of the tokens `places` `[B]`, after which the rows stand `at`."""
         for row, n in enumerate(places):
-            own, limit = expected.logits[row, n], float(expected.logits_apart[self._noise_of(name)][row, n])
+            own, limit = (
+                expected.logits[row, n],
+                self._margin * float(expected.logits_apart[self._noise_of(name)][row, n]),
+            )
             apart = float(np.abs(found[row] - own).max())
             where = f"row {row}, position {at.position[row] - 1}"
             self._add(Check("graphs", f"{name}: logits", apart, limit, "logits", where))
@@ -184,7 +196,7 @@ class AgainstRuns:
                 largest = np.abs(own[row]).max((1, 2))
                 unit = np.where(largest > 0, largest, 1.0)
                 apart = np.abs(found[row] - own[row]).max((1, 2)) / unit
-                limit = (allowed[row] + writes * self._rounding * largest) / unit
+                limit = (self._margin * allowed[row] + writes * self._rounding * largest) / unit
                 for head, figures in enumerate(zip(apart.tolist(), limit.tolist(), strict=True)):
                     where = f"layer {layer}, head {head}, row {row}, position {at.position[row] - 1}"
                     self._add(Check("graphs", f"{name}: states", *figures, "of the largest", where))

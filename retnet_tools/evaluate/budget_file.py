@@ -36,6 +36,7 @@ class NoiseBudget:
     """How the copies of the model are moved; `activation_steps` where products are made in int8."""
 
     headroom: float
+    margin: float
     copies: int
     activation_steps: float
     float32: Rounding

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from retnet_tools.errors import RetNetToolsError
@@ -14,7 +14,7 @@ MOST_FOLDERS = 1000
 """Folders that are looked into at most."""
 
 
-def find_source(folder: Path, record: Sequence[dict[str, str]], near: Sequence[Path]) -> CheckpointSource | None:
+def find_source(folder: Path, record: Mapping[str, str], near: Sequence[Path]) -> CheckpointSource | None:
     """The checkpoint that an export was made of, if it still lies nearby as it was.
 
     Looked into are the folder beside the export that gave it its name, the others beside it, the current one and those
@@ -22,14 +22,13 @@ def find_source(folder: Path, record: Sequence[dict[str, str]], near: Sequence[P
 
     Args:
         folder: the export.
-        record: name and sha256 of each source file, as its manifest has them.
+        record: sha256 of each source file by its name, as its manifest has them.
         near: further folders.
     """
-    names = [file["name"] for file in record]
     for place in _places(folder, near):
-        if not names or not all((place / name).is_file() for name in names):
+        if not record or not all((place / name).is_file() for name in record):
             continue
-        for path in (place, *(place / name for name in names)):
+        for path in (place, *(place / name for name in record)):
             source = CheckpointSource(path)
             try:
                 opened = source.open()
@@ -58,8 +57,8 @@ def _folders(place: Path) -> Iterator[Path]:
         return
 
 
-def _is_recorded(opened: Checkpoint, record: Sequence[dict[str, str]]) -> bool:
-    if [file.name for file in opened.source_files] != [file["name"] for file in record]:
+def _is_recorded(opened: Checkpoint, record: Mapping[str, str]) -> bool:
+    if sorted(file.name for file in opened.source_files) != sorted(record):
         return False
     with source_digests(opened.source_files) as digests:
-        return digests() == [file["sha256"] for file in record]
+        return digests() == [record[file.name] for file in opened.source_files]

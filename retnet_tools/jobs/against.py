@@ -183,8 +183,15 @@ class Held:
         checks, stepped = [], None
         for done, (graphs, noise, suffix) in enumerate(runs):
             progress("graphs", done, len(runs))
-            rounding, written = getattr(self.budget.state, manifest.state_dtype), noise + len(floats) - 1
-            judge = AgainstRuns(config, graphs, rounding, noise, written, suffix)
+            judge = AgainstRuns(
+                config,
+                graphs,
+                state_rounding=getattr(self.budget.state, manifest.state_dtype),
+                margin=self.budget.noise.margin,
+                noise=noise,
+                written=noise + len(floats) - 1,
+                suffix=suffix,
+            )
             judge.start(tokens, begun)
             judge.far(ids, far, full)
             checks += judge.checks

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from retnet_tools.errors import UsageError
+from retnet_tools.errors import InputError, UsageError
 from retnet_tools.jobs.request import shipped_checkpoint
 from retnet_tools.jobs.verify_request import EXPORT_ALONE, VerifyRequest, is_exported
 from retnet_tools.progress import Progress, no_progress
@@ -116,16 +116,26 @@ def _recorded_source(request: VerifyRequest, folder: Path) -> CheckpointSource:
 
     Raises:
         UsageError: it is not there any more as it was.
+        InputError: the record is none.
     """
     from retnet_tools.formats.source_search import find_source
+    from retnet_tools.graph.contract import MANIFEST_FILE
     from retnet_tools.graph.manifest import parse_manifest
 
-    record = parse_manifest(folder).provenance["source_files"]
-    found = find_source(folder, record, [shipped_checkpoint()])
-    if found is None:
-        names = ", ".join(file["name"] for file in record) or "no files"
+    provenance = parse_manifest(folder).provenance
+    try:
+        hashes = {file["name"]: file["sha256"] for file in provenance["source_files"]}
+        if any(Path(name).name != name for name in hashes):
+            raise ValueError("names of files with folders")
+    except (KeyError, TypeError, ValueError) as error:
+        file = folder / MANIFEST_FILE
+        found = f"{file} has provenance.source_files without name and sha256 of each"
+        raise InputError(found, "what export writes", "name the checkpoint with --against") from error
+    source = find_source(folder, hashes, [shipped_checkpoint()])
+    if source is None:
+        names = ", ".join(hashes) or "no files"
         raise UsageError(
             f"{folder} is an export, and its checkpoint ({names}, by their sha256) is not near it",
             "--against with the checkpoint",
         )
-    return found
+    return source

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from retnet_tools.config import RetNetConfig
+from retnet_tools.errors import UsageError
+from retnet_tools.machine import available_memory
 from retnet_tools.model.layerwise import EMBEDDING, head_matrix
 from retnet_tools.model.noise import Noise, NoisyCopies
 from retnet_tools.model.position_terms import terms_at
 from retnet_tools.model.retention import retention_chunkwise
 from retnet_tools.model.retnet import Layer, RetNet, to_torch
 from retnet_tools.progress import Progress
-from retnet_tools.weights import Array, WeightSource, canonical_shapes
+from retnet_tools.weights import Array, WeightSource, canonical_shapes, parameter_count
 
 _CHUNK_SIZE = 32
 _WRITES = 4
@@ -65,6 +67,32 @@ class Expected:
     states_apart: dict[int, list[list[Array]]] = field(default_factory=dict)
 
 
+def check_reference_memory(config: RetNetConfig, walks: Sequence[Walk], copies: int) -> None:
+    """Refuse walks that the memory that is available cannot hold; do nothing where that is not known.
+
+    Counted are, in float64, a layer or the vocabulary's matrix, what a layer makes of all tokens of the longest walk,
+    and the streams and logits of all; and the states in float32.
+
+    Args:
+        copies: of the model, itself among them.
+
+    Raises:
+        UsageError: too many tokens.
+    """
+    available = available_memory()
+    tokens = [walk.tokens.shape[0] * walk.tokens.shape[1] for walk in walks]
+    widths = 3 * config.key_dim + 3 * config.value_dim + 3 * config.feed_forward.dim + 4 * config.hidden_size
+    states = sum(len(walk.cuts) * walk.tokens.shape[0] for walk in walks) * config.num_layers
+    numbers = copies * (max(tokens) * widths + sum(tokens) * config.hidden_size) + sum(tokens) * config.vocab_size
+    weights = max(parameter_count(config) // config.num_layers, config.vocab_size * config.hidden_size)
+    needed = 8 * (numbers + weights) + 4 * states * config.key_dim * config.head_v_dim
+    if available is not None and needed > available:
+        raise UsageError(
+            f"{max(tokens)} tokens need about {needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB are available",
+            "fewer tokens",
+        )
+
+
 @torch.inference_mode()
 def expected_runs(
     config: RetNetConfig,
@@ -85,7 +113,9 @@ def expected_runs(
 
     Raises:
         InputError: weights that cannot be read.
+        UsageError: as `check_reference_memory`.
     """
+    check_reference_memory(config, walks, 1 + copies * len(noises))
     noisy, found, steps = NoisyCopies(noises, copies, seed), [Expected() for _ in walks], config.num_layers + 1
     outer = _outer(config, weights)
     streams = [_embedded(config, outer, weights, walk, noisy) for walk in walks]

@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ import torch
 from tokenizers import Tokenizer, models
 
 from retnet_tools.config import BlockNorm, FeedForward, HeadNorm, RetNetConfig, ScoreNormalization
-from retnet_tools.errors import RetNetToolsError
+from retnet_tools.errors import RetNetToolsError, UsageError
+from retnet_tools.formats import open_checkpoint
 from retnet_tools.formats.canonical import write_canonical
 from retnet_tools.jobs.api import export, verify
 from retnet_tools.paper import paper_rotary_frequencies
@@ -28,6 +30,7 @@ from tests.helpers import ABLATIONS, random_source
 from tests.planted_exports import EDITS, GENAI, PREFILL, STEP, byte_places, changed_byte, other_tokenizer, plant
 
 CONFORMANCE = Path(__file__).parent.parent / "data" / "conformance"
+WEIGHTS = (".pt", ".bin", ".ckpt", ".safetensors")
 TOKENS = 160
 NEAREST: dict[str, float] = {}
 """By check, how much of its limit healthy exports took at most."""
@@ -118,7 +121,7 @@ class Tally:
     """What was judged, and what of it wrongly."""
 
     def __init__(self) -> None:
-        self.healthy = self.faults = 0
+        self.healthy = self.faults = self.cases = 0
         self.alarms: list[str] = []
         self.missed: list[str] = []
 
@@ -178,18 +181,31 @@ def plant_all(
         tally.planted(f"{name}: another tokenizer", bad, checkpoint)
 
 
+def checkpoints(folder: Path) -> Iterator[Path]:
+    """Every checkpoint in a folder, in folders of it and in files."""
+    try:
+        open_checkpoint(folder)
+    except RetNetToolsError:
+        below = sorted(folder.iterdir()) if folder.is_dir() else []
+        yield from (found for path in below if path.is_dir() or path.suffix in WEIGHTS for found in checkpoints(path))
+    else:
+        yield folder
+
+
 def try_conformance(tally: Tally, work: Path) -> None:
     """Checkpoints of the public implementations, exported as they are and in int8."""
-    for case in sorted(path for path in CONFORMANCE.iterdir() if path.is_dir()):
+    for case in checkpoints(CONFORMANCE):
+        tally.cases += 1
         for quantize in (None, "int8"):
             for target in ("onnx", "genai"):
-                out = work / f"{case.name}-{quantize}-{target}"
+                out, name = work / "out", f"{case.relative_to(CONFORMANCE)} {quantize} {target}"
                 try:
                     export(case, out, to=target, quantize=quantize)
-                except RetNetToolsError as error:
-                    print(f"not exported: {case.name}: {error}", flush=True)
+                except UsageError as error:
+                    # A stack cannot be exported for onnxruntime-genai.
+                    print(f"not exported: {name}: {error}", flush=True)
                     continue
-                tally.healthy_export(f"{case.name} {quantize} {target}", out, case)
+                tally.healthy_export(name, out, case)
                 shutil.rmtree(out)
 
 
@@ -204,14 +220,15 @@ def main() -> int:
     tally, began = Tally(), time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="against-") as scratch:
         for seed in range(given.seed, given.seed + given.count):
+            print(f"seed {seed}, {time.perf_counter() - began:.0f} s", end="\r", file=sys.stderr, flush=True)
             try_model(tally, Path(scratch), seed, faults=given.faults)
         if given.conformance:
             try_conformance(tally, Path(scratch))
     for name, part in sorted(NEAREST.items(), key=lambda item: -item[1])[:12]:
         print(f"{part:8.3f} of the limit: {name}")
     print(
-        f"against: {tally.healthy} healthy exports, {len(tally.alarms)} false alarms; {tally.faults} faults, "
-        f"{len(tally.missed)} missed; {time.perf_counter() - began:.0f} s"
+        f"against: {tally.healthy} healthy exports ({tally.cases} conformance cases), {len(tally.alarms)} false "
+        f"alarms; {tally.faults} faults, {len(tally.missed)} missed; {time.perf_counter() - began:.0f} s"
     )
     return int(bool(tally.alarms or tally.missed))
 
