@@ -29,7 +29,8 @@ class AgainstRuns:
 
     Args:
         runs: the graphs.
-        state_rounding: what a state may lose each time that it is written, in parts of the largest element of a head.
+        state_relative: what a state may lose each time that it is written, in parts of the largest element of a head.
+        state_absolute: the same of its smallest numbers, for each head.
         margin: how many times as far as the furthest copy a graph may be from the model.
         noise: which of the noises of the expectations stands for what these graphs compute with.
         written: which of them where states were written often on the way.
@@ -45,13 +46,15 @@ class AgainstRuns:
         config: RetNetConfig,
         runs: GraphRuns,
         *,
-        state_rounding: float,
+        state_relative: float,
+        state_absolute: Array,
         margin: float,
         noise: int,
         written: int,
         suffix: str,
     ) -> None:
-        self._config, self._runs, self._rounding, self._margin = config, runs, state_rounding, margin
+        self._config, self._runs, self._margin = config, runs, margin
+        self._relative, self._absolute = state_relative, state_absolute
         self._noise, self._written, self._suffix = noise, written, suffix
         self._found: dict[str, list[Check]] = {}
         self.stepped: Array | None = None
@@ -196,7 +199,8 @@ class AgainstRuns:
                 largest = np.abs(own[row]).max((1, 2))
                 unit = np.where(largest > 0, largest, 1.0)
                 apart = np.abs(found[row] - own[row]).max((1, 2)) / unit
-                limit = (self._margin * allowed[row] + writes * self._rounding * largest) / unit
+                written = writes * (self._relative * largest + self._absolute)
+                limit = (self._margin * allowed[row] + written) / unit
                 for head, figures in enumerate(zip(apart.tolist(), limit.tolist(), strict=True)):
                     where = f"layer {layer}, head {head}, row {row}, position {at.position[row] - 1}"
                     self._add(Check("graphs", f"{name}: states", *figures, "of the largest", where))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from retnet_tools.errors import ConfigError, InputError
-from retnet_tools.fields import check_not_negative, check_positive, check_size, check_types, from_json
+from retnet_tools.fields import check_not_negative, check_positive, check_size, from_json
 
 BUDGET_SCHEMA_VERSION = 1
 MOST_BYTES = 1 << 20
@@ -22,13 +22,10 @@ MOST_COPIES = 64
 
 @dataclass(frozen=True)
 class Rounding:
-    """The noise of a float type; see `retnet_tools.model.noise`."""
+    """What a float type loses: in parts of a value, and of the smallest ones."""
 
     relative: float
     absolute: float
-
-    def __post_init__(self) -> None:
-        _check_numbers(self, "noise.")
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,6 @@ class NoiseBudget:
     bfloat16: Rounding
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "noise.")
         check_positive("noise.headroom", self.headroom)
         check_size("noise.copies", self.copies)
         if self.copies > MOST_COPIES:
@@ -53,14 +49,11 @@ class NoiseBudget:
 
 @dataclass(frozen=True)
 class StateBudget:
-    """What states of a type may lose each time they are written, in parts of the largest element of a head."""
+    """What states of a type may lose each time that they are written."""
 
-    float32: float
-    float16: float
-    bfloat16: float
-
-    def __post_init__(self) -> None:
-        _check_numbers(self, "state.")
+    float32: Rounding
+    float16: Rounding
+    bfloat16: Rounding
 
 
 @dataclass(frozen=True)
@@ -71,9 +64,6 @@ class WeightBudget:
     int8: float
     int4: float
 
-    def __post_init__(self) -> None:
-        _check_numbers(self, "weights.")
-
 
 @dataclass(frozen=True)
 class Cost:
@@ -82,9 +72,6 @@ class Cost:
     mean_kl: float
     logits: float
     flips: float
-
-    def __post_init__(self) -> None:
-        _check_numbers(self, "cost.")
 
 
 @dataclass(frozen=True)
@@ -137,7 +124,9 @@ def read_budget(path: Path | None) -> AgainstBudget:
         given = tomllib.loads(data.decode())
         if "schema_version" not in given:
             raise ConfigError("no field schema_version", str(BUDGET_SCHEMA_VERSION))
-        budget = from_json(AgainstBudget, _merged(default, given, ""))
+        merged = _merged(default, given, "")
+        budget = from_json(AgainstBudget, merged)
+        _check_signs(merged, "")
     except ConfigError as error:
         raise InputError(f"{path}: {error.found}", error.expected, error.action) from error
     except (OSError, ValueError, RecursionError) as error:
@@ -160,8 +149,10 @@ def _merged(default: Mapping[str, Any], given: Mapping[str, Any], where: str) ->
     }
 
 
-def _check_numbers(instance: Any, prefix: str) -> None:
-    check_types(instance, prefix)
-    for name, value in vars(instance).items():
-        if isinstance(value, float | int):
-            check_not_negative(prefix + name, value)
+def _check_signs(values: Mapping[str, Any], where: str) -> None:
+    """Refuse a number below zero."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            _check_signs(value, f"{where}{name}.")
+        elif isinstance(value, float | int):
+            check_not_negative(where + name, value)

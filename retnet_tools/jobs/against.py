@@ -11,7 +11,7 @@ import numpy as np
 
 from retnet_tools.errors import UsageError, VerificationError
 from retnet_tools.evaluate.against import AgainstRuns, cost_checks
-from retnet_tools.evaluate.budget_file import AgainstBudget, read_budget
+from retnet_tools.evaluate.budget_file import AgainstBudget, Rounding, read_budget
 from retnet_tools.evaluate.carried_checks import check_config, check_files, check_text
 from retnet_tools.evaluate.checks import Check
 from retnet_tools.evaluate.graph_runs import GraphRuns
@@ -28,6 +28,7 @@ from retnet_tools.evaluate.walks import (
 from retnet_tools.evaluate.weight_checks import judge_weights
 from retnet_tools.formats import Checkpoint, CheckpointSource
 from retnet_tools.graph.code_types import BlockFormat
+from retnet_tools.graph.contract import state_scale
 from retnet_tools.graph.export import ExportPlan, plan_export
 from retnet_tools.graph.manifest import Manifest, parse_manifest
 from retnet_tools.graph.quantization import Scheme
@@ -186,7 +187,8 @@ class Held:
             judge = AgainstRuns(
                 config,
                 graphs,
-                state_rounding=getattr(self.budget.state, manifest.state_dtype),
+                state_relative=self._state.relative,
+                state_absolute=np.array(self._state_absolute),
                 margin=self.budget.noise.margin,
                 noise=noise,
                 written=noise + len(floats) - 1,
@@ -198,7 +200,7 @@ class Held:
             stepped = judge.stepped if stepped is None else stepped
         if config.has_vocabulary and stepped is not None:
             base = begun.logits
-            if not same or self._kind != "float32":
+            if not same or self._formats or manifest.dtype != "float32":
                 (whole,) = expected_runs(config, self.opened.weights, [replace(start, cuts=())], [], progress)
                 base = whole.logits
             checks += cost_checks(base, stepped, getattr(self.budget.cost, self._kind))
@@ -213,8 +215,8 @@ class Held:
         noise, scheme = self.budget.noise, self._scheme
         rounding = getattr(noise, self.manifest.dtype)
         floats = Noise(noise.headroom * rounding.relative, noise.headroom * rounding.absolute, 0.0, {})
-        rounding = getattr(self.budget.state, self.manifest.state_dtype)
-        writes = [replace(floats, state=rounding)] if self.manifest.state_dtype != "float32" else []
+        lost = replace(floats, state=self._state.relative, state_absolute=self._state_absolute)
+        writes = [lost] if self.manifest.state_dtype != "float32" else []
         # Standard operators leave the level to ONNX Runtime, whose default is 4. CUDA has none but floats.
         if scheme is None or self.device.kind != "cpu" or scheme.accuracy_level not in (4, None):
             return [floats, *writes], []
@@ -228,9 +230,21 @@ class Held:
 
     @property
     def _kind(self) -> str:
-        """The coarsest type of weights."""
-        formats = self._formats.values()
-        return min(formats, key=lambda format: format.bits).type.name if formats else self.manifest.dtype
+        """The coarsest type of weights, or of states where weights are float32."""
+        if formats := self._formats.values():
+            return min(formats, key=lambda format: format.bits).type.name
+        return self.manifest.state_dtype if self.manifest.dtype == "float32" else self.manifest.dtype
+
+    @property
+    def _state(self) -> Rounding:
+        rounding: Rounding = getattr(self.budget.state, self.manifest.state_dtype)
+        return rounding
+
+    @property
+    def _state_absolute(self) -> tuple[float, ...]:
+        """What the smallest numbers of states may lose, of the plain sum S."""
+        scales = state_scale(self.opened.config, self.manifest.state_dtype)
+        return tuple(self._state.absolute / scale for scale in scales)
 
     @property
     def _formats(self) -> dict[str, BlockFormat]:

@@ -38,7 +38,8 @@ class Noise:
         relative, absolute: a and b.
         steps: by how many steps of int8 what products read is moved; 0 where they are not in int8.
         blocks: by canonical name of a matrix that is multiplied with in int8, the columns that share a step.
-        state: what a state loses each time that it is written, always in the same direction.
+        state: part that a state loses each time that it is written, always in the same direction.
+        state_absolute: the same of its smallest numbers, for each head.
     """
 
     relative: float
@@ -46,6 +47,7 @@ class Noise:
     steps: float
     blocks: Mapping[str, int]
     state: float = 0.0
+    state_absolute: tuple[float, ...] = ()
 
 
 class NoisyCopies:
@@ -91,7 +93,12 @@ class NoisyCopies:
             direction: normally distributed, of their shape.
         """
         spread = state.abs() + state.square().mean((-2, -1), keepdim=True).sqrt()
-        return state + times * self._each("state", state) * spread * direction
+        least = torch.zeros(self.count, state.shape[1], dtype=state.dtype)
+        for i, noise in enumerate(self._noises):
+            if noise is not None and noise.state_absolute:
+                least[i] = torch.tensor(noise.state_absolute, dtype=state.dtype)
+        rows = least.repeat_interleave(len(state) // self.count, 0)[:, :, None, None]  # [copies * B, H, 1, 1]
+        return state + times * (self._each("state", state) * spread + rows) * direction
 
     def apart(self, y: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The model's own of values `[copies * B, ...]`, and of each noise the largest |difference|, `[B, ...]`."""

@@ -214,12 +214,15 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=20, help="random models")
     parser.add_argument("--seed", type=int, default=0, help="of the first; the next ones follow")
     parser.add_argument("--faults", action="store_true", help="plant every fault in each")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no further model after this long")
     parser.add_argument("--conformance", action="store_true", help="also the checkpoints of tests/data/conformance")
     given = parser.parse_args()
     torch.set_num_threads(1)
     tally, began = Tally(), time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="against-") as scratch:
         for seed in range(given.seed, given.seed + given.count):
+            if time.perf_counter() - began > 60 * given.minutes:
+                break
             print(f"seed {seed}, {time.perf_counter() - began:.0f} s", end="\r", file=sys.stderr, flush=True)
             try_model(tally, Path(scratch), seed, faults=given.faults)
         if given.conformance:
