@@ -106,7 +106,8 @@ def expectation(tokens: Array, at: Stand, cuts: tuple[int, ...]) -> Any:
 
 def failures(spoil: Spoil, config=BASE) -> tuple[set[str], set[str]]:
     """The checks that failed, and all."""
-    judge = AgainstRuns(config, Graphs(spoil), 0.0, 0, 0, "")
+    limits = {"state_relative": 0.0, "state_absolute": np.zeros(1), "margin": 1.0}
+    judge = AgainstRuns(config, Graphs(spoil), **limits, noise=0, written=0, suffix="")
     rng = np.random.default_rng(1)
     tokens = rng.integers(1, 9, (1, LENGTH))
     judge.start(tokens, expectation(tokens, Graphs(spoil).zeros(1), start_cuts(LENGTH)))
