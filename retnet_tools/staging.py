@@ -223,6 +223,8 @@ def _claimed(target: Path, kind: str, room: str = "free space") -> Iterator[tupl
         made = [parent for parent in partial.parents if not parent.exists()]
         try:
             partial.parent.mkdir(parents=True, exist_ok=True)
+            if partial.parent == target:
+                _clear_beside(target)
             with lock_file(lock, target):
                 try:
                     yield target, partial
@@ -234,6 +236,19 @@ def _claimed(target: Path, kind: str, room: str = "free space") -> Iterator[tupl
                 with suppress(OSError):
                     parent.rmdir()
             raise
+
+
+def _clear_beside(folder: Path) -> None:
+    """Remove what a run left beside a folder that was not there when it began.
+
+    Raises:
+        UsageError: it is still at work.
+    """
+    lock = folder.with_name(f".{folder.name}.lock")
+    with suppress(OSError):
+        if lock.exists():
+            with lock_file(lock, folder):
+                remove_path(folder.with_name(f".{folder.name}.partial"))
 
 
 @contextmanager

@@ -101,6 +101,19 @@ def test_what_a_killed_process_left_is_removed_by_the_next(name: str, there: boo
     assert names(tmp_path) == sorted([name, *(path.name for path in mine)])
 
 
+def test_what_lies_beside_a_folder_goes_away_too_unless_somebody_is_at_work_there(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with other_process(target) as process:
+        target.mkdir()
+        with pytest.raises(UsageError, match="another process writes to"):
+            write_folder(target)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert names(tmp_path) == [".out.lock", ".out.partial", "out"]
+    write_folder(target)
+    assert names(tmp_path) == ["out"]
+
+
 def test_a_lock_belongs_to_a_process_and_not_to_its_number(tmp_path: Path) -> None:
     """A lock file with nobody behind it means nothing, whatever it says."""
     (tmp_path / ".out.lock").write_text(str(os.getppid()))
