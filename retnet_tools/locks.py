@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from retnet_tools.errors import UsageError
 
@@ -31,44 +32,51 @@ def lock_file(path: Path, target: Path) -> Iterator[None]:
         UsageError: another process holds it.
         OSError: the file cannot be made.
     """
-    handle = _acquire(path, target)
+    file = _acquire(path, target)
     try:
         yield
     finally:
         # Windows removes no open file.
         if sys.platform == "win32":
-            os.close(handle)
+            file.close()
         with suppress(OSError):
             path.unlink()
-        if sys.platform != "win32":
-            os.close(handle)
+        file.close()
 
 
-def _acquire(path: Path, target: Path) -> int:
+def _acquire(path: Path, target: Path) -> IO[bytes]:
+    """An open file with the lock; whoever lets go of it lets go of the lock."""
     while True:
-        handle, new = _open(path)
+        file, new = _open(path)
         try:
-            if not _lock(handle) and not new:
+            if not _lock(file.fileno()) and not new:
                 raise _busy(target, f"if none does, remove {path}: this file system has no locks")
             # Whoever held it may have removed the file that was opened here.
-            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
-                return handle
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
         except BlockingIOError as error:
-            os.close(handle)
+            file.close()
             raise _busy(target, "wait for it, or name another output") from error
         except BaseException:
-            os.close(handle)
+            file.close()
             raise
-        os.close(handle)
+        file.close()
 
 
-def _open(path: Path) -> tuple[int, bool]:
-    """A handle of a file, and whether it was made now."""
+def _open(path: Path) -> tuple[IO[bytes], bool]:
+    """A file, and whether it was made now. One of another user's can be locked by who may read it."""
+    flags, no_link = os.O_RDWR, getattr(os, "O_NOFOLLOW", 0)
     while True:
         with suppress(FileExistsError):
-            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
-        with suppress(FileNotFoundError):
-            return os.open(path, os.O_RDWR), False
+            return os.fdopen(os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666), "r+b", 0), True
+        try:
+            return os.fdopen(os.open(path, flags | no_link), "r+b" if flags == os.O_RDWR else "rb", 0), False
+        except FileNotFoundError:
+            continue
+        except PermissionError:
+            if flags != os.O_RDWR:
+                raise
+            flags = os.O_RDONLY
 
 
 def _lock(handle: int) -> bool:

@@ -2,27 +2,35 @@
 
 An output is made in a hidden place, `.<name>.partial`, beside its target, or inside it where the target is a folder
 already (which may be a mount, or lie where nothing else may be written). It is flushed to the disk, then renamed into
-place, the marker of a folder last. `.<name>.lock` beside the partial one is locked meanwhile: of two runs one wins, and
-the other says so. The system drops the lock of a process that dies, so what lies there without one is abandoned, and
-the next run for the same target removes it. `.<name>.publishing` tells a folder of ours whose files are being replaced
-from one of somebody else's.
+place (`retnet_tools.replacing`, where it replaces another folder's files). `.<name>.lock` beside the partial one is
+locked meanwhile: of two runs one wins, and the other says so. The system drops the lock of a process that dies, so what
+lies there without one is abandoned, and the next run for the same target removes it.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
-import sys
-import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from retnet_tools.console import LOG
-from retnet_tools.errors import InputError, OutputError, UsageError
+from retnet_tools.disk import (
+    check_place,
+    flush,
+    hidden_path,
+    is_hidden,
+    make_folders,
+    real_path,
+    remove_path,
+    sync,
+    writing_to,
+)
+from retnet_tools.errors import OutputError, UsageError
 from retnet_tools.locks import lock_file
+from retnet_tools.replacing import check_names, finish_replacing, is_being_replaced, replace_files
 
 
 @contextmanager
@@ -39,7 +47,7 @@ def staged_folder(
     """A folder to write files into; they appear in `target` at the end, `marker` last.
 
     On any error it is removed, with every folder that was made for it. In a target that is replaced, files of other
-    names are never touched.
+    names are never touched, but for those that `stale` names.
 
     Args:
         target: the folder to make; a link is followed.
@@ -53,9 +61,15 @@ def staged_folder(
         OutputError: the disk is too small or becomes full, or writing is not allowed.
         InputError: a file elsewhere cannot be read.
     """
-    with _claimed(target, "a folder", f"{required_bytes / 1e9:.2f} GB free") as (target, partial):
+
+    def check() -> None:
         check_folder(target, marker=marker, force=force, source=source, ours=ours)
-        remove_path(partial)
+
+    with _claimed(target, "a folder", f"{required_bytes / 1e9:.2f} GB free") as (path, partial):
+        finish_replacing(path)
+        check()
+        replaced = () if partial.parent != path else tuple(stale())
+        check_names(path, replaced)
         partial.mkdir()
         free = shutil.disk_usage(partial).free
         if free < required_bytes:
@@ -65,14 +79,16 @@ def staged_folder(
                 "free space or choose another -o",
             )
         yield partial
+        # Somebody who does not know the lock may have come meanwhile.
+        check()
         for file in partial.iterdir():
-            _sync(file)
-        _sync(partial)
-        if partial.parent == target:
-            _replace_files(partial, target, marker, stale())
+            sync(file)
+        if partial.parent == path:
+            replace_files(partial, path, marker, replaced)
         else:
-            partial.rename(target)
-            _sync(target.parent)
+            sync(partial)
+            partial.rename(path)
+            sync(path.parent)
     LOG.debug("wrote %s", target)
 
 
@@ -84,35 +100,33 @@ def staged_file(target: Path, *, force: bool) -> Iterator[Path]:
         UsageError, OutputError: as `check_file`, or another process writes to it.
         OutputError: the disk becomes full, or writing is not allowed.
     """
-    with _claimed(target, "a file") as (target, partial):
+    with _claimed(target, "a file") as (path, partial):
         check_file(target, force=force)
-        remove_path(partial)
         yield partial
-        _sync(partial)
-        os.replace(partial, target)
-        _sync(target.parent)
+        check_file(target, force=force)
+        _put(partial, path)
 
 
 @contextmanager
 def appended_file(target: Path) -> Iterator[IO[bytes]]:
-    """A file to write more to, for one process at a time; one made here goes away if it stays empty.
+    """A file to write more to, for one process at a time; if that fails, one that was made here and is empty goes away.
 
     Raises:
         UsageError: another process writes to it.
         OutputError: the target is no file, the disk becomes full, or writing is not allowed.
     """
-    with _claimed(target, "a file") as (target, _):
+    with _claimed(target, "a file") as (path, _):
         check_file(target, force=True)
-        new = not target.exists()
+        new = not path.exists()
         try:
-            with target.open("ab") as file:
+            with path.open("ab") as file:
+                sync(path.parent)
                 yield file
                 flush(file)
-            _sync(target.parent)
         except BaseException:
             with suppress(FileNotFoundError):
-                if new and not target.stat().st_size:
-                    target.unlink()
+                if new and not path.stat().st_size:
+                    path.unlink()
             raise
 
 
@@ -126,9 +140,9 @@ def locked(target: Path) -> Iterator[None]:
     """
     with ExitStack() as stack:
         with writing_to(target, "a place"):
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_folders(target.parent)
             # Beside it, whether or not it is a folder by now.
-            stack.enter_context(lock_file(target.with_name(f".{target.name}.lock"), target))
+            stack.enter_context(lock_file(hidden_path(target, "lock", target.parent), target))
         yield
 
 
@@ -139,22 +153,14 @@ def whole_file(target: Path) -> Iterator[Path]:
     Raises:
         OutputError: the disk becomes full, or writing is not allowed.
     """
-    partial = _hidden(target, "partial")
+    partial = hidden_path(target, "partial", target.parent)
     try:
         with writing_to(target, "a file"):
             yield partial
-            _sync(partial)
-            os.replace(partial, target)
-            _sync(target.parent)
+            _put(partial, target)
     except BaseException:
         remove_path(partial)
         raise
-
-
-def flush(file: IO[bytes]) -> None:
-    """Put what was written to a file on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def check_file(target: Path, *, force: bool) -> None:
@@ -164,12 +170,14 @@ def check_file(target: Path, *, force: bool) -> None:
         UsageError: it exists and `force` is off.
         OutputError: it is a folder, or nothing can be written there.
     """
-    if target.exists() and not target.is_file():
-        what = "a folder" if target.is_dir() else "no regular file"
+    path = real_path(target)
+    _check_name(path)
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "no regular file"
         raise OutputError(f"{target} is {what}", "a file to write", "name another output")
-    if target.exists() and not force:
+    if path.exists() and not force:
         raise _exists(target)
-    _check_place(target.resolve().parent)
+    check_place(path.parent)
 
 
 def check_folder(
@@ -185,56 +193,61 @@ def check_folder(
         UsageError: it exists and `force` is off, or it is the source or holds it, under whatever name.
         OutputError: it holds something, but not the marker: it is somebody else's; or nothing can be written there.
     """
-    path = target.resolve()
+    path = real_path(target)
+    _check_name(path)
     origin = None if source is None or not source.exists() else source.resolve()
     if origin is not None and path.exists() and path in (origin, *origin.parents):
         raise UsageError(f"{target} is both input and output", "another output", "name one with -o")
     if path.exists() and not path.is_dir():
         raise OutputError(f"{target} is a file", "a folder", "name another output")
-    hidden = {_hidden(path, kind).name for kind in ("lock", "partial", "publishing")}
-    if path.exists() and any(file.name not in hidden for file in path.iterdir()):
+    own = [hidden_path(path, kind, path) for kind in ("lock", "partial", "ready")]
+    with writing_to(path, "a folder"):
+        found = path.exists() and any(file not in own for file in path.iterdir())
+    if found:
         if not force:
             raise _exists(target)
-        if not any((path / name).is_file() for name in (marker, *ours, _hidden(path, "publishing").name)):
+        if not any((path / name).is_file() for name in (marker, *ours)) and not is_being_replaced(path):
             raise OutputError(
                 f"{target} is not a folder that this command wrote (no {marker})", action="remove it yourself"
             )
-    _check_place(path)
+    check_place(path)
 
 
 def _exists(target: Path) -> UsageError:
     return UsageError(f"{target} exists already", action="name another output with -o, or add --force to replace it")
 
 
-def _hidden(target: Path, kind: str) -> Path:
-    """A hidden path that belongs to a target: inside it where it is a folder, else beside it."""
-    return (target if target.is_dir() else target.parent) / f".{target.name}.{kind}"
+def _check_name(path: Path) -> None:
+    if is_hidden(path):
+        raise OutputError(f"{path.name} is a name for work that is not finished", "another", "name another output")
 
 
 @contextmanager
 def _claimed(target: Path, kind: str, room: str = "free space") -> Iterator[tuple[Path, Path]]:
-    """The target without links, and the path to make it at, while no other process can.
+    """The target without links, and the path to make it at, while no other process can; nothing is there yet.
 
     If the work fails, that path is removed, with the folders made for it.
     """
-    target = target.resolve()
-    partial, lock = _hidden(target, "partial"), _hidden(target, "lock")
-    with writing_to(target, kind, room):
-        made = [parent for parent in partial.parents if not parent.exists()]
+    path = real_path(target)
+    _check_name(path)
+    home = path if path.is_dir() else path.parent
+    partial = hidden_path(path, "partial", home)
+    with writing_to(path, kind, room):
+        made = make_folders(home)
         try:
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            if partial.parent == target:
-                _clear_beside(target)
-            with lock_file(lock, target):
+            if home == path:
+                _clear_beside(path)
+            with lock_file(hidden_path(path, "lock", home), path):
                 try:
-                    yield target, partial
+                    remove_path(partial)
+                    yield path, partial
                 except BaseException:
                     remove_path(partial)
                     raise
         except BaseException:
-            for parent in made:
+            for folder in made:
                 with suppress(OSError):
-                    parent.rmdir()
+                    folder.rmdir()
             raise
 
 
@@ -244,76 +257,17 @@ def _clear_beside(folder: Path) -> None:
     Raises:
         UsageError: it is still at work.
     """
-    lock = folder.with_name(f".{folder.name}.lock")
+    lock = hidden_path(folder, "lock", folder.parent)
     with suppress(OSError):
         if lock.exists():
             with lock_file(lock, folder):
-                remove_path(folder.with_name(f".{folder.name}.partial"))
+                remove_path(hidden_path(folder, "partial", folder.parent))
 
 
-@contextmanager
-def writing_to(target: Path, kind: str, room: str = "free space") -> Iterator[None]:
-    """Errors of the system as one line: the target should have been `kind`, and a full disk should have had `room`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OutputError(f"the disk is full: {target} not written", room, "free space") from error
-        reason = error.strerror or str(error)
-        if error.filename is not None and not _belongs(Path(os.fsdecode(error.filename)), target):
-            raise InputError(f"cannot read {os.fsdecode(error.filename)} ({reason})", "a readable file") from error
-        raise OutputError(f"cannot write {target} ({reason})", f"{kind} that can be written") from error
-
-
-def _belongs(path: Path, target: Path) -> bool:
-    """Whether a path is what is being written, in it, or one of the folders that it is written to."""
-    path = path.resolve()
-    mine = any(part.name.startswith(f".{target.name}.") for part in (path, *path.parents))
-    return mine or path == target or target in path.parents or path in target.parents
-
-
-def _check_place(folder: Path) -> None:
-    """Check that a folder, or the nearest one above it that exists, takes files."""
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir():
-        raise OutputError(f"{folder} is a file", "a folder to write to", "name another output")
-    with writing_to(folder, "a folder"):
-        tempfile.TemporaryFile(dir=folder).close()
-
-
-def _replace_files(partial: Path, target: Path, marker: str, stale: Collection[str]) -> None:
-    """Put the files of a folder into another, in place of those of the same names; without the marker until all are."""
-    publishing = _hidden(target, "publishing")
-    publishing.touch()
-    _sync(target)
-    for name in (marker, *stale):
-        (target / name).unlink(missing_ok=True)
-    _sync(target)
-    for name in sorted((file.name for file in partial.iterdir()), key=lambda name: name == marker):
-        if name == marker:
-            _sync(target)
-        os.replace(partial / name, target / name)
-    partial.rmdir()
-    publishing.unlink()
-    _sync(target)
-
-
-def _sync(path: Path) -> None:
-    """Put a file, or the names in a folder, on the disk."""
-    if sys.platform == "win32" and path.is_dir():
-        # Windows writes names through, and opens no folder.
-        return
-    handle = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def remove_path(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+def _put(partial: Path, path: Path) -> None:
+    """Put a file in the place of another, whose permissions it keeps."""
+    sync(partial)
+    with suppress(OSError):
+        shutil.copymode(path, partial)
+    os.replace(partial, path)
+    sync(path.parent)

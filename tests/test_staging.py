@@ -1,9 +1,11 @@
 """The writer of outputs: whole or absent, on the disk, one at a time, nobody else's touched."""
 
 import errno
+import json
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from retnet_tools import locks, staging
+from retnet_tools import locks, replacing, staging
 from retnet_tools.errors import InputError, OutputError, RetNetToolsError, UsageError
 from retnet_tools.staging import appended_file, check_file, check_folder, locked, staged_file, staged_folder, whole_file
 
@@ -160,7 +162,8 @@ class _Events:
 
     def seen(self) -> list[str]:
         """Without locks, and without the removal of what an earlier run may have left."""
-        return [event for event in self.done if not re.fullmatch(r"\w+ .*\.lock|unlink .*\.partial", event)]
+        done = self.done[next(i for i, event in enumerate(self.done) if event in ("fsync weights", "fsync done")) :]
+        return [event for event in done if not re.fullmatch(r"\w+ .*\.lock", event)]
 
     def _path(self, handle: int) -> str:
         return os.readlink(f"/proc/self/fd/{handle}")
@@ -193,11 +196,12 @@ def test_a_folder_that_is_replaced_has_its_marker_removed_first_and_written_last
     write_folder(tmp_path / "out", force=True, stale=("stale",))
     done = events.seen()
     assert sorted(done[:2]) == ["fsync done", "fsync weights"]
-    assert done[2:] == [
-        *("fsync .out.partial", "fsync out"),
-        *("unlink done", "unlink stale", "fsync out"),
-        *("replace weights", "fsync out", "replace done", "unlink .out.publishing", "fsync out"),
+    assert done[2:8] == [
+        *("fsync .plan.json", "fsync .out.partial", "rename .out.ready", "fsync out"),
+        *("unlink done", "unlink stale"),
     ]
+    assert done[8:12] == ["fsync out", "replace weights", "fsync out", "replace done"]
+    assert [event for event in done[12:] if event.startswith("fsync")] == ["fsync out"] * 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of open files")
@@ -205,7 +209,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
     events = _Events(monkeypatch)
     with staged_file(tmp_path / "out.txt", force=False) as path:
         path.write_text("new")
-    done = events.seen()
+    done = [event for event in events.done if not event.startswith("unlink")]
     assert done == ["fsync .out.txt.partial", "replace out.txt", f"fsync {tmp_path.name}"]
     events.done.clear()
     with appended_file(tmp_path / "out.txt") as file:
@@ -227,15 +231,19 @@ def test_whenever_it_is_stopped_a_folder_is_whole_or_says_that_it_is_not(there: 
         root.mkdir()
         if there:
             write_folder(target, "old")
+            (target / "stale").write_text("old")
+            (target / "mine").write_text("mine")
         stop = _dies_at_line(lines)
         try:
             with stop:
-                write_folder(target, force=there)
+                write_folder(target, force=there, stale=("stale",))
         except _Stop:
             if (target / "done").exists():
                 assert (target / "done").read_text() == (target / "weights").read_text()
-            write_folder(target, "again", force=target.exists())
-            assert names(target) == ["done", "weights"]
+                assert (target / "stale").exists() == ((target / "done").read_text() == "old")
+            begun = there and not (target / "done").exists()
+            write_folder(target, "again", force=target.exists(), stale=() if begun else ("stale",))
+            assert names(target) == ["done", *["mine"] * there, "weights"]
             assert names(root) == ["out"]
             lines += 1
         else:
@@ -250,7 +258,7 @@ def _dies_at_line(number: int) -> Iterator[None]:
 
     def trace(frame, event, argument):
         nonlocal count
-        if frame.f_code.co_filename != staging.__file__:
+        if frame.f_code.co_filename not in (staging.__file__, replacing.__file__):
             return None
         if event == "line":
             count += 1
@@ -430,3 +438,156 @@ def test_threads_of_one_process_exclude_each_other_too(tmp_path: Path) -> None:
         thread.join()
     assert "another process writes to" in str(found[0])
     assert (tmp_path / "x.txt").read_text() == "one"
+
+
+def test_a_stop_between_two_files_is_put_off_until_all_are_in_place(tmp_path: Path, monkeypatch) -> None:
+    write_folder(tmp_path / "out", "old")
+    replace, stopped = os.replace, []
+
+    def interrupted(*paths: object) -> None:
+        if not stopped:
+            stopped.append(1)
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(tmp_path / "out", force=True)
+    assert names(tmp_path / "out") == ["done", "weights"]
+    assert (tmp_path / "out" / "weights").read_text() == (tmp_path / "out" / "done").read_text() == "new"
+
+
+def test_a_failure_between_two_files_loses_neither_and_the_next_run_goes_on(tmp_path: Path, monkeypatch) -> None:
+    """As where another program has a file open, on Windows."""
+    target = tmp_path / "out"
+    write_folder(target, "old")
+
+    def busy(*paths: object) -> None:
+        raise PermissionError(errno.EACCES, "in use", os.fspath(target / "weights"))
+
+    monkeypatch.setattr(os, "replace", busy)
+    with pytest.raises(OutputError, match="in use"):
+        write_folder(target, force=True)
+    monkeypatch.undo()
+    assert (target / ".out.ready" / "weights").read_text() == "new"
+    with pytest.raises(UsageError, match="exists already"):
+        write_folder(target, "third")
+    assert names(target) == ["done", "weights"]
+    assert (target / "weights").read_text() == (target / "done").read_text() == "new"
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hosts", "..", "", "a/b"])
+@pytest.mark.parametrize("where", ["stale", "marker", "not json"])
+def test_a_plan_of_somebody_elses_leads_nowhere(name: str, where: str, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    (target / ".out.ready").mkdir(parents=True)
+    (tmp_path / "secret").write_text("mine")
+    plan = {"marker": name, "stale": []} if where == "marker" else {"marker": "done", "stale": [name]}
+    text = name if where == "not json" else json.dumps(plan)
+    (target / ".out.ready" / ".plan.json").write_text(text)
+    (target / ".out.ready" / "done").write_text("theirs")
+    with pytest.raises(OutputError):
+        write_folder(target, force=True)
+    assert (tmp_path / "secret").read_text() == "mine"
+
+
+def test_a_folder_in_the_place_of_a_file_is_found_before_the_work_or_changes_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    write_folder(target, "old")
+    (target / "stale").mkdir()
+    with pytest.raises(OutputError, match="stale is not a file of"):
+        write_folder(target, force=True, stale=("stale",))
+    (target / "weights").unlink()
+    (target / "weights").mkdir()
+    with pytest.raises(OutputError, match="weights is not a file of"):
+        write_folder(target, force=True)
+    assert (target / "done").read_text() == "old"
+
+
+def test_what_appears_meanwhile_is_not_replaced_without_force(tmp_path: Path) -> None:
+    file = staged_file(tmp_path / "a.txt", force=False)
+    with pytest.raises(UsageError, match="exists already"), file as path:
+        _write_both(path, tmp_path / "a.txt")
+    (tmp_path / "out").mkdir()
+    folder = staged_folder(tmp_path / "out", marker="done", required_bytes=0, force=False)
+    with pytest.raises(UsageError, match="exists already"), folder as path:
+        _write_both(path / "done", tmp_path / "out" / "README.md")
+    assert names(tmp_path / "out") == ["README.md"]
+
+
+def _write_both(mine: Path, theirs: Path) -> None:
+    mine.write_text("new")
+    theirs.write_text("theirs")
+
+
+def test_a_file_keeps_its_permissions(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+    (tmp_path / "a").chmod(0o600)
+    with staged_file(tmp_path / "a", force=True) as path:
+        path.write_text("new")
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("length", [240, 248, 255])
+@pytest.mark.parametrize("there", [False, True])
+def test_long_names_work_as_others_do(length: int, there: bool, tmp_path: Path) -> None:
+    target = tmp_path / ("x" * length)
+    if there:
+        target.mkdir()
+    check_folder(target, marker="done", force=False)
+    write_folder(target)
+    write_folder(target, force=True)
+    assert names(target) == ["done", "weights"]
+    with staged_file(tmp_path / ("y" * length), force=False) as path:
+        path.write_text("new")
+    assert len(names(tmp_path)) == 2
+
+
+def test_names_of_unfinished_work_are_no_outputs(tmp_path: Path) -> None:
+    for kind in ("partial", "ready", "lock", "unfinished"):
+        with pytest.raises(OutputError, match="a name for work that is not finished"):
+            check_folder(tmp_path / f".x.{kind}", marker="done", force=True)
+        with pytest.raises(OutputError, match="a name for work that is not finished"):
+            write_folder(tmp_path / f".x.{kind}")
+
+
+def test_links_that_lead_nowhere_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / ".out.lock").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OutputError, match=r"cannot write .*out"):
+        write_folder(tmp_path / "out")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for check in (
+        lambda: check_file(tmp_path / "loop" / "a", force=True),
+        lambda: write_folder(tmp_path / "loop" / "a"),
+    ):
+        with pytest.raises(OutputError, match=r"cannot write .*loop"):
+            check()
+
+
+def test_a_lock_that_another_user_left_can_be_taken(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / ".out.lock").write_text("")
+    opened = os.open
+
+    def refused(path: object, flags: int, *mode: int) -> int:
+        if os.fspath(path).endswith(".lock") and flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, "Permission denied", path) if not flags & os.O_EXCL else FileExistsError
+        return opened(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", refused)
+    write_folder(tmp_path / "out")
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EBADF, errno.EACCES])
+def test_a_folder_that_cannot_be_synced_is_no_failure(code: int, tmp_path: Path, monkeypatch) -> None:
+    fsync = os.fsync
+
+    def refuse(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(code, os.strerror(code))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    write_folder(tmp_path / "out")
+    write_folder(tmp_path / "out", force=True)
+    assert names(tmp_path / "out") == ["done", "weights"]

@@ -6,7 +6,7 @@ import hashlib
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from retnet_tools.formats.content import INDEX_SUFFIX
 from retnet_tools.inputs import load_json, open_input
 
 _BLOCK = 1 << 22
+SAFETENSORS_SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,23 @@ def require_intact(checks: Sequence[FileCheck]) -> None:
     bad = [check for check in checks if check.problem]
     if bad:
         more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise InputError(f"{bad[0].file} {bad[0].problem}{more}", f"what was written ({bad[0].how})", "fetch it again")
+        action = "fetch it or make it again"
+        raise InputError(f"{bad[0].file} {bad[0].problem}{more}", f"what was written ({bad[0].how})", action)
 
 
-def check_records(folder: Path, files: Mapping[str, FileRecord], told: Callable[[int], None]) -> Iterator[FileCheck]:
-    """Hold the files of an export to the record in its manifest."""
+def check_records(
+    folder: Path, files: Mapping[str, FileRecord], read: Collection[str], told: Callable[[int], None]
+) -> Iterator[FileCheck]:
+    """Hold the files of an export to the record in its manifest, and what others read there to having a record.
+
+    Args:
+        read: names of files that somebody reads where they are there.
+    """
     for name, record in files.items():
         yield FileCheck(folder / name, "sha256", record.problem(folder / name, told))
+    for name in sorted(set(read) - files.keys()):
+        if (folder / name).exists():
+            yield FileCheck(folder / name, "none", "is in no record")
 
 
 def check_checkpoint(files: Sequence[Path], told: Callable[[int], None]) -> Iterator[FileCheck]:
@@ -97,13 +108,13 @@ def check_checkpoint(files: Sequence[Path], told: Callable[[int], None]) -> Iter
         blob = file.resolve()
         if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}|[0-9a-f]{40}", blob.name):
             yield _check_blob(file, blob, told)
-        elif zipfile.is_zipfile(file):
+        elif file.suffix != SAFETENSORS_SUFFIX and zipfile.is_zipfile(file):
             yield FileCheck(file, "crc32", _entry_problem(file, told))
         elif file.name.endswith(INDEX_SUFFIX):
             yield FileCheck(file, "size", _index_problem(file))
         else:
             told(file.stat().st_size)
-            yield FileCheck(file, "size" if file.suffix == ".safetensors" else "none")
+            yield FileCheck(file, "size" if file.suffix == SAFETENSORS_SUFFIX else "none")
 
 
 def _check_blob(file: Path, blob: Path, told: Callable[[int], None]) -> FileCheck:
@@ -115,14 +126,16 @@ def _check_blob(file: Path, blob: Path, told: Callable[[int], None]) -> FileChec
 
 
 def _entry_problem(file: Path, told: Callable[[int], None]) -> str:
-    with zipfile.ZipFile(file) as archive:
-        for info in archive.infolist():
-            try:
+    name = ""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for info in archive.infolist():
+                name = info.filename[:80]
                 with archive.open(info) as entry:
                     while block := entry.read(_BLOCK):
                         told(len(block))
-            except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-                return f"has a damaged entry {info.filename[:80]!r} ({error})"
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        return f"has a damaged entry {name!r} ({error})"
     return ""
 
 
@@ -132,7 +145,7 @@ def _index_problem(index: Path) -> str:
     metadata = document.get("metadata") if isinstance(document, dict) else None
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     shards = {index.parent / name for name in document["weight_map"].values()}
-    if type(total) is not int or any(shard.suffix != ".safetensors" for shard in shards):
+    if type(total) is not int or any(shard.suffix != SAFETENSORS_SUFFIX for shard in shards):
         return ""
     found = sum(shard.stat().st_size - 8 - _header_bytes(shard) for shard in shards)
     return "" if found == total else f"says {total} bytes in all, where its shards hold {found}"

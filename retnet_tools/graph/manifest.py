@@ -137,12 +137,19 @@ def parse_manifest(folder: Path) -> Manifest:
             graphs={_name(name): _border(graph) for name, graph in data["graphs"].items()},
             tokenizer_files=tuple(map(_name, data["tokenizer_files"])),
             device=data["device"],
-            files={_name(name): FileRecord.from_dict(record) for name, record in data.get("files", {}).items()},
+            files=_records(data),
         )
     except ConfigError as error:
         raise InputError(f"{path}: {error.found}", error.expected, EXPORT_AGAIN) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is not a manifest ({error})", "the JSON that export writes") from error
+
+
+def _records(data: Mapping[str, Any]) -> dict[str, FileRecord]:
+    records = {_name(name): FileRecord.from_dict(record) for name, record in data.get("files", {}).items()}
+    if records and (missing := {*data["graphs"], WEIGHTS_FILE, *data["tokenizer_files"]} - records.keys()):
+        raise ValueError(f"files has no record of {min(missing)}")
+    return records
 
 
 def _check_choice(path: Path, data: Mapping[str, Any], name: str, choices: Iterable[str]) -> None:

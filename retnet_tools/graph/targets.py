@@ -17,7 +17,8 @@ from retnet_tools.graph.decoders import PrefillBuilder, StepBuilder
 from retnet_tools.graph.genai import GenaiBuilder, genai_files, genai_notes
 from retnet_tools.graph.ops import OPERATOR_SETS, StandardOps
 from retnet_tools.tokenizing.carried import CarriedText
-from retnet_tools.tokenizing.special import TOKENIZER_CONFIG_FILE
+from retnet_tools.tokenizing.files import COMPANIONS, TOKENIZER_FILE
+from retnet_tools.tokenizing.special import GENERATION_FILE, TOKENIZER_CONFIG_FILE
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ TARGETS: dict[str, ExportTarget] = {
 }
 TARGET_FILES = (*(name for target in TARGETS.values() for name in target.graphs), contract.GENAI_CONFIG_FILE)
 """Files of any target: those that a new export in the same folder replaces or removes."""
+READ_FILES = (*TARGET_FILES, contract.WEIGHTS_FILE, TOKENIZER_FILE, *COMPANIONS, GENERATION_FILE)
+"""Files of an export that somebody reads where they are there."""
 TARGET_DEVICES: dict[str, TargetDevice] = {
     device.name: device
     for device in (

@@ -100,10 +100,11 @@ def _check_output(folder: Path, marker: str, *, force: bool) -> None:
     """
     from retnet_tools.formats import open_checkpoint
     from retnet_tools.formats.files import CONFIG_NAMES
+    from retnet_tools.replacing import is_being_replaced
     from retnet_tools.staging import check_folder
 
     check_folder(folder, marker=marker, force=force, ours=CONFIG_NAMES)
-    if any((folder / name).is_file() for name in CONFIG_NAMES):
+    if not is_being_replaced(folder) and any((folder / name).is_file() for name in CONFIG_NAMES):
         try:
             open_checkpoint(folder)
         except InputError as error:

@@ -31,8 +31,8 @@ class InspectRequest(CheckpointRequest):
     Attributes:
         checkpoint: an exported folder, or a checkpoint: a folder, a file, or a name on the hub.
         quick: do not read the tensors' data.
-        check: read every file, and hold it to the size and hash that were recorded when it was written; of a checkpoint
-            to what its files and index say.
+        check: hold every file to the size and hash that were recorded when it was written; those of a checkpoint to
+            what headers, index, checksums of a torch file and the hub's cache say of them.
     """
 
     _: KW_ONLY
@@ -161,6 +161,7 @@ def inspect_model(request: InspectRequest, model: StoredModel, progress: Progres
 def _check_files(model: StoredModel, progress: Progress) -> tuple[FileCheck, ...]:
     from retnet_tools.formats.integrity import check_checkpoint, check_records
     from retnet_tools.graph.contract import EXPORT_AGAIN, MANIFEST_FILE
+    from retnet_tools.graph.targets import READ_FILES
 
     if model.manifest is None:
         told = in_megabytes(progress, "check", sum(model.files.values()))
@@ -169,7 +170,7 @@ def _check_files(model: StoredModel, progress: Progress) -> tuple[FileCheck, ...
         found = f"{model.path / MANIFEST_FILE} has no sizes and hashes of its files"
         raise InputError(found, "an export of this version", EXPORT_AGAIN)
     told = in_megabytes(progress, "check", sum(record.bytes for record in records.values()))
-    return tuple(check_records(model.path, records, told))
+    return tuple(check_records(model.path, records, READ_FILES, told))
 
 
 def open_model(source: CheckpointSource) -> StoredModel:

@@ -98,13 +98,16 @@ def update_record(folder: Path, record: Quantization) -> None:
 
     Raises:
         InputError: not an exported folder.
+        UsageError: as `check_card`.
     """
+    check_card(folder)
     manifest = dataclasses.replace(read_manifest(folder), quantization=record)
     with staged_folder(folder, marker=MANIFEST_FILE, required_bytes=0, force=True) as partial:
         (partial / CARD_FILE).write_text(model_card(manifest), encoding="utf-8")
-        files = {**manifest.files, CARD_FILE: FileRecord.of(partial / CARD_FILE)}
-        text = dataclasses.replace(manifest, files=files).to_json()
-        (partial / MANIFEST_FILE).write_text(text, encoding="utf-8")
+        if manifest.files:
+            files = {**manifest.files, CARD_FILE: FileRecord.of(partial / CARD_FILE)}
+            manifest = dataclasses.replace(manifest, files=files)
+        (partial / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
 
 
 def _facts(manifest: Manifest, record: Quantization) -> list[tuple[str, str]]:

@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 
 from retnet_tools.config import RetNetConfig
+from retnet_tools.disk import make_folders, remove_path, writing_to
 from retnet_tools.errors import InputError
 from retnet_tools.graph.code_types import BlockFormat
 from retnet_tools.inputs import open_input
 from retnet_tools.quantize.blockwise import QuantizedRows
-from retnet_tools.staging import locked, remove_path, whole_file, writing_to
+from retnet_tools.staging import locked, whole_file
 from retnet_tools.version import __version__
 from retnet_tools.weights import Array, WeightSource
 
@@ -108,7 +109,7 @@ class Unfinished:
             if other != self.folder:
                 remove_path(other)
         with writing_to(self.folder, "a folder"):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folders(self.folder)
 
     def __contains__(self, name: str) -> bool:
         return (self.folder / name).is_file()

@@ -27,6 +27,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+from retnet_tools.disk import flush
 from retnet_tools.errors import InputError, OutputError, ProviderError, RetNetToolsError, UsageError
 from retnet_tools.graph.contract import MAX_POSITION
 from retnet_tools.inputs import MAX_DOCUMENT, open_input, parse_json
@@ -36,7 +37,7 @@ from retnet_tools.runtime.prompts import PREFILL_CHUNK_SIZE
 from retnet_tools.runtime.sampling import Sampling
 from retnet_tools.runtime.sequences import Sequences
 from retnet_tools.runtime.session import DecoderSession
-from retnet_tools.staging import appended_file, check_file, flush, staged_file
+from retnet_tools.staging import appended_file, check_file, staged_file
 
 DEFAULT_BATCH = 8
 _BEGINNING = b'{"index": '
@@ -122,7 +123,7 @@ def generate_bulk(
     """Answer every row of a file that has no answer yet.
 
     Args:
-        force: start over, whatever the output holds.
+        force: start over, whatever answers the output holds.
         retry_failed: take rows again whose answer is an error.
         progress: called as `(what, rows done, rows in all)`.
 
@@ -138,22 +139,45 @@ def generate_bulk(
     if retry_failed and output.exists() and not force:
         _forget_errors(prompts, digest, output)
     with appended_file(output) as file:
-        done, _, size = ({}, set(), 0) if force else _answers(output)
+        done: dict[int, str] = {}
+        size: int | None = 0
+        if force:
+            _check_replaced(output)
+        else:
+            done, _, size = _answers(output)
         total = _check(prompts, digest, done, output)
-        file.truncate(size)
         rows = _rows(prompts, digest)
         while batch := list(islice(rows, options.batch)):
             if progress is not None:
                 progress(f"{tokens} tokens", min(batch[0].index, total), total)
-            missing = [row for row in batch if row.index not in done]
-            answers = _answer(session, codec, batch, options) if missing else {}
+            if not (missing := [row for row in batch if row.index not in done]):
+                continue
+            answers = _answer(session, codec, batch, options)
+            if size is not None:
+                # What was there stays until there is something in its place.
+                file.truncate(size)
+                size = None
             for row in missing:
                 answer = answers[row.index]
                 _write(file, {"index": row.index, "id": _id(row), "key": row.key, **answer})
                 written, errors = written + 1, errors + ("error" in answer)
                 tokens += len(answer.get("tokens", ()))
             flush(file)
+        if size is not None:
+            file.truncate(size)
     return BulkSummary(total, written, total - written, errors, tokens, time.perf_counter() - began)
+
+
+def _check_replaced(output: Path) -> None:
+    """Check that a file that is to be written over begins as answers do, or is empty."""
+    with output.open("rb") as file:
+        beginning = file.read(len(_BEGINNING))
+    if beginning != _BEGINNING[: len(beginning)]:
+        raise _no_answers(output)
+
+
+def _no_answers(output: Path) -> InputError:
+    return InputError(f"{output} holds something else than answers", "what generate --prompts wrote", "name another -o")
 
 
 def _forget_errors(prompts: Path, digest: str, output: Path) -> None:
@@ -185,9 +209,7 @@ def _answers(output: Path) -> tuple[dict[int, str], set[int], int]:
                         failed.add(_index(answer))
                     whole += len(line)
             except (ValueError, KeyError, TypeError) as error:
-                raise InputError(
-                    f"{output} holds something else than answers", "what generate --prompts wrote", "name another -o"
-                ) from error
+                raise _no_answers(output) from error
     return done, failed, whole
 
 

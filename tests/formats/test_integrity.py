@@ -109,7 +109,7 @@ def test_entries_of_torch_files_have_checksums(tmp_path: Path) -> None:
     [(how, problem)] = problems(file)
     assert how == "crc32"
     assert "has a damaged entry 'model/data/0'" in problem
-    with pytest.raises(InputError, match=r"model\.pt has a damaged entry .*; fetch it again"):
+    with pytest.raises(InputError, match=r"model\.pt has a damaged entry"):
         require_intact(list(check_checkpoint([file], lambda count: None)))
 
 

@@ -107,7 +107,9 @@ def test_results_are_on_the_disk_before_they_have_their_name(tmp_path: Path, mon
     sync, rename = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: calls.append("fsync") or sync(file))
     monkeypatch.setattr(os, "replace", lambda *names: calls.append("replace") or rename(*names))
-    with Workplace(tmp_path).open("gptq", "0" * 64).writing("states") as path:
+    work = Workplace(tmp_path).open("gptq", "0" * 64)
+    calls.clear()
+    with work.writing("states") as path:
         path.write_text("all")
     assert calls == ["fsync", "replace", "fsync"]
 

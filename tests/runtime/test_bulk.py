@@ -288,6 +288,29 @@ def test_an_output_that_another_run_writes_to_is_refused(
     assert run(session, prompts, out).written == 0
 
 
+def test_force_keeps_what_is_there_until_there_is_an_answer_and_takes_no_file_of_another_kind(
+    session: DecoderSession, prompts: Path, tmp_path: Path, monkeypatch
+) -> None:
+    out, thesis = tmp_path / "out.jsonl", tmp_path / "thesis.tex"
+    run(session, prompts, out)
+    before = out.read_bytes()
+    thesis.write_text("mine")
+    with pytest.raises(InputError, match="holds something else than answers"):
+        run(session, prompts, thesis, force=True)
+    assert thesis.read_text() == "mine"
+
+    def fail(*arguments: object) -> None:
+        raise ProviderError("the device is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bulk, "_answer", fail)
+        with pytest.raises(ProviderError):
+            run(session, prompts, out, force=True)
+    assert out.read_bytes() == before
+    run(session, prompts, out, force=True)
+    assert out.read_bytes() == before
+
+
 @pytest.mark.slow
 def test_hundreds_of_prompts_killed_again_and_again_are_each_answered_once(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(FIXTURE)
