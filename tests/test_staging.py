@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -334,6 +335,18 @@ def test_nothing_is_left_of_work_that_fails(error: type[BaseException], tmp_path
     with pytest.raises(error), appended_file(tmp_path / "e" / "f.txt"):
         raise error
     assert names(tmp_path) == []
+
+
+def test_what_was_appended_stays_when_a_run_is_stopped(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), appended_file(tmp_path / "out.jsonl") as file:
+        _append_half(file)
+    assert (tmp_path / "out.jsonl").read_bytes() == b"one answer"
+    assert names(tmp_path) == ["out.jsonl"]
+
+
+def _append_half(file: IO[bytes]) -> None:
+    file.write(b"one answer")
+    raise KeyboardInterrupt
 
 
 def _write_half(path: Path, error: type[BaseException]) -> None:
