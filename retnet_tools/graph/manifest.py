@@ -24,6 +24,7 @@ from retnet_tools.graph.contract import (
 from retnet_tools.graph.quantization import Quantization
 from retnet_tools.graph.targets import TARGET_DEVICES
 from retnet_tools.inputs import load_json, part_path
+from retnet_tools.replacing import is_being_replaced
 
 SCHEMA_VERSION = 1
 FLOATS = ("float32", "float16", "bfloat16")
@@ -116,7 +117,9 @@ def parse_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_FILE
     if not path.is_file():
         expected = "a folder written by `retnet-tools export`"
-        raise InputError(f"{folder} has no {MANIFEST_FILE}", expected, "export the checkpoint first")
+        stopped = is_being_replaced(folder)
+        action = "run the command that was stopped here again" if stopped else "export the checkpoint first"
+        raise InputError(f"{folder} has no {MANIFEST_FILE}", expected, action)
     try:
         data = load_json(path, "the JSON that export writes", EXPORT_AGAIN)
         version = data["schema_version"]
