@@ -98,7 +98,7 @@ class FakeGpu:
         }
         command = [sys.executable, *(("-c", program) if not program.startswith("-m ") else program.split())]
         result = subprocess.run(
-            [*command, *map(str, arguments)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120
+            [*command, *map(str, arguments)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600
         )
         if check:
             assert result.returncode == 0, result.stderr

@@ -22,7 +22,7 @@ REFERENCE_TOLERANCE = 1e-6
 
 def made(number: str, folder: Path) -> Path:
     subprocess.run(
-        [sys.executable, CASES / f"make_{number}.py", folder], check=True, stdout=subprocess.DEVNULL, timeout=100
+        [sys.executable, CASES / f"make_{number}.py", folder], check=True, stdout=subprocess.DEVNULL, timeout=600
     )
     return folder
 

@@ -133,7 +133,7 @@ def test_shards_of_several_ranks(tmp_path: Path) -> None:
     commands = [[sys.executable, str(script), str(folder), str(r), str(world), str(port)] for r in range(world)]
     ranks = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
     for rank in ranks:
-        _, errors = rank.communicate(timeout=300)
+        _, errors = rank.communicate(timeout=600)
         assert rank.returncode == 0, errors
     whole = torch.load(folder / "whole.pt")
     assert len(list(folder.glob("__*.distcp"))) >= world
