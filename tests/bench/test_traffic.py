@@ -21,6 +21,7 @@ from retnet_tools.quantize.plan import plan_blocks
 from retnet_tools.quantize.steps import write_quantized
 from tests.exports import checkpoint
 from tests.helpers import ABLATIONS, BASE, random_source
+from tests.pairs import pairwise
 
 SCHEMES = {
     "float": None,
@@ -39,9 +40,7 @@ def written(config: RetNetConfig, folder: Path, scheme: Scheme | None, dtype: st
     return folder
 
 
-@pytest.mark.parametrize("ops", ["fused", "standard"])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(("scheme", "dtype", "ops"), pairwise(SCHEMES, ["float32", "float16"], ["fused", "standard"]))
 def test_weights_of_a_step_are_those_of_the_file_within_two_per_cent(
     scheme: str, dtype: str, ops: str, tmp_path: Path
 ) -> None:
