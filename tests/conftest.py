@@ -24,6 +24,9 @@ for variable in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "PY_COLORS", "TT
     os.environ.pop(variable, None)
 # A shell starts what runs in the background with SIGINT ignored, and so would be the processes that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# `nohup` ignores SIGHUP: so do these tests then, and not what they start, which takes no handler along.
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 # How long an example takes says how busy the machine is.
 settings.register_profile("anywhere", derandomize="CI" in os.environ, deadline=None)
 settings.load_profile("anywhere")
