@@ -10,7 +10,7 @@ import typer
 
 from retnet_tools.cli import options
 from retnet_tools.cli.command import command
-from retnet_tools.errors import OutputError, UsageError
+from retnet_tools.errors import RetNetToolsError, UsageError
 from retnet_tools.jobs.verify_request import FORMS_ALONE, VerifyRequest
 
 
@@ -70,11 +70,11 @@ def verify(
         print_json(agreement_document(result)) if as_json else render_agreement(result)
     else:
         print_json(against_document(result)) if as_json else render_against(result)
-    unwritten = None
+    unwritten: RetNetToolsError | None = None
     if junit is not None:
         try:
             write_junit(result, junit, force=force)
-        except OutputError as error:
+        except RetNetToolsError as error:
             unwritten = error
             print_message(f"the report was not written: {error}")
     result.require()
