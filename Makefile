@@ -12,7 +12,7 @@ OUT := out/shakespeare-onnx
 # A GPU host may have no network: its own Python will do, where it has the packages.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: demo test lint mutants kills against bench bench-gpu clean
+.PHONY: demo test lint mutants kills against fuzz bench bench-gpu clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -44,6 +44,11 @@ against: .venv/.installed
 
 kills: .venv/.installed
 	$(BIN)/python -m tests.trials.kills --kills 200 --disks 40
+
+# Readers of strangers' files, for half an hour; `--target`, `--seed` and `--minutes` are options of FUZZ.
+fuzz: .venv/.installed
+	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[test,fuzz]'
+	$(BIN)/python -m tests.trials.fuzz --minutes 30 --seed 1 $(FUZZ)
 
 # The official decoder is an alternative too; it comes without what it depends on.
 out/torchscale: .venv/.installed

@@ -14,9 +14,11 @@ from typing import Any
 
 from retnet_tools.errors import ConfigError, InputError
 from retnet_tools.fields import check_not_negative, check_positive, check_size, from_json
+from retnet_tools.inputs import read_words
 
 BUDGET_SCHEMA_VERSION = 1
 MOST_BYTES = 1 << 20
+MOST_COLUMNS = 500
 MOST_COPIES = 64
 
 
@@ -117,11 +119,11 @@ def read_budget(path: Path | None) -> AgainstBudget:
         budget: AgainstBudget = from_json(AgainstBudget, default)
         return budget
     try:
-        with path.open("rb") as file:
-            data = file.read(MOST_BYTES + 1)
-        if len(data) > MOST_BYTES:
-            raise InputError(f"{path} has more than {MOST_BYTES} bytes", "a budget")
-        given = tomllib.loads(data.decode())
+        text = read_words(path, MOST_BYTES)
+        # The library takes quadratic time for a key of many parts.
+        if max(map(len, text.splitlines()), default=0) > MOST_COLUMNS:
+            raise ConfigError(f"a line of more than {MOST_COLUMNS} characters", "a budget")
+        given = tomllib.loads(text)
         if "schema_version" not in given:
             raise ConfigError("no field schema_version", str(BUDGET_SCHEMA_VERSION))
         merged = _merged(default, given, "")
@@ -129,7 +131,7 @@ def read_budget(path: Path | None) -> AgainstBudget:
         _check_signs(merged, "")
     except ConfigError as error:
         raise InputError(f"{path}: {error.found}", error.expected, error.action) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({' '.join(str(error).split())})", "a budget in TOML") from error
     return budget
 

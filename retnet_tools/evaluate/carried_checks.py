@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,8 @@ from retnet_tools.formats.integrity import check_records
 from retnet_tools.graph.contract import GENAI_CONFIG_FILE, WEIGHTS_FILE
 from retnet_tools.graph.export import ExportPlan
 from retnet_tools.graph.manifest import Manifest
-from retnet_tools.tokenizing.files import COMPANIONS, TOKENIZER_FILE, load_tokenizer
+from retnet_tools.inputs import parse_json, read_input
+from retnet_tools.tokenizing.files import COMPANIONS, MAX_TOKENIZER, TOKENIZER_FILE, load_tokenizer
 from retnet_tools.tokenizing.special import GENERATION_FILE
 
 _TEXT_FILES = (TOKENIZER_FILE, *COMPANIONS, GENERATION_FILE)
@@ -63,7 +63,7 @@ def _differences(file: Path, expected: bytes, plan: ExportPlan) -> Iterator[str]
     if not file.is_file():
         yield "missing"
         return
-    data = file.read_bytes()
+    data = read_input(file, MAX_TOKENIZER)
     if data == expected:
         return
     if file.name == TOKENIZER_FILE and TOKENIZER_FILE in plan.text.made:
@@ -75,8 +75,8 @@ def _differences(file: Path, expected: bytes, plan: ExportPlan) -> Iterator[str]
             yield error.found
             return
     try:
-        found, own = (_settled(file.name, json.loads(text)) for text in (data, expected))
-    except (ValueError, RecursionError):
+        found, own = (_settled(file.name, parse_json(text)) for text in (data, expected))
+    except (ValueError, LookupError, TypeError, AttributeError):
         yield "other bytes"
         return
     if isinstance(own, Mapping) and isinstance(found, Mapping):

@@ -11,6 +11,7 @@ from retnet_tools.errors import InputError, UsageError
 from retnet_tools.evaluate.logits import TokenReader
 from retnet_tools.runtime.codec import IdCodec
 from retnet_tools.tokenizing.files import find_tokenizer
+from retnet_tools.tokenizing.library import encoding
 from retnet_tools.tokenizing.token_ids import check_vocabulary
 from retnet_tools.weights import Array
 
@@ -67,9 +68,9 @@ def read_tokens(
     else:
         search = find_tokenizer(source.tokenizer_files, source.vocab_size)
         tokenizer = search.require(f"a text for {source.name}", "add one, or give token ids: --token-ids").tokenizer
-        encoding = tokenizer.encode(text)
-        ids = np.array(encoding.ids, dtype=np.int64)
-        sizes = byte_sizes(text, np.array([end for _, end in encoding.offsets], dtype=np.int64))[:limit]
+        encoded = encoding(tokenizer, text)
+        ids = np.array(encoded.ids, dtype=np.int64)
+        sizes = byte_sizes(text, np.array([end for _, end in encoded.offsets], dtype=np.int64))[:limit]
         notes = () if baseline is None else _check_tokenizer(tokenizer, source, baseline, text, ids)
     ids = ids[:limit]
     if start_token is not None:

@@ -33,6 +33,7 @@ from retnet_tools.graph.folder import (
 from retnet_tools.graph.manifest import Manifest, parse_manifest, read_manifest
 from retnet_tools.graph.quantization import Quantization
 from retnet_tools.graph.weight_tensors import BuiltGraph, WeightTensor
+from retnet_tools.inputs import read_words
 from retnet_tools.staging import staged_folder
 from retnet_tools.tokenizing.carried import CarriedText, carried_text
 from retnet_tools.tokenizing.files import TOKENIZER_FILE, load_tokenizer
@@ -143,7 +144,7 @@ def plan_of_export(folder: Path) -> ExportPlan:
         manifest.ops,
         graphs,
         text,
-        files={name: (folder / name).read_text(encoding="utf-8") for name in made},
+        files={name: read_words(folder / name) for name in made},
         notes=export_notes(checkpoint, text, target, manifest.dtype, manifest.state_dtype),
         provenance=manifest.provenance,
         device=manifest.device,
@@ -310,5 +311,5 @@ def _text(folder: Path, manifest: Manifest) -> CarriedText:
     copies = tuple(folder / name for name in manifest.tokenizer_files)
     generation = folder / GENERATION_FILE
     tokenizer = load_tokenizer(folder / TOKENIZER_FILE) if folder / TOKENIZER_FILE in copies else None
-    made = {GENERATION_FILE: generation.read_text(encoding="utf-8")} if generation.is_file() else {}
+    made = {GENERATION_FILE: read_words(generation)} if generation.is_file() else {}
     return CarriedText(tokenizer, copies, made, SpecialTokens({}, {}, ()), ())

@@ -206,6 +206,8 @@ def check_graph(file: Path) -> onnx.ModelProto:
             parts += sum(len(node.input) + len(node.output) + len(node.attribute) for node in graph.node)
         if parts > MAX_PARTS or model.functions or graph.sparse_initializer:
             raise _no_graph(file, "functions, sparse tensors or too many nodes")
+        if any(isinstance(text, bytes) for text in _texts(graph)):
+            raise _no_graph(file, "a name that is not UTF-8")
         for tensor in _tensors(graph):
             needed = max(needed, _check_place(file, tensor))
     weights = file.parent / WEIGHTS_FILE
@@ -223,6 +225,15 @@ def _subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
         for attribute in node.attribute:
             for inner in (*attribute.graphs, *((attribute.g,) if attribute.HasField("g") else ())):
                 yield from _subgraphs(inner)
+
+
+def _texts(graph: onnx.GraphProto) -> Iterator[object]:
+    """Names and operators; protobuf leaves those as bytes that are not UTF-8."""
+    yield from (graph.name, *(value.name for value in (*graph.input, *graph.output, *graph.value_info)))
+    yield from (tensor.name for tensor in graph.initializer)
+    for node in graph.node:
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+        yield from (attribute.name for attribute in node.attribute)
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:

@@ -20,6 +20,7 @@ from retnet_tools.errors import UsageError
 from retnet_tools.graph.quantization import Calibration
 from retnet_tools.quantize.options import SEQUENCE
 from retnet_tools.tokenizing.files import find_tokenizer
+from retnet_tools.tokenizing.library import encoding
 from retnet_tools.tokenizing.text_files import text_pieces
 from retnet_tools.tokenizing.token_ids import check_vocabulary
 from retnet_tools.weights import Array
@@ -109,5 +110,5 @@ def _cut(tokenizer: Any, text: str) -> int:
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    ids: list[int] = encoding(tokenizer, text, add_special_tokens=False).ids
     return ids

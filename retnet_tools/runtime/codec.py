@@ -10,6 +10,7 @@ from typing import Any
 
 from retnet_tools.errors import InputError, UsageError
 from retnet_tools.tokenizing.files import TOKENIZER_FILE, load_tokenizer
+from retnet_tools.tokenizing.library import encoding
 from retnet_tools.tokenizing.special import special_tokens
 from retnet_tools.tokenizing.token_ids import check_vocabulary
 
@@ -38,7 +39,7 @@ class TextCodec:
         """
         if not text.isascii() and re.search("[\ud800-\udfff]", text):
             raise InputError("a prompt with half of a surrogate pair", "text in Unicode")
-        ids: list[int] = self._tokenizer.encode(text).ids
+        ids: list[int] = encoding(self._tokenizer, text).ids
         check_vocabulary(ids, self._vocab_size, self._tokenizer)
         return ids
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from retnet_tools.errors import InputError, RetNetToolsError
 
@@ -22,4 +23,14 @@ def library_errors(what: object) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
             raise
-        raise InputError(f"{what} cannot be read ({error})", "a tokenizer of the tokenizers library") from error
+        raise InputError(f"{what} cannot be used ({error})", "a tokenizer of the tokenizers library") from error
+
+
+def encoding(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> Any:
+    """The library's encoding of a text.
+
+    Raises:
+        InputError: a tokenizer that has no token for a part of it, and none for what it does not know.
+    """
+    with library_errors("the tokenizer"):
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)

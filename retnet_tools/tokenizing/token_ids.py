@@ -14,6 +14,7 @@ import numpy.typing as npt
 from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import RetNetToolsError, UsageError
 from retnet_tools.tokenizing.files import find_tokenizer
+from retnet_tools.tokenizing.library import encoding
 
 RANDOM_ROWS = 2
 
@@ -49,7 +50,7 @@ def choose_tokens(
     if text is None:
         return ChosenTokens(random_tokens(vocab_size, RANDOM_ROWS, length, seed), f"random, seed {seed}")
     tokenizer = find_tokenizer(tokenizer_files, vocab_size).require("a text").tokenizer
-    ids = tokenizer.encode(text).ids[:length]
+    ids = encoding(tokenizer, text).ids[:length]
     if not ids:
         raise UsageError("a text without tokens", "at least one token")
     check_vocabulary(ids, vocab_size, tokenizer)

@@ -98,6 +98,10 @@ def manifest_cases() -> Iterator[Case]:
             record = QUANTIZATION | {"calibration": calibration | {field: value}}
             change = document(MANIFEST, lambda d, r=record: d.update(quantization=r))
             yield Case("export", f"calibration.{field} = {value!r}", change, f"calibration.{field}")
+    bad = b'{"a": "\xff"}'
+    yield Case(
+        "export", "generation_config.json in Latin 1", replaced("generation_config.json", bad), "generation_config"
+    )
     yield from in_place_of("export", MANIFEST, STEP, "prefill.onnx", WEIGHTS)
 
 
@@ -150,6 +154,8 @@ def _of_graphs(kind: str) -> Iterator[Case]:
         yield case(f"a type {number}", lambda model, n=number: setattr(stored(model), "data_type", n))
     yield case("no place", lambda model: stored(model).ClearField("external_data"))
     yield case("a place twice", lambda model: void(stored(model).external_data.add(key="location", value=WEIGHTS)))
+    change = edited(STEP, lambda data: data.replace(b"input_ids", b"input\xff\xfes"))
+    yield Case(kind, "a name that is not UTF-8", change, STEP)
     yield case("functions", lambda model: void(model.functions.add(name="f", domain="d")))
     yield case("300,000 nodes", lambda model: void([model.graph.node.add() for _ in range(300_000)]))
     if kind == "run":  # what only onnxruntime finds

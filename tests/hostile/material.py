@@ -21,6 +21,7 @@ from safetensors.numpy import save
 from tokenizers import ByteLevelBPETokenizer
 
 from retnet_tools.errors import InputError
+from retnet_tools.evaluate.budget_file import default_budget_text, read_budget
 from retnet_tools.formats import open_checkpoint
 from retnet_tools.graph.code_types import BlockFormat
 from retnet_tools.graph.export import plan_of_export
@@ -39,6 +40,7 @@ from retnet_tools.runtime.session import DecoderSession
 from retnet_tools.runtime.state_file import capture, read_state, write_state
 from retnet_tools.tokenizing.carried import carried_text
 from retnet_tools.tokenizing.files import find_tokenizer
+from retnet_tools.tokenizing.library import encoding
 from retnet_tools.tokenizing.text_files import read_text
 from tests.exports import export
 from tests.formats.cases import CONFORMANCE, SETTINGS, small_tensors
@@ -239,7 +241,7 @@ def load_state(folder: Path) -> None:
 
 def read_tokenizer(folder: Path) -> None:
     files = sorted(folder.iterdir())
-    find_tokenizer(files, 300).require("a text").tokenizer.encode("to be")
+    encoding(find_tokenizer(files, 300).require("a text").tokenizer, "to be")
     carried_text(files, {}, 300)
 
 
@@ -281,6 +283,7 @@ MATERIAL: dict[str, tuple[Callable[[], Files], Callable[[Path], None]]] = {
     "text": (lambda: {"text.txt": b"To be"}, lambda folder: void(read_text(folder / "text.txt"))),
     "ids": (lambda: {"ids.txt": b"1 2, 3"}, read_ids),
     "unfinished": (_unfinished, load_rows),
+    "budget": (lambda: {"b.toml": default_budget_text().encode()}, lambda folder: void(read_budget(folder / "b.toml"))),
 }
 
 

@@ -20,7 +20,7 @@ TABLES = (
     *(tensor_cases.safetensors_cases, tensor_cases.shard_cases, tensor_cases.dcp_cases, tensor_cases.config_cases),
     *(export_cases.manifest_cases, export_cases.graph_cases, export_cases.state_cases),
     *(text_cases.tokenizer_cases, text_cases.vocabulary_cases, text_cases.text_cases, text_cases.row_cases),
-    *(text_cases.answer_cases, text_cases.unfinished_cases),
+    *(text_cases.answer_cases, text_cases.unfinished_cases, text_cases.budget_cases),
 )
 KINDS = (*MATERIAL, *(f"config {layout}" for layout in tensor_cases.SIZES))
 COMMANDS = {

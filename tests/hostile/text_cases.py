@@ -32,6 +32,9 @@ def tokenizer_cases() -> Iterator[Case]:
         "a Git-LFS pointer": b"version https://git-lfs.github.com/spec/v1\n",
     }.items():
         yield Case("tokenizer", f"tokenizer.json is {name}", replaced(TOKENIZER, content), TOKENIZER)
+    unknown = {"type": "Unigram", "vocab": [["a", -1.0]], "unk_id": None, "byte_fallback": False}
+    change = document(TOKENIZER, lambda content: content.update(model=unknown))
+    yield Case("tokenizer", "no token for the unknown", change, "tokenizer")
     for at in (1, 0.5, -1):
         change = edited(TOKENIZER, lambda data, n=at: data[: int(n * len(data)) if isinstance(n, float) else n])
         yield Case("tokenizer", f"tokenizer.json cut at {at}", change, TOKENIZER)
@@ -239,3 +242,39 @@ def unfinished_cases() -> Iterator[Case]:
     )
     yield case("a pickle", lambda data: b"cos\nsystem\n(S'touch ran'\ntR.")
     yield from in_place_of("unfinished", WORK)
+
+
+def budget_cases() -> Iterator[Case]:
+    version = b"schema_version = 1\n"
+    for name, content in {
+        "empty": b"",
+        "no TOML": b"{",
+        "another version": b"schema_version = 2\n",
+        "a version that is true": b"schema_version = true\n",
+        "a version of text": b'schema_version = "1"\n',
+        "a field twice": version + version,
+        "a table twice": version + b"[noise]\n[noise]\n",
+        "an unknown field": version + b"x = 1\n",
+        "an unknown field inside": version + b"[noise]\nx = 1\n",
+        "a number for a table": version + b"noise = 1\n",
+        "a table for a number": version + b"[noise.headroom]\n",
+        "NaN": version + b"[noise]\nheadroom = nan\n",
+        "infinity": version + b"[state]\nfloat32 = inf\n",
+        "1e999": version + b"[state]\nfloat32 = 1e999\n",
+        "a negative number": version + b"[state]\nfloat32 = -1.0\n",
+        "text for a number": version + b'[state]\nfloat32 = "1"\n',
+        "truth for a number": version + b"[state]\nfloat32 = true\n",
+        "a float for an integer": version + b"[noise]\ncopies = 4.0\n",
+        "no copies": version + b"[noise]\ncopies = 0\n",
+        "2^62 copies": version + f"[noise]\ncopies = {HUGE}\n".encode(),
+        "5000 digits": version + b"[noise]\ncopies = " + LONG.encode() + b"\n",
+        "nested lists": version + b"x = " + DEEP,
+        "nested tables": version + b"[" + b"a." * 100_000 + b"a]\n",
+        "nested keys": version + b"a." * 100_000 + b"a = 1\n",
+        "invalid UTF-8": version + b"# \xff\n",
+        "UTF-16": "schema_version = 1".encode("utf-16"),
+        "17 MB": version + b"#" * (17 << 20),
+        "a control character": version + b"# \x00\n",
+    }.items():
+        yield Case("budget", name, replaced("b.toml", content), "b.toml")
+    yield from in_place_of("budget", "b.toml")
