@@ -14,7 +14,7 @@ _PANIC = "PanicException"
 
 
 @contextmanager
-def library_errors(what: object) -> Iterator[None]:
+def library_errors(what: object, problem: str = "cannot be read") -> Iterator[None]:
     """Turns the library's errors, which are bare exceptions or its own panics, into one about `what`."""
     try:
         yield
@@ -23,7 +23,7 @@ def library_errors(what: object) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
             raise
-        raise InputError(f"{what} cannot be used ({error})", "a tokenizer of the tokenizers library") from error
+        raise InputError(f"{what} {problem} ({error})", "a tokenizer of the tokenizers library") from error
 
 
 def encoding(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> Any:
@@ -32,5 +32,5 @@ def encoding(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> A
     Raises:
         InputError: a tokenizer that has no token for a part of it, and none for what it does not know.
     """
-    with library_errors("the tokenizer"):
+    with library_errors("the tokenizer", "cannot cut a text"):
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)
