@@ -115,6 +115,7 @@ def _state(changes: list[Change]) -> Files:
     for key, text in header["__metadata__"].items():
         inner[key] = json.loads(text) if text[:1] in "[{" else text
     found = changed({"header": header, "inner": inner}, changes)
+    found = found if isinstance(found, dict) else {}
     inner, header = found.get("inner", inner), found.get("header", header)
     if isinstance(inner, dict) and isinstance(header, dict):
         header["__metadata__"] = {k: v if isinstance(v, str) else json.dumps(v) for k, v in inner.items()}
