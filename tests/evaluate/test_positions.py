@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from retnet_tools.distributions import TokenTable
-from retnet_tools.evaluate.positions import LEAST_CLUSTERS, by_position, trend
+from retnet_tools.evaluate.positions import LEAST_CLUSTERS, Trend, by_position, trend
 from retnet_tools.weights import Array
 
 
@@ -87,6 +87,14 @@ def test_the_verdict(growth: float, verdict: str) -> None:
     assert found is not None
     assert found.verdict == verdict
     assert found.clusters == 40
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(0.0, 1.0, "no trend seen"), (-1.0, 0.0, "no trend seen"), (1e-9, 1.0, "grows"), (-1.0, -1e-9, "shrinks")],
+)
+def test_an_interval_that_touches_zero_tells_nothing(low: float, high: float, verdict: str) -> None:
+    assert Trend((low + high) / 2, low, high, 40, 1.0).verdict == verdict
 
 
 def test_few_rows_are_cut_into_pieces_and_too_few_pieces_give_no_interval() -> None:

@@ -61,6 +61,7 @@ def test_values_beyond_float16_are_worth_knowing(dtype: Any) -> None:
     assert (finding.severity, finding.where) == ("info", (WEIGHT,))
     assert finding.message.startswith("3 values ")
     assert found(damaged(60000, dtype=dtype)) == {}
+    assert found(damaged(-1e6, dtype=dtype))["beyond-float16"].message.startswith("1 value ")
 
 
 @pytest.mark.parametrize("value", [0.0, 0.25])

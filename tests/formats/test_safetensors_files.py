@@ -125,6 +125,13 @@ def test_tensors_fill_their_file_each_byte_once(
         open_safetensors(stored(tmp_path / "x.safetensors", entries, size))
 
 
+@pytest.mark.parametrize("length", range(8))
+def test_tensors_begin_at_a_multiple_of_eight_bytes(length: int, tmp_path: Path) -> None:
+    planned = PlannedTensor((2,), np.dtype("<f8"), "x" * (length + 1), lambda: iter((np.ones(2),)))
+    write_safetensors(tmp_path / "y.safetensors", [planned])
+    assert int.from_bytes((tmp_path / "y.safetensors").read_bytes()[:8], "little") % 8 == 0
+
+
 def test_what_the_system_copies_a_little_at_a_time_is_copied_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,6 +76,17 @@ def test_the_file_keeps_to_the_size(ops: str, part: float, tmp_path: Path) -> No
     assert least.weight_bytes < written <= size
 
 
+def test_a_byte_less_than_a_plan_takes_is_another_plan(tmp_path: Path) -> None:
+    """Matrices that a graph no longer keeps as one are aligned one by one, which no choice of types counts."""
+    plan = float_plan()
+    least = plan_blocks(plan, replace(SCHEME, accuracy_level=4)).weight_bytes
+    size = (least + plan.weight_bytes) // 2
+    for _ in range(3):
+        found = choose(tmp_path, plan, target_size=size).weight_bytes
+        assert found <= size
+        size = found - 1
+
+
 def test_the_smallest_size_that_is_named_can_be_had(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--target-size 0\.00MB cannot be met; expected at least") as refusal:
         choose(tmp_path, target_size=1000)

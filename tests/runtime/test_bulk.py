@@ -18,8 +18,9 @@ from retnet_tools.formats import open_checkpoint
 from retnet_tools.runtime import bulk
 from retnet_tools.runtime.bulk import BulkOptions, BulkSummary, generate_bulk
 from retnet_tools.runtime.codec import IdCodec
-from retnet_tools.runtime.decode import Stopping, generate
+from retnet_tools.runtime.decode import Stopping, generate, generate_from
 from retnet_tools.runtime.sampling import Sampling
+from retnet_tools.runtime.sequences import Sequences
 from retnet_tools.runtime.session import DecoderSession
 from retnet_tools.staging import appended_file
 from tests.exports import export
@@ -64,6 +65,13 @@ def test_every_row_gets_what_it_would_get_alone(session: DecoderSession, prompts
         assert (answer["index"], answer["id"]) == (i, row["id"])
         assert (answer["tokens"], answer["text"]) == (list(alone.tokens), alone.text)
         assert (answer["stop_reason"], answer["prompt_tokens"]) == ("length", len(row["tokens"]))
+
+
+def test_random_numbers_belong_to_the_number_of_a_row(session: DecoderSession, prompts: Path, tmp_path: Path) -> None:
+    run(session, prompts, tmp_path / "out.jsonl")
+    for i, (answer, row) in enumerate(zip(read(tmp_path / "out.jsonl"), read(prompts), strict=True)):
+        alone = Sequences.start(session, 1, SAMPLED.sampling, rows=[i])
+        assert answer["tokens"] == list(generate_from(alone, [row["tokens"]], SAMPLED.stopping).rows[0].tokens)
 
 
 @pytest.mark.parametrize("lines", [0, 1, 3, 4, 9, 21, 22])
@@ -212,6 +220,7 @@ def test_rows_that_failed_are_retried_alone_and_become_what_they_would_have_been
         BulkOptions(Stopping(9, {7}), Sampling(1.1, seed=3), batch=4),
         BulkOptions(Stopping(9, {7}), Sampling(1.1, seed=2), batch=5),
         BulkOptions(Stopping(9, {7}, ["x"]), Sampling(1.1, seed=2), batch=4),
+        BulkOptions(Stopping(9, {8}), Sampling(1.1, seed=2), batch=4),
         BulkOptions(Stopping(9, {7}), Sampling(1.1, seed=2), batch=4, chunk_size=5),
     ],
 )

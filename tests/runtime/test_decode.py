@@ -267,10 +267,8 @@ def test_a_row_that_ends_before_the_last_position_is_stepped_along_with_the_othe
 def test_what_is_fed_stays_the_callers(session: DecoderSession) -> None:
     ids, prompts = np.array([3, 4]), random_tokens(BASE, 2, 6, seed=27)
     state, before = session.new_state(2), prompts.copy()
-    for n in range(3):
-        session.step(ids + n, state)
-        session.step(ids, state)
-        session.step(ids + 9, state)
+    for tokens in (ids, np.array([9, 8]), ids, ids + 1):
+        session.step(tokens, state)
     session.prefill(prompts, state, chunk_size=2)
     assert ids.tolist() == [3, 4]
     np.testing.assert_array_equal(prompts, before)

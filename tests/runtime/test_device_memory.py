@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from retnet_tools.errors import ProviderError
@@ -12,7 +13,14 @@ from retnet_tools.graph.contract import PREFILL_FILE, STEP_FILE
 from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.paper import model_size
 from retnet_tools.runtime import cuda
-from retnet_tools.runtime.device_memory import check_device_memory, chunk_bytes, enough_memory, graph_bytes, state_bytes
+from retnet_tools.runtime.device_memory import (
+    check_device_memory,
+    chunk_bytes,
+    enough_memory,
+    graph_bytes,
+    state_bytes,
+    tensor_bytes,
+)
 from retnet_tools.runtime.providers import Device
 from tests.exports import export
 from tests.fake_gpu import FakeGpu, needs_fake_gpu
@@ -52,6 +60,12 @@ def test_a_graph_needs_its_weights_and_tables(tmp_path: Path) -> None:
     weights = 2 * sum(array.size for array in random_source(BASE, 1).tensors.values())
     tables = 4 * 4096 * (4 * BASE.head_k_dim // 2 + 3 * BASE.num_heads)
     assert graph_bytes(out / STEP_FILE) == graph_bytes(out / PREFILL_FILE) == weights + tables
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (2, 1), (3, 2), (7, 4)])
+def test_the_last_code_of_four_bits_takes_a_byte(count: int, size: int) -> None:
+    tensor = ir.ExternalTensor("weights.data", 0, size, ir.DataType.INT4, shape=ir.Shape([count]), name="x")
+    assert tensor_bytes(tensor) == size
 
 
 def test_states_come_in_one_or_two_sets(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ def test_lengths_cut_rows_and_hide_what_follows() -> None:
     [
         ([[1], []], None, (), "an empty prompt in row 1"),
         ([[1, 2]], [0], (), "an empty prompt in row 0"),
+        ([[1, 2], [3]], [1, -1], (), "an empty prompt in row 1"),
         ([[1, 2]], [3], (), r"lengths \[3\]; expected one for each row, at most \[2\]"),
         ([[1, 2]], [1, 1], (), r"lengths \[1, 1\]"),
         ([[1, 2], [[3]]], None, (), r"shape \[1, 1\] in row 1; expected \[tokens\]"),
