@@ -1,5 +1,6 @@
 """Files are what was written: sizes and hashes of exports, and what checkpoints say of themselves."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -8,11 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import retnet_tools
 from retnet_tools.errors import InputError
 from retnet_tools.formats.integrity import FileRecord, check_checkpoint, require_intact
 from retnet_tools.graph.manifest import read_manifest
 from tests.exports import export
 from tests.helpers import BASE, random_source
+
+FIXTURE = Path(__file__).parents[2] / "fixtures" / "shakespeare"
 
 
 def problems(*files: Path) -> list[tuple[str, str]]:
@@ -148,3 +152,23 @@ def test_a_record_is_of_the_file_as_it_is(tmp_path: Path) -> None:
     assert (record.bytes, record.sha256) == (10_240_000, hashlib.sha256(file.read_bytes()).hexdigest())
     assert record.problem(file, told.append) == ""
     assert sum(told) == record.bytes
+
+
+def test_opening_an_export_checks_the_size_of_its_tokenizer(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    retnet_tools.export(FIXTURE, out)
+    assert "tokenizer.json" in read_manifest(out).tokenizer_files
+    (out / "tokenizer.json").write_bytes((out / "tokenizer.json").read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"tokenizer\.json has \d+ bytes"):
+        read_manifest(out)
+
+
+def test_a_model_is_known_by_its_sources(exported: Path) -> None:
+    manifest = read_manifest(exported)
+    prints = []
+    for digest in ("0" * 64, "1" * 64):
+        files = [{"name": "model.pt", "sha256": digest}]
+        other = dataclasses.replace(manifest, provenance={**manifest.provenance, "source_files": files})
+        prints.append(other.fingerprint())
+    assert prints[0]["model"] != prints[1]["model"]
+    assert prints[0] | {"model": ""} == prints[1] | {"model": ""}

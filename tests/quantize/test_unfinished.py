@@ -142,3 +142,15 @@ def test_the_hash_depends_on_everything() -> None:
     ]
     assert len({base, *others}) == len(others) + 1
     assert base == hash_work(BASE, random_source(BASE, 1), {"a": FORMAT, "b": None}, ids.copy(), dtype="float32")
+
+
+def test_all_that_decides_a_result_is_part_of_its_hash() -> None:
+    formats = {"lm_head.weight": BlockFormat(4, 32, True)}
+
+    def key(seed: int = 1, tokens: int = 3, block: int = 32, dtype: str = "float32") -> str:
+        given = {name: replace(format, block_size=block) for name, format in formats.items()}
+        return hash_work(BASE, random_source(BASE, seed), given, np.array([[1, 2, tokens]]), dtype=dtype)
+
+    keys = [key(), key(seed=2), key(tokens=4), key(block=64), key(dtype="float16")]
+    assert key() == keys[0]
+    assert len(set(keys)) == 5
