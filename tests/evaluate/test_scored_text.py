@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from retnet_tools.errors import InputError, UsageError
-from retnet_tools.evaluate.scored_text import read_tokens
+from retnet_tools.evaluate.scored_text import byte_sizes, read_tokens
 from tests.sources import MarkovLogits
 
 TEXT = "Où est-ce? 日本語, naïve 🎭🎭 end\n"
@@ -123,3 +123,8 @@ def test_an_empty_text_has_no_tokens(tmp_path: Path) -> None:
     assert (len(found.ids), len(found.sizes)) == (0, 0)
     assert len(read_tokens("", source(tmp_path, None), token_ids=True).ids) == 0
     np.testing.assert_array_equal(read_tokens("", source(tmp_path, byte_level()), start_token="<s>").ids, [0])
+
+
+def test_characters_have_the_bytes_of_utf_8() -> None:
+    text = "\x7f\x80\u07ff\u0800\uffff\U00010000"
+    assert byte_sizes(text, np.arange(1, 7)).tolist() == [len(c.encode()) for c in text] == [1, 2, 2, 3, 3, 4]

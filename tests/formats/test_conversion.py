@@ -430,3 +430,14 @@ def test_an_unreadable_tensor_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="ends"):
         convert(checkpoint.config, checkpoint.weights, "canonical", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_is_replaced_leaves_nothing_that_would_be_read_beside_the_new_one(tmp_path: Path) -> None:
+    source, canonical, names = random_source(BASE, 1), writable_format("canonical"), []
+    for size, target in ((20_000, canonical), (10**9, canonical), (10**9, writable_format("torchscale"))):
+        plan = plan_conversion(BASE, source, target, max_shard_size=size)
+        assert plan.marker.endswith(("config.json", "args.json"))
+        write_checkpoint(tmp_path / "out", plan, force=True, progress=None)
+        names.append(sorted(file.name for file in (tmp_path / "out").iterdir()))
+        assert names[-1] == sorted(plan.files)
+    assert len(names[0]) > len(names[1]) == len(names[2])

@@ -112,6 +112,24 @@ def test_rows_that_end_leave_the_others_as_they_are(session: DecoderSession, kee
     assert (result.sequences is not None) == keep
 
 
+def test_rows_that_have_ended_are_left_out_once_they_are_half_of_the_batch(
+    session: DecoderSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [[n, 2 * n, 3 * n] for n in range(1, 9)]
+    alone = [torch_greedy(prompt, 20) for prompt in prompts]
+    ends, sizes, step = {alone[0][2], alone[1][5], alone[2][9]}, list[int](), session.step
+    monkeypatch.setattr(session, "step", lambda tokens, state: sizes.append(len(tokens)) or step(tokens, state))
+    generate(session, prompts, max_tokens=20, end_ids=ends)
+    lasts = [next((n for n, token in enumerate(tokens) if token in ends), 19) for tokens in alone]
+    expected, size = [], 8
+    for n in range(20):
+        live = sum(last > n for last in lasts)
+        size = live if 2 * live <= size else size
+        expected += [size] if size else []
+    assert sizes == expected
+    assert len(set(sizes)) > 1
+
+
 def test_an_end_token_ends_the_text_and_is_left_out(session: DecoderSession) -> None:
     tokens = torch_greedy(PROMPT, 24)
     end = tokens[10]
@@ -241,8 +259,9 @@ def test_prompts_are_lists_or_arrays_and_not_none_at_all(session: DecoderSession
 def test_a_text_that_would_pass_the_last_position_is_refused_before_it_begins(session: DecoderSession) -> None:
     sequences = Sequences.start(session)
     sequences.state.position[:] = contract.MAX_POSITION - 10
-    with pytest.raises(UsageError, match="a sequence of 16777218 tokens; expected at most 16777216"):
-        generate_from(sequences, [[1, 2, 3]], Stopping(10))
+    for prompt, found in (([1, 2, 3], 16_777_218), ([1, 2], 16_777_217)):
+        with pytest.raises(UsageError, match=f"a sequence of {found} tokens; expected at most 16777216"):
+            generate_from(sequences, [prompt], Stopping(10))
     # Each row has its own last position.
     ragged = Sequences.start(session, 2)
     ragged.state.position[:] = [contract.MAX_POSITION - 10, 0]
