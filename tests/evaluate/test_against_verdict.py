@@ -28,7 +28,7 @@ from retnet_tools.jobs.against import PARTS, AgainstResult
 from retnet_tools.jobs.verify_request import VerifyRequest
 from retnet_tools.reports.junit import write_junit
 from retnet_tools.weights import Array
-from tests.helpers import BASE
+from tests.helpers import ABLATIONS, BASE
 from tests.reports.test_agreement import result as forms_result
 
 LENGTH = 40
@@ -165,6 +165,11 @@ def test_padding_that_changes_something_fails() -> None:
     assert failed == {"padding changes nothing"}
     failed, _ = failures(lambda kind, at, counts, blank: "state" if 0 in counts else "")
     assert failed == {"padding alone keeps the state"}
+
+
+def test_hidden_states_that_are_no_numbers_fail_where_there_is_no_top_1() -> None:
+    failed, _ = failures(lambda kind, *_: "nan" if kind == "chunk" else "", ABLATIONS["stack"])
+    assert "in one piece: logits" in failed
 
 
 def test_a_graph_that_does_not_run_fails() -> None:
