@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retnet_tools.bench.flat import POSITIONS, fit_slope, measure_flat
+from retnet_tools.bench.flat import POSITIONS, _flatness, fit_slope, measure_flat
 from retnet_tools.bench.models import Model, Precision
 from retnet_tools.bench.options import BenchOptions
 from retnet_tools.graph.export import plan_export, write_export
@@ -45,6 +45,12 @@ def test_the_interval_holds_nineteen_times_of_twenty() -> None:
         slope, half = fit_slope(X, 20 + drift + 0.3 * X + rng.normal(0, 1, (4, 4)))
         inside += abs(slope - 0.3) < half
     assert 0.935 < inside / 2000 < 0.965
+
+
+@pytest.mark.parametrize(("slope", "equal"), [(0.0, True), (0.5, False), (-0.5, False)])
+def test_latencies_are_equal_where_the_interval_holds_no_change(slope: float, equal: bool) -> None:
+    latencies = 20 + slope * X + np.random.default_rng(2).normal(0, 0.05, (5, 4))
+    assert _flatness(latencies, np.ones((4, 7)), [None] * 4).equal is equal
 
 
 def model(tmp_path: Path, shift: float = 0.0) -> Model:

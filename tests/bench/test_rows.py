@@ -37,6 +37,12 @@ def test_a_decode_row_has_means_percentiles_and_the_share_of_the_limit() -> None
     assert found.parameters == TRAFFIC.parameters
 
 
+def test_percentiles_are_of_all_steps() -> None:
+    steps = sample(*(n / 1000 for n in range(1, 102)))
+    found = make_row(subject("retnet"), Case("decode", 101, 0, 1), 1, {0: steps}, None)
+    assert (found.ms_per_token_p50, found.ms_per_token_p99) == (pytest.approx(51), pytest.approx(100))
+
+
 def test_the_share_of_the_limit_is_of_the_median_step() -> None:
     decode = make_row(subject("retnet"), Case("decode", 3, 0, 4), 1, {0: sample(0.02, 0.02, 9.0)}, None)
     assert decode.floor_share == pytest.approx(4 * decode.bytes_per_token / 0.02 / 1e9)
