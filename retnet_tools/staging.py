@@ -214,7 +214,7 @@ def check_folder(
 
 
 def _exists(target: Path) -> UsageError:
-    return UsageError(f"{target} exists already", action="name another output with -o, or add --force to replace it")
+    return UsageError(f"{target} exists already", action="name another output, or add --force to replace it")
 
 
 def _check_name(path: Path) -> None:

@@ -53,6 +53,8 @@ def verify(
     if print_budget:
         from retnet_tools.evaluate.budget_file import default_budget_text
 
+        if as_json:
+            raise UsageError("--print-budget with --json", "one of them", "a budget is TOML")
         print(default_budget_text(), end="")
         return
     if request.holds_export:

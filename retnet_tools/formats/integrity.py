@@ -61,8 +61,9 @@ class FileCheck:
     """What was held against a file.
 
     Attributes:
-        how: sha256 (an export's record, or the hub's name of it), git-sha1 (the same), crc32 (of each entry of a torch
-            file), size (by a header or an index), none (a file that says nothing of itself).
+        how: sha256 (an export's record, or the hub's name of it), record (whether there is one), git-sha1 (the hub's
+            name of it), crc32 (of each entry of a torch file), size (by a header or an index), none (a file that says
+            nothing of itself).
         problem: what is wrong; empty where nothing is.
     """
 
@@ -80,7 +81,7 @@ def require_intact(checks: Sequence[FileCheck]) -> None:
     bad = [check for check in checks if check.problem]
     if bad:
         more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
-        action = "fetch it or make it again"
+        action = "remove it, or export again" if bad[0].how == "record" else "fetch it or make it again"
         raise InputError(f"{bad[0].file} {bad[0].problem}{more}", f"what was written ({bad[0].how})", action)
 
 
@@ -96,7 +97,7 @@ def check_records(
         yield FileCheck(folder / name, "sha256", record.problem(folder / name, told))
     for name in sorted(set(read) - files.keys()):
         if (folder / name).exists():
-            yield FileCheck(folder / name, "none", "is in no record")
+            yield FileCheck(folder / name, "record", "is in no record")
 
 
 def check_checkpoint(files: Sequence[Path], told: Callable[[int], None]) -> Iterator[FileCheck]:

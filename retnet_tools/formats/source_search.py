@@ -44,7 +44,7 @@ def _places(folder: Path, near: Sequence[Path]) -> Iterator[Path]:
     # Default names are NAME-onnx, and NAME-onnx-int8 or NAME-int8 of that.
     parts = folder.resolve().name.split("-")
     named = [beside / "-".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
-    for place in (*named, *near, beside, Path.cwd(), *_folders(beside), *_folders(Path.cwd())):
+    for place in (*named, beside, Path.cwd(), *_folders(beside), *_folders(Path.cwd()), *near):
         if (real := place.resolve()) not in seen and len(seen) < MOST_FOLDERS and place.is_dir():
             seen.add(real)
             yield place

@@ -145,7 +145,8 @@ def parse_manifest(folder: Path) -> Manifest:
     except ConfigError as error:
         raise InputError(f"{path}: {error.found}", error.expected, EXPORT_AGAIN) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path} is not a manifest ({error})", "the JSON that export writes") from error
+        what = f"no {error}" if isinstance(error, KeyError) else error
+        raise InputError(f"{path} is not a manifest ({what})", "the JSON that export writes", EXPORT_AGAIN) from error
 
 
 def _records(data: Mapping[str, Any]) -> dict[str, FileRecord]:

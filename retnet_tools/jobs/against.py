@@ -87,11 +87,13 @@ class AgainstResult:
             return
         first = min(failed, key=lambda check: (PARTS.index(check.part), -check.excess))
         where = f" ({first.where})" if first.where else ""
+        costs = first.part == "cost"
+        said = "costs more than its budget against" if costs else "is not an export of"
         raise VerificationError(
-            f"{self.export} is not {self.checkpoint}: {first.part}, {first.name}: {first.measured:.3g} "
+            f"{self.export} {said} {self.checkpoint}: {first.part}, {first.name}: {first.measured:.3g} "
             f"{first.unit}{where}; {len(failed)} of {len(self.checks)} checks failed",
             f"at most {first.limit:.3g}",
-            "do not use this export; export the checkpoint again",
+            "choose other types, or a --budget" if costs else "name its own checkpoint, or export this one again",
         )
 
 
@@ -99,7 +101,7 @@ def verify_against(request: VerifyRequest, folder: Path, source: CheckpointSourc
     """Hold an exported folder to a checkpoint.
 
     Memory: the graphs as they run, one layer of the checkpoint in float64 or the vocabulary's matrix, and the states of
-    about 30 sequences.
+    about 60 sequences.
 
     Raises:
         UsageError: tokens that the model cannot take.

@@ -99,11 +99,17 @@ def _compare_forms(request: VerifyRequest, source: CheckpointSource, progress: P
 def _export_and_source(request: VerifyRequest, source: CheckpointSource) -> tuple[Path, CheckpointSource]:
     """Which of the two is the exported folder, and the checkpoint, with all that was said of how to read it."""
     from retnet_tools.formats.hub import local_checkpoint
+    from retnet_tools.graph.manifest import parse_manifest
+    from retnet_tools.graph.targets import TARGET_FILES
 
     if request.against is None:
         return source.path, _recorded_source(request, source.path)
     first, second = source.path, local_checkpoint(str(request.against))
     exports = [path for path in (first, second) if is_exported(path)]
+    if not exports:
+        for path in (first, second):
+            if any((path / name).is_file() for name in TARGET_FILES):
+                parse_manifest(path)
     if len(exports) != 1:
         both = f"{first} and {second}"
         found = f"{both} are both exported folders" if exports else f"neither of {both} is an exported folder"

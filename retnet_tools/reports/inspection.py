@@ -75,7 +75,8 @@ def render_inspection(result: InspectResult) -> None:
     _render_heads(console, result)
     _render_findings(console, result)
     for check in result.checks:
-        print_line(console, f"check    {check.file.name}: {check.problem or 'good'} ({check.how})")
+        good = "good" if check.how != "none" else "says nothing of itself"
+        print_line(console, f"check    {check.file.name}: {check.problem or good} ({check.how})")
     for note in result.model.notes:
         print_line(console, f"note: {note}")
 

@@ -51,7 +51,7 @@ def test_a_failure_ends_with_3_and_names_the_check_and_its_place(cli: Run, folde
     report = tmp_path / "new" / "report.xml"
     result = cli("verify", folder / "bad", "--against", folder / "model", "--junit", report, *SHORT)
     assert result.exit_code == 3
-    assert result.err.startswith(f"error: {folder / 'bad'} is not {folder / 'model'}: graphs, ")
+    assert result.err.startswith(f"error: {folder / 'bad'} is not an export of {folder / 'model'}: graphs, ")
     assert "position" in result.err
     assert len(result.err.splitlines()) == 1
     assert result.out.splitlines()[-1] == "failed"
