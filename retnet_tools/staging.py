@@ -66,7 +66,8 @@ def staged_folder(
         check_folder(target, marker=marker, force=force, source=source, ours=ours)
 
     with _claimed(target, "a folder", f"{required_bytes / 1e9:.2f} GB free") as (path, partial):
-        finish_replacing(path)
+        if path.is_dir():
+            finish_replacing(path)
         check()
         replaced = () if partial.parent != path else tuple(stale())
         check_names(path, replaced)

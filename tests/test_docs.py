@@ -102,6 +102,8 @@ def test_every_option_that_is_named_exists(cli) -> None:
     known = {option for name in commands for option in re.findall(r"--[a-z][a-z-]+", cli(*name.split(), "--help").out)}
     known |= set(re.findall(r"--[a-z][a-z-]+", cli("--help").out))
     others = {"--evaluate", "--list", "--no-deps"}  # of programs in benchmarks/ and fixtures/
+    for trial in (ROOT / "tests" / "trials").glob("*.py"):
+        others |= set(re.findall(r'add_argument\("(--[a-z-]+)"', trial.read_text(encoding="utf-8")))
     for page, text in PAGES.items():
         lines = [line for line in text.splitlines() if "benchmarks/" not in line]
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "\n".join(lines)))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import onnx_ir as ir
 
 from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import RetNetToolsError
@@ -13,6 +16,7 @@ from retnet_tools.evaluate.checks import Check
 from retnet_tools.formats.integrity import check_records
 from retnet_tools.graph.contract import GENAI_CONFIG_FILE, WEIGHTS_FILE
 from retnet_tools.graph.export import ExportPlan
+from retnet_tools.graph.folder import load_graph
 from retnet_tools.graph.manifest import Manifest
 from retnet_tools.inputs import parse_json, read_input
 from retnet_tools.tokenizing.files import COMPANIONS, MAX_TOKENIZER, TOKENIZER_FILE, load_tokenizer
@@ -38,6 +42,29 @@ def check_files(folder: Path, manifest: Manifest) -> list[Check]:
     wrong = [check.file.name for check in check_records(folder, records, (), lambda count: None) if check.problem]
     where = ", ".join(wrong)
     return [Check("files", "sizes and sha256", len(wrong), 0, "files differ", where, len(records))] if records else []
+
+
+def check_constants(folder: Path, names: Iterable[str], plan: ExportPlan) -> Check:
+    """Constants inside the graphs, such as decays: each that an export of the checkpoint has has to be there, bit for
+    bit. What noise hides, a gamma of a neighbour head in a half type, is found here.
+    """
+    lost, count = [], 0
+    for name in names:
+        expected = Counter(_constants(plan.graphs[name].graph))
+        missing = expected - Counter(_constants(load_graph(folder / name)))
+        lost += [f"{name}, {words}" for words, _ in missing.elements()]
+        count += expected.total()
+    return Check("graphs", "constants", len(lost), 0, "constants are missing", ", ".join(lost[:3]), count)
+
+
+def _constants(graph: ir.Graph) -> Iterator[tuple[str, bytes]]:
+    """Type and shape in words, and bytes; without what lies in weights.data."""
+    values = [value.const_value for value in graph.initializers.values()]
+    attributes = [attribute for node in graph for attribute in node.attributes.values()]
+    values += [attribute.as_tensor() for attribute in attributes if attribute.type == ir.AttributeType.TENSOR]
+    for tensor in values:
+        if tensor is not None and not isinstance(tensor, ir.ExternalTensor):
+            yield f"{tensor.dtype.name} of {list(tensor.shape.numpy())}", tensor.tobytes()
 
 
 def check_text(folder: Path, plan: ExportPlan) -> list[Check]:

@@ -127,13 +127,13 @@ class _Region(io.RawIOBase):
 def _read_zip(path: Path, file: IO[bytes], start: int, length: int) -> tuple[Any, Callable[[Storage], int]]:
     try:
         with zipfile.ZipFile(_Directory(file)) as archive:
+            if any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in archive.namelist()):
+                raise InputError(f"{short_name(path)} is TorchScript", "a state dict", "save model.state_dict()")
             entries = _entries(path, archive.infolist(), length)
         pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise corrupt(path, "no data.pkl")
         root = pickles[0].removesuffix("data.pkl")
-        if root + "constants.pkl" in entries:
-            raise InputError(f"{short_name(path)} is TorchScript", "a state dict", "save model.state_dict()")
 
         def extent(name: str) -> tuple[int, int]:
             return _extent(path, entries, name, start, length)

@@ -12,7 +12,7 @@ import numpy as np
 from retnet_tools.errors import UsageError, VerificationError
 from retnet_tools.evaluate.against import AgainstRuns, cost_checks
 from retnet_tools.evaluate.budget_file import AgainstBudget, Rounding, read_budget
-from retnet_tools.evaluate.carried_checks import check_config, check_files, check_text
+from retnet_tools.evaluate.carried_checks import check_config, check_constants, check_files, check_text
 from retnet_tools.evaluate.checks import Check
 from retnet_tools.evaluate.graph_runs import GraphRuns
 from retnet_tools.evaluate.stored_weights import StoredWeights
@@ -121,7 +121,7 @@ def verify_against(request: VerifyRequest, folder: Path, source: CheckpointSourc
     if checks[0].passed:
         held = Held(request, folder, manifest, opened, plan, budget, device)
         weights = held.weights(progress)
-        checks += weights
+        checks += [*weights, check_constants(folder, manifest.graphs, plan)]
         tokens = chosen.ids[:1].astype(np.float32) if not opened.config.has_vocabulary else chosen.ids[:1]
         checks += held.graphs(tokens, same=all(check.passed for check in weights), progress=progress)
     else:

@@ -37,7 +37,7 @@ for command in commands:
     seen.append(("end", command[0]))
 sys.stderr.write("WATCHED" + json.dumps([codes, seen, synced]))
 """
-HIDDEN = re.compile(r"/\.[^/]+\.(partial(/.*)?|lock|publishing|unfinished(/.*)?)$")
+HIDDEN = re.compile(r"/\.[^/]+\.((partial|ready|unfinished)(/.*)?|lock)$")
 
 
 @pytest.mark.slow

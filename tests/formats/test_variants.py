@@ -60,7 +60,7 @@ def changed(source: Path, folder: Path, change: dict[str, Any], tensors: dict[st
         (FLA, {"num_heads": 16}, "head_k_dim is 3"),
         (FLA, {"vocab_size": "many"}, "vocab_size"),
         (FLA, {"norm_eps": 10**400}, "norm_eps = 1000.*; expected a number >= 0"),
-        (FLA, {"norm_eps": float("inf")}, "norm_eps = inf"),
+        (FLA, {"norm_eps": float("inf")}, "Infinity, which is no number of JSON"),
         (FLA, {"hidden_size": 10**400}, "hidden_size = 1000.*; expected a positive integer"),
         (FLA, {"num_heads": 1 << 40, "hidden_size": 1 << 41}, "num_heads = 1099511627776|hidden_size = 2199023255552"),
         (FLA, {"hidden_ratio": 1e308, "intermediate_size": None}, "out of range"),

@@ -94,7 +94,7 @@ def test_the_held_out_play_is_no_part_of_the_text() -> None:
     [
         (b"", UsageError, "text holds no text; expected a text to calibrate on"),
         (b"caf\xe9\n", InputError, "text is not UTF-8"),
-        (None, InputError, r"no file .*text; expected a text file in UTF-8"),
+        (None, InputError, r"no file .*text; expected a file that can be read"),
     ],
 )
 def test_a_text_that_cannot_be_used_is_refused(content, error, message: str, tmp_path: Path) -> None:

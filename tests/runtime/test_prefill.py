@@ -224,7 +224,7 @@ def test_the_last_position_may_be_filled_and_not_passed(session: DecoderSession)
 def test_an_export_without_its_prefill_graph_is_refused(session: DecoderSession, tmp_path: Path) -> None:
     for name in (contract.MANIFEST_FILE, contract.STEP_FILE, contract.WEIGHTS_FILE):
         (tmp_path / name).write_bytes((session.folder / name).read_bytes())
-    with pytest.raises(InputError, match=r"no prefill\.onnx"):
+    with pytest.raises(InputError, match=r"prefill\.onnx is missing"):
         DecoderSession(tmp_path)
 
 

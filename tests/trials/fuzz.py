@@ -87,7 +87,9 @@ def _bytes(name: str, seconds: float, seed: int, keep: Path) -> tuple[int, str]:
     if result.returncode == 0 and runs:
         return runs[-1], ""
     lines = [
-        line for line in result.stderr.splitlines() if re.search(r"^\w*(Error|Exception)|ERROR: lib|written to", line)
+        line
+        for line in result.stderr.splitlines()
+        if re.search(r"^[\w.]*(Error|Exception|Exit)\b|ERROR: lib|written to", line)
     ]
     return (runs or [0])[-1], " | ".join(lines[-4:]) or f"exit {result.returncode}: {result.stderr[-500:]}"
 

@@ -184,7 +184,7 @@ def run_changes(name: str, changes: list[Change]) -> None:
 def fuzz_documents(name: str, seconds: float, start: int, examples: int = 200) -> int:
     """Let hypothesis look for changes that a reader fails on, with one seed after another; gives their number."""
     count, number, until = 0, start, time.monotonic() + seconds
-    while time.monotonic() < until:
+    while not count or time.monotonic() < until:
 
         @seed(number)
         @settings(
@@ -197,7 +197,7 @@ def fuzz_documents(name: str, seconds: float, start: int, examples: int = 200) -
         @given(changes=CHANGES)
         def look(changes: list[Change]) -> None:
             nonlocal count
-            if time.monotonic() > until + MAX_SECONDS:
+            if count and time.monotonic() > until + MAX_SECONDS:
                 return
             count += 1
             run_changes(name, changes)
