@@ -161,19 +161,15 @@ class AgainstRuns:
     def _run(self, name: str, run: Callable[[], None]) -> None:
         """Run, and take a graph that does not for one that fails."""
         try:
-            # What is not finite fails, and needs no warning besides.
-            with np.errstate(all="ignore"):
-                run()
+            run()
         except GraphRunError as error:
             self._add(Check("graphs", f"{name}: runs", np.inf, 0, "failures", str(error)[:200]))
 
     def _logits(self, name: str, found: Array, expected: Expectation, places: Array, at: Standing) -> None:
         """Logits `[B, vocab]` of the tokens `places` `[B]`, after which the rows stand `at`."""
         for row, n in enumerate(places):
-            own, limit = (
-                expected.logits[row, n],
-                self._margin * float(expected.logits_apart[self._noise_of(name)][row, n]),
-            )
+            own = expected.logits[row, n]
+            limit = self._margin * float(expected.logits_apart[self._noise_of(name)][row, n])
             apart = float(np.abs(found[row] - own).max())
             where = f"row {row}, position {at.position[row] - 1}"
             self._add(Check("graphs", f"{name}: logits", apart, limit, "logits", where))

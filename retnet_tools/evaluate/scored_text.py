@@ -11,8 +11,8 @@ from retnet_tools.errors import InputError, UsageError
 from retnet_tools.evaluate.logits import TokenReader
 from retnet_tools.runtime.codec import IdCodec
 from retnet_tools.tokenizing.files import find_tokenizer
-from retnet_tools.tokenizing.library import encoding
 from retnet_tools.tokenizing.token_ids import check_vocabulary
+from retnet_tools.tokenizing.tokenizers_library import encoding
 from retnet_tools.weights import Array
 
 

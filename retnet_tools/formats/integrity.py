@@ -6,7 +6,7 @@ import hashlib
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from retnet_tools.errors import InputError
 from retnet_tools.formats.content import INDEX_SUFFIX
 from retnet_tools.inputs import load_json, open_input
+from retnet_tools.progress import ByteProgress
 
 _BLOCK = 1 << 22
 SAFETENSORS_SUFFIX = ".safetensors"
@@ -46,7 +47,7 @@ class FileRecord:
         size = file.stat().st_size
         return "" if size == self.bytes else f"has {size} bytes"
 
-    def problem(self, file: Path, told: Callable[[int], None]) -> str:
+    def problem(self, file: Path, told: ByteProgress) -> str:
         """What is wrong with a file that is read whole, in words; nothing where it is right.
 
         Args:
@@ -86,7 +87,7 @@ def require_intact(checks: Sequence[FileCheck]) -> None:
 
 
 def check_records(
-    folder: Path, files: Mapping[str, FileRecord], read: Collection[str], told: Callable[[int], None]
+    folder: Path, files: Mapping[str, FileRecord], read: Collection[str], told: ByteProgress
 ) -> Iterator[FileCheck]:
     """Hold the files of an export to the record in its manifest, and what others read there to having a record.
 
@@ -100,7 +101,7 @@ def check_records(
             yield FileCheck(folder / name, "record", "is in no record")
 
 
-def check_checkpoint(files: Sequence[Path], told: Callable[[int], None]) -> Iterator[FileCheck]:
+def check_checkpoint(files: Sequence[Path], told: ByteProgress) -> Iterator[FileCheck]:
     """Hold the files of an opened checkpoint to what they, their index and the hub's cache say of them.
 
     Opening has held headers and indices to the sizes of their files already. Nothing in them is run.
@@ -118,7 +119,7 @@ def check_checkpoint(files: Sequence[Path], told: Callable[[int], None]) -> Iter
             yield FileCheck(file, "size" if file.suffix == SAFETENSORS_SUFFIX else "none")
 
 
-def _check_blob(file: Path, blob: Path, told: Callable[[int], None]) -> FileCheck:
+def _check_blob(file: Path, blob: Path, told: ByteProgress) -> FileCheck:
     """The hub's cache names large files by their sha256, and small ones as git does."""
     how, digest = ("sha256", hashlib.sha256()) if len(blob.name) == 64 else ("git-sha1", hashlib.sha1())
     if how == "git-sha1":
@@ -126,7 +127,7 @@ def _check_blob(file: Path, blob: Path, told: Callable[[int], None]) -> FileChec
     return FileCheck(file, how, "" if _hash(blob, digest, told) == blob.name else f"has another {how}")
 
 
-def _entry_problem(file: Path, told: Callable[[int], None]) -> str:
+def _entry_problem(file: Path, told: ByteProgress) -> str:
     name = ""
     try:
         with zipfile.ZipFile(file) as archive:
@@ -157,7 +158,7 @@ def _header_bytes(shard: Path) -> int:
         return int.from_bytes(file.read(8), "little")
 
 
-def _hash(file: Path, digest: Any, told: Callable[[int], None] = lambda count: None) -> str:
+def _hash(file: Path, digest: Any, told: ByteProgress = lambda count: None) -> str:
     with open_input(file) as stream:
         while block := stream.read(_BLOCK):
             digest.update(block)

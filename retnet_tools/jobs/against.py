@@ -12,8 +12,8 @@ import numpy as np
 from retnet_tools.errors import UsageError, VerificationError
 from retnet_tools.evaluate.against import AgainstRuns, cost_checks
 from retnet_tools.evaluate.budget_file import AgainstBudget, Rounding, read_budget
-from retnet_tools.evaluate.carried_checks import check_config, check_constants, check_files, check_text
 from retnet_tools.evaluate.checks import Check
+from retnet_tools.evaluate.folder_checks import check_config, check_constants, check_files, check_text
 from retnet_tools.evaluate.graph_runs import GraphRuns
 from retnet_tools.evaluate.stored_weights import StoredWeights
 from retnet_tools.evaluate.walks import (
@@ -120,14 +120,17 @@ def verify_against(request: VerifyRequest, folder: Path, source: CheckpointSourc
     checks, notes = [check_config(manifest.config, opened.config), *check_text(folder, plan)], list(opened.notes)
     if checks[0].passed:
         held = Held(request, folder, manifest, opened, plan, budget, device)
-        weights = held.weights(progress)
-        checks += [*weights, check_constants(folder, manifest.graphs, plan)]
-        tokens = chosen.ids[:1].astype(np.float32) if not opened.config.has_vocabulary else chosen.ids[:1]
-        checks += held.graphs(tokens, same=all(check.passed for check in weights), progress=progress)
+        tokens = chosen.ids[:1] if opened.config.has_vocabulary else chosen.ids[:1].astype(np.float32)
+        # What is not finite fails, and needs no warning besides.
+        with np.errstate(all="ignore"):
+            weights = held.weights(progress)
+            checks += [*weights, check_constants(folder, manifest.graphs, plan)]
+            checks += held.graphs(tokens, same=all(check.passed for check in weights), progress=progress)
     else:
         notes.append("of another configuration: weights and graphs were not looked at")
     scheme = "" if manifest.quantization is None else f", {scheme_text(manifest.quantization.scheme)}"
-    checks += check_files(folder, manifest)
+    size = sum(record.bytes for record in manifest.files.values())
+    checks += check_files(folder, manifest, in_megabytes(progress, "files", size))
     kind = f"{manifest.dtype}{scheme}, {manifest.ops} operators, {', '.join(manifest.graphs)}"
     words = f"{length} tokens ({chosen.source})"
     return AgainstResult(request, folder, opened.path, str(device), kind, words, tuple(checks), tuple(notes))
@@ -147,7 +150,6 @@ class Held:
 
     def weights(self, progress: Progress) -> list[Check]:
         """Every byte of weights.data."""
-
         scheme = self._scheme
         return judge_weights(
             self._stored,
@@ -257,7 +259,6 @@ class Held:
 
     @cached_property
     def _stored(self) -> StoredWeights:
-
         plan, scheme = self.plan, self._scheme
         # The method decides codes, and nothing else of a plan.
         plan = plan if scheme is None else plan_blocks(plan, replace(scheme, method="rtn"))

@@ -20,9 +20,9 @@ from retnet_tools.errors import UsageError
 from retnet_tools.graph.quantization import Calibration
 from retnet_tools.quantize.options import SEQUENCE
 from retnet_tools.tokenizing.files import find_tokenizer
-from retnet_tools.tokenizing.library import encoding
 from retnet_tools.tokenizing.text_files import text_pieces
 from retnet_tools.tokenizing.token_ids import check_vocabulary
+from retnet_tools.tokenizing.tokenizers_library import encoding
 from retnet_tools.weights import Array
 
 _AROUND = 256

@@ -10,9 +10,9 @@ from typing import Any
 
 from retnet_tools.errors import InputError, UsageError
 from retnet_tools.tokenizing.files import TOKENIZER_FILE, load_tokenizer
-from retnet_tools.tokenizing.library import encoding
 from retnet_tools.tokenizing.special import special_tokens
 from retnet_tools.tokenizing.token_ids import check_vocabulary
+from retnet_tools.tokenizing.tokenizers_library import encoding
 
 _LONGEST_ID = 18
 """Digits of the longest number that is surely an int64."""

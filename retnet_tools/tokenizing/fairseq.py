@@ -10,8 +10,8 @@ from typing import Any
 
 from retnet_tools.errors import InputError
 from retnet_tools.inputs import load_json, read_input, read_words
-from retnet_tools.tokenizing.library import MAX_TOKEN_ID, library_errors
 from retnet_tools.tokenizing.sentence_piece import SentencePieceModel, sentence_piece_tokenizer
+from retnet_tools.tokenizing.tokenizers_library import MAX_TOKEN_ID, library_errors
 
 END_OF_TEXT = "<|endoftext|>"
 """The special token of GPT-2."""

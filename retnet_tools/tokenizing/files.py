@@ -18,7 +18,6 @@ from retnet_tools.tokenizing.fairseq import (
     read_byte_level,
     read_dictionary,
 )
-from retnet_tools.tokenizing.library import MAX_TOKEN_ID, library_errors
 from retnet_tools.tokenizing.sentence_piece import read_sentence_piece, sentence_piece_tokenizer
 from retnet_tools.tokenizing.special import (
     SPECIAL_TOKENS_FILE,
@@ -27,6 +26,7 @@ from retnet_tools.tokenizing.special import (
     read_json,
     token_text,
 )
+from retnet_tools.tokenizing.tokenizers_library import MAX_TOKEN_ID, library_errors
 
 TOKENIZER_FILE = "tokenizer.json"
 MAX_TOKENIZER = 1 << 26

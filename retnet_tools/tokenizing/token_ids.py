@@ -14,7 +14,7 @@ import numpy.typing as npt
 from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import RetNetToolsError, UsageError
 from retnet_tools.tokenizing.files import find_tokenizer
-from retnet_tools.tokenizing.library import encoding
+from retnet_tools.tokenizing.tokenizers_library import encoding
 
 RANDOM_ROWS = 2
 

@@ -10,6 +10,8 @@ from xml.etree import ElementTree
 import pytest
 
 from retnet_tools.evaluate.budget_file import default_budget_text
+from retnet_tools.jobs.request import shipped_checkpoint
+from retnet_tools.staging import locked
 from tests.conftest import Run
 from tests.helpers import BASE
 from tests.planted_exports import EDITS, changed_byte, plant, stored_places
@@ -93,6 +95,56 @@ def test_results_are_printed_where_the_report_cannot_be_written(
         assert "checks passed" in result.out
         assert "the disk is full" in result.err
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_that_another_process_writes_hides_no_verdict(cli: Run, folder: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    with locked(report):
+        for model, code in (("model-onnx", 2), ("bad", 3)):
+            result = cli("verify", folder / model, "--against", folder / "model", "--junit", report, *SHORT)
+            assert result.exit_code == code
+            assert "checks passed" in result.out
+            assert "another process writes to" in result.err
+
+
+def test_a_checkpoint_beside_the_export_goes_before_the_shipped_one(cli: Run, tmp_path: Path) -> None:
+    """Of two checkpoints with the same weights the tokenizer tells which it was."""
+    bare, out = tmp_path / "bare", tmp_path / "decoder"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(shipped_checkpoint() / name, bare / name)
+    assert cli("export", bare, "-o", out).exit_code == 0
+    result = cli("verify", out, "--json", *SHORT)
+    assert result.exit_code == 0, result.err
+    assert json.loads(result.out)["checkpoint"] == str(bare)
+
+
+def test_what_costs_too_much_is_not_told_to_be_another_model(cli: Run, folder: Path, tmp_path: Path) -> None:
+    strict = tmp_path / "strict.toml"
+    strict.write_text("schema_version = 1\n[cost.float32]\nmean_kl = 0.0\n")
+    result = cli("verify", folder / "model-onnx", "--against", folder / "model", "--budget", strict, *SHORT)
+    assert result.exit_code == 3
+    assert "costs more than its budget against" in result.err
+    assert "choose other types, or a --budget" in result.err
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_an_export_without_its_manifest_is_named(stopped: bool, cli: Run, folder: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(folder / "model-onnx", tmp_path / "out")
+    (out / "retnet.json").unlink()
+    if stopped:
+        (out / ".out.ready").mkdir()
+        (out / ".out.ready" / ".plan.json").write_text("{}")
+    for pair in ((out, "--against", folder / "model"), (folder / "model", "--against", out)):
+        result = cli("verify", *pair, *SHORT)
+        assert result.exit_code == 5
+        assert f"{out} has no retnet.json" in result.err
+        assert ("run the command that was stopped here again" in result.err) == stopped
+
+
+def test_a_budget_is_no_json(cli: Run) -> None:
+    assert cli("verify", "--print-budget").out == default_budget_text()
+    assert cli("verify", "--print-budget", "--json").exit_code == 2
 
 
 def test_the_source_is_found_by_its_hashes_and_by_nothing_else(cli: Run, folder: Path, tmp_path: Path) -> None:

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 
 from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import VerificationError
 from retnet_tools.evaluate.budget_file import read_budget
+from retnet_tools.evaluate.folder_checks import check_constants
 from retnet_tools.formats import open_checkpoint
 from retnet_tools.graph.manifest import parse_manifest
 from retnet_tools.jobs.against import AgainstResult, Held, plan_of
@@ -134,6 +137,26 @@ def test_graphs_that_disagree_are_told_by_the_way_tokens_are_fed(
     ways = {name.removeprefix("graphs: ").partition(":")[0] for name in failed(one.verdict(bad))}
     assert ("step by step" in ways) == (graph == STEP)
     assert ("in one piece" in ways) == (graph == PREFILL)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_constant_of_a_graph_is_held_to_the_bit(kind: str, exported: dict[str, Exported], tmp_path: Path) -> None:
+    """What noise hides: one decay one step of float32 off."""
+    one = exported[kind]
+    for name in one.held(one.out).manifest.graphs:
+        bad = one.copy(tmp_path / name)
+        model = onnx.load(bad / name, load_external_data=False)
+        decay = next(t for t in model.graph.initializer if t.name.startswith(("gamma", "log_gamma")))
+        array = numpy_helper.to_array(decay).copy()
+        array.flat[-1] = np.nextafter(array.flat[-1], array.dtype.type(0))
+        decay.CopyFrom(numpy_helper.from_array(array, decay.name))
+        onnx.save(model, bad / name)
+        check = check_constants(bad, one.held(bad).manifest.graphs, one.held(bad).plan)
+        assert (check.measured, check.passed) == (1, False)
+        assert name in check.where
+        shutil.rmtree(bad)
+    held = one.held(one.out)
+    assert check_constants(one.out, held.manifest.graphs, held.plan).passed
 
 
 @pytest.mark.parametrize("kind", KINDS)

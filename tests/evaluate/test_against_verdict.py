@@ -19,8 +19,8 @@ import pytest
 from retnet_tools.errors import VerificationError
 from retnet_tools.evaluate.against import AgainstRuns, cost_checks
 from retnet_tools.evaluate.budget_file import Cost
-from retnet_tools.evaluate.carried_checks import check_config
 from retnet_tools.evaluate.checks import Check, worst
+from retnet_tools.evaluate.folder_checks import check_config
 from retnet_tools.evaluate.graph_runs import GraphRunError
 from retnet_tools.evaluate.walks import FAR_LENGTHS, FAR_TOKENS, chunk_edges, far_positions, handoff_cuts, start_cuts
 from retnet_tools.graph.contract import MAX_POSITION

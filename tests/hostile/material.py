@@ -40,8 +40,8 @@ from retnet_tools.runtime.session import DecoderSession
 from retnet_tools.runtime.state_file import capture, read_state, write_state
 from retnet_tools.tokenizing.carried import carried_text
 from retnet_tools.tokenizing.files import find_tokenizer
-from retnet_tools.tokenizing.library import encoding
 from retnet_tools.tokenizing.text_files import read_text
+from retnet_tools.tokenizing.tokenizers_library import encoding
 from tests.exports import export
 from tests.formats.cases import CONFORMANCE, SETTINGS, small_tensors
 from tests.helpers import BASE, random_source

@@ -64,14 +64,14 @@ def _manifest(folder: Path) -> None:
 
 def _pieces(folder: Path) -> None:
     from retnet_tools.tokenizing.files import find_tokenizer
-    from retnet_tools.tokenizing.library import encoding
+    from retnet_tools.tokenizing.tokenizers_library import encoding
 
     encoding(find_tokenizer([folder / "x.model"], 300).require("a text").tokenizer, TEXT)
 
 
 def _tokenizer(folder: Path) -> None:
     from retnet_tools.tokenizing.files import load_tokenizer
-    from retnet_tools.tokenizing.library import encoding
+    from retnet_tools.tokenizing.tokenizers_library import encoding
 
     encoding(load_tokenizer(folder / "tokenizer.json"), TEXT)
 

@@ -19,6 +19,7 @@ from retnet_tools.graph.export import ExportPlan
 from retnet_tools.graph.folder import load_graph
 from retnet_tools.graph.manifest import Manifest
 from retnet_tools.inputs import parse_json, read_input
+from retnet_tools.progress import ByteProgress
 from retnet_tools.tokenizing.files import COMPANIONS, MAX_TOKENIZER, TOKENIZER_FILE, load_tokenizer
 from retnet_tools.tokenizing.special import GENERATION_FILE
 
@@ -33,13 +34,13 @@ def check_config(found: RetNetConfig, expected: RetNetConfig) -> Check:
     return Check("text", "configuration", len(differing), 0, "fields differ", ", ".join(differing), len(ours))
 
 
-def check_files(folder: Path, manifest: Manifest) -> list[Check]:
+def check_files(folder: Path, manifest: Manifest, progress: ByteProgress) -> list[Check]:
     """Files that are not what was written, by the sizes and hashes of the manifest, where it has them; not those that a
     user may change, the card and settings.
     """
     names = (*manifest.graphs, WEIGHTS_FILE, *manifest.tokenizer_files)
     records = {name: manifest.files[name] for name in names if name in manifest.files}
-    wrong = [check.file.name for check in check_records(folder, records, (), lambda count: None) if check.problem]
+    wrong = [check.file.name for check in check_records(folder, records, (), progress) if check.problem]
     where = ", ".join(wrong)
     return [Check("files", "sizes and sha256", len(wrong), 0, "files differ", where, len(records))] if records else []
 
