@@ -88,6 +88,13 @@ def remove_path(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_empty(*folders: Path) -> None:
+    """Remove folders that hold nothing, in this order."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
 def check_place(folder: Path) -> None:
     """Check that a folder, or the nearest one above it that exists, takes files.
 

@@ -12,7 +12,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from retnet_tools.disk import hidden_path, remove_path, sync
-from retnet_tools.errors import OutputError
+from retnet_tools.errors import InputError, OutputError
+from retnet_tools.inputs import load_json, part_path
 
 _PLAN = ".plan.json"
 
@@ -29,7 +30,7 @@ def check_names(folder: Path, names: Collection[str]) -> None:
         OutputError: one leads elsewhere, or is a folder.
     """
     for name in names:
-        if Path(name).name != name or (folder / name).is_dir():
+        if part_path(folder, name) is None or (folder / name).is_dir():
             raise OutputError(f"{folder / name} is not a file of {folder}", "one to replace", "remove it yourself")
 
 
@@ -63,10 +64,10 @@ def finish_replacing(target: Path) -> None:
         remove_path(ready)
         return
     try:
-        plan = json.loads((ready / _PLAN).read_text(encoding="utf-8"))
+        plan = load_json(ready / _PLAN)
         marker, stale = plan["marker"], plan["stale"]
         check_names(target, [marker, *stale, *(file.name for file in ready.iterdir())])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (InputError, KeyError, TypeError) as error:
         raise OutputError(f"{ready} is no folder that this tool wrote", action="remove it yourself") from error
     if (ready / marker).is_file():
         for name in (marker, *stale):

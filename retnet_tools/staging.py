@@ -24,6 +24,7 @@ from retnet_tools.disk import (
     is_hidden,
     make_folders,
     real_path,
+    remove_empty,
     remove_path,
     sync,
     writing_to,
@@ -246,9 +247,7 @@ def _claimed(target: Path, kind: str, room: str = "free space") -> Iterator[tupl
                     remove_path(partial)
                     raise
         except BaseException:
-            for folder in made:
-                with suppress(OSError):
-                    folder.rmdir()
+            remove_empty(*made)
             raise
 
 

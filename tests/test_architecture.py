@@ -116,6 +116,66 @@ def test_modules_import_one_another_in_no_circle() -> None:
     TopologicalSorter({module: names - {module} for module, names in arrows.items()}).prepare()
 
 
+READERS = {
+    "inputs": "the place",
+    "locks": "its own files",
+    "disk": "flushes",
+    "machine": "the system's figures",
+    "runtime.cuda": "the system's maps",
+    "cli.app": "the null device",
+    "evaluate.budget_file": "the package's own file, and a text that inputs has read",
+    "graph.cuda_kernels": "the package's own file",
+    "graph.genai": "a text that the tokenizers library made",
+    "quantize.activations": "its own scratch file",
+    "quantize.unfinished": "a stream that inputs has opened",
+}
+"""Who opens files to read, or parses JSON, and why; all else goes through `retnet_tools.inputs`. bench/ has its own."""
+WRITERS = {"staging", "replacing", "disk", "locks"}
+"""Who removes, renames and syncs what is on the disk."""
+READING = {"json.loads", "json.load", "tomllib.loads", "tomllib.load", "np.load", "np.fromfile", "os.open"}
+CHANGING = {f"os.{name}" for name in ("replace", "rename", "remove", "unlink", "fsync", "rmdir", "mkdir", "makedirs")}
+CHANGING |= {"shutil.rmtree", "shutil.move", "shutil.copy", "shutil.copytree"}
+
+
+def calls(file: Path) -> Iterator[tuple[str, str]]:
+    """Called names, `json.loads`, and methods of whatever object with the first argument, `.open rb`."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            first = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else ""
+            yield ast.unparse(node.func), f".{node.func.attr} {first}".strip()
+
+
+def test_files_are_read_in_one_place() -> None:
+    """A file from a stranger may be a pipe, a bomb or no UTF-8: one module knows that."""
+    methods, found = {".read_text", ".read_bytes", ".open rb"}, set()
+    for module, file in NAMES.items():
+        if room(module) != "bench" and any(name in READING or method in methods for name, method in calls(file)):
+            found.add(module.removeprefix("retnet_tools."))
+    assert found <= READERS.keys() | {"__main__"}, found - READERS.keys()
+
+
+def test_what_is_on_the_disk_is_changed_in_one_place() -> None:
+    methods, found = (
+        {".unlink", ".rmdir", ".mkdir", ".touch", ".symlink_to", ".hardlink_to", ".open wb", ".open ab"},
+        {},
+    )
+    for module, file in NAMES.items():
+        for name, method in calls(file):
+            if room(module) != "bench" and (name in CHANGING or method in methods):
+                found.setdefault(module.removeprefix("retnet_tools."), set()).add(name)
+    streams = {
+        "graph.folder",
+        "quantize.activations",
+        "quantize.unfinished",
+        "formats.safetensors_files",
+        "runtime.bulk",
+    }
+    for module in streams & found.keys():
+        # They write to the path that staging gave them.
+        assert all(name.endswith(".open") for name in found.pop(module)), module
+    assert found.keys() <= WRITERS, found
+
+
 SAME_MEANING = {"log_decay"}
 """Of torch and of graphs."""
 

@@ -74,7 +74,7 @@ def check_text(folder: Path, plan: ExportPlan) -> list[Check]:
     Args:
         plan: of the checkpoint.
     """
-    expected: dict[str, bytes] = {file.name: file.read_bytes() for file in plan.text.copies}
+    expected: dict[str, bytes] = {file.name: read_input(file, MAX_TOKENIZER) for file in plan.text.copies}
     expected |= {name: text.encode() for name, text in {**plan.text.made, **plan.files}.items()}
     there = {name for name in (*_TEXT_FILES, *plan.text.tokenizer_files) if (folder / name).is_file()}
     checks = []

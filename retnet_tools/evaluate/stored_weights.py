@@ -15,6 +15,7 @@ from retnet_tools.graph.contract import EXPORT_AGAIN, WEIGHTS_FILE
 from retnet_tools.graph.folder import load_graph, read_graphs
 from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.graph.weight_tensors import WeightTensor
+from retnet_tools.inputs import open_input
 from retnet_tools.weights import Array, FileRegion, TensorInfo, WeightSource, canonical_shapes
 
 
@@ -82,7 +83,9 @@ class StoredWeights(WeightSource):
     def bytes_of(self, tensor: WeightTensor) -> Array:
         """What is stored of a tensor."""
         region = self.regions[tensor.name]
-        return np.fromfile(self.file, np.uint8, region.nbytes, offset=region.offset)
+        with open_input(self.file) as file:
+            file.seek(region.offset)
+            return np.frombuffer(file.read(region.nbytes), np.uint8)
 
     def _array(self, tensor: WeightTensor) -> Array:
         return self.bytes_of(tensor).view(ELEMENT_TYPES[tensor.dtype].numpy()).reshape(tensor.shape)

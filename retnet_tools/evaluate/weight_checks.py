@@ -15,6 +15,7 @@ from retnet_tools.graph.folder import BlockReader, float_blocks
 from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.graph.positions import decay_sum_tables, phase_tables
 from retnet_tools.graph.weight_tensors import WeightTensor
+from retnet_tools.inputs import open_input
 from retnet_tools.progress import ByteProgress
 from retnet_tools.quantize.contents import QuantizedContents
 from retnet_tools.quantize.methods import round_to_nearest
@@ -94,7 +95,7 @@ def _measured(check: Check) -> float:
 def _bytes(name: str, stored: StoredWeights, tensor: WeightTensor, again: BlockReader) -> Check:
     """Bytes that are others than the checkpoint gives."""
     region, wrong, first = stored.regions[tensor.name], 0, -1
-    with stored.file.open("rb") as file:
+    with open_input(stored.file) as file:
         file.seek(region.offset)
         done = 0
         for block in again(tensor):
@@ -127,12 +128,10 @@ def _nearest(stored: StoredWeights, name: str, weight: Array, steps: float) -> C
     """By how many steps a code is further from its weight than the nearest of its block."""
     parts, format = stored.parts(name), stored.format(name)
     assert format is not None
-    codes, (scale, zeros) = (
-        parts["codes"].astype(np.float64),
-        (
-            np.repeat(parts[part].astype(np.float64), format.block_size, 1)[:, : weight.shape[1]]
-            for part in ("scales", "zero_points")
-        ),
+    codes = parts["codes"].astype(np.float64)
+    scale, zeros = (
+        np.repeat(parts[part].astype(np.float64), format.block_size, 1)[:, : weight.shape[1]]
+        for part in ("scales", "zero_points")
     )
     usable = np.abs(scale) >= np.finfo(np.float32).tiny
     place = np.divide(weight, scale, out=np.zeros_like(weight), where=usable) + zeros
@@ -152,7 +151,7 @@ def _lost(stored: StoredWeights, name: str, weight: Array, parts: float) -> Chec
 def _between(stored: StoredWeights) -> Check:
     """Bytes between tensors, and after the last, that are not 0."""
     size, wrong, where = stored.file.stat().st_size, 0, ""
-    with stored.file.open("rb") as file:
+    with open_input(stored.file) as file:
         for start, end in uncovered(stored.regions.values(), size):
             file.seek(start)
             other = np.flatnonzero(np.frombuffer(file.read(end - start), np.uint8))

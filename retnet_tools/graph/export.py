@@ -264,8 +264,8 @@ def _stale_files(out: Path) -> tuple[str, ...]:
         manifest = parse_manifest(out)
         replaced = (*targets.TARGET_FILES, *manifest.tokenizer_files, GENERATION_FILE)
         quantized = manifest.quantization is not None
-        card = (out / contract.CARD_FILE).read_text(encoding="utf-8").splitlines() if quantized else []
-    except (InputError, OSError, UnicodeDecodeError):
+        card = read_words(out / contract.CARD_FILE).splitlines() if quantized else []
+    except InputError:
         # No earlier export, or none with a card that this tool wrote.
         card = []
     return (*replaced, contract.CARD_FILE) if contract.CARD_TITLE in card else replaced

@@ -13,6 +13,7 @@ from retnet_tools.formats.integrity import FileRecord
 from retnet_tools.graph.contract import CARD_FILE, CARD_TITLE, MANIFEST_FILE, WEIGHTS_FILE
 from retnet_tools.graph.manifest import Manifest, read_manifest
 from retnet_tools.graph.quantization import Calibration, MixedPrecision, Quantization
+from retnet_tools.inputs import read_input
 from retnet_tools.quantize.options import matrix_formats, matrix_names, scheme_text
 from retnet_tools.staging import staged_folder
 from retnet_tools.version import __version__
@@ -72,14 +73,12 @@ def check_card(out: Path) -> None:
 
     Raises:
         UsageError: it would.
+        InputError: what lies there is no file.
     """
-    try:
-        lines = (out / CARD_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return
-    if CARD_TITLE not in lines:
+    card = out / CARD_FILE
+    if card.exists() and CARD_TITLE not in read_input(card).decode(errors="replace").splitlines():
         raise UsageError(
-            f"{out / CARD_FILE} is no card that this command wrote",
+            f"{card} is no card that this command wrote",
             "its place for one",
             "move it away, or name another -o",
         )

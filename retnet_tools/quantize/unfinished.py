@@ -12,14 +12,14 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from retnet_tools.config import RetNetConfig
-from retnet_tools.disk import make_folders, remove_path, writing_to
+from retnet_tools.disk import make_folders, remove_empty, remove_path, writing_to
 from retnet_tools.errors import InputError
 from retnet_tools.graph.code_types import BlockFormat
 from retnet_tools.inputs import open_input
@@ -95,8 +95,7 @@ class Workplace(ExitStack):
         for work in self._opened:
             work.remove()
         # While the lock is held, so that nobody else's goes away.
-        with suppress(OSError):
-            self.folder.rmdir()
+        remove_empty(self.folder)
         self.close()
 
 
@@ -126,7 +125,7 @@ class Unfinished:
 
     def discard(self, name: str) -> None:
         """Forget a result."""
-        (self.folder / name).unlink(missing_ok=True)
+        remove_path(self.folder / name)
 
     def remove(self) -> None:
         """Forget all results."""

@@ -170,7 +170,7 @@ def generate_bulk(
 
 def _check_replaced(output: Path) -> None:
     """Check that a file that is to be written over begins as answers do, or is empty."""
-    with output.open("rb") as file:
+    with open_input(output) as file:
         beginning = file.read(len(_BEGINNING))
     if beginning != _BEGINNING[: len(beginning)]:
         raise _no_answers(output)
@@ -185,7 +185,7 @@ def _forget_errors(prompts: Path, digest: str, output: Path) -> None:
     done, failed, _ = _answers(output)
     _check(prompts, digest, {index: key for index, key in done.items() if index not in failed}, output)
     if failed:
-        with staged_file(output, force=True) as partial, output.open("rb") as answers, partial.open("wb") as kept:
+        with staged_file(output, force=True) as partial, open_input(output) as answers, partial.open("wb") as kept:
             kept.writelines(line for line in answers if line.endswith(b"\n") and "error" not in parse_json(line))
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from retnet_tools.errors import InputError, UsageError
-from retnet_tools.tokenizing.files import TOKENIZER_FILE, load_tokenizer
+from retnet_tools.inputs import read_input
+from retnet_tools.tokenizing.files import MAX_TOKENIZER, TOKENIZER_FILE, load_tokenizer
 from retnet_tools.tokenizing.special import special_tokens
 from retnet_tools.tokenizing.token_ids import check_vocabulary
 from retnet_tools.tokenizing.tokenizers_library import encoding
@@ -26,7 +27,7 @@ class TextCodec:
 
     def __init__(self, folder: Path, vocab_size: int) -> None:
         self._tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
-        self.fingerprint = hashlib.sha256((folder / TOKENIZER_FILE).read_bytes()).hexdigest()
+        self.fingerprint = hashlib.sha256(read_input(folder / TOKENIZER_FILE, MAX_TOKENIZER)).hexdigest()
         self._vocab_size = vocab_size
         self.end_ids = _end_ids(folder, vocab_size, self._tokenizer)
 
