@@ -115,19 +115,19 @@ class DecoderBuilder(WeightedBuilder, ABC):
 
     @abstractmethod
     def last_rows(self, x: Value) -> Value:
-        """`[rows, D]` to `[B, D]`: the row of the last real token of each sequence."""
+        """`[rows, D]` to `[B, D]`: the row of the last real token of each sequence, or others that give logits."""
 
     def further_outputs(self) -> list[Value]:
         """Outputs after the states."""
         return []
 
-    def known(self, tokens: Value, position_ids: Value) -> tuple[Value, Value, Value]:
+    def known(self, g: GraphBuilder, tokens: Value, position_ids: Value) -> tuple[Value, Value, Value]:
         """Ids inside the vocabulary, positions inside the tables, and whether each token had both, `[B, T]` bool.
 
         -1 is the last row of a table to an ONNX lookup, and a quantized embedding takes any id. The CPU refuses to
         look up a position that is nowhere; CUDA checks no lookup, and there the row has to become NaN.
         """
-        g, zero = self.g, self.g.int64("zero", 0)
+        zero = g.int64("zero", 0)
         inside = g.op("Clip", position_ids, zero, g.int64("last_position", MAX_POSITION))
         known = g.op("Equal", position_ids, inside)
         if self.config.has_vocabulary:
@@ -293,14 +293,18 @@ class DecoderBuilder(WeightedBuilder, ABC):
         return self.linear(y, f"{name}.down_proj", (f"{name}.down_proj",), ffn.bias)
 
     def logits(self, x: Value) -> Value:
-        """Logits `[B, 1, vocab]` float32 of `[B, D]`; without a head, `[B, 1, D]`."""
+        """Logits float32 of the rows that `last_rows` chose; without a head, the rows."""
         g = self.g
         g.scope = "lm_head"
         if self.config.has_vocabulary:
             name = "embedding.weight" if self.config.tie_word_embeddings else "lm_head.weight"
             bias = [self.weight("lm_head.bias")] if self.config.head_bias else []
             x = g.op("Gemm", x, self.weight(name), *bias, transB=1)
-        return g.cast(g.op("Unsqueeze", x, g.integers(1)), self.dtype, WIDE)  # [rows, vocab] -> [B, 1, vocab]
+        return g.cast(self.logits_axis(x), self.dtype, WIDE)
+
+    def logits_axis(self, x: Value) -> Value:
+        """`[B, N]` to `[B, 1, N]`."""
+        return self.g.op("Unsqueeze", x, self.g.integers(1))
 
     def _norm(self, name: str, norm: BlockNorm | None = None) -> NormWeights:
         return self.norm_weights(name, norm or self.config.block_norm)

@@ -4,11 +4,17 @@
                   -> logits [B,1,vocab] float32, present.{i}.recurrent_state [B,H,K,V]
     prefill.onnx  input_ids [B,T], position_ids [B,T], attention_mask [B,T] int64, the same states
                   -> logits [B,1,vocab] of the last real token of each row, the same states
-    weights.data  external data of both graphs, every tensor stored once
+    decoder.onnx  prefill.onnx with logits_indices [B,R] int64 after attention_mask
+                  -> logits [B,R,vocab] of those places 0 to T-1 of each row, the same states
+    weights.data  external data of all graphs, every tensor stored once
     retnet.json   the manifest, see `retnet_tools.graph.manifest`
 
-A stack without embedding and head has inputs_embeds [B,1,D] (prefill [B,T,D]) float32 in place of input_ids, and
-hidden_states [B,1,D] float32 in place of logits.
+decoder.onnx is one graph for tokens, prompts and scoring, so that a runtime that packs weights for each session holds
+them once: one real token is a step of Eq. 6, whose states may be bound in place, more are a chunk of Eq. 7. Logits at
+padding, and at a place past the chunk, mean nothing; a negative place counts from the end of the chunk.
+
+A stack without embedding and head has inputs_embeds [B,1,D] (others [B,T,D]) float32 in place of input_ids, and
+hidden_states [B,1,D] (decoder.onnx [B,R,D]) float32 in place of logits.
 
 attention_mask is 1 at real tokens, which stand together, and 0 at padding before and after them. Padding changes
 nothing, whatever its ids and positions. A row of padding alone keeps its state bit for bit; its logits are finite and
@@ -50,6 +56,7 @@ from retnet_tools.config import RetNetConfig
 
 STEP_FILE = "step.onnx"
 PREFILL_FILE = "prefill.onnx"
+DECODER_FILE = "decoder.onnx"
 GENAI_FILE = "model.onnx"
 GENAI_CONFIG_FILE = "genai_config.json"
 WEIGHTS_FILE = "weights.data"
@@ -64,6 +71,7 @@ INPUT_IDS = "input_ids"
 INPUTS_EMBEDS = "inputs_embeds"
 POSITION_IDS = "position_ids"
 ATTENTION_MASK = "attention_mask"
+LOGITS_INDICES = "logits_indices"
 LOGITS = "logits"
 HIDDEN_STATES = "hidden_states"
 
@@ -130,6 +138,22 @@ def prefill_inputs(config: RetNetConfig, state_dtype: str) -> tuple[TensorSpec, 
     """Inputs of prefill.onnx, in order."""
     mask = TensorSpec(ATTENTION_MASK, "int64", ("batch", "tokens"))
     return (*_token_inputs(config, "tokens"), mask, *_states(config, PAST_NAMES, state_dtype))
+
+
+def decoder_inputs(config: RetNetConfig, state_dtype: str) -> tuple[TensorSpec, ...]:
+    """Inputs of decoder.onnx, in order."""
+    tokens, states = _token_inputs(config, "tokens"), _states(config, PAST_NAMES, state_dtype)
+    mask, indices = (
+        TensorSpec(name, "int64", ("batch", size))
+        for name, size in ((ATTENTION_MASK, "tokens"), (LOGITS_INDICES, "logits"))
+    )
+    return (*tokens, mask, indices, *states)
+
+
+def decoder_outputs(config: RetNetConfig, state_dtype: str) -> tuple[TensorSpec, ...]:
+    """Outputs of decoder.onnx, in order."""
+    logits, *states = step_outputs(config, state_dtype)
+    return (TensorSpec(logits.name, logits.dtype, ("batch", "logits", logits.shape[2])), *states)
 
 
 def genai_inputs(config: RetNetConfig, state_dtype: str) -> tuple[TensorSpec, ...]:

@@ -24,9 +24,9 @@ from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import UsageError
 from retnet_tools.graph import contract
 from retnet_tools.graph.builder import TokenInputs
-from retnet_tools.graph.decay import ChunkDecay, Chunks, StepDecay, chunk_decay, log_decay
+from retnet_tools.graph.decay import ChunkDecay, Chunks, chunk_decay
 from retnet_tools.graph.decoders import PrefillBuilder
-from retnet_tools.graph.nodes import Pair
+from retnet_tools.graph.nodes import GraphBuilder, Pair
 from retnet_tools.tokenizing.carried import CarriedText
 from retnet_tools.tokenizing.files import TOKENIZER_FILE
 from retnet_tools.tokenizing.special import TOKENIZER_CONFIG_FILE
@@ -51,7 +51,6 @@ class GenaiBuilder(PrefillBuilder):
     name = "retnet_genai"
     input_specs = staticmethod(contract.genai_inputs)
     output_specs = staticmethod(contract.genai_outputs)
-    _step: StepDecay
     _one_token: Value
     _chunks: Chunks
     _conv_states: list[Value]
@@ -63,16 +62,14 @@ class GenaiBuilder(PrefillBuilder):
         zero, one = g.int64("zero", 0), g.int64("one", 1)
         padding = g.int64("padding_id", contract.padding_id(self.config))
         tokens = g.op("Where", g.op("Equal", tokens, padding), zero, tokens)
-        length = g.op("Gather", g.op("Shape", position_ids), one, axis=0)
-        first = g.op("Equal", g.op("Range", zero, length, one), zero)  # [T]
+        self.measure(position_ids, position_ids)
+        first = g.op("Equal", g.op("Range", zero, self._length, one), zero)  # [T]
         real = g.op("Or", first, g.op("Not", g.op("Equal", position_ids, zero)))
-        self._one_token = g.op("Equal", length, one)
-        self._step = StepDecay(log_decay(self.config), position_ids)
-        return self.blank_padding(tokens, position_ids, g.cast(real, "bool", "int64"))
+        self._one_token = g.op("Equal", self._length, one)
+        return self.take(self.blank_padding(g, tokens, position_ids, g.cast(real, "bool", "int64")))
 
-    def chunk_terms(self, log_gamma: Array, start: Value, end: Value) -> ChunkDecay:
+    def chunk_decay(self, g: GraphBuilder, log_gamma: Array, start: Value, end: Value) -> ChunkDecay:
         """Several chunks of one length; the first token of each row is real, so that `start` is 0."""
-        g = self.g
         self._chunks = Chunks(g, self._shape, self._length)
         start, end = g.constant("first", np.zeros((1, 1), np.int64)), self._chunks.counts(g, end)
         return chunk_decay(g, log_gamma, self._chunks.size, start, end)
@@ -82,10 +79,11 @@ class GenaiBuilder(PrefillBuilder):
         decay = self._decay
         if isinstance(decay, Value):
             return super().retention(q, k, v, past)
-        g, ops, chunks = self.g, self.ops, self._chunks
-        one = g.subgraph("then", 0, lambda body, _: ops.retention_step(body, q, k, v, past, self._step))
-        more = g.subgraph("else", 0, lambda body, _: ops.retention_chunks(body, q, k, v, past, decay, chunks))
-        y, present = g.node("If", self._one_token, outputs=2, then_branch=one, else_branch=more)
+        y, present = self.g.branch(
+            self._one_token,
+            lambda body: self.ops.retention_step(body, q, k, v, past, self._step),
+            lambda body: self.ops.retention_chunks(body, q, k, v, past, decay, self._chunks),
+        )
         return y, present
 
     def logits(self, x: Value) -> Value:

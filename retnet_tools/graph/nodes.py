@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import numpy as np
@@ -121,15 +121,34 @@ class GraphBuilder:
         return root._shared[key]
 
     def subgraph(
-        self, name: str, count: int, make: Callable[[GraphBuilder, list[Value]], tuple[Value, ...]]
+        self,
+        name: str,
+        count: int,
+        make: Callable[[GraphBuilder, list[Value]], tuple[Value, ...]],
+        integers: Container[int] = (),
     ) -> ir.Graph:
-        """A graph inside a node: `count` float32 inputs, float32 outputs."""
+        """A graph inside a node: `count` float32 inputs, and float32 outputs, but int64 at these places."""
         body = GraphBuilder(self, f"{self.scope}/{name}")
         inputs = [Value(name=f"{body.scope}/in_{i}", type=tensor_type("float32")) for i in range(count)]
-        outputs = make(body, inputs)
-        for value in outputs:
-            value.type = tensor_type("float32")
+        outputs = []
+        for i, value in enumerate(make(body, inputs)):
+            # A graph gives back what its own nodes made.
+            own = value if value.producer() in body.nodes else body.op("Identity", value)
+            own.type = tensor_type("int64" if i in integers else "float32")
+            outputs.append(own)
         return ir.Graph(inputs, outputs, nodes=body.nodes, name=body.scope)
+
+    def branch(
+        self,
+        condition: Value,
+        then: Callable[[GraphBuilder], tuple[Value, ...]],
+        otherwise: Callable[[GraphBuilder], tuple[Value, ...]],
+        integers: Container[int] = (),
+    ) -> list[Value]:
+        """If: the values of one of two subgraphs, float32 but int64 at these places."""
+        first = self.subgraph("then", 0, lambda body, _: then(body), integers)
+        second = self.subgraph("else", 0, lambda body, _: otherwise(body), integers)
+        return self.node("If", condition, outputs=len(first.outputs), then_branch=first, else_branch=second)
 
 
 def scan(

@@ -13,7 +13,7 @@ from retnet_tools.graph import contract
 from retnet_tools.graph.builder import DecoderBuilder
 from retnet_tools.graph.cuda_kernels import CpuNode, cpu_nodes
 from retnet_tools.graph.cuda_ops import CudaFusedOps, CudaStandardOps
-from retnet_tools.graph.decoders import PrefillBuilder, StepBuilder
+from retnet_tools.graph.decoders import AnyLengthBuilder, PrefillBuilder, StepBuilder
 from retnet_tools.graph.genai import GenaiBuilder, genai_files, genai_notes
 from retnet_tools.graph.ops import OPERATOR_SETS, StandardOps
 from retnet_tools.tokenizing.carried import CarriedText
@@ -59,7 +59,14 @@ class TargetDevice:
 TARGETS: dict[str, ExportTarget] = {
     target.name: target
     for target in (
-        ExportTarget("onnx", {contract.PREFILL_FILE: PrefillBuilder, contract.STEP_FILE: StepBuilder}),
+        ExportTarget(
+            "onnx",
+            {
+                contract.PREFILL_FILE: PrefillBuilder,
+                contract.STEP_FILE: StepBuilder,
+                contract.DECODER_FILE: AnyLengthBuilder,
+            },
+        ),
         ExportTarget(
             "genai",
             {contract.GENAI_FILE: GenaiBuilder},
