@@ -25,6 +25,7 @@ ROWS = {
     "fields": 0,
     "inputs": 0,
     "dtypes": 0,
+    "file_records": 0,
     "disk": 0,
     "locks": 0,
     "replacing": 0,
@@ -221,11 +222,16 @@ def test_importing_the_others_does_not_load_torch_by_way_of_another() -> None:
     assert result.returncode == 0, result.stderr.splitlines()[-1]
 
 
+HEAVY = ("torch", "onnx_ir", "sympy", "tokenizers", "onnxruntime")
+"""What is imported when it is used, and not before."""
+
+
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
         ("retnet_tools.cli.app", ("torch", "onnxruntime", "onnx_ir", "tokenizers")),
         ("retnet_tools.formats", ("torch", "onnxruntime")),
+        ("retnet_tools.reports.generation", HEAVY),
     ],
 )
 def test_import_stays_light(module: str, absent: tuple[str, ...]) -> None:

@@ -54,13 +54,11 @@ def generate(
     """Continue a prompt, streaming text to stdout and speed to stderr; or answer a file of prompts."""
     from retnet_tools.console import print_json, print_message
     from retnet_tools.reports.generation import generation_document, generation_speed
-    from retnet_tools.runtime.bulk import BulkOptions, check_bulk
     from retnet_tools.runtime.decode import Stopping, generate_from
     from retnet_tools.runtime.decoder import open_decoder
     from retnet_tools.runtime.prompts import PREFILL_CHUNK_SIZE
     from retnet_tools.runtime.sampling import Sampling
     from retnet_tools.runtime.sequences import Sequences
-    from retnet_tools.runtime.state_file import capture, read_state, write_state
     from retnet_tools.staging import check_file
     from retnet_tools.tokenizing.text_files import read_prompt
 
@@ -93,6 +91,8 @@ def generate(
     if prompts is not None and output is not None:
         if prompt is not None or file is not None or state_in or state_out or samples > 1:
             raise UsageError("--prompts with -p, --file, --samples or a state", "one job at a time")
+        from retnet_tools.runtime.bulk import BulkOptions, check_bulk
+
         check_bulk(prompts, output)
         with opened(prompts=True) as decoder:
             stopping = Stopping(max_tokens, () if ignore_end else decoder.codec.end_ids, stops)
@@ -108,6 +108,8 @@ def generate(
         if state_in is None:
             sequences = Sequences.start(session, 1, Sampling(**chosen))
         else:
+            from retnet_tools.runtime.state_file import read_state
+
             sequences = read_state(state_in).sequences(session, chosen)
         several = sequences.batch * samples > 1
         result = generate_from(
@@ -126,6 +128,8 @@ def generate(
             print(*[f"[{i}] {row.text}" for i, row in enumerate(result.rows)] if several else [], sep="\n")
         print_message(generation_speed(result))
         if state_out is not None and result.sequences is not None:
+            from retnet_tools.runtime.state_file import capture, write_state
+
             write_state(state_out, capture(result.sequences), force=force)
 
 

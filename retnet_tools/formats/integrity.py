@@ -9,52 +9,14 @@ import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from retnet_tools.errors import InputError
+from retnet_tools.file_records import HASHED_BYTES, FileRecord, hash_file
 from retnet_tools.formats.content import INDEX_SUFFIX
 from retnet_tools.inputs import load_json, open_input
 from retnet_tools.progress import ByteProgress
 
-_BLOCK = 1 << 22
 SAFETENSORS_SUFFIX = ".safetensors"
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """What a file was when it was written."""
-
-    bytes: int
-    sha256: str
-
-    @classmethod
-    def of(cls, file: Path) -> FileRecord:
-        """The record of a file as it is. Memory: 4 MiB."""
-        return cls(file.stat().st_size, _hash(file, hashlib.sha256()))
-
-    @classmethod
-    def from_dict(cls, document: Mapping[str, Any]) -> FileRecord:
-        """From JSON; a ValueError or KeyError for anything else."""
-        size, digest = document["bytes"], document["sha256"]
-        if type(size) is not int or size < 0 or not re.fullmatch("[0-9a-f]{64}", digest) or len(document) != 2:
-            raise ValueError("a file without its size and sha256")
-        return cls(size, digest)
-
-    def size_problem(self, file: Path) -> str:
-        """What is wrong with the size of a file, in words; nothing where it is right."""
-        if not file.is_file():
-            return "is missing"
-        size = file.stat().st_size
-        return "" if size == self.bytes else f"has {size} bytes"
-
-    def problem(self, file: Path, told: ByteProgress) -> str:
-        """What is wrong with a file that is read whole, in words; nothing where it is right.
-
-        Args:
-            told: called with the bytes just read.
-        """
-        found = self.size_problem(file)
-        return found or ("" if _hash(file, hashlib.sha256(), told) == self.sha256 else "has another sha256")
 
 
 @dataclass(frozen=True)
@@ -124,7 +86,7 @@ def _check_blob(file: Path, blob: Path, told: ByteProgress) -> FileCheck:
     how, digest = ("sha256", hashlib.sha256()) if len(blob.name) == 64 else ("git-sha1", hashlib.sha1())
     if how == "git-sha1":
         digest.update(f"blob {blob.stat().st_size}\0".encode())
-    return FileCheck(file, how, "" if _hash(blob, digest, told) == blob.name else f"has another {how}")
+    return FileCheck(file, how, "" if hash_file(blob, digest, told) == blob.name else f"has another {how}")
 
 
 def _entry_problem(file: Path, told: ByteProgress) -> str:
@@ -134,7 +96,7 @@ def _entry_problem(file: Path, told: ByteProgress) -> str:
             for info in archive.infolist():
                 name = info.filename[:80]
                 with archive.open(info) as entry:
-                    while block := entry.read(_BLOCK):
+                    while block := entry.read(HASHED_BYTES):
                         told(len(block))
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         return f"has a damaged entry {name!r} ({error})"
@@ -156,11 +118,3 @@ def _index_problem(index: Path) -> str:
 def _header_bytes(shard: Path) -> int:
     with open_input(shard) as file:
         return int.from_bytes(file.read(8), "little")
-
-
-def _hash(file: Path, digest: Any, told: ByteProgress = lambda count: None) -> str:
-    with open_input(file) as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-            told(len(block))
-    return str(digest.hexdigest())

@@ -64,6 +64,10 @@ MANIFEST_FILE = "retnet.json"
 CARD_FILE = "README.md"
 CARD_TITLE = "# RetNet, quantized"
 """A line of every card that `quantize` writes; a README without it is somebody else's."""
+DEVICES = ("cpu", "cuda")
+"""Devices that `retnet_tools.graph.targets` writes for; it is not needed to open an export, and slow to import."""
+OPERATORS = ("standard", "fused")
+"""Operator sets that it has for each."""
 EXPORT_AGAIN = "export the checkpoint again"
 """What to do with a folder that does not keep the contract."""
 

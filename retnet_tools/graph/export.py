@@ -13,9 +13,9 @@ from typing import Any
 from retnet_tools.config import RetNetConfig
 from retnet_tools.console import LOG
 from retnet_tools.errors import InputError
+from retnet_tools.file_records import FileRecord
 from retnet_tools.formats import Checkpoint
 from retnet_tools.formats.hub import hub_origin
-from retnet_tools.formats.integrity import FileRecord
 from retnet_tools.formats.provenance import provenance, source_digests
 from retnet_tools.formats.storage import StoredTensors, TensorLocation
 from retnet_tools.graph import contract, targets

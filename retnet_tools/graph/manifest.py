@@ -12,17 +12,18 @@ from typing import Any
 
 from retnet_tools.config import RetNetConfig
 from retnet_tools.errors import ConfigError, InputError
-from retnet_tools.formats.integrity import FileRecord
+from retnet_tools.file_records import FileRecord
 from retnet_tools.graph.contract import (
+    DEVICES,
     EXPORT_AGAIN,
     MANIFEST_FILE,
     MAX_POSITION,
+    OPERATORS,
     WEIGHTS_FILE,
     TensorSpec,
     state_scale,
 )
 from retnet_tools.graph.quantization import Quantization
-from retnet_tools.graph.targets import TARGET_DEVICES
 from retnet_tools.inputs import load_json, part_path
 from retnet_tools.replacing import is_being_replaced
 
@@ -127,9 +128,8 @@ def parse_manifest(folder: Path) -> Manifest:
             raise InputError(f"{path} has schema_version {version!r}", str(SCHEMA_VERSION), EXPORT_AGAIN)
         # Exports from before there was a choice were for the CPU.
         data.setdefault("device", "cpu")
-        for name, choices in (("dtype", FLOATS), ("state_dtype", FLOATS), ("device", TARGET_DEVICES)):
+        for name, choices in (("dtype", FLOATS), ("state_dtype", FLOATS), ("device", DEVICES), ("ops", OPERATORS)):
             _check_choice(path, data, name, choices)
-        _check_choice(path, data, "ops", TARGET_DEVICES[data["device"]].operators)
         return Manifest(
             config=RetNetConfig.from_dict(data["config"]),
             dtype=data["dtype"],

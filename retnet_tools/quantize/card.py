@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from retnet_tools.errors import UsageError
-from retnet_tools.formats.integrity import FileRecord
+from retnet_tools.file_records import FileRecord
 from retnet_tools.graph.contract import CARD_FILE, CARD_TITLE, MANIFEST_FILE, WEIGHTS_FILE
 from retnet_tools.graph.manifest import Manifest, read_manifest
 from retnet_tools.graph.quantization import Calibration, MixedPrecision, Quantization

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from retnet_tools.runtime.bulk import BulkSummary
-from retnet_tools.runtime.decode import Generations
+if TYPE_CHECKING:
+    from retnet_tools.runtime.bulk import BulkSummary
+    from retnet_tools.runtime.decode import Generations
 
 SCHEMA_VERSION = 1
 

@@ -10,18 +10,19 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING
 
 from retnet_tools.config import RetNetConfig
+from retnet_tools.dtypes import NUMPY_DTYPES, parse_dtype
 from retnet_tools.errors import ProviderError
 from retnet_tools.graph.code_types import CODE_TYPES
 from retnet_tools.graph.contract import state_shape
-from retnet_tools.graph.folder import load_graph
 from retnet_tools.graph.manifest import Manifest
-from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.runtime.failures import OutOfMemoryError, failure_type
 from retnet_tools.runtime.providers import Device
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 SMALLER = f"a smaller batch, --dtype fp16, --quantize {' or '.join(CODE_TYPES)}, another device, or --device cpu"
 """What to do where the memory of a device does not suffice."""
@@ -31,6 +32,11 @@ LIBRARY_BYTES = 256 << 20
 
 def graph_bytes(path: Path) -> int:
     """Weights and tables of a graph."""
+    # It takes half a second to import; nothing on the CPU needs it.
+    import onnx_ir as ir
+
+    from retnet_tools.graph.folder import load_graph
+
     tensors = (value.const_value for value in load_graph(path).initializers.values())
     return sum(tensor_bytes(tensor) for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
 
@@ -42,7 +48,7 @@ def tensor_bytes(tensor: ir.ExternalTensor) -> int:
 
 def state_bytes(manifest: Manifest, batch: int, *, buffers: int) -> int:
     """States of a batch in one or two sets of buffers, and its logits."""
-    config, itemsize = manifest.config, ELEMENT_TYPES[manifest.state_dtype].numpy().itemsize
+    config, itemsize = manifest.config, NUMPY_DTYPES[parse_dtype(manifest.state_dtype)].itemsize
     state = config.num_layers * math.prod(state_shape(config)) * itemsize
     return batch * (buffers * state + 4 * (config.vocab_size or config.hidden_size))
 
@@ -53,7 +59,7 @@ def chunk_bytes(config: RetNetConfig, dtype: str, batch: int, tokens: int) -> in
     Two copies of q, k, v and the gate or of the feed-forward's two halves in the weights' type, three of q, k, v in
     float32, and of the T x T scores of each head three.
     """
-    itemsize = ELEMENT_TYPES[dtype].numpy().itemsize
+    itemsize = NUMPY_DTYPES[parse_dtype(dtype)].itemsize
     merged = max(2 * config.key_dim + 2 * config.value_dim, 2 * config.feed_forward.dim)
     wide = 2 * config.key_dim + config.value_dim
     row = 2 * itemsize * (merged + 2 * config.hidden_size) + 3 * 4 * wide

@@ -11,7 +11,8 @@ import torch
 
 import retnet_tools
 from retnet_tools.errors import InputError
-from retnet_tools.formats.integrity import FileRecord, check_checkpoint, require_intact
+from retnet_tools.file_records import FileRecord
+from retnet_tools.formats.integrity import check_checkpoint, require_intact
 from retnet_tools.graph.manifest import read_manifest
 from tests.exports import export
 from tests.helpers import BASE, random_source

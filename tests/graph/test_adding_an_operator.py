@@ -17,7 +17,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx_ir import Value
 
 from retnet_tools.config import Activation
-from retnet_tools.graph import contract
+from retnet_tools.graph import contract, manifest
 from retnet_tools.graph.decay import StepDecay
 from retnet_tools.graph.export import plan_of_export
 from retnet_tools.graph.manifest import read_manifest
@@ -55,6 +55,7 @@ class ToyOps(StandardOps):
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setitem(TARGET_DEVICES["cpu"].operators, "toy", ToyOps())
+    monkeypatch.setattr(manifest, "OPERATORS", (*contract.OPERATORS, "toy"))
     return export(BASE, random_source(BASE, 3), tmp_path / "out", ops="toy")
 
 
