@@ -1,7 +1,7 @@
 """The graphs of an exported folder as they are, of either target: a token or a chunk at a time, from any state.
 
-Nothing of the decoding runtime is between a graph and what is said of it, but that step.onnx writes states where it
-reads them if it does so there.
+Nothing of the decoding runtime is between a graph and what is said of it, but that a step writes states where it reads
+them if it does so there.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class GraphRuns:
     Args:
         config: the model, as its checkpoint says.
         exact: products with quantized weights are made in floats.
+        decoder: run decoder.onnx in place of step.onnx and prefill.onnx.
 
     Raises:
         ProviderError: the device cannot be had.
@@ -67,7 +68,9 @@ class GraphRuns:
         threads: int | None,
         *,
         exact: bool = False,
+        decoder: bool = False,
     ) -> None:
+        self._decoder = decoder
         self._folder, self._manifest, self._config = folder, manifest, config
         self._threads, self._exact = threads, exact
         self.device, self.is_genai = device, contract.GENAI_FILE in manifest.graphs
@@ -92,6 +95,8 @@ class GraphRuns:
     def step(self, tokens: Array, at: Standing) -> tuple[Array, Standing]:
         """One token a row, `[B]` or `[B, D]`: logits `[B, vocab]`, and where the rows stand then."""
         feeds = {self._input: tokens[:, None], contract.POSITION_IDS: at.position[:, None]}
+        if self._decoder:
+            feeds |= self._chunk_feeds(np.ones((len(tokens), 1), dtype=np.int64))
         in_place = not self.is_genai and self.device.provider.in_place
         return self._run(self._step, feeds, at, np.ones(len(tokens), dtype=np.int64), in_place=in_place)
 
@@ -115,8 +120,15 @@ class GraphRuns:
             positions = np.where(mask, positions, 0 if self.is_genai else FILLER)
         feeds = {self._input: tokens, contract.POSITION_IDS: positions}
         if not self.is_genai:
-            feeds[contract.ATTENTION_MASK] = mask.astype(np.int64)
+            feeds |= self._chunk_feeds(mask.astype(np.int64))
         return self._run(self._prefill, feeds, at, counts, in_place=False)
+
+    def _chunk_feeds(self, mask: Array) -> dict[str, Array]:
+        """The mask `[B, T]`, and for decoder.onnx the place of the last real token of each row."""
+        feeds = {contract.ATTENTION_MASK: mask}
+        if self._decoder:
+            feeds[contract.LOGITS_INDICES] = np.maximum(mask.sum(1, keepdims=True) - 1, 0)
+        return feeds
 
     def _run(
         self,
@@ -142,6 +154,7 @@ class GraphRuns:
         except Exception as error:
             raise GraphRunError(one_line(error)) from error
         assert logits is not None
+        logits = logits[:, 0]
         if self.is_genai:
             logits = logits[:, :-1]
         return logits, Standing(tuple(buffer.read() for buffer in written), at.position + counts)
@@ -156,6 +169,8 @@ class GraphRuns:
         border = (self._config, self._manifest.state_dtype)
         if self.is_genai:
             return {contract.GENAI_FILE: (contract.genai_inputs(*border), contract.genai_outputs(*border))}
+        if self._decoder:
+            return {contract.DECODER_FILE: (contract.decoder_inputs(*border), contract.decoder_outputs(*border))}
         outputs = contract.step_outputs(*border)
         return {
             contract.STEP_FILE: (contract.step_inputs(*border), outputs),
@@ -172,11 +187,12 @@ class GraphRuns:
 
     @cached_property
     def _step(self) -> onnxruntime.InferenceSession:
-        return self._prefill if self.is_genai else self._open(contract.STEP_FILE, 1)
+        return self._open(contract.STEP_FILE, 1) if contract.STEP_FILE in self._border else self._prefill
 
     @cached_property
     def _prefill(self) -> onnxruntime.InferenceSession:
-        return self._open(contract.GENAI_FILE if self.is_genai else contract.PREFILL_FILE, PREFILL_CHUNK_SIZE)
+        name = contract.PREFILL_FILE
+        return self._open(name if name in self._border else next(iter(self._border)), PREFILL_CHUNK_SIZE)
 
     def _open(self, name: str, tokens: int) -> onnxruntime.InferenceSession:
         path, threads = self._folder / name, self._threads

@@ -52,9 +52,7 @@ class LogitsSource(TokenReader, Protocol):
 
 
 class ExportLogits:
-    """An exported folder: its step graph is fed a token of every row at a time (Eq. 6).
-
-    prefill.onnx gives the logits of the last token alone, so it is not used.
+    """An exported folder: decoder.onnx reads rows by chunks (Eq. 7) and gives the logits of every token.
 
     Args:
         folder: what `retnet-tools export` wrote.
@@ -75,7 +73,7 @@ class ExportLogits:
         *,
         cuda_graph: bool | None = None,
     ) -> None:
-        self._session = DecoderSession(folder, device, threads, cuda_graph=cuda_graph)
+        self._session = DecoderSession(folder, device, threads, cuda_graph=cuda_graph, prompts=True)
         manifest = self._session.manifest
         if not manifest.config.has_vocabulary:
             raise UsageError(f"{folder} is a stack without embedding and head", "a model with a vocabulary")
@@ -93,12 +91,7 @@ class ExportLogits:
             UsageError: ids outside the vocabulary, or rows longer than the graph can place.
         """
         state = self._session.new_state(len(rows))
-        for start in range(0, rows.shape[1], block):
-            ids = rows[:, start : start + block]
-            logits = np.empty((*ids.shape, self.vocab_size), dtype=np.float32)
-            for n in range(ids.shape[1]):
-                logits[:, n] = self._session.step(ids[:, n], state)
-            yield logits
+        yield from self._session.score(rows, state, chunk_size=block)
 
 
 def is_export(path: Path) -> bool:

@@ -1,5 +1,5 @@
-"""A text run through a model, and a baseline beside it, token by token: which tokens of it are fed together, which
-predictions count, and what each of them gave."""
+"""A text run through a model, and a baseline beside it: which tokens of it are fed together, which predictions count,
+and what each of them gave."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from retnet_tools.weights import Array
 
 DEFAULT_BATCH = 16
 DEFAULT_CONTEXT = 512
-_BLOCK_ELEMENTS = 1 << 22
-_LONGEST_BLOCK = 128
+_BLOCK_ELEMENTS = 1 << 24
+_LONGEST_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def score_text(
 ) -> Scoring:
     """Predict the tokens of a text `[N]` with a model and, on the same rows at the same time, with a baseline.
 
-    Memory: for each model its states of `batch` rows and one block of logits (16 MB, or one token of every row where
+    Memory: for each model its states of `batch` rows and one block of logits (64 MB, or one token of every row where
     that is more); for each kept prediction 42 bytes, 67 with a baseline, and as much again while they are put in order.
 
     Args:

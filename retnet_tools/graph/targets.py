@@ -105,14 +105,14 @@ def operator_set(ops: str, device: str) -> StandardOps:
 
 
 def find_target(graphs: Iterable[str]) -> ExportTarget:
-    """The target of an exported folder by the graph files that its manifest lists.
+    """The target of an exported folder by the graph files that its manifest lists, all or some of the target's.
 
     Raises:
         InputError: no target writes these.
     """
     names = set(graphs)
     for target in TARGETS.values():
-        if names == set(target.graphs):
+        if names and names <= set(target.graphs):
             return target
     known = " | ".join(", ".join(target.graphs) for target in TARGETS.values())
     raise InputError(f"an export of {', '.join(sorted(names)) or 'no graphs'}", known, contract.EXPORT_AGAIN)

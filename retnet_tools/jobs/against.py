@@ -28,7 +28,7 @@ from retnet_tools.evaluate.walks import (
 from retnet_tools.evaluate.weight_checks import judge_weights
 from retnet_tools.formats import Checkpoint, CheckpointSource
 from retnet_tools.graph.code_types import BlockFormat
-from retnet_tools.graph.contract import state_scale
+from retnet_tools.graph.contract import DECODER_FILE, state_scale
 from retnet_tools.graph.export import ExportPlan, plan_export
 from retnet_tools.graph.manifest import Manifest, parse_manifest
 from retnet_tools.graph.quantization import Scheme
@@ -176,7 +176,10 @@ class Held:
         noises = [*floats, *steps]
         given = (self.folder, manifest, config, self.device, self.request.threads)
         as_is = GraphRuns(*given)
-        runs = [(as_is, len(floats) if steps else 0, "")]
+        noise = len(floats) if steps else 0
+        runs = [(as_is, noise, "")]
+        if DECODER_FILE in manifest.graphs:
+            runs.append((GraphRuns(*given, decoder=True), noise, f", {DECODER_FILE}"))
         if steps:
             runs.append((GraphRuns(*given, exact=True), 0, ", products in floats"))
         start = Walk(tokens, np.zeros(1, dtype=np.int64), start_cuts(length))

@@ -191,7 +191,8 @@ class Binding:
         session: the graph.
         feeds: the inputs but for the states, of the shapes that every run will have; the first is `[B, ...]`.
         past, present: the states to read and to write by name, the same buffers where the graph works in place.
-        output: the first output, `[B, 1, ...]`.
+        output: the first output, `[B, R, ...]`.
+        rows: R, logits of each sequence.
         device: of the session.
         graph_id: of the CUDA graph that runs of these buffers are; None runs kernel by kernel. No two bindings of a
             session may share one: a replay reads and writes what its capture did.
@@ -208,6 +209,7 @@ class Binding:
         device: Device,
         graph_id: int | None = None,
         needed: int | None = None,
+        rows: int = 1,
     ) -> None:
         import onnxruntime
 
@@ -222,7 +224,7 @@ class Binding:
         }
         first = next(iter(feeds.values()))
         self._what = f"a run of {' x '.join(map(str, np.shape(first)[:2]))} tokens"
-        self._output = zero_buffer((len(first), *map(int, output.shape[1:])), output.dtype, device)
+        self._output = zero_buffer((len(first), rows, *map(int, output.shape[2:])), output.dtype, device)
         # Graphs know addresses only.
         self._states = (*past.values(), *present.values())
         for name, buffer in (*self._feeds.items(), *past.items()):
@@ -231,7 +233,7 @@ class Binding:
             buffer.bind_output(self._binding, name)
 
     def run(self, feeds: Mapping[str, Array], *, fetch: bool) -> Array | None:
-        """Run once; a copy of the first output `[B, ...]`, its second axis left out, where it is asked for.
+        """Run once; a copy of the first output `[B, R, ...]`, where it is asked for.
 
         Raises:
             OutOfMemoryError: no memory on the device.
@@ -246,4 +248,4 @@ class Binding:
             if self._captured:
                 raise CaptureError(one_line(error)) from error
             raise
-        return self._output.read()[:, 0] if fetch else None
+        return self._output.read() if fetch else None

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from retnet_tools.errors import ProviderError, RetNetToolsError
-from retnet_tools.graph.contract import STEP_FILE
+from retnet_tools.graph.contract import PREFILL_FILE, STEP_FILE
 from retnet_tools.graph.cuda_kernels import cpu_nodes
 from retnet_tools.graph.folder import load_graph
 from retnet_tools.graph.manifest import read_manifest
@@ -141,7 +141,9 @@ def diagnose_folder(folder: Path, device: Device) -> FolderDiagnosis:
     """Where the graphs of an exported folder run: opened on the device where it is usable, else predicted."""
     manifest, usable = read_manifest(folder), device_problem(device) is None
     graphs = tuple(_opened(folder / name, device) if usable else _predicted(folder / name) for name in manifest.graphs)
-    needed = sum(graph.weight_bytes + LIBRARY_BYTES for graph in graphs) + state_bytes(manifest, 1, buffers=2)
+    # The runtime reads prompts with decoder.onnx.
+    opened = [graph for graph in graphs if graph.name != PREFILL_FILE]
+    needed = sum(graph.weight_bytes + LIBRARY_BYTES for graph in opened) + state_bytes(manifest, 1, buffers=2)
     return FolderDiagnosis(str(folder), manifest.device, manifest.dtype, graphs, needed)
 
 

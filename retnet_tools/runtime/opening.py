@@ -15,11 +15,12 @@ import onnx_ir as ir
 
 from retnet_tools.errors import InputError, ProviderError
 from retnet_tools.graph.contract import (
+    DECODER_FILE,
     MANIFEST_FILE,
-    PREFILL_FILE,
     STEP_FILE,
     WEIGHTS_FILE,
-    prefill_inputs,
+    decoder_inputs,
+    decoder_outputs,
     step_inputs,
     step_outputs,
 )
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 
 BYTES_OF_A_THREAD = 1 << 27
-_INPUTS = {STEP_FILE: step_inputs, PREFILL_FILE: prefill_inputs}
+_BORDERS = {STEP_FILE: (step_inputs, step_outputs), DECODER_FILE: (decoder_inputs, decoder_outputs)}
 
 
 def session_threads(weight_bytes: int, tokens: int) -> int:
@@ -78,75 +79,92 @@ class GraphOpener:
         self.device = device
         self.eager_reason = device.provider.eager_reason or eager_reason
 
-    def open_step(self, profile: Path | None = None, *, beside: Sequence[str] = ()) -> onnxruntime.InferenceSession:
-        """step.onnx: captured if that can be, else kernel by kernel, else on the CPU if that is allowed.
+    def open_step(self, profile: Path | None = None, *, prompts: bool = False) -> onnxruntime.InferenceSession:
+        """The graph of steps: captured if that can be, else kernel by kernel, else on the CPU if that is allowed.
 
         Args:
-            beside: graphs that will be opened later: on CUDA they share their weights with this one, and there must be
-                room for all.
+            prompts: whether `open_decoder` will be called later: on CUDA both graphs share their weights then, and
+                there must be room for both.
         """
         try:
             self.device.provider.check_model(self._manifest, self.device)
-            if beside and self.device.provider.memory is not None and not self.device.cpu_fallback:
-                self._share((STEP_FILE, *beside))
+            if prompts and self.device.provider.memory is not None and not self.device.cpu_fallback:
+                self._share((self.device.provider.step_file, DECODER_FILE))
             if self.eager_reason is None:
                 try:
-                    return self.open(STEP_FILE, cuda_graph=True)
+                    return self._open_step(cuda_graph=True)
                 except CaptureError as error:
                     reason = error.found
                 # What is wrong with the graph itself, if anything is, is found here.
                 return self.open_eager_step(reason)
-            return self.open(STEP_FILE, profile=profile)
+            return self._open_step(profile=profile)
         except ProviderError as error:
             if not self.device.cpu_fallback:
                 raise
             self.device = cpu_instead(error)
             self.eager_reason = self.device.provider.eager_reason
-            return self.open(STEP_FILE, profile=profile)
+            return self._open_step(profile=profile)
 
     def open_eager_step(self, reason: str) -> onnxruntime.InferenceSession:
-        """step.onnx, not captured for this reason, and nowhere but on the device: states may be there."""
-        session = self.open(STEP_FILE)
+        """The graph of steps, not captured for this reason, and nowhere but on the device: states may be there."""
+        session = self._open_step()
         self.eager_reason = reason
         warnings.warn(f"no CUDA graphs, steps run kernel by kernel: {reason}", EagerStepsWarning, stacklevel=4)
         return session
 
-    def open(self, name: str, *, cuda_graph: bool = False, profile: Path | None = None) -> onnxruntime.InferenceSession:
+    def open_decoder(self, step: onnxruntime.InferenceSession) -> onnxruntime.InferenceSession:
+        """decoder.onnx for prompts: the session of steps, where that is of it and has the threads for them."""
+        provider, tokens = self.device.provider, PREFILL_CHUNK_SIZE
+        if provider.step_file == DECODER_FILE and self._threads_for(1) == self._threads_for(tokens):
+            return step
+        # Products of many rows are as fast on float32 weights as they lie in the file, which are then mapped and not
+        # copied. Single rows are not, and quantized weights need their packing.
+        packed = self._manifest.dtype != "float32" or self._manifest.quantization is not None
+        return self._open(DECODER_FILE, self._threads_for(tokens), prepack=packed)
+
+    def _open_step(self, *, cuda_graph: bool = False, profile: Path | None = None) -> onnxruntime.InferenceSession:
+        return self._open(self.device.provider.step_file, self._threads_for(1), cuda_graph=cuda_graph, profile=profile)
+
+    def _threads_for(self, tokens: int) -> int | None:
+        """Of the CPU provider, for so many tokens at once."""
+        if self._threads or self.device.provider.memory is not None:
+            return self._threads
+        return session_threads((self._folder / WEIGHTS_FILE).stat().st_size, tokens)
+
+    def _open(
+        self,
+        name: str,
+        threads: int | None,
+        *,
+        prepack: bool = True,
+        cuda_graph: bool = False,
+        profile: Path | None = None,
+    ) -> onnxruntime.InferenceSession:
         """A graph, where there is memory for it.
 
         Raises:
             ProviderError: the device cannot be had, or has no room; nothing is loaded then.
             InputError: a graph that cannot be read, or another than the manifest says.
         """
-        path, threads = self._folder / name, self._threads
+        path = self._folder / name
         check_graph(path)
         if self.device.provider.memory is not None:
             check_device(self.device)
             needed = 0 if self._shared is not None else graph_bytes(path)
             check_device_memory(self.device, needed + LIBRARY_BYTES, f"{name} of {self._folder}")
-        else:
-            size = (self._folder / WEIGHTS_FILE).stat().st_size
-            threads = threads or session_threads(size, 1 if name == STEP_FILE else PREFILL_CHUNK_SIZE)
         session = open_session(
             path,
             self.device,
             threads,
-            # Products of many rows are as fast on float32 weights as they lie in the file, which are then mapped and
-            # not copied a second time beside the step graph's (1.3b: opened in 0.2 s in place of 6). Single rows are
-            # not, and quantized weights need their packing.
-            prepack=name == STEP_FILE or self._manifest.dtype != "float32" or self._manifest.quantization is not None,
+            prepack=prepack,
             cuda_graph=cuda_graph,
             profile=profile,
             weights=None if self._shared is None else self._shared.of(name),
         )
-        inputs = _INPUTS[name](self._manifest.config, self._manifest.state_dtype)
-        found = [(value.name, tuple(value.shape)) for value in session.get_inputs()]
-        outputs = [spec.name for spec in step_outputs(self._manifest.config, self._manifest.state_dtype)]
-        if (
-            found != [(spec.name, spec.shape) for spec in inputs]
-            or [value.name for value in session.get_outputs()] != outputs
-        ):
-            raise InputError(f"{path} does not fit {MANIFEST_FILE}", "the graph it describes", "export again")
+        for found, specs in zip((session.get_inputs(), session.get_outputs()), _BORDERS[name], strict=True):
+            expected = specs(self._manifest.config, self._manifest.state_dtype)
+            if [(value.name, tuple(value.shape)) for value in found] != [(spec.name, spec.shape) for spec in expected]:
+                raise InputError(f"{path} does not fit {MANIFEST_FILE}", "the graph it describes", "export again")
         return session
 
     def _share(self, names: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from retnet_tools.errors import ProviderError, UsageError
+from retnet_tools.graph.contract import DECODER_FILE, STEP_FILE
 from retnet_tools.graph.cuda_ops import step_kernel, tokens_kernel
 from retnet_tools.graph.manifest import Manifest
 from retnet_tools.runtime import cuda, installation
@@ -47,6 +48,8 @@ class Provider:
         name: as `--device` has it.
         onnxruntime: its name in ONNX Runtime.
         numbered: whether there may be several such devices, as `name:1`.
+        step_file: the graph that steps run on. Sessions of the CPU pack weights anew, so that one graph serves all;
+            CUDA can capture step.onnx, which has no branches, and sessions share weights there.
         in_place: whether its kernels are known to read a state before they write it.
         eager_reason: why its steps are never captured; None where they can be.
         without_kernel: what to do where it has no kernel for a graph.
@@ -60,6 +63,7 @@ class Provider:
     name: str
     onnxruntime: str
     numbered: bool
+    step_file: str
     in_place: bool
     eager_reason: str | None
     without_kernel: str
@@ -179,6 +183,7 @@ CPU = Provider(
     name="cpu",
     onnxruntime="CPUExecutionProvider",
     numbered=False,
+    step_file=DECODER_FILE,
     in_place=True,
     eager_reason="it runs on the CPU",
     without_kernel="the CPU provider has none for bfloat16: export with --dtype fp32 or fp16",
@@ -187,6 +192,7 @@ CUDA = Provider(
     name="cuda",
     onnxruntime="CUDAExecutionProvider",
     numbered=True,
+    step_file=STEP_FILE,
     in_place=False,
     eager_reason=None,
     without_kernel="export with --device cuda, or with --dtype fp32",

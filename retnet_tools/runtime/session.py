@@ -1,9 +1,14 @@
-"""An exported folder, opened: prompts by chunks, then a call a token; states stay where the provider keeps them."""
+"""An exported folder, opened: prompts by chunks, then a call a token; states stay where the provider keeps them.
+
+Memory, beside activations: the weights once. On the CPU one session of decoder.onnx serves steps, prompts and scoring,
+where they want as many threads, as they do from 128 MB of weights a core on; below that steps have a session of their
+own. On CUDA the sessions of step.onnx and decoder.onnx share their weights.
+"""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -13,11 +18,13 @@ import numpy as np
 from retnet_tools.errors import InputError, UsageError
 from retnet_tools.graph.contract import (
     ATTENTION_MASK,
+    DECODER_FILE,
+    EXPORT_AGAIN,
+    LOGITS_INDICES,
     MANIFEST_FILE,
     MAX_POSITION,
     PAST_NAMES,
     POSITION_IDS,
-    PREFILL_FILE,
     PRESENT_NAMES,
     STEP_FILE,
     WEIGHTS_FILE,
@@ -31,7 +38,7 @@ from retnet_tools.runtime.cuda_graphs import StepGraphs
 from retnet_tools.runtime.device_memory import chunk_bytes
 from retnet_tools.runtime.failures import CaptureError
 from retnet_tools.runtime.opening import GraphOpener
-from retnet_tools.runtime.prompts import PREFILL_CHUNK_SIZE, Prompts
+from retnet_tools.runtime.prompts import PREFILL_CHUNK_SIZE, Chunk, Prompts
 from retnet_tools.runtime.providers import Device
 from retnet_tools.runtime.recurrent_state import RecurrentState
 from retnet_tools.weights import Array
@@ -41,18 +48,18 @@ if TYPE_CHECKING:
 
 
 class DecoderSession:
-    """An exported folder on one device. prefill.onnx is opened when the first prompt of several tokens comes.
+    """An exported folder on one device: steps, prompts, and the logits of every token of a text.
 
     Args:
         folder: what `retnet-tools export` wrote.
         device: where to run.
         threads: of the CPU provider; None chooses by the size of the work.
-        in_place: whether step.onnx writes states where it reads them, or into a second buffer; None writes in place on
-            the CPU, whose kernels are known to read a state before they write it.
+        in_place: whether steps write states where they read them, or into a second buffer; None writes in place on the
+            CPU, whose kernels are known to read a state before they write it.
         cuda_graph: whether steps on CUDA are captured and replayed; None does where it can.
         prompts: whether prompts of several tokens will come: then on CUDA the two graphs share their weights, and there
-            must be room for both before anything is loaded. Else prefill.onnx loads its own when it is opened.
-        profile: where ONNX Runtime writes a profile of step.onnx when `end_profile` is called: the start of its name.
+            must be room for both before anything is loaded. Else decoder.onnx loads its own when it is opened there.
+        profile: where ONNX Runtime writes a profile of steps when `end_profile` is called: the start of its name.
 
     It is closed at the end of a `with` block, by `close`, or when nothing refers to it any more.
 
@@ -84,13 +91,13 @@ class DecoderSession:
             raise InputError(f"no folder {folder}", f"a folder with {MANIFEST_FILE}, written by `retnet-tools export`")
         self.folder = folder
         self.manifest = read_manifest(folder)
-        if STEP_FILE not in self.manifest.graphs:
-            raise InputError(
-                f"{folder} holds {', '.join(self.manifest.graphs)}", "an export of --to onnx", "export again"
-            )
-        for name in (STEP_FILE, PREFILL_FILE, WEIGHTS_FILE):
+        for name in (STEP_FILE, DECODER_FILE):
+            if name not in self.manifest.graphs:
+                found = f"{folder} holds {', '.join(self.manifest.graphs)}"
+                raise InputError(found, f"an export of --to onnx, with {name}", EXPORT_AGAIN)
+        for name in (STEP_FILE, DECODER_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
-                raise InputError(f"{folder} has no {name}", "a complete export", "export the checkpoint again")
+                raise InputError(f"{folder} has no {name}", "a complete export", EXPORT_AGAIN)
         if threads is not None and threads < 1:
             raise UsageError(f"--threads {threads}", "at least 1")
         self.threads, self.closed = threads, False
@@ -105,7 +112,7 @@ class DecoderSession:
         }
         eager_reason = next((reason for reason, holds in reasons.items() if holds), None)
         self._opener = GraphOpener(folder, self.manifest, device or Device("cpu"), threads, eager_reason)
-        self._step = self._opener.open_step(profile, beside=(PREFILL_FILE,) if prompts else ())
+        self._step = self._opener.open_step(profile, prompts=prompts)
         self.device, self.eager_reason = self._opener.device, self._opener.eager_reason
         self.in_place = self.device.provider.in_place if in_place is None else in_place
         self._states: weakref.WeakSet[RecurrentState] = weakref.WeakSet()
@@ -120,7 +127,7 @@ class DecoderSession:
         for state in self._states:
             state.bindings.clear()
         self.closed, self._graphs = True, None
-        for name in ("_step", "_prefill", "_opener"):
+        for name in ("_step", "_decoder", "_opener"):
             self.__dict__.pop(name, None)
 
     def __enter__(self) -> Self:
@@ -137,9 +144,9 @@ class DecoderSession:
         return RecurrentState.zeros(self.manifest, batch, self.device)
 
     def open_prefill(self) -> None:
-        """Open prefill.onnx now rather than with the first prompt of several tokens."""
+        """Open what prompts need now rather than with the first one of several tokens."""
         self._check_open()
-        _ = self._prefill
+        _ = self._decoder
 
     def step(self, input_ids: Array, state: RecurrentState, *, logits: bool = True) -> Array | None:
         """Feed one token to each row: S_n = gamma S_(n-1) + k_n^T v_n, o_n = q_n S_n (Eq. 6). Moves `state` on.
@@ -196,6 +203,54 @@ class DecoderSession:
             UsageError: an empty prompt, ids outside the vocabulary, a wrong batch size, a position past the last one,
                 or a chunk size below 1. Nothing has run then.
         """
+        prompts = self._prompts(input_ids, lengths, state)
+        result = np.zeros((state.batch, int(self._output.shape[-1])), dtype=np.float32)
+        bindings: dict[Any, Binding] = {}
+        for chunk in prompts.chunks(chunk_size):
+            fetch = bool(chunk.ends.any())
+            if chunk.mask.shape[1] == 1 and chunk.mask.all():
+                feeds = {self._input.name: chunk.tokens, POSITION_IDS: state.position[:, None]}
+                logits = self._run_step(feeds, state, fetch=fetch)
+            else:
+                last = np.maximum(chunk.counts - 1, 0)[:, None]
+                found = self._run_chunk(chunk, state, last, bindings, fetch=fetch)
+                logits = None if found is None else found[:, 0]
+            if logits is not None:
+                result[chunk.ends] = logits[chunk.ends]
+        if self.in_place:
+            state.release_spare()
+        return result
+
+    def score(
+        self,
+        input_ids: Array | Sequence[Any],
+        state: RecurrentState,
+        *,
+        lengths: Array | Sequence[int] | None = None,
+        chunk_size: int = PREFILL_CHUNK_SIZE,
+    ) -> Iterator[Array]:
+        """Feed a text to each row as `prefill` does, and give the logits after every token. Moves `state` on.
+
+        Memory: as `prefill`, and one chunk of logits, `4 B chunk_size vocab` bytes.
+
+        Yields:
+            Logits `[B, n, vocab]` float32 of n = `chunk_size` tokens a row, fewer in the last chunk; those at tokens
+            past a row's length mean nothing. `state` stands after the last chunk that was taken.
+
+        Raises:
+            UsageError: as `prefill`, when the first chunk is asked for.
+        """
+        prompts, bindings = self._prompts(input_ids, lengths, state), dict[Any, Binding]()
+        for chunk in prompts.chunks(chunk_size):
+            every = np.broadcast_to(np.arange(chunk.mask.shape[1]), chunk.mask.shape)
+            logits = self._run_chunk(chunk, state, every, bindings, fetch=True)
+            assert logits is not None
+            yield logits
+        if self.in_place:
+            state.release_spare()
+
+    def _prompts(self, input_ids: Array | Sequence[Any], lengths: Any, state: RecurrentState) -> Prompts:
+        """Prompts that can follow a state, whose spare buffers may be used."""
         self._check_open()
         width = tuple(int(size) for size in self._input.shape[2:])
         prompts = Prompts.of(input_ids, lengths, dtype=self._input.dtype, width=width)
@@ -204,30 +259,40 @@ class DecoderSession:
         for row, length in zip(prompts.tokens, prompts.lengths, strict=True):
             self._check_ids(row[:length])
         self._check_positions(state.position + prompts.lengths - 1)
-        result = np.zeros((state.batch, int(self._output.shape[-1])), dtype=np.float32)
-        bindings: dict[Any, Binding] = {}
         if self._graphs is not None:
             self._graphs.settle(state)
-        for chunk in prompts.chunks(chunk_size):
-            steps = np.arange(chunk.mask.shape[1])
-            feeds = {self._input.name: chunk.tokens, POSITION_IDS: state.position[:, None] + steps}
-            fetch = bool(chunk.ends.any())
-            if chunk.mask.shape[1] == 1 and chunk.mask.all():
-                logits = self._run_step(feeds, state, fetch=fetch)
-            else:
-                feeds[ATTENTION_MASK] = chunk.mask
-                key = (chunk.mask.shape, id(state.current))
-                if key not in bindings:
-                    needed = chunk_bytes(self.manifest.config, self.manifest.dtype, *chunk.mask.shape)
-                    graph, past, present = self._prefill, state.current, state.spare
-                    bindings[key] = _bind(graph, self._output, self.device, feeds, past, present, needed=needed)
-                logits = bindings[key].run(feeds, fetch=fetch)
-                state.advance(chunk.counts, swap=True)
-            if logits is not None:
-                result[chunk.ends] = logits[chunk.ends]
-        if self.in_place:
-            state.release_spare()
-        return result
+        return prompts
+
+    def _run_chunk(
+        self, chunk: Chunk, state: RecurrentState, indices: Array, bindings: dict[Any, Binding], *, fetch: bool
+    ) -> Array | None:
+        """Feed a chunk to each row: logits `[B, R, vocab]` at the places `indices` `[B, R]` of it, where asked for.
+
+        Args:
+            bindings: of the call, which chunks of one shape share.
+        """
+        feeds = {
+            self._input.name: chunk.tokens,
+            POSITION_IDS: state.position[:, None] + np.arange(chunk.mask.shape[1]),
+            ATTENTION_MASK: chunk.mask,
+            LOGITS_INDICES: indices,
+        }
+        key = (chunk.mask.shape, id(state.current))
+        if key not in bindings:
+            needed = chunk_bytes(self.manifest.config, self.manifest.dtype, *chunk.mask.shape)
+            bindings[key] = _bind(
+                self._decoder,
+                self._output,
+                self.device,
+                feeds,
+                state.current,
+                state.spare,
+                needed=needed,
+                rows=indices.shape[1],
+            )
+        logits = bindings[key].run(feeds, fetch=fetch)
+        state.advance(chunk.counts, swap=True)
+        return logits
 
     def _run_step(self, feeds: Mapping[str, Array], state: RecurrentState, *, fetch: bool) -> Array | None:
         binding = self._graphs.binding(state, feeds) if self._graphs is not None else None
@@ -242,7 +307,7 @@ class DecoderSession:
             self._give_up_graphs(failure)
             logits = self._bind_step(state, feeds).run(feeds, fetch=fetch)
         state.advance(1, swap=not self.in_place)
-        return logits
+        return None if logits is None else logits[:, 0]
 
     def _give_up_graphs(self, failure: str) -> None:
         """Open step.onnx again without CUDA graphs: a session in which a capture failed can do nothing else."""
@@ -258,14 +323,17 @@ class DecoderSession:
         key = (self._step, id(state.current))
         if key not in state.bindings:
             present = state.current if self.in_place else state.spare
+            if self.device.provider.step_file == DECODER_FILE:
+                first = np.zeros((state.batch, 1), dtype=np.int64)
+                feeds = {**feeds, ATTENTION_MASK: first + 1, LOGITS_INDICES: first}
             state.bindings[key] = _bind(self._step, self._output, self.device, feeds, state.current, present)
             self._states.add(state)
         binding: Binding = state.bindings[key]
         return binding
 
     @cached_property
-    def _prefill(self) -> onnxruntime.InferenceSession:
-        return self._opener.open(PREFILL_FILE)
+    def _decoder(self) -> onnxruntime.InferenceSession:
+        return self._opener.open_decoder(self._step)
 
     def end_profile(self) -> Path:
         """Write the profile that was asked for, and say where it is."""
@@ -304,7 +372,8 @@ def _bind(
     present: Sequence[Buffer],
     graph_id: int | None = None,
     needed: int | None = None,
+    rows: int = 1,
 ) -> Binding:
     read = {PAST_NAMES % i: value for i, value in enumerate(past)}
     written = {PRESENT_NAMES % i: value for i, value in enumerate(present)}
-    return Binding(graph, feeds, read, written, output, device, graph_id, needed)
+    return Binding(graph, feeds, read, written, output, device, graph_id, needed, rows)
