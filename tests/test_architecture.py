@@ -231,6 +231,11 @@ HEAVY = ("torch", "onnx_ir", "sympy", "tokenizers", "onnxruntime")
     [
         ("retnet_tools.cli.app", ("torch", "onnxruntime", "onnx_ir", "tokenizers")),
         ("retnet_tools.formats", ("torch", "onnxruntime")),
+        # An export's first token waits for no more than runs it: onnx_ir alone takes half a second.
+        ("retnet_tools.runtime.session", HEAVY),
+        ("retnet_tools.runtime.decoder", HEAVY),
+        ("retnet_tools.runtime.state_file", HEAVY),
+        ("retnet_tools.evaluate.logits", HEAVY),
         ("retnet_tools.reports.generation", HEAVY),
     ],
 )

@@ -19,8 +19,7 @@ from retnet_tools.dtypes import convert_array
 from retnet_tools.errors import InputError
 from retnet_tools.file_records import FileRecord
 from retnet_tools.formats.storage import StoredTensors, TensorLocation, contiguous_strides
-from retnet_tools.graph.checking import check_graph as check_graph
-from retnet_tools.graph.checking import no_graph
+from retnet_tools.graph.checking import check_graph, no_graph
 from retnet_tools.graph.contract import EXPORT_AGAIN, WEIGHTS_FILE
 from retnet_tools.graph.nodes import ELEMENT_TYPES
 from retnet_tools.graph.weight_tensors import BuiltGraph, WeightTensor

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx_ir as ir
+import onnx
 
 from retnet_tools.graph.contract import TensorSpec
 from retnet_tools.runtime.cuda import cuda_runtime
@@ -81,7 +81,7 @@ class Buffer(ABC):
 
     @property
     def _place(self) -> tuple[str, int, int, list[int], int]:
-        return (*self._on, ir.DataType.from_numpy(self.dtype).value, list(self.shape), self.address)
+        return (*self._on, onnx.helper.np_dtype_to_tensor_dtype(self.dtype), list(self.shape), self.address)
 
 
 class HostBuffer(Buffer):

@@ -14,8 +14,6 @@ import onnx
 from retnet_tools.console import LOG
 from retnet_tools.errors import InputError, ProviderError
 from retnet_tools.graph.contract import STEP_FILE
-from retnet_tools.graph.cuda_kernels import cpu_nodes, kernel_version
-from retnet_tools.graph.folder import load_graph
 from retnet_tools.runtime.device_memory import SMALLER
 from retnet_tools.runtime.failures import CaptureError, NoKernelError, OutOfMemoryError, failure_type, one_line
 from retnet_tools.runtime.providers import CpuFallbackWarning, Device, check_device
@@ -142,6 +140,8 @@ def kernels_are_known() -> bool:
     """Whether the table of kernels is of the onnxruntime that is in use."""
     import onnxruntime
 
+    from retnet_tools.graph.cuda_kernels import kernel_version
+
     return str(onnxruntime.__version__) == kernel_version()
 
 
@@ -154,6 +154,10 @@ def misplaced(path: Path, device: Device, placement: Placement) -> tuple[Counter
     outside = placement.outside(device)
     if not outside:
         return Counter(), Counter()
+    # onnx_ir, half a second to import, is for graphs on a GPU.
+    from retnet_tools.graph.cuda_kernels import cpu_nodes
+    from retnet_tools.graph.folder import load_graph
+
     reasons = {node.name: node.reason for node in cpu_nodes(load_graph(path))}
     if path.name != STEP_FILE:
         outside = {name: kind for name, kind in outside.items() if reasons.get(name) != "shapes"}
@@ -172,10 +176,12 @@ def _in_floats(path: Path) -> bytes:
 
 
 def _check_placement(path: Path, device: Device, placement: Placement) -> None:
-    import onnxruntime
-
     refused, unforeseen = misplaced(path, device, placement)
     if unforeseen:
+        import onnxruntime
+
+        from retnet_tools.graph.cuda_kernels import kernel_version
+
         warnings.warn(
             f"{unforeseen.total()} nodes of {path.name} run on the CPU beside {device}: {_counted(unforeseen)}; "
             f"known here are the kernels of onnxruntime {kernel_version()}, not of {onnxruntime.__version__}",

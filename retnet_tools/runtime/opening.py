@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx.parser
-import onnx_ir as ir
 
 from retnet_tools.errors import InputError, ProviderError
+from retnet_tools.graph.checking import check_graph
 from retnet_tools.graph.contract import (
     DECODER_FILE,
     MANIFEST_FILE,
@@ -24,8 +23,6 @@ from retnet_tools.graph.contract import (
     step_inputs,
     step_outputs,
 )
-from retnet_tools.graph.cuda_kernels import cpu_nodes
-from retnet_tools.graph.folder import check_graph, load_graph
 from retnet_tools.graph.manifest import Manifest
 from retnet_tools.machine import allowed_cores
 from retnet_tools.runtime.buffers import DeviceBuffer
@@ -36,6 +33,7 @@ from retnet_tools.runtime.prompts import PREFILL_CHUNK_SIZE
 from retnet_tools.runtime.providers import CPU, Device, check_device, cpu_instead
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     import onnxruntime
 
 
@@ -173,6 +171,10 @@ class GraphOpener:
         A node without a kernel goes to the CPU, and would read weights of the device there before it can be refused. So
         nothing is shared where there is one, or where kernels are not known.
         """
+        # onnx_ir, half a second to import, is for graphs on a GPU.
+        from retnet_tools.graph.cuda_kernels import cpu_nodes
+        from retnet_tools.graph.folder import load_graph
+
         check_device(self.device)
         paths, known = [self._folder / name for name in names], kernels_are_known()
         weights = sum(map(tensor_bytes, stored_tensors(paths).values())) if known else sum(map(graph_bytes, paths))
@@ -184,6 +186,10 @@ class GraphOpener:
 
 def stored_tensors(paths: Iterable[Path]) -> dict[str, ir.ExternalTensor]:
     """The tensors of weights.data that graphs use, by name; a name is one tensor in all graphs of a folder."""
+    import onnx_ir as ir
+
+    from retnet_tools.graph.folder import load_graph
+
     values = (value for path in paths for value in load_graph(path).initializers.values())
     return {t.name: t for value in values if isinstance(t := value.const_value, ir.ExternalTensor) and t.name}
 
@@ -213,6 +219,7 @@ class SharedWeights:
 
 
 def _empty_session() -> onnxruntime.InferenceSession:
+    import onnx.parser
     import onnxruntime
 
     model = onnx.parser.parse_model(

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from retnet_tools.errors import ProviderError, UsageError
 from retnet_tools.graph.contract import DECODER_FILE, STEP_FILE
-from retnet_tools.graph.cuda_ops import step_kernel, tokens_kernel
 from retnet_tools.graph.manifest import Manifest
 from retnet_tools.runtime import cuda, installation
 
@@ -157,6 +156,9 @@ def _check_linear_attention(manifest: Manifest, device: Device) -> None:
     """LinearAttention, which exports for the CPU have, refuses some shapes on CUDA."""
     if manifest.ops == "standard" or manifest.device == CUDA.name:
         return
+    # With onnx_ir, half a second to import: for graphs on a GPU.
+    from retnet_tools.graph.cuda_ops import step_kernel, tokens_kernel
+
     _check_cuda(device)
     limit = cuda.CudaDriver().devices()[device.index].shared_memory_bytes
     heads = manifest.config.head_k_dim, manifest.config.head_v_dim

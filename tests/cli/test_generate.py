@@ -30,6 +30,15 @@ def test_ids_go_in_and_out_where_there_is_no_tokenizer(folder: Path, cli) -> Non
     assert result.err.count("\n") == 1
 
 
+def test_a_first_token_waits_for_no_import_that_it_does_not_need(folder: Path) -> None:
+    """Half a second for onnx_ir, most of it sympy's."""
+    unneeded = ("torch", "onnx_ir", "sympy", "tokenizers", "retnet_tools.formats")
+    code = f"import sys; sys.modules.update(dict.fromkeys({unneeded!r}))\nfrom retnet_tools.cli.app import main\nmain()"
+    command = [sys.executable, "-c", code, "generate", str(folder), "-p", "3 1", "-n", "1", "-t", "1"]
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert (result.returncode, len(result.stdout.split())) == (0, 1), result.stderr
+
+
 def test_json_holds_the_same_tokens(folder: Path, cli) -> None:
     plain = cli("generate", folder, "-p", "3 1 4", "-n", 6)
     document = json.loads(cli("generate", folder, "-p", "3,1,4", "-n", 6, "--json").out)
