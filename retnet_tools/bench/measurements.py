@@ -9,15 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from retnet_tools.bench.engines import Engine, RetNetEngine
-from retnet_tools.bench.memory import (
-    anonymous_resident,
-    device_free,
-    device_used,
-    peak_resident,
-    reset_peak,
-    trim,
-)
+from retnet_tools.bench.memory import device_free, device_used
 from retnet_tools.bench.options import WARM_UP_STEPS, Case
+from retnet_tools.bench.resident import anonymous_resident, peak_resident, reset_peak, trim
 from retnet_tools.bench.rows import Sample
 from retnet_tools.bench.specs import EngineSpec
 from retnet_tools.machine import available_memory

@@ -7,18 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retnet_tools.bench import memory
+from retnet_tools.bench import memory, resident
 from retnet_tools.bench.engines import RetNetEngine
 from retnet_tools.bench.measurements import Measurements
-from retnet_tools.bench.memory import (
-    anonymous_resident,
-    device_free,
-    device_name,
-    device_used,
-    peak_resident,
-    reset_peak,
-)
+from retnet_tools.bench.memory import device_free, device_name, device_used
 from retnet_tools.bench.options import Case
+from retnet_tools.bench.resident import anonymous_resident, peak_resident, reset_peak
 from retnet_tools.bench.specs import RetNetSpec
 from retnet_tools.runtime.cuda import CudaDevice, CudaRuntime
 from retnet_tools.runtime.providers import Device
@@ -84,7 +78,7 @@ def test_a_gpu_is_named_by_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_a_reset_there_is_no_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would include what loading took."""
-    monkeypatch.setattr(memory, "_CLEAR_REFS", tmp_path / "missing" / "clear_refs")
+    monkeypatch.setattr(resident, "_CLEAR_REFS", tmp_path / "missing" / "clear_refs")
     assert reset_peak() is False
     out = export(BASE, random_source(BASE, 1), tmp_path / "out")
     measured = Measurements(RetNetEngine, RetNetSpec(out, Device("cpu"), 1, 128))
