@@ -54,9 +54,19 @@ fuzz: .venv/.installed
 out/torchscale: .venv/.installed
 	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --target $@ torchscale==0.3.0
 
+# llama.cpp is one as well. It is compiled for this machine, a quarter of an hour, so only where it is asked for. GCC 12
+# drops stores to the tile configuration of its AMX code (ggml-org/llama.cpp#26954), which ends in illegal instructions.
+out/llama-cpp:
+	$(PYTHON) -m venv $@
+	CXXFLAGS='-fno-tree-dse -fno-dse' $@/bin/pip install --disable-pip-version-check --quiet \
+		llama-cpp-python==0.3.36 gguf==0.19.0 || { rm -rf $@; exit 1; }
+
 bench: .venv/.installed out/torchscale
 	$(BIN)/python benchmarks/record.py --device cpu
 	$(BIN)/python benchmarks/torchscale_step.py --torchscale out/torchscale -o benchmarks/torchscale_step.json
+	@if [ -d out/llama-cpp ]; then \
+		$(BIN)/python benchmarks/llama_cpp.py --llama-python out/llama-cpp/bin/python; \
+	else echo "llama.cpp is not measured: it is not in out/llama-cpp (make out/llama-cpp)"; fi
 	$(BIN)/python benchmarks/docs_tables.py
 
 # What fails stops nothing behind it, and is the exit code in the end.

@@ -20,7 +20,6 @@ from pathlib import Path
 from docs_cells import (
     ALTERNATIVES,
     Document,
-    deviating,
     gigabytes,
     memory,
     number,
@@ -33,6 +32,7 @@ from docs_cells import (
     title,
     weights,
 )
+from docs_others import llama_cpp, official
 
 from retnet_tools.bench.plot import write_bench_plot
 from retnet_tools.bench.results import BenchReport
@@ -212,17 +212,15 @@ def operators(device: str) -> str | None:
     return f"{table([f'operator, {kind}', *names], lines)}\n\n{case}"
 
 
-def official(device: str) -> str | None:
-    """Against torchscale itself."""
-    path = ROOT / "benchmarks" / "torchscale_step.json"
-    if device != "cpu" or not path.is_file():
-        return None
-    document = json.loads(path.read_text(encoding="utf-8"))
-    lines = [
-        [entry["implementation"], deviating(entry), f"{entry['times_official']:.2f}"] for entry in document["results"]
-    ]
-    about = f"{document['size']}, {document['threads']} threads, torch {document['libraries']['torch']}."
-    return f"{table(['', 'ms a token', 'times as fast'], lines)}\n\n{about} {origin(document)}"
+def beside(script: str, make: Callable[[Document], str]) -> Callable[[str], str | None]:
+    """The part that makes a table of the record of a script beside this one; of the CPU."""
+
+    def part(device: str) -> str | None:
+        path = ROOT / "benchmarks" / f"{script}.json"
+        there = device == "cpu" and path.is_file()
+        return make(json.loads(path.read_text(encoding="utf-8"))) if there else None
+
+    return part
 
 
 def recorded(_: str) -> str:
@@ -239,7 +237,8 @@ def recorded(_: str) -> str:
 
 PARTS: dict[str, Callable[[str], str | None]] = {
     "decode": decoding,
-    "official": official,
+    "official": beside("torchscale_step", official),
+    "llama": beside("llama_cpp", llama_cpp),
     "prefill": prompts,
     "transformer": against_transformer,
     "context": contexts,

@@ -1,0 +1,50 @@
+"""The tables of docs/benchmarks.md that compare with programs of others: `docs_tables.py` puts them there."""
+
+from __future__ import annotations
+
+from docs_cells import Document, deviating, gigabytes, number, origin, table
+
+MEMORY = ("peak_resident_bytes", "private_bytes")
+
+
+def official(document: Document) -> str:
+    """Against torchscale itself: a record of torchscale_step.py."""
+    lines = [
+        [entry["implementation"], deviating(entry), f"{entry['times_official']:.2f}"] for entry in document["results"]
+    ]
+    about = f"{document['size']}, {document['threads']} threads, torch {document['libraries']['torch']}."
+    return f"{table(['', 'ms a token', 'times as fast'], lines)}\n\n{about} {origin(document)}"
+
+
+def llama_cpp(document: Document) -> str:
+    """Beside llama.cpp: a record of llama_cpp.py."""
+    lines, opening = [], []
+    for found in document["results"]:
+        sides = ours, theirs = found["retnet"], found["llama.cpp"]
+        lines.append(
+            [
+                f"{ours['weights']} / {theirs['weights']}",
+                found["test"] + (" (again)" if found["made_again"] else ""),
+                *(number(side["tokens_per_second"]) for side in sides),
+                f"{found['times_as_fast']:.2f} times",
+                *(" / ".join(gigabytes(side[name]) for side in sides) for name in MEMORY),
+            ]
+        )
+        if found["depth"] == 0:
+            seconds = " / ".join(f"{side['opening_seconds']:.2f}" for side in sides)
+            opening.append(f"{seconds} s for {ours['weights']} / {theirs['weights']} {found['test']}")
+    headings = ("weights", "", "RetNet tokens/s", "llama.cpp tokens/s", "RetNet is as fast", "GB in use", "of no file")
+    counts, sizes = document["parameters"], document["weight_bytes"]
+    packages, flash = document["libraries"], "on" if document["flash_attention"] else "off"
+    parts = [
+        f"{document['size']}: {counts['retnet'] / 1e6:,.1f} million parameters, the Llama "
+        f"{counts['llama.cpp'] / 1e6:,.1f}; {', '.join(f'{name} {gigabytes(sizes[name])} GB' for name in sizes)}; "
+        f"{document['threads']} threads; llama-cpp-python {packages['llama_cpp_python']}, flash attention {flash}, "
+        f"cache in {document['cache']}. Pairs are RetNet / llama.cpp.",
+        f"Opening takes {', '.join(opening)}.",
+    ]
+    if any(found["made_again"] for found in document["results"]):
+        parts.append("(again): repetitions that deviated by more than 10% of the median were made once more.")
+    if noisy := [f"{f['retnet']['weights']} {f['test']}" for f in document["results"] if f["deviating"]]:
+        parts.append(f"Some still deviate by more than that: {'; '.join(noisy)}.")
+    return "\n\n".join((table(headings, lines), " ".join(parts), origin(document)))
