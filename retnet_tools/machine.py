@@ -32,6 +32,12 @@ def this_machine() -> Machine:
     )
 
 
+def processor_features() -> str:
+    """The kind of processor and its instruction sets, which decide what a library's kernels do."""
+    found = re.search(r"^(?:flags|Features)\s*: (.+)$", _text("/proc/cpuinfo"), re.MULTILINE)
+    return f"{platform.machine()} {this_machine().processor} {found[1] if found else ''}".strip()
+
+
 def allowed_cores() -> int:
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

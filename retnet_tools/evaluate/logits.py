@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-
 from retnet_tools.dtypes import FloatName
 from retnet_tools.errors import UsageError
 from retnet_tools.formats import CheckpointSource

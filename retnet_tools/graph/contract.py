@@ -10,8 +10,9 @@
     retnet.json   the manifest, see `retnet_tools.graph.manifest`
 
 decoder.onnx is one graph for tokens, prompts and scoring, so that a runtime that packs weights for each session holds
-them once: one real token is a step of Eq. 6, whose states may be bound in place, more are a chunk of Eq. 7. Logits at
-padding, and at a place past the chunk, mean nothing; a negative place counts from the end of the chunk.
+them once: T 1 is a step of Eq. 6, whose states may be bound in place, more is a chunk of Eq. 7. A chunk of one token
+has no padding: where attention_mask says so, the row is NaN. Logits at padding mean nothing; a negative place counts
+from the end of the chunk, and one outside it ends the call on the CPU.
 
 A stack without embedding and head has inputs_embeds [B,1,D] (others [B,T,D]) float32 in place of input_ids, and
 hidden_states [B,1,D] (decoder.onnx [B,R,D]) float32 in place of logits.

@@ -166,8 +166,9 @@ class PrefillBuilder(DecoderBuilder):
 class AnyLengthBuilder(PrefillBuilder):
     """One token by the recurrence (Eq. 6), more by a chunk (Eq. 7), and logits wherever they are asked for.
 
-    Products with weights stand outside the branches, so that a session packs each weight once for both. A chunk in
-    which anything is padding is no step, even of one token.
+    Products with weights stand outside the branches, so that a session packs each weight once for both. Which branch
+    is taken depends on shapes alone, which are known on the CPU. So a single token is no padding: its row is NaN where
+    attention_mask says so.
     """
 
     name = "retnet_decoder"
@@ -185,23 +186,22 @@ class AnyLengthBuilder(PrefillBuilder):
         self._indices = g.op("Unsqueeze", indices, g.integers(-1))  # [B, R] -> [B, R, 1]
         self._logits_shape = g.op("Concat", g.op("Shape", indices), g.integers(-1), axis=0)
         one = g.int64("one", 1)
-        real = g.op("Equal", g.op("ReduceMin", mask, keepdims=0), one)
-        self._one_token = g.op("And", g.op("Equal", self._length, one), real)
-        chunks: list[ChunkTerms] = []
-
-        def chunk(body: GraphBuilder) -> tuple[Value, ...]:
-            chunks.append(terms := self.blank_padding(body, tokens, position_ids, mask))
-            return terms.tokens, terms.position_ids, terms.key_mask, *terms.powers
+        self._one_token = g.op("Equal", self._length, one)
+        heads, by_key = self.config.num_heads, self._step.log_gamma.ndim == 2
 
         def step(body: GraphBuilder) -> tuple[Value, ...]:
             ids, positions, known = self.known(body, tokens, position_ids)
-            return ids, positions, real_tokens(body, known), *(body.float32("nothing", 0) for _ in chunks[0].powers)
+            real = body.op("And", known, body.op("Equal", mask, one))
+            return ids, positions, real_tokens(body, real), *[body.float32("nothing", 0)] * (1 if by_key else 4)
+
+        def chunk(body: GraphBuilder) -> tuple[Value, ...]:
+            terms = self.blank_padding(body, tokens, position_ids, mask)
+            return terms.tokens, terms.position_ids, terms.key_mask, *terms.powers
 
         integers = (0, 1) if self.config.has_vocabulary else (1,)
-        inner = g.branch(g.op("Not", self._one_token), chunk, step, integers)
-        terms = chunks[0]
-        self._decay = inner[3] if isinstance(terms.decay, Value) else ChunkDecay(terms.decay.heads, *inner[3:])
-        return inner[0], inner[1], inner[2]
+        tokens, position_ids, key_mask, *powers = g.branch(self._one_token, step, chunk, integers)
+        self._decay = powers[0] if by_key else ChunkDecay(heads, *powers)
+        return tokens, position_ids, key_mask
 
     def retention(self, q: Value, k: Value, v: Value, past: Value) -> Pair:
         """A step, or a chunk."""

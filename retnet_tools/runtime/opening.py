@@ -1,5 +1,5 @@
 """Opens the graphs of an exported folder: on the device that was asked for, with CUDA graphs where they can be had, and
-with one copy of the weights for several; ONNX Runtime would load one for each.
+with one copy of the weights for several; ONNX Runtime would load one for each, and pack it anew at every start.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from retnet_tools.runtime.buffers import DeviceBuffer
 from retnet_tools.runtime.device_memory import LIBRARY_BYTES, check_device_memory, graph_bytes, tensor_bytes
 from retnet_tools.runtime.failures import CaptureError
 from retnet_tools.runtime.onnx_session import kernels_are_known, open_session
+from retnet_tools.runtime.packed import are_mapped, is_packed, packed_graph
 from retnet_tools.runtime.prompts import PREFILL_CHUNK_SIZE
 from retnet_tools.runtime.providers import CPU, Device, check_device, cpu_instead
 
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 
 BYTES_OF_A_THREAD = 1 << 27
+MOST_COPIED = 1 << 28
+"""Bytes of weights that may be packed twice, so that steps have fewer threads than prompts."""
 _BORDERS = {STEP_FILE: (step_inputs, step_outputs), DECODER_FILE: (decoder_inputs, decoder_outputs)}
 
 
@@ -112,29 +115,27 @@ class GraphOpener:
 
     def open_decoder(self, step: onnxruntime.InferenceSession) -> onnxruntime.InferenceSession:
         """decoder.onnx for prompts: the session of steps, where that is of it and has the threads for them."""
-        provider, tokens = self.device.provider, PREFILL_CHUNK_SIZE
-        if provider.step_file == DECODER_FILE and self._threads_for(1) == self._threads_for(tokens):
+        threads = self._threads_for(PREFILL_CHUNK_SIZE)
+        if self.device.provider.step_file == DECODER_FILE and self._threads_for(1) == threads:
             return step
-        # Products of many rows are as fast on float32 weights as they lie in the file, which are then mapped and not
-        # copied. Single rows are not, and quantized weights need their packing.
-        packed = self._manifest.dtype != "float32" or self._manifest.quantization is not None
-        return self._open(DECODER_FILE, self._threads_for(tokens), prepack=packed)
+        return self._open(DECODER_FILE, threads)
 
     def _open_step(self, *, cuda_graph: bool = False, profile: Path | None = None) -> onnxruntime.InferenceSession:
         return self._open(self.device.provider.step_file, self._threads_for(1), cuda_graph=cuda_graph, profile=profile)
 
     def _threads_for(self, tokens: int) -> int | None:
-        """Of the CPU provider, for so many tokens at once."""
+        """Of the CPU provider, for so many tokens at once; many packed weights have one session, for all threads."""
         if self._threads or self.device.provider.memory is not None:
             return self._threads
-        return session_threads((self._folder / WEIGHTS_FILE).stat().st_size, tokens)
+        size = (self._folder / WEIGHTS_FILE).stat().st_size
+        shared = not are_mapped(self._manifest) and size > MOST_COPIED
+        return session_threads(size, PREFILL_CHUNK_SIZE if shared else tokens)
 
     def _open(
         self,
         name: str,
         threads: int | None,
         *,
-        prepack: bool = True,
         cuda_graph: bool = False,
         profile: Path | None = None,
     ) -> onnxruntime.InferenceSession:
@@ -144,17 +145,20 @@ class GraphOpener:
             ProviderError: the device cannot be had, or has no room; nothing is loaded then.
             InputError: a graph that cannot be read, or another than the manifest says.
         """
-        path = self._folder / name
+        path, kept = self._folder / name, None
         check_graph(path)
         if self.device.provider.memory is not None:
             check_device(self.device)
             needed = 0 if self._shared is not None else graph_bytes(path)
             check_device_memory(self.device, needed + LIBRARY_BYTES, f"{name} of {self._folder}")
+        else:
+            kept = packed_graph(self._folder, self._manifest, name, threads)
         session = open_session(
-            path,
+            kept or path,
             self.device,
             threads,
-            prepack=prepack,
+            prepack=is_packed(self._manifest),
+            kept=kept is not None,
             cuda_graph=cuda_graph,
             profile=profile,
             weights=None if self._shared is None else self._shared.of(name),

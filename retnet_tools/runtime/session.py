@@ -1,8 +1,9 @@
 """An exported folder, opened: prompts by chunks, then a call a token; states stay where the provider keeps them.
 
-Memory, beside activations: the weights once. On the CPU one session of decoder.onnx serves steps, prompts and scoring,
-where they want as many threads, as they do from 128 MB of weights a core on; below that steps have a session of their
-own. On CUDA the sessions of step.onnx and decoder.onnx share their weights.
+Memory, beside activations: the weights once. On the CPU float32 ones are mapped, others packed for one session of
+decoder.onnx, which serves steps, prompts and scoring, and mapped too where they are kept (`runtime.packed`); steps of
+less than 256 MB of packed weights may have a session of their own. On CUDA the sessions of step.onnx and decoder.onnx
+share their weights.
 """
 
 from __future__ import annotations
@@ -271,15 +272,19 @@ class DecoderSession:
         Args:
             bindings: of the call, which chunks of one shape share.
         """
+        tokens, mask = chunk.tokens, chunk.mask
+        if mask.shape[1] == 1 and not mask.all():
+            # A single token is real to the graph: here one more column is padding to all rows.
+            tokens, mask = (np.pad(x, [(0, 0), (0, 1), *[(0, 0)] * (x.ndim - 2)]) for x in (tokens, mask))
         feeds = {
-            self._input.name: chunk.tokens,
-            POSITION_IDS: state.position[:, None] + np.arange(chunk.mask.shape[1]),
-            ATTENTION_MASK: chunk.mask,
+            self._input.name: tokens,
+            POSITION_IDS: state.position[:, None] + np.arange(mask.shape[1]),
+            ATTENTION_MASK: mask,
             LOGITS_INDICES: indices,
         }
-        key = (chunk.mask.shape, id(state.current))
+        key = (mask.shape, id(state.current))
         if key not in bindings:
-            needed = chunk_bytes(self.manifest.config, self.manifest.dtype, *chunk.mask.shape)
+            needed = chunk_bytes(self.manifest.config, self.manifest.dtype, *mask.shape)
             bindings[key] = _bind(
                 self._decoder,
                 self._output,

@@ -1,0 +1,119 @@
+"""Graphs with their weights packed for this processor, kept between runs: opened by mapping them.
+
+The CPU provider packs the weights of quantized and half-precision graphs for its kernels, and widens half ones, into
+memory of its own: 1.4 GB and a second and a half for a 1.3b model in int8, at every start. ONNX Runtime can write what
+it packed beside the optimized graph, and map it the next time: pages that all processes share.
+
+They lie in a folder for each graph, weights file, version of ONNX Runtime and kind of processor, under
+`$RETNET_TOOLS_CACHE` (`~/.cache/retnet-tools` without), as large as twice the weights. A new one takes the place of the
+oldest where all would be more than `LIMIT` bytes. `RETNET_TOOLS_CACHE=off` keeps nothing. Nothing here is needed: what
+cannot be kept is packed at every start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from retnet_tools.console import LOG
+from retnet_tools.disk import remove_path
+from retnet_tools.errors import RetNetToolsError
+from retnet_tools.graph.contract import WEIGHTS_FILE
+from retnet_tools.graph.manifest import Manifest
+from retnet_tools.machine import processor_features
+from retnet_tools.runtime.onnx_session import open_session
+from retnet_tools.runtime.providers import CPU, Device
+from retnet_tools.staging import staged_folder
+
+VARIABLE = "RETNET_TOOLS_CACHE"
+LEAST_BYTES = 64 << 20
+"""Of weights that are worth it: fewer are packed within a tenth of a second."""
+LIMIT = 32 << 30
+"""Bytes of all that is kept."""
+_FORMAT = 1
+_COPIES = 2
+"""As ONNX Runtime writes them: weights as they are and packed, or widened from half precision."""
+
+
+def cache_folder() -> Path | None:
+    """Where packed graphs are kept; None where nothing is to be."""
+    chosen = os.environ.get(VARIABLE, "")
+    if chosen == "off":
+        return None
+    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
+    try:
+        return Path(chosen) if chosen else (Path(base) if base else Path.home() / ".cache") / "retnet-tools"
+    except RuntimeError:
+        # A user without a home.
+        return None
+
+
+def is_packed(manifest: Manifest) -> bool:
+    """Whether kernels want weights packed.
+
+    Products with floats are as fast as they lie in the file: of many rows, and of one within 5% where there is AVX-512
+    (300m: 53.0 ms a token, 51.2 packed), for which they are neither copied nor waited for.
+    """
+    return manifest.quantization is not None and manifest.quantization.blocks is not None
+
+
+def are_mapped(manifest: Manifest) -> bool:
+    """Whether ONNX Runtime uses weights where they lie in the export's own file."""
+    return manifest.dtype == "float32" and not is_packed(manifest)
+
+
+def packed_graph(folder: Path, manifest: Manifest, name: str, threads: int | None) -> Path | None:
+    """A graph of an exported folder, packed; made and kept where it has not been yet.
+
+    Memory: making it holds the packed weights once.
+
+    Returns:
+        None where weights are mapped as they are, where they are few, for an export without records of its files, and
+        where nothing can be kept.
+
+    Raises:
+        InputError, ProviderError: as `open_session`.
+    """
+    weights, cache = folder / WEIGHTS_FILE, cache_folder()
+    size = weights.stat().st_size
+    if cache is None or size < LEAST_BYTES or are_mapped(manifest) or name not in manifest.files:
+        return None
+    target = cache / _key(folder, manifest, name)
+    packed = target / name
+    if packed.is_file():
+        return packed
+    try:
+        needed = _COPIES * size
+        _make_room(cache, needed)
+        with staged_folder(target, marker=name, required_bytes=needed, force=True) as partial:
+            LOG.info("packing the weights of %s for this processor, once (%.1f GB in %s)", folder, needed / 1e9, cache)
+            open_session(folder / name, Device(CPU.name), threads, prepack=is_packed(manifest), keep=partial / name)
+    except RetNetToolsError as error:
+        # A full disk, another process that is at it, a folder that cannot be written.
+        LOG.debug("not kept: %s", error)
+        return None
+    return packed
+
+
+def _key(folder: Path, manifest: Manifest, name: str) -> str:
+    """What decides the packed bytes. Times tell a file that was changed in place from what its record says."""
+    import onnxruntime
+
+    files = [[manifest.files[file].sha256, (folder / file).stat().st_mtime_ns] for file in (name, WEIGHTS_FILE)]
+    decides = [_FORMAT, files, str(onnxruntime.__version__), processor_features()]
+    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
+
+
+def _make_room(cache: Path, needed: int) -> None:
+    """Remove the oldest until `needed` bytes more are within the limit."""
+    if not cache.is_dir():
+        return
+    kept = sorted((path for path in cache.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
+    sizes = {path: sum(file.stat().st_size for file in path.iterdir() if file.is_file()) for path in kept}
+    for path in kept:
+        if sum(sizes.values()) + needed <= LIMIT:
+            return
+        remove_path(path)
+        del sizes[path]
