@@ -213,6 +213,7 @@ def test_the_graphs_are_written_after_the_weights(tmp_path: Path, monkeypatch: p
     assert [[path.name for path in paths] for paths in seen] == [
         [contract.PREFILL_FILE, contract.WEIGHTS_FILE],
         [contract.STEP_FILE, contract.WEIGHTS_FILE],
+        [contract.DECODER_FILE, contract.WEIGHTS_FILE],
     ]
     assert seen[0][0].parent.name == ".out.partial"
 

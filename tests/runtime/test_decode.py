@@ -364,7 +364,7 @@ def test_a_manifest_of_another_model_is_refused(tmp_path: Path) -> None:
     document = json.loads((out / contract.MANIFEST_FILE).read_text())
     document["config"]["value_dim"] *= 2
     (out / contract.MANIFEST_FILE).write_text(json.dumps(document))
-    with pytest.raises(InputError, match=r"step\.onnx does not fit retnet\.json"):
+    with pytest.raises(InputError, match=r"decoder\.onnx does not fit retnet\.json"):
         DecoderSession(out)
 
 

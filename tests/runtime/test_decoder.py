@@ -201,7 +201,7 @@ def used(session):
     for _ in range(5):
         session.step(np.zeros(2, dtype=int), state)
     generate_from(Sequences.start(session), [[3, 4]], Stopping(6), keep=True)
-    held = [session, session._step, session._prefill]
+    held = [session, session._step, session._decoder]
     return state, [weakref.ref(value) for value in held]
 
 found = []
@@ -231,7 +231,7 @@ def test_no_cycle_keeps_a_session_alive_on_the_cpu(tmp_path: Path) -> None:
     session = DecoderSession(export(BASE, random_source(BASE, 1), tmp_path / "out"), threads=1)
     state = session.new_state()
     session.prefill([[3, 4, 5]], state)
-    references = [weakref.ref(value) for value in (session, session._step, session._prefill)]
+    references = [weakref.ref(value) for value in (session, session._step, session._decoder)]
     gc.disable()
     try:
         del session, state

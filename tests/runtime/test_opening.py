@@ -92,14 +92,13 @@ REFUSED = """
 import json, sys
 from pathlib import Path
 from retnet_tools.errors import ProviderError
-from retnet_tools.graph.contract import PREFILL_FILE
 from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.runtime.opening import GraphOpener
 from retnet_tools.runtime.providers import Device
 manifest = read_manifest(Path(sys.argv[1]))
 opener = GraphOpener(Path(sys.argv[1]), manifest, Device("cuda"), None, None)
 try:
-    opener.open_step(beside=(PREFILL_FILE,))
+    opener.open_step(prompts=True)
 except ProviderError as error:
     print(json.dumps([str(error), opener._shared is None]))
 """
@@ -153,10 +152,21 @@ def test_small_models_step_with_one_thread_and_a_number_that_is_given_wins(
     monkeypatch.setattr(opening, "allowed_cores", lambda: 2)
     monkeypatch.setattr(opening, "BYTES_OF_A_THREAD", 1 << 22)
     out = export(BASE, random_source(BASE, 1), tmp_path / "out")
-    for given, step, prefill in ((None, 1, 2), (3, 3, 3)):
+    for given, step, prompt in ((None, 1, 2), (3, 3, 3)):
         session = DecoderSession(out, threads=given)
-        found = [graph.get_session_options().intra_op_num_threads for graph in (session._step, session._prefill)]
-        assert found == [step, prefill]
+        found = [graph.get_session_options().intra_op_num_threads for graph in (session._step, session._decoder)]
+        assert found == [step, prompt]
+        assert (session._step is session._decoder) == (given is not None)
+
+
+def test_many_packed_weights_have_one_session_for_all_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "allowed_cores", lambda: 2)
+    monkeypatch.setattr(opening, "BYTES_OF_A_THREAD", 1 << 22)
+    monkeypatch.setattr(opening, "MOST_COPIED", 1 << 10)
+    out = export(BASE, random_source(BASE, 1), tmp_path / "out")
+    session = DecoderSession(quantize(out, tmp_path / "int8", "int8", block_size=32))
+    assert session._step is session._decoder
+    assert session._step.get_session_options().intra_op_num_threads == 2
 
 
 def past_names() -> list[str]:

@@ -178,19 +178,15 @@ def test_other_models_take_ragged_prompts_too(name: str, ops: str, tmp_path: Pat
     close(found, expected[[0, 1], [29, 10]].numpy())
 
 
-def test_the_prefill_graph_is_opened_for_prompts_of_several_tokens_only(
-    session: DecoderSession, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_graph_is_opened_for_steps_and_prompts(session: DecoderSession, monkeypatch: pytest.MonkeyPatch) -> None:
     opened, real = [], opening.open_session
     monkeypatch.setattr(opening, "open_session", lambda path, *a, **k: opened.append(path.name) or real(path, *a, **k))
     fresh = DecoderSession(session.folder, threads=1)
     state = fresh.new_state()
     fresh.prefill([[1]], state)
     fresh.prefill([[1, 2, 3]], state, chunk_size=1)
-    assert opened == [contract.STEP_FILE]
     fresh.prefill([[1, 2, 3]], state)
-    fresh.prefill([[1, 2, 3]], state)
-    assert opened == [contract.STEP_FILE, contract.PREFILL_FILE]
+    assert opened == [contract.DECODER_FILE]
 
 
 @pytest.mark.parametrize(

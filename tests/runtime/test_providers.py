@@ -270,7 +270,7 @@ def test_room_for_prompts_is_checked_before_anything_is_loaded(folder: Path) -> 
     assert gpu.run(code, folder, "cuda").stdout == "opened on cuda:0 CUDAExecutionProvider\n"
     found = gpu.run(code, folder, "cuda", "prompts").stdout
     assert found.startswith(
-        f"4 step.onnx and prefill.onnx of {folder} needs 0.54 GB on cuda:0, where 0.42 GB of 0.42 GB"
+        f"4 step.onnx and decoder.onnx of {folder} needs 0.54 GB on cuda:0, where 0.42 GB of 0.42 GB"
     )
 
 
