@@ -218,8 +218,7 @@ class DecoderSession:
                 logits = None if found is None else found[:, 0]
             if logits is not None:
                 result[chunk.ends] = logits[chunk.ends]
-        if self.in_place:
-            state.release_spare()
+        self._release_spare(state)
         return result
 
     def score(
@@ -242,11 +241,17 @@ class DecoderSession:
             UsageError: as `prefill`, when the first chunk is asked for.
         """
         prompts, bindings = self._prompts(input_ids, lengths, state), dict[Any, Binding]()
-        for chunk in prompts.chunks(chunk_size):
-            every = np.broadcast_to(np.arange(chunk.mask.shape[1]), chunk.mask.shape)
-            logits = self._run_chunk(chunk, state, every, bindings, fetch=True)
-            assert logits is not None
-            yield logits
+        try:
+            for chunk in prompts.chunks(chunk_size):
+                every = np.broadcast_to(np.arange(chunk.mask.shape[1]), chunk.mask.shape)
+                logits = self._run_chunk(chunk, state, every, bindings, fetch=True)
+                assert logits is not None
+                yield logits
+        finally:
+            self._release_spare(state)
+
+    def _release_spare(self, state: RecurrentState) -> None:
+        """Steps in place need no second set of buffers."""
         if self.in_place:
             state.release_spare()
 
