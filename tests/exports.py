@@ -15,6 +15,7 @@ from retnet_tools.graph.contract import (
     ATTENTION_MASK,
     INPUT_IDS,
     INPUTS_EMBEDS,
+    LOGITS_INDICES,
     PAST_CONV_NAMES,
     PAST_NAMES,
     POSITION_IDS,
@@ -103,6 +104,35 @@ def run_prefill(
     }
     logits, *states = run({**feeds, **{PAST_NAMES % i: state for i, state in enumerate(states)}})
     return logits[:, 0], states
+
+
+def run_decoder(
+    run: Callable[[dict[str, Array]], list[Array]],
+    ids: Array,
+    states: list[Array],
+    indices: Array,
+    *,
+    mask: Array | None = None,
+    position: int | Array = 0,
+) -> tuple[Array, list[Array]]:
+    """Feed `[B, T]` tokens (or `[B, T, D]` embeddings) to decoder.onnx: logits `[B, R, vocab]` at the places `indices`
+    `[R]` or `[B, R]` of each row, and states.
+
+    Args:
+        mask: `[B, T]`; None for real tokens alone.
+        position: of the first real token of each row; padding has position 1.
+    """
+    batch, length = ids.shape[:2]
+    mask = np.ones((batch, length), np.int64) if mask is None else mask
+    counted = np.cumsum(mask, axis=1) - 1 + np.reshape(position, (-1, 1))
+    feeds = {
+        INPUT_IDS if ids.ndim == 2 else INPUTS_EMBEDS: ids,
+        POSITION_IDS: np.where(mask == 1, counted, 1),
+        ATTENTION_MASK: mask,
+        LOGITS_INDICES: np.array(np.broadcast_to(indices, (batch, np.shape(indices)[-1])), np.int64),
+    }
+    logits, *states = run({**feeds, **{PAST_NAMES % i: state for i, state in enumerate(states)}})
+    return logits, states
 
 
 def run_genai(

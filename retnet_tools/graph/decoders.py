@@ -192,7 +192,9 @@ class AnyLengthBuilder(PrefillBuilder):
         def step(body: GraphBuilder) -> tuple[Value, ...]:
             ids, positions, known = self.known(body, tokens, position_ids)
             real = body.op("And", known, body.op("Equal", mask, one))
-            return ids, positions, real_tokens(body, real), *[body.float32("nothing", 0)] * (1 if by_key else 4)
+            # What the outer graph makes of a chunk's powers, it makes of these too.
+            nothing = body.constant("nothing", np.zeros((1, 1, 1), dtype=np.float32))
+            return ids, positions, real_tokens(body, real), *[nothing] * (1 if by_key else 4)
 
         def chunk(body: GraphBuilder) -> tuple[Value, ...]:
             terms = self.blank_padding(body, tokens, position_ids, mask)
