@@ -18,6 +18,7 @@ from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.runtime import cuda, installation
 from retnet_tools.runtime.device_memory import LIBRARY_BYTES, graph_bytes, state_bytes
 from retnet_tools.runtime.onnx_session import misplaced, node_placement, open_session
+from retnet_tools.runtime.packed import cache_folder, kept_bytes
 from retnet_tools.runtime.providers import CPU, CUDA, Device, check_device
 from retnet_tools.version import __version__
 
@@ -77,6 +78,8 @@ class Diagnosis:
         driver_cuda: the newest CUDA that the driver runs; None without a driver.
         devices: the GPUs that are visible.
         cuda_problem: why CUDA cannot be used; None where it can.
+        packed_folder: where packed weights are kept for the CPU; None where nothing is to be.
+        packed_bytes: how much lies there.
     """
 
     python: str
@@ -93,6 +96,8 @@ class Diagnosis:
     driver_cuda: str | None
     devices: tuple[DeviceMemory, ...]
     cuda_problem: str | None
+    packed_folder: str | None
+    packed_bytes: int
 
 
 def diagnose() -> Diagnosis:
@@ -103,6 +108,7 @@ def diagnose() -> Diagnosis:
     libraries = cuda.cuda_libraries()
     driver_cuda, devices = _devices()
     used = installation.onnxruntime_in_use()
+    cache = cache_folder()
     return Diagnosis(
         python=f"{platform.python_version()} ({sys.executable})",
         system=platform.platform(),
@@ -118,6 +124,8 @@ def diagnose() -> Diagnosis:
         driver_cuda=driver_cuda,
         devices=devices,
         cuda_problem=device_problem(Device(CUDA.name)),
+        packed_folder=None if cache is None else str(cache),
+        packed_bytes=0 if cache is None else sum(kept_bytes(cache).values()),
     )
 
 

@@ -106,14 +106,20 @@ def _key(folder: Path, manifest: Manifest, name: str) -> str:
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
 
 
+def kept_bytes(cache: Path) -> dict[Path, int]:
+    """The size of each packed graph in a cache, the oldest first."""
+    if not cache.is_dir():
+        return {}
+    kept = sorted((path for path in cache.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
+    return {path: sum(file.stat().st_size for file in path.iterdir() if file.is_file()) for path in kept}
+
+
 def _make_room(cache: Path, needed: int) -> None:
     """Remove the oldest until `needed` bytes more are within the limit."""
-    if not cache.is_dir():
-        return
-    kept = sorted((path for path in cache.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
-    sizes = {path: sum(file.stat().st_size for file in path.iterdir() if file.is_file()) for path in kept}
-    for path in kept:
-        if sum(sizes.values()) + needed <= LIMIT:
+    sizes = kept_bytes(cache)
+    total = sum(sizes.values())
+    for path, size in sizes.items():
+        if total + needed <= LIMIT:
             return
         remove_path(path)
-        del sizes[path]
+        total -= size

@@ -38,6 +38,7 @@ def test_the_cpu_is_fine_and_tested(cli) -> None:
     assert document["packages"]["numpy"] == np.__version__
     assert "no CUDA provider" in document["cuda_problem"]
     assert document["telemetry_disabled"] is True
+    assert (document["packed_folder"], document["packed_bytes"]) == (None, 0)
     (test,) = document["self_test"]
     assert test["passed"]
     assert 0 < max(test["prefill_error"], test["step_error"]) < 1e-4
