@@ -59,10 +59,8 @@ def render_diagnosis(document: dict[str, Any]) -> None:
         if document[name]:
             print_line(console, f"{name:<12} {document[name]}")
     print_line(console, f"{'telemetry':<12} {'off' if document['telemetry_disabled'] else 'as onnxruntime has it'}")
-    kept = document["packed_folder"]
-    print_line(
-        console, f"{'kept packed':<12} {f'{document['packed_bytes'] / 1e9:.2f} GB in {kept}' if kept else 'off'}"
-    )
+    kept, size = document["packed_folder"], document["packed_bytes"]
+    print_line(console, f"{'kept packed':<12} {f'{size / 1e9:.2f} GB in {kept}' if kept else 'off'}")
     _render_cuda(console, document)
     if document["folder"] is not None:
         _render_folder(console, document["folder"])
