@@ -31,7 +31,7 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+test: lint out/onnxruntime-1.32
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 mutants: .venv/.installed
@@ -60,6 +60,10 @@ out/llama-cpp:
 	$(PYTHON) -m venv $@
 	CXXFLAGS='-fno-tree-dse -fno-dse' $@/bin/pip install --disable-pip-version-check --quiet \
 		llama-cpp-python==0.3.36 gguf==0.19.0 || { rm -rf $@; exit 1; }
+
+# The first onnxruntime that runs opset 27, for its tests; onnxruntime-gpu of that version is still to come.
+out/onnxruntime-1.32: | .venv/.installed
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --target $@ onnxruntime==1.32.0
 
 bench: .venv/.installed out/torchscale
 	$(BIN)/python benchmarks/record.py --device cpu

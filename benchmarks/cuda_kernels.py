@@ -14,7 +14,8 @@ from pathlib import Path
 import onnx
 from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
 
-from retnet_tools.graph.ops import MICROSOFT, OPSET
+from retnet_tools.graph.contract import OPSET
+from retnet_tools.graph.ops import MICROSOFT
 
 OUT = Path(__file__).parent.parent / "retnet_tools" / "graph" / "data" / "cuda_kernels.json"
 NEWEST = 2**31 - 1

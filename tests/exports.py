@@ -41,10 +41,11 @@ def export(
     state_dtype: str = "float32",
     target: str = "onnx",
     device: str = "cpu",
+    opset: int | None = None,
 ) -> Path:
     """Export to a folder and return it."""
     opened = checkpoint(config, source)
-    plan = plan_export(opened, dtype=dtype, ops=ops, state_dtype=state_dtype, target=target, device=device)
+    plan = plan_export(opened, dtype=dtype, ops=ops, state_dtype=state_dtype, target=target, device=device, opset=opset)
     write_export(plan, out, force=False, progress=lambda count: None)
     return out
 

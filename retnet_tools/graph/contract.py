@@ -69,6 +69,14 @@ DEVICES = ("cpu", "cuda")
 """Devices that `retnet_tools.graph.targets` writes for; it is not needed to open an export, and slow to import."""
 OPERATORS = ("standard", "fused")
 """Operator sets that it has for each."""
+OPSET = 23
+"""The first ai.onnx opset with RMSNormalization and RotaryEmbedding; ONNX Runtime runs both on CPU and CUDA."""
+LINEAR_ATTENTION_OPSET = 27
+"""The first ai.onnx opset with LinearAttention."""
+LATER_OPSETS: Mapping[tuple[str, str], tuple[int, ...]] = {("standard", "cpu"): (LINEAR_ATTENTION_OPSET,)}
+"""By operator set and device, opsets that there are besides `OPSET`."""
+FIRST_ONNXRUNTIME: Mapping[int, str] = {LINEAR_ATTENTION_OPSET: "1.32"}
+"""By opset, the first onnxruntime that runs it, where others are older."""
 EXPORT_AGAIN = "export the checkpoint again"
 """What to do with a folder that does not keep the contract."""
 

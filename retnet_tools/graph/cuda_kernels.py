@@ -156,9 +156,15 @@ def _single_types(node: ir.Node) -> dict[str, str]:
     """Type constraints of ai.onnx that leave one type: bool of a comparison, int64 of Shape."""
     if node.domain:
         return {}
-    schema = onnx.defs.get_schema(node.op_type, _table()["opset"])
+    schema = _schema(node)
     constraints = ((c.type_param_str, list(c.allowed_type_strs)) for c in schema.type_constraints)
     return {name: _short(allowed[0]) for name, allowed in constraints if len(allowed) == 1}
+
+
+def _schema(node: ir.Node) -> onnx.defs.OpSchema:
+    """An operator of ai.onnx in the table's opset, or in the newest where it came later and no kernel is known."""
+    name, opset = node.op_type, _table()["opset"]
+    return onnx.defs.get_schema(name, opset if onnx.defs.has(name, opset) else onnx.defs.onnx_opset_version())
 
 
 def _signature(node: ir.Node) -> tuple[list[str], list[str]]:
@@ -166,7 +172,7 @@ def _signature(node: ir.Node) -> tuple[list[str], list[str]]:
     if node.domain:
         inputs, outputs = _table()["signatures"].get(_operator(node), ([], []))
         return list(inputs), list(outputs)
-    schema = onnx.defs.get_schema(node.op_type, _table()["opset"])
+    schema = _schema(node)
     return [port.type_str for port in schema.inputs], [port.type_str for port in schema.outputs]
 
 

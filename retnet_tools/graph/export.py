@@ -56,6 +56,7 @@ class ExportPlan:
         quantization: what retnet.json says of it; None for float weights.
         provenance: as retnet.json is to say it; None hashes the checkpoint's files.
         device: whose kernels the graphs are made for.
+        opset: the version of ai.onnx.
     """
 
     checkpoint: Checkpoint
@@ -69,6 +70,7 @@ class ExportPlan:
     quantization: Quantization | None = None
     provenance: dict[str, Any] | None = None
     device: str = "cpu"
+    opset: int = contract.OPSET
 
     @property
     def tensors(self) -> dict[str, WeightTensor]:
@@ -89,19 +91,29 @@ def plan_export(
     state_dtype: str = "float32",
     target: str = "onnx",
     device: str = "cpu",
+    opset: int | None = None,
 ) -> ExportPlan:
     """Build the graphs of a checkpoint, without weights.
 
+    Args:
+        opset: the version of ai.onnx; None takes the operator set's usual one.
+
     Raises:
-        UsageError: an operator set, a target or a device that does not exist, or a model that the target cannot run.
+        UsageError: an operator set, an opset of it, a target or a device that does not exist, or a model that the
+            target cannot run.
         InputError: files beside the weights that are not what their names say.
     """
-    chosen, operators, config = targets.export_target(target), targets.operator_set(ops, device), checkpoint.config
+    chosen, operators, config = (
+        targets.export_target(target),
+        targets.operator_set(ops, device, opset),
+        checkpoint.config,
+    )
     text = carried_text(checkpoint.tokenizer_files, checkpoint.settings, config.vocab_size)
     files = chosen.files(config, text, targets.target_device(device).genai_provider)
     graphs = {name: make(config, dtype, state_dtype, operators).build() for name, make in chosen.graphs.items()}
     notes = export_notes(checkpoint, text, chosen, dtype, state_dtype)
-    return ExportPlan(checkpoint, dtype, state_dtype, ops, graphs, text, files, notes, device=device)
+    kinds = (dtype, state_dtype, ops)
+    return ExportPlan(checkpoint, *kinds, graphs, text, files, notes, device=device, opset=operators.opset)
 
 
 def plan_of_export(folder: Path) -> ExportPlan:
@@ -148,6 +160,7 @@ def plan_of_export(folder: Path) -> ExportPlan:
         notes=export_notes(checkpoint, text, target, manifest.dtype, manifest.state_dtype),
         provenance=manifest.provenance,
         device=manifest.device,
+        opset=manifest.opset,
     )
 
 
@@ -213,6 +226,7 @@ def write_export(
             graphs={name: {"inputs": graph.inputs, "outputs": graph.outputs} for name, graph in plan.graphs.items()},
             tokenizer_files=plan.text.tokenizer_files,
             device=plan.device,
+            opset=plan.opset,
         )
         for name, make_text in (texts or {}).items():
             (folder / name).write_text(make_text(manifest), encoding="utf-8")
@@ -285,7 +299,7 @@ def _canonical(config: RetNetConfig, stored: Mapping[str, WeightTensor], tensors
 
 def _weight_tensors(folder: Path, manifest: Manifest, tensors: StoredTensors) -> dict[str, WeightTensor]:
     """What each tensor of weights.data is made of; those that belong to no weight are tables."""
-    ops = targets.operator_set(manifest.ops, manifest.device)
+    ops = targets.operator_set(manifest.ops, manifest.device, manifest.opset)
     built = StepBuilder(manifest.config, manifest.dtype, manifest.state_dtype, ops).build().stored
     expected = {name: tensor for name, tensor in built.items() if tensor.sources}
     for name, tensor in expected.items():

@@ -27,8 +27,6 @@ from retnet_tools.inputs import part_path
 from retnet_tools.version import __version__
 from retnet_tools.weights import Array, FileRegion, WeightSource
 
-IR_VERSION = 11
-"""The ONNX IR version that came with opset 23."""
 ALIGNMENT = 4096
 """Offsets in weights.data are multiples of this, so that a runtime can map each tensor."""
 # What it warns of is an error here, or none.
@@ -114,8 +112,15 @@ def write_graph(path: Path, built: BuiltGraph, places: dict[str, FileRegion]) ->
             name=name,
             base_dir=path.parent,
         )
-    model = ir.Model(built.graph, ir_version=IR_VERSION, producer_name="retnet-tools", producer_version=__version__)
+    model = ir.Model(
+        built.graph, ir_version=ir_version(built.graph), producer_name="retnet-tools", producer_version=__version__
+    )
     ir.save(model, path)
+
+
+def ir_version(graph: ir.Graph) -> int:
+    """The ONNX IR version that came with the opset of a graph."""
+    return onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", graph.opset_imports[""])])
 
 
 def _aligned(offset: int) -> int:

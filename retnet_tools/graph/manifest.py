@@ -16,9 +16,11 @@ from retnet_tools.file_records import FileRecord
 from retnet_tools.graph.contract import (
     DEVICES,
     EXPORT_AGAIN,
+    LATER_OPSETS,
     MANIFEST_FILE,
     MAX_POSITION,
     OPERATORS,
+    OPSET,
     WEIGHTS_FILE,
     TensorSpec,
     state_scale,
@@ -45,6 +47,7 @@ class Manifest:
         tokenizer_files: names of the tokenizer's files in the folder.
         device: whose kernels the graphs were made for; they run on all.
         files: size and sha256 of every other file of the export, by name; empty in exports from before there were any.
+        opset: the version of ai.onnx.
     """
 
     config: RetNetConfig
@@ -57,6 +60,7 @@ class Manifest:
     tokenizer_files: tuple[str, ...]
     device: str = "cpu"
     files: Mapping[str, FileRecord] = field(default_factory=dict)
+    opset: int = OPSET
 
     def fingerprint(self) -> dict[str, str]:
         """What a saved state depends on, by name: the model, and the types that its numbers were made with."""
@@ -77,6 +81,7 @@ class Manifest:
             "state_dtype": self.state_dtype,
             "state_scale": list(state_scale(self.config, self.state_dtype)),
             "ops": self.ops,
+            "opset": self.opset,
             "device": self.device,
             "quantization": None if self.quantization is None else self.quantization.to_dict(),
             "max_position": MAX_POSITION,
@@ -126,10 +131,13 @@ def parse_manifest(folder: Path) -> Manifest:
         version = data["schema_version"]
         if type(version) is not int or version != SCHEMA_VERSION:
             raise InputError(f"{path} has schema_version {version!r}", str(SCHEMA_VERSION), EXPORT_AGAIN)
-        # Exports from before there was a choice were for the CPU.
+        # Exports from before there was a choice were for the CPU, and of one opset.
         data.setdefault("device", "cpu")
+        data.setdefault("opset", OPSET)
         for name, choices in (("dtype", FLOATS), ("state_dtype", FLOATS), ("device", DEVICES), ("ops", OPERATORS)):
             _check_choice(path, data, name, choices)
+        later = LATER_OPSETS.get((data["ops"], data["device"]), ())
+        _check_choice(path, data, "opset", (OPSET, *later))
         return Manifest(
             config=RetNetConfig.from_dict(data["config"]),
             dtype=data["dtype"],
@@ -141,6 +149,7 @@ def parse_manifest(folder: Path) -> Manifest:
             tokenizer_files=tuple(map(_name, data["tokenizer_files"])),
             device=data["device"],
             files=_records(data),
+            opset=int(data["opset"]),
         )
     except ConfigError as error:
         raise InputError(f"{path}: {error.found}", error.expected, EXPORT_AGAIN) from error
@@ -156,9 +165,10 @@ def _records(data: Mapping[str, Any]) -> dict[str, FileRecord]:
     return records
 
 
-def _check_choice(path: Path, data: Mapping[str, Any], name: str, choices: Iterable[str]) -> None:
+def _check_choice(path: Path, data: Mapping[str, Any], name: str, choices: Iterable[object]) -> None:
     if data[name] not in choices:
-        raise InputError(f"{path} has {name} {data[name]!r}", f"one of {', '.join(choices)}", "export again")
+        known = ", ".join(map(str, choices))
+        raise InputError(f"{path} has {name} {data[name]!r}", f"one of {known}", "export again")
 
 
 def _name(name: Any) -> str:

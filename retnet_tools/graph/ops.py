@@ -1,6 +1,6 @@
 """The sets of operators that graphs are built from: `standard` (ai.onnx only) and `fused` (with com.microsoft).
 
-Both have the same methods, so that the builders do not know which one they use.
+All have the same methods, so that the builders do not know which one they use. A name may have sets of several opsets.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ import numpy as np
 from onnx_ir import Value
 
 from retnet_tools.config import Activation, BlockNorm
+from retnet_tools.graph.contract import LINEAR_ATTENTION_OPSET, OPSET
 from retnet_tools.graph.decay import ChunkDecay, Chunks, StepDecay
 from retnet_tools.graph.nodes import GraphBuilder, Pair, epsilon, scan
 from retnet_tools.graph.weight_tensors import BlockedMatrix, blocked_rows, stored_integer
 
 MICROSOFT = "com.microsoft"
-OPSET = 23
-"""The first ai.onnx opset with RMSNormalization and RotaryEmbedding; ONNX Runtime runs both on CPU and CUDA."""
 LOOKUPS = ("Gather", "GatherBlockQuantized")
 """Operators that read some rows of a stored tensor."""
 Fragment = Callable[[GraphBuilder, Value], Value]
@@ -55,6 +54,11 @@ class StandardOps:
         "sigmoid": lambda g, x: g.op("Sigmoid", x),
         "tanh": lambda g, x: g.op("Tanh", x),
     }
+
+    @property
+    def opset(self) -> int:
+        """The version of ai.onnx."""
+        return self.opsets[""]
 
     def activate(self, g: GraphBuilder, activation: Activation, x: Value) -> Value:
         """Any activation of the configuration."""
@@ -169,14 +173,50 @@ class StandardOps:
         return _time_first(g, outputs), present
 
 
-class FusedOps(StandardOps):
-    """The same fragments with ONNX Runtime's contrib operators where they are faster.
+class LinearAttentionOps(StandardOps):
+    """Retention as one LinearAttention a layer: of a step, and of tokens one by one.
 
     Chunks stay matrix products: the CPU kernel of LinearAttention walks token by token, and the CUDA kernel's shared
     memory does not hold RetNet's head sizes.
     """
 
+    linear_attention_domain: ClassVar[str]
+
+    def retention_step(self, g: GraphBuilder, q: Value, k: Value, v: Value, past: Value, decay: StepDecay) -> Pair:
+        """LinearAttention over one token."""
+        return self.retention_tokens(g, q, k, v, past, decay.rows(g))
+
+    def retention_tokens(self, g: GraphBuilder, q: Value, k: Value, v: Value, past: Value, log_gamma: Value) -> Pair:
+        """LinearAttention, of a gamma of each head or of each key dimension."""
+        return self.linear_attention(g, (q, k, v, past, log_gamma), head_sizes(past)[0])
+
+    def linear_attention(self, g: GraphBuilder, inputs: tuple[Value, ...], heads: int) -> Pair:
+        """LinearAttention with the `gated` update: S = exp(log_gamma) S + k (x) v, o = q S."""
+        output, present = g.node(
+            "LinearAttention",
+            *inputs,
+            domain=self.linear_attention_domain,
+            outputs=2,
+            update_rule="gated",
+            scale=1.0,
+            q_num_heads=heads,
+            kv_num_heads=heads,
+        )
+        return output, present
+
+
+class LaterStandardOps(LinearAttentionOps):
+    """ai.onnx operators only, with its own LinearAttention."""
+
+    opsets: ClassVar[Mapping[str, int]] = {"": LINEAR_ATTENTION_OPSET}
+    linear_attention_domain = ""
+
+
+class FusedOps(LinearAttentionOps):
+    """The same fragments with ONNX Runtime's contrib operators where they are faster."""
+
     name = "fused"
+    linear_attention_domain = MICROSOFT
     opsets: ClassVar[Mapping[str, int]] = {"": OPSET, MICROSOFT: 1}
     activations: ClassVar[Mapping[Activation, Fragment]] = {
         **StandardOps.activations,
@@ -230,30 +270,10 @@ class FusedOps(StandardOps):
             return x
         return g.op("Slice", x, g.integers(0), g.integers(columns), g.integers(-1))  # [B, T, width] -> [B, T, K]
 
-    def retention_step(self, g: GraphBuilder, q: Value, k: Value, v: Value, past: Value, decay: StepDecay) -> Pair:
-        """LinearAttention over one token."""
-        return self.retention_tokens(g, q, k, v, past, decay.rows(g))
-
-    def retention_tokens(self, g: GraphBuilder, q: Value, k: Value, v: Value, past: Value, log_gamma: Value) -> Pair:
-        """LinearAttention, of a gamma of each head or of each key dimension."""
-        return self.linear_attention(g, (q, k, v, past, log_gamma), head_sizes(past)[0])
-
-    def linear_attention(self, g: GraphBuilder, inputs: tuple[Value, ...], heads: int) -> Pair:
-        """LinearAttention with the `gated` update: S = exp(log_gamma) S + k (x) v, o = q S."""
-        output, present = g.node(
-            "LinearAttention",
-            *inputs,
-            domain=MICROSOFT,
-            outputs=2,
-            update_rule="gated",
-            scale=1.0,
-            q_num_heads=heads,
-            kv_num_heads=heads,
-        )
-        return output, present
-
 
 OPERATOR_SETS: dict[str, StandardOps] = {ops.name: ops for ops in (StandardOps(), FusedOps())}
+LATER_OPERATOR_SETS: tuple[StandardOps, ...] = (LaterStandardOps(),)
+"""Sets of the same names in later opsets, for who asks for one."""
 
 
 def head_sizes(past: Value) -> tuple[int, int, int]:

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from retnet_tools.config import RetNetConfig
-from retnet_tools.errors import InputError, find_row
+from retnet_tools.errors import InputError, UsageError, find_row
 from retnet_tools.graph import contract
 from retnet_tools.graph.builder import DecoderBuilder
 from retnet_tools.graph.cuda_kernels import CpuNode, cpu_nodes
 from retnet_tools.graph.cuda_ops import CudaFusedOps, CudaStandardOps
 from retnet_tools.graph.decoders import AnyLengthBuilder, PrefillBuilder, StepBuilder
 from retnet_tools.graph.genai import GenaiBuilder, genai_files, genai_notes
-from retnet_tools.graph.ops import OPERATOR_SETS, StandardOps
+from retnet_tools.graph.ops import LATER_OPERATOR_SETS, OPERATOR_SETS, StandardOps
 from retnet_tools.tokenizing.carried import CarriedText
 from retnet_tools.tokenizing.files import COMPANIONS, TOKENIZER_FILE
 from retnet_tools.tokenizing.special import GENERATION_FILE, TOKENIZER_CONFIG_FILE
@@ -46,6 +46,7 @@ class TargetDevice:
 
     Attributes:
         operators: its operator sets by name; each names the same for every device.
+        later: sets of the same names in other opsets than those.
         genai_provider: what onnxruntime-genai calls it in genai_config.json; None for the CPU, its default.
         elsewhere: the nodes of a graph that would not run there.
     """
@@ -54,6 +55,11 @@ class TargetDevice:
     operators: Mapping[str, StandardOps]
     genai_provider: str | None = None
     elsewhere: Callable[[ir.Graph], list[CpuNode]] = lambda graph: []
+    later: tuple[StandardOps, ...] = ()
+
+    def opsets(self, ops: str) -> dict[int, StandardOps]:
+        """The sets of a name that there is, by opset, first the one that is taken where no opset is asked for."""
+        return {row.opset: row for row in (self.operators[ops], *self.later) if row.name == ops}
 
 
 TARGETS: dict[str, ExportTarget] = {
@@ -83,7 +89,7 @@ READ_FILES = (*TARGET_FILES, contract.WEIGHTS_FILE, TOKENIZER_FILE, *COMPANIONS,
 TARGET_DEVICES: dict[str, TargetDevice] = {
     device.name: device
     for device in (
-        TargetDevice("cpu", OPERATOR_SETS),
+        TargetDevice("cpu", OPERATOR_SETS, later=LATER_OPERATOR_SETS),
         TargetDevice("cuda", {ops.name: ops for ops in (CudaStandardOps(), CudaFusedOps())}, "cuda", cpu_nodes),
     )
 }
@@ -99,9 +105,26 @@ def target_device(name: str) -> TargetDevice:
     return find_row(TARGET_DEVICES, "--device", name, " to export for")
 
 
-def operator_set(ops: str, device: str) -> StandardOps:
-    """The operators of a set as a device uses them; a UsageError where there is no such set or device."""
-    return find_row(target_device(device).operators, "--ops", ops)
+def operator_set(ops: str, device: str, opset: int | None = None) -> StandardOps:
+    """The operators of a set as a device uses them, in the set's usual opset where none is asked for.
+
+    Raises:
+        UsageError: there is no such set or device, or the set has no such opset there.
+    """
+    row = target_device(device)
+    usual, opsets = find_row(row.operators, "--ops", ops), row.opsets(ops)
+    if opset is not None and opset not in opsets:
+        known = " or ".join(map(str, opsets))
+        others = [
+            f"--ops {other.name} --device {place.name}"
+            for place in TARGET_DEVICES.values()
+            for other in place.later
+            if other.opset == opset
+        ]
+        raise UsageError(
+            f"--opset {opset} with --ops {ops} --device {device}", known, f"or {', '.join(others)}" if others else ""
+        )
+    return usual if opset is None else opsets[opset]
 
 
 def find_target(graphs: Iterable[str]) -> ExportTarget:

@@ -277,4 +277,5 @@ def plan_of(opened: Checkpoint, manifest: Manifest) -> ExportPlan:
         state_dtype=manifest.state_dtype,
         target=find_target(manifest.graphs).name,
         device=manifest.device,
+        opset=manifest.opset,
     )

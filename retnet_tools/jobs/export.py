@@ -116,6 +116,7 @@ class ExportRequest(CheckpointRequest, WriteRequest):
         dtype: weights and activations: fp32, fp16 or bf16.
         state_dtype: recurrent states between calls: fp32 or fp16 (scaled, within range).
         ops: operators: fused (ONNX Runtime's contrib operators) or standard (ai.onnx only).
+        opset: version of ai.onnx: 23 (if left out), or 27 of standard operators, with retention as LinearAttention.
         device: whose kernels to build for: cpu or cuda; runs on both.
         quantize: int8, int4 or another type of codes for weights in blocks; fp16 or bf16 for everything but states.
     """
@@ -126,6 +127,7 @@ class ExportRequest(CheckpointRequest, WriteRequest):
     dtype: str = "fp32"
     state_dtype: str = "fp32"
     ops: str = "fused"
+    opset: int | None = None
     device: str = "cpu"
     quantize: str | None = None
 
@@ -143,7 +145,7 @@ class ExportRequest(CheckpointRequest, WriteRequest):
             dtype=parse_dtype(self.dtype, ("float32", "float16", "bfloat16")),
             state_dtype=parse_dtype(self.state_dtype, ("float32", "float16")),
         )
-        operator_set(self.ops, self.device)
+        operator_set(self.ops, self.device, self.opset)
 
     @property
     def ending(self) -> str:
@@ -184,13 +186,16 @@ class ExportResult:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know, about the checkpoint and about running the folder."""
+        from retnet_tools.graph.contract import FIRST_ONNXRUNTIME
         from retnet_tools.graph.export import kernel_notes
         from retnet_tools.quantize.card import coarse_text
 
         record = self.plan.quantization
         coarse = (coarse_text(record, self.plan.dtype),) if record is not None and record.coarse_blocks else ()
         lacking = (NO_BFLOAT16,) if (self.plan.dtype, self.plan.device) == ("bfloat16", "cpu") else ()
-        return (*self.plan.notes, *coarse, *lacking, *kernel_notes(self.plan))
+        newer = FIRST_ONNXRUNTIME.get(self.plan.opset)
+        needed = () if newer is None else (f"opset {self.plan.opset} runs in onnxruntime {newer} and later",)
+        return (*self.plan.notes, *coarse, *lacking, *needed, *kernel_notes(self.plan))
 
 
 def export(request: ExportRequest, progress: Progress = no_progress) -> ExportResult:
@@ -220,6 +225,7 @@ def export(request: ExportRequest, progress: Progress = no_progress) -> ExportRe
         state_dtype=request.state_dtype,
         target=request.to,
         device=request.device,
+        opset=request.opset,
     )
     return write(request, plan, request.options_for(request.quantize), folder, source, progress)
 

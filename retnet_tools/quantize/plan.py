@@ -46,7 +46,7 @@ def plan_blocks(plan: ExportPlan, scheme: Scheme, text: CalibrationText | None =
         UsageError: a method that does not exist or lacks its text, a pattern that finds no matrix, nothing to quantize.
     """
     learnt = text if find_method(scheme.method, text).calibrated else None
-    config, ops = plan.checkpoint.config, operator_set(plan.ops, plan.device)
+    config, ops = plan.checkpoint.config, operator_set(plan.ops, plan.device, plan.opset)
     formats, shapes = matrix_formats(scheme, config), canonical_shapes(config)
     graphs = {
         name: quantize_graph(graph, ops, formats, shapes, scheme.accuracy_level) for name, graph in plan.graphs.items()
@@ -78,6 +78,7 @@ def plan_half(plan: ExportPlan, dtype: str) -> QuantizedPlan:
         state_dtype=plan.state_dtype,
         target=find_target(plan.graphs).name,
         device=plan.device,
+        opset=plan.opset,
     )
     record = Quantization(HalfScheme(dtype), plan.weight_bytes, half.weight_bytes)
     kept = {"files": plan.files, "provenance": plan.provenance, "quantization": record}

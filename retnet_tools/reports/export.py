@@ -26,6 +26,7 @@ def export_document(result: ExportResult) -> dict[str, Any]:
         "dtype": plan.dtype,
         "state_dtype": plan.state_dtype,
         "ops": plan.ops,
+        "opset": plan.opset,
         "device": plan.device,
         "graphs": {name: {"nodes": sum(1 for _ in built.graph.all_nodes())} for name, built in plan.graphs.items()},
         "quantization": None if record is None else {"summary": scheme_text(record.scheme), **record.to_dict()},

@@ -113,7 +113,7 @@ def _facts(result: InspectResult) -> Iterator[str]:
         return
     record = manifest.quantization
     weights = f"{manifest.dtype} weights, not quantized" if record is None else f"{manifest.dtype} activations"
-    yield f"export   {weights}, {manifest.ops} operators"
+    yield f"export   {weights}, {manifest.ops} operators of opset {manifest.opset}"
     if record is not None:
         share = record.weight_bytes / record.float_bytes
         yield f"weights  {scheme_text(record.scheme)}; {share:.1%} of {size_text(record.float_bytes)} in float"
@@ -188,6 +188,7 @@ def _export_fields(model: StoredModel) -> dict[str, Any] | None:
         "dtype": manifest.dtype,
         "state_dtype": manifest.state_dtype,
         "ops": manifest.ops,
+        "opset": manifest.opset,
         "quantization": None if manifest.quantization is None else manifest.quantization.to_dict(),
         "provenance": manifest.provenance,
         "graphs": {

@@ -60,7 +60,7 @@ class BulkOptions:
     def digest(self, session: DecoderSession, codec: Codec) -> str:
         """A hash of everything but the prompts that decides what a row gets."""
         stopping = [self.stopping.max_tokens, sorted(self.stopping.end_ids), list(self.stopping.strings)]
-        model = [session.manifest.fingerprint(), session.manifest.ops, codec.fingerprint]
+        model = [session.manifest.fingerprint(), session.manifest.ops, session.manifest.opset, codec.fingerprint]
         how: list[Any] = [stopping, self.sampling.settings(), self.batch, self.chunk_size]
         if self.sampling.steps:
             how.append([_step_name(step) for step in self.sampling.steps])

@@ -13,7 +13,8 @@ import onnx
 
 from retnet_tools.console import LOG
 from retnet_tools.errors import InputError, ProviderError
-from retnet_tools.graph.contract import STEP_FILE
+from retnet_tools.graph.checking import check_graph
+from retnet_tools.graph.contract import FIRST_ONNXRUNTIME, STEP_FILE
 from retnet_tools.runtime.device_memory import SMALLER
 from retnet_tools.runtime.failures import CaptureError, NoKernelError, OutOfMemoryError, failure_type, one_line
 from retnet_tools.runtime.providers import CpuFallbackWarning, Device, check_device
@@ -216,6 +217,8 @@ def _counted(operators: Counter[str]) -> str:
 
 def _cannot_open(path: Path, device: Device, error: Exception, *, cuda_graph: bool) -> Exception:
     """The error for a graph that ONNX Runtime does not open."""
+    if (needed := _newer_onnxruntime(path)) is not None:
+        return needed
     reason, kind = one_line(error), failure_type(error)
     if kind is NoKernelError:
         found, action = f"{path.name} cannot run on {device} ({reason})", device.provider.without_kernel
@@ -225,3 +228,26 @@ def _cannot_open(path: Path, device: Device, error: Exception, *, cuda_graph: bo
     if kind is OutOfMemoryError:
         return OutOfMemoryError(f"{path.name} does not fit into the memory of {device} ({reason})", "", SMALLER)
     return (CaptureError if cuda_graph else ProviderError)(f"{path} cannot be opened on {device} ({reason})")
+
+
+def _newer_onnxruntime(path: Path) -> ProviderError | None:
+    """The error for a graph of an opset that this onnxruntime is too old for."""
+    import onnxruntime
+
+    try:
+        opset = max((row.version for row in check_graph(path).opset_import if not row.domain), default=0)
+    except InputError:
+        return None  # Whatever is wrong with it, ONNX Runtime has said it.
+    needed, used = FIRST_ONNXRUNTIME.get(opset), str(onnxruntime.__version__)
+    if needed is None or _release(used) >= _release(needed):
+        return None
+    return ProviderError(
+        f"{path} is of ai.onnx opset {opset}, which onnxruntime {used} does not run",
+        f"onnxruntime {needed} or later",
+        f"pip install 'onnxruntime>={needed}' in place of what is installed, or export without --opset {opset}",
+    )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """`1.32` of 1.32.0 and of 1.32.0.dev1, as numbers."""
+    return tuple(int(part) for part in version.split(".")[:2])

@@ -44,6 +44,7 @@ def manifest_cases() -> Iterator[Case]:
         (("state_dtype",), TEXTS),
         (("ops",), TEXTS),
         (("device",), TEXTS[1:]),
+        (("opset",), (None, 0, 22, 27, 28, HUGE, "23", [], True, 23.5)),
         (("config",), (MISSING, None, [], {}, 7)),
         (("graphs",), (MISSING, None, [], 7, {"step.onnx": {}}, {"step.onnx": None})),
         (("tokenizer_files",), (MISSING, 7, [7], [None], "ab/c")),
