@@ -51,6 +51,7 @@ grows by one and the same k and v stops short of its limit, at about half of it 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from retnet_tools.config import RetNetConfig

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx.helper
 import onnx_ir as ir
 
 from retnet_tools.dtypes import convert_array
@@ -120,7 +121,8 @@ def write_graph(path: Path, built: BuiltGraph, places: dict[str, FileRegion]) ->
 
 def ir_version(graph: ir.Graph) -> int:
     """The ONNX IR version that came with the opset of a graph."""
-    return onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", graph.opset_imports[""])])
+    version: int = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", graph.opset_imports[""])])
+    return version
 
 
 def _aligned(offset: int) -> int:

@@ -20,7 +20,8 @@ from retnet_tools.graph.cuda_kernels import cpu_nodes
 from retnet_tools.graph.export import plan_export, plan_of_export
 from retnet_tools.graph.folder import load_graph
 from retnet_tools.graph.manifest import read_manifest
-from retnet_tools.graph.targets import TARGETS
+from retnet_tools.graph.targets import TARGET_DEVICES, TARGETS
+from retnet_tools.weights import Array
 from tests import later_runtime
 from tests.exports import checkpoint, export, run_prefill, run_steps, zero_states
 from tests.helpers import ABLATIONS, BASE, OTHER_LAYERS, random_source, random_tokens
@@ -36,6 +37,19 @@ needs_runtime = pytest.mark.skipif(later_runtime.why_not() is not None, reason=s
 
 def export_27(name: str, out: Path, *, seed: int = 1, **options: str) -> Path:
     return export(ABLATIONS[name], random_source(ABLATIONS[name], seed), out, ops="standard", opset=27, **options)
+
+
+def reference_runner(graph: Path) -> later_runtime.Run:
+    evaluator = ReferenceEvaluator(str(graph))
+    return lambda feeds: evaluator.run(None, feeds)
+
+
+def check_run(folder: Path, expected: Array, tolerance: float) -> None:
+    """Hold what `run_graphs` has left to logits `[B, T, vocab]`."""
+    ran = np.load(folder / "ran.npz")
+    for way in later_runtime.WAYS:
+        np.testing.assert_allclose(ran[f"{way} steps"].swapaxes(0, 1), expected, rtol=0, atol=tolerance)
+        np.testing.assert_allclose(ran[f"{way} prompt"], expected[:, -1], rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -55,9 +69,11 @@ def test_retention_is_one_standard_operator_a_layer(name: str, dtype: str, targe
         nodes = list(load_graph(folder / file).all_nodes())
         assert {node.domain for node in nodes} == {""}
         kinds = Counter(node.op_type for node in nodes)
-        # A prompt by a gamma of each head is matrix products; model.onnx is a step and a prompt.
-        whole = file == contract.PREFILL_FILE and not config.key_decay
-        assert kinds["LinearAttention"] == (0 if whole else config.num_layers)
+        # A prompt by a gamma of each head is matrix products; two graphs are a step and a prompt.
+        steps = file != contract.PREFILL_FILE
+        prompts = bool(config.key_decay) and file != contract.STEP_FILE
+        joined = file == contract.GENAI_FILE and prompts
+        assert kinds["LinearAttention"] == config.num_layers * (1 if joined else steps + prompts)
         assert kinds["Scan"] == (config.num_layers if file == contract.GENAI_FILE and not config.key_decay else 0)
         for node in nodes:
             if node.op_type == "LinearAttention":
@@ -82,12 +98,11 @@ def test_the_reference_evaluator_computes_the_same_model(name: str, tmp_path: Pa
     config, source = ABLATIONS[name], random_source(ABLATIONS[name], seed=5)
     folder, ids = export_27(name, tmp_path / "out", seed=5), random_tokens(config, 2, 9, seed=6)
     expected = reference_logits(config, source, ids)
-    step, prefill = (ReferenceEvaluator(str(folder / file)) for file in (contract.STEP_FILE, contract.PREFILL_FILE))
-    logits, states = run_prefill(lambda feeds: prefill.run(None, feeds), ids[:, :4], zero_states(config, 2))
-    np.testing.assert_allclose(logits, expected[:, 3], rtol=0, atol=GRAPH_FLOAT32)
-    steps = run_steps(lambda feeds: step.run(None, feeds), ids[:, 4:], states, position=4)
-    for n, (logits, _) in enumerate(steps, start=4):
-        np.testing.assert_allclose(logits, expected[:, n], rtol=0, atol=GRAPH_FLOAT32)
+    for step, prefill in later_runtime.runners(folder, reference_runner):
+        logits, states = run_prefill(prefill, ids[:, :4], zero_states(config, 2))
+        np.testing.assert_allclose(logits, expected[:, 3], rtol=0, atol=GRAPH_FLOAT32)
+        for n, (logits, _) in enumerate(run_steps(step, ids[:, 4:], states, position=4), start=4):
+            np.testing.assert_allclose(logits, expected[:, n], rtol=0, atol=GRAPH_FLOAT32)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "fp16"])
@@ -120,8 +135,7 @@ def test_onnxruntime_computes_the_same_model(tmp_path: Path) -> None:
         np.save(earlier / "ids.npy", np.load(folder / "ids.npy"))
         later_runtime.run_folder(earlier)
         ran, before = np.load(folder / "ran.npz"), np.load(earlier / "ran.npz")
-        np.testing.assert_allclose(ran["steps"].swapaxes(0, 1), expected[name], rtol=0, atol=GRAPH_FLOAT32)
-        np.testing.assert_allclose(ran["prompt"], expected[name][:, -1], rtol=0, atol=GRAPH_FLOAT32)
+        check_run(folder, expected[name], GRAPH_FLOAT32)
         for kind in before:
             scale = max(1.0, float(np.abs(before[kind]).max())) if "states" in kind else 1.0
             np.testing.assert_allclose(ran[kind], before[kind], rtol=0, atol=GRAPH_FLOAT32 * scale, err_msg=name)
@@ -140,9 +154,7 @@ def test_onnxruntime_runs_other_types_of_weights(tmp_path: Path) -> None:
         decoded = decoded_source(BASE, folder / contract.STEP_FILE)
         expected[folder] = (reference_logits(BASE, decoded, ids), GRAPH_FLOAT32)
     for folder, (logits, tolerance) in expected.items():
-        ran = np.load(folder / "ran.npz")
-        np.testing.assert_allclose(ran["steps"].swapaxes(0, 1), logits, rtol=0, atol=tolerance)
-        np.testing.assert_allclose(ran["prompt"], logits[:, -1], rtol=0, atol=tolerance)
+        check_run(folder, logits, tolerance)
 
 
 @needs_runtime
@@ -166,10 +178,12 @@ def test_an_older_onnxruntime_is_told_which_it_takes(tmp_path: Path, cli) -> Non
     folder = export_27("base", tmp_path / "out")
     result = cli("generate", folder, "-p", "1 2 3", "--token-ids", "-n", 2)
     assert result.exit_code == 4
-    assert result.err == (
-        f"error: {folder / contract.STEP_FILE} is of ai.onnx opset 27, which onnxruntime {onnxruntime.__version__} "
-        "does not run; expected onnxruntime 1.32 or later; pip install 'onnxruntime>=1.32' in place of what is "
-        "installed, or export without --opset 27\n"
+    assert result.err.count("\n") == 1
+    assert result.err.startswith(f"error: {folder}")
+    assert result.err.endswith(
+        f".onnx is of ai.onnx opset 27, which onnxruntime {onnxruntime.__version__} does not run; expected "
+        "onnxruntime 1.32 or later; pip install 'onnxruntime>=1.32' in place of what is installed, or export without "
+        "--opset 27\n"
     )
 
 
@@ -195,6 +209,12 @@ def test_other_opsets_are_refused(options: tuple[str, ...], line: str, tmp_path:
     assert (result.exit_code, result.err) == (2, f"error: {line}\n")
     with pytest.raises(UsageError, match="--opset 24"):
         plan_export(checkpoint(BASE, random_source(BASE, 1)), dtype="float32", ops="standard", opset=24)
+
+
+def test_readers_know_the_opsets_of_every_device() -> None:
+    for name, device in TARGET_DEVICES.items():
+        for ops in device.operators:
+            assert tuple(device.opsets(ops)) == (contract.OPSET, *contract.LATER_OPSETS.get((ops, name), ()))
 
 
 def test_a_manifest_without_an_opset_is_of_23(tmp_path: Path) -> None:
