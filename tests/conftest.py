@@ -3,6 +3,8 @@ import signal
 
 # ONNX Runtime and onnxruntime-genai report to Microsoft by default; they read this when they are loaded.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+# Nothing that a test opens is kept for later, by the processes that it starts neither.
+os.environ["RETNET_TOOLS_CACHE"] = "off"
 # Tests run beside each other, and so do the processes that they start: a test that wants more threads says so.
 os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
 

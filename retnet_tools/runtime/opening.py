@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ from retnet_tools.runtime.buffers import DeviceBuffer
 from retnet_tools.runtime.device_memory import LIBRARY_BYTES, check_device_memory, graph_bytes, tensor_bytes
 from retnet_tools.runtime.failures import CaptureError
 from retnet_tools.runtime.onnx_session import kernels_are_known, open_session
-from retnet_tools.runtime.packed import are_mapped, is_packed, packed_graph
+from retnet_tools.runtime.packed import are_mapped, forget_packed, is_packed, packed_graph
 from retnet_tools.runtime.prompts import PREFILL_CHUNK_SIZE
 from retnet_tools.runtime.providers import CPU, Device, check_device, cpu_instead
 
@@ -153,16 +154,22 @@ class GraphOpener:
             check_device_memory(self.device, needed + LIBRARY_BYTES, f"{name} of {self._folder}")
         else:
             kept = packed_graph(self._folder, self._manifest, name, threads)
-        session = open_session(
-            kept or path,
-            self.device,
-            threads,
+        opened = partial(
+            open_session,
+            device=self.device,
+            threads=threads,
             prepack=is_packed(self._manifest),
-            kept=kept is not None,
             cuda_graph=cuda_graph,
             profile=profile,
             weights=None if self._shared is None else self._shared.of(name),
         )
+        session = None
+        if kept is not None:
+            try:
+                session = opened(kept, kept=True)
+            except InputError as error:
+                forget_packed(kept, error.found)
+        session = session or opened(path)
         for found, specs in zip((session.get_inputs(), session.get_outputs()), _BORDERS[name], strict=True):
             expected = specs(self._manifest.config, self._manifest.state_dtype)
             if [(value.name, tuple(value.shape)) for value in found] != [(spec.name, spec.shape) for spec in expected]:

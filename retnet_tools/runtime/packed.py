@@ -17,6 +17,8 @@ import json
 import os
 from pathlib import Path
 
+import onnx
+
 from retnet_tools.console import LOG
 from retnet_tools.disk import remove_path
 from retnet_tools.errors import RetNetToolsError
@@ -32,7 +34,8 @@ LEAST_BYTES = 64 << 20
 """Of weights that are worth it: fewer are packed within a tenth of a second."""
 LIMIT = 32 << 30
 """Bytes of all that is kept."""
-_FORMAT = 1
+_FORMAT = 2
+_ALIGNMENT = 64
 _COPIES = 2
 """As ONNX Runtime writes them: weights as they are and packed, or widened from half precision."""
 
@@ -70,31 +73,64 @@ def packed_graph(folder: Path, manifest: Manifest, name: str, threads: int | Non
     Memory: making it holds the packed weights once.
 
     Returns:
-        None where weights are mapped as they are, where they are few, for an export without records of its files, and
-        where nothing can be kept.
+        None where weights are mapped as they are, where they are few or more than the limit, for an export without
+        records of its files, and where nothing can be kept.
 
     Raises:
         InputError, ProviderError: as `open_session`.
     """
     weights, cache = folder / WEIGHTS_FILE, cache_folder()
     size = weights.stat().st_size
-    if cache is None or size < LEAST_BYTES or are_mapped(manifest) or name not in manifest.files:
+    needed = _COPIES * size
+    few_or_too_many = size < LEAST_BYTES or needed > LIMIT
+    if cache is None or few_or_too_many or are_mapped(manifest) or name not in manifest.files:
         return None
     target = cache / _key(folder, manifest, name)
     packed = target / name
-    if packed.is_file():
-        return packed
     try:
-        needed = _COPIES * size
+        if packed.is_file():
+            return packed
         _make_room(cache, needed)
         with staged_folder(target, marker=name, required_bytes=needed, force=True) as partial:
             LOG.info("packing the weights of %s for this processor, once (%.1f GB in %s)", folder, needed / 1e9, cache)
             open_session(folder / name, Device(CPU.name), threads, prepack=is_packed(manifest), keep=partial / name)
-    except RetNetToolsError as error:
-        # A full disk, another process that is at it, a folder that cannot be written.
+            _align_packed(partial / name)
+    except (RetNetToolsError, OSError) as error:
+        # A full disk, another process that is at it or makes room, a folder that cannot be read or written.
         LOG.debug("not kept: %s", error)
         return None
     return packed
+
+
+def _align_packed(graph: Path) -> None:
+    """Move packed weights to multiples of 64 bytes: kernels round an address up to one before they read.
+
+    ONNX Runtime 1.31 writes those of matrices below 1 MB wherever the last ones ended and maps them as they lie, so
+    that products with them are of other bytes.
+    """
+    model = onnx.load(graph, load_external_data=False)
+    with graph.with_suffix(".data").open("r+b") as data:
+
+        def moved(blob: str) -> str:
+            offset, length, checksum = blob.split(";")
+            if int(offset) % _ALIGNMENT == 0:
+                return blob
+            data.seek(int(offset))
+            packed, end = data.read(int(length)), data.seek(0, os.SEEK_END)
+            data.write(bytes(-end % _ALIGNMENT) + packed)
+            return f"{end + -end % _ALIGNMENT};{length};{checksum}"
+
+        for entry in (entry for tensor in model.graph.initializer for entry in tensor.external_data):
+            if entry.key.startswith("prepacked"):
+                key, *blobs = entry.value.split("|")
+                entry.value = "|".join((key, *map(moved, blobs)))
+    graph.write_bytes(model.SerializeToString())
+
+
+def forget_packed(packed: Path, reason: str) -> None:
+    """Remove a graph that cannot be opened: half of it lost, or room made for another in this moment."""
+    LOG.info("packing the weights anew: %s", reason)
+    remove_path(packed.parent)
 
 
 def _key(folder: Path, manifest: Manifest, name: str) -> str:
