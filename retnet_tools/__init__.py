@@ -18,8 +18,8 @@ A stateful ONNX decoder, quantized, and what that cost on a text:
 
 >>> result = rt.export("ckpt", "out", quantize="int8")
 >>> sorted(file.name for file in result.folder.iterdir())  # doctest: +NORMALIZE_WHITESPACE
-['README.md', 'generation_config.json', 'prefill.onnx', 'retnet.json', 'step.onnx', 'tokenizer.json',
- 'tokenizer_config.json', 'weights.data']
+['README.md', 'decoder.onnx', 'generation_config.json', 'prefill.onnx', 'retnet.json', 'step.onnx',
+ 'tokenizer.json', 'tokenizer_config.json', 'weights.data']
 >>> figures = rt.perplexity("out", "text.txt", against="ckpt", max_tokens=300).report
 >>> 0 < figures.divergence.mean_kld.value < 0.01
 True

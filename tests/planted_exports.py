@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models
 from retnet_tools.config import RetNetConfig
 from retnet_tools.weights import Array
 
-STEP, PREFILL, GENAI = "step.onnx", "prefill.onnx", "model.onnx"
+STEP, PREFILL, DECODER, GENAI = "step.onnx", "prefill.onnx", "decoder.onnx", "model.onnx"
 Edit = Callable[[onnx.GraphProto, RetNetConfig], bool]
 """Plants a fault in a graph; False where it has nothing of the kind."""
 
@@ -194,7 +194,7 @@ def transposed_state(graph: onnx.GraphProto, config: RetNetConfig) -> bool:
 def ignored_mask(graph: onnx.GraphProto, config: RetNetConfig) -> bool:
     if graph.name == "retnet_step":
         return False
-    if graph.name == "retnet_prefill":
+    if graph.name in ("retnet_prefill", "retnet_decoder"):
         graph.initializer.append(numpy_helper.from_array(np.array(1), "all_one"))
         rewire(graph, "attention_mask", "all_real")
         put_first(
@@ -299,7 +299,9 @@ EDITS: dict[str, Edit] = {
 }
 
 
-def plant(folder: Path, edit: Edit, config: RetNetConfig, graphs: tuple[str, ...] = (STEP, PREFILL, GENAI)) -> bool:
+def plant(
+    folder: Path, edit: Edit, config: RetNetConfig, graphs: tuple[str, ...] = (STEP, PREFILL, DECODER, GENAI)
+) -> bool:
     """Plant a fault in the graphs of a folder; False where none has the like."""
     planted = False
     for name in graphs:
@@ -326,7 +328,7 @@ def record_again(folder: Path) -> None:
 def stored_places(folder: Path) -> dict[str, tuple[int, int, int]]:
     """Offset, bytes and bytes of an element of each tensor of weights.data."""
     places = {}
-    for name in (STEP, PREFILL, GENAI):
+    for name in (STEP, PREFILL, DECODER, GENAI):
         if (folder / name).is_file():
             for tensor in onnx.load(folder / name, load_external_data=False).graph.initializer:
                 entries = {entry.key: entry.value for entry in tensor.external_data}

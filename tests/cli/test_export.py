@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models
 from retnet_tools.formats.canonical import write_canonical
 from tests.helpers import BASE, random_source
 
-FILES = ["prefill.onnx", "retnet.json", "step.onnx", "weights.data"]
+FILES = ["decoder.onnx", "prefill.onnx", "retnet.json", "step.onnx", "weights.data"]
 
 
 @pytest.fixture

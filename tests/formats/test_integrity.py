@@ -39,7 +39,7 @@ def test_the_manifest_has_size_and_sha256_of_every_other_file(exported: Path) ->
     assert {"weights.data", "step.onnx", "prefill.onnx"} <= files.keys()
 
 
-@pytest.mark.parametrize("name", ["weights.data", "step.onnx", "prefill.onnx"])
+@pytest.mark.parametrize("name", ["weights.data", "step.onnx", "prefill.onnx", "decoder.onnx"])
 @pytest.mark.parametrize("change", ["shorter", "longer", "gone"])
 def test_opening_an_export_checks_the_sizes_of_its_files(
     name: str, change: str, exported: Path, tmp_path: Path
@@ -60,7 +60,7 @@ def test_one_changed_byte_is_found_by_inspect_check(cli, exported: Path, tmp_pat
     done = cli("inspect", folder, "--check", "--json")
     assert done.exit_code == 0
     checks = json.loads(done.out)["checks"]
-    names = ("weights.data", "step.onnx", "prefill.onnx")
+    names = ("weights.data", "step.onnx", "prefill.onnx", "decoder.onnx")
     assert {check["name"]: check["problem"] for check in checks} == dict.fromkeys(names)
     assert {check["how"] for check in checks} == {"sha256"}
     with (folder / "weights.data").open("r+b") as file:

@@ -30,7 +30,7 @@ from tests.hostile.judge import Case
 from tests.hostile.material import Special
 from tests.hostile.tensor_cases import ESCAPES
 
-MANIFEST, STEP, WEIGHTS, STATE = "retnet.json", "step.onnx", "weights.data", "a.state"
+MANIFEST, STEP, DECODER, WEIGHTS, STATE = "retnet.json", "step.onnx", "decoder.onnx", "weights.data", "a.state"
 TEXTS = (MISSING, None, 7, [], "no such")
 BOMB = ("(a+)+$", "(a|a)*b", ".*" * 20, "a?" * 30, "(" * 5000, "x" * 300, "[", "a{99999999999}")
 QUANTIZATION = {"scheme": {"type": "int4", "block_size": 32}, "float_bytes": 100, "weight_bytes": 50}
@@ -112,13 +112,16 @@ def graph_cases() -> Iterator[Case]:
 
 
 def _of_graphs(kind: str) -> Iterator[Case]:
-    def case(name: str, change: Callable[[onnx.ModelProto], None], says: str = STEP) -> Case:
+    # What runs on the CPU is one graph.
+    graph = DECODER if kind == "run" else STEP
+
+    def case(name: str, change: Callable[[onnx.ModelProto], None], says: str = graph) -> Case:
         def apply(data: bytes) -> bytes:
             model = onnx.load_from_string(data)
             change(model)
             return model.SerializeToString()
 
-        return Case(kind, name, edited(STEP, apply), says)
+        return Case(kind, name, edited(graph, apply), says)
 
     def stored(model: onnx.ModelProto) -> TensorProto:
         return next(t for t in model.graph.initializer if t.data_location == TensorProto.EXTERNAL and len(t.dims) == 2)
@@ -155,8 +158,8 @@ def _of_graphs(kind: str) -> Iterator[Case]:
         yield case(f"a type {number}", lambda model, n=number: setattr(stored(model), "data_type", n))
     yield case("no place", lambda model: stored(model).ClearField("external_data"))
     yield case("a place twice", lambda model: void(stored(model).external_data.add(key="location", value=WEIGHTS)))
-    change = edited(STEP, lambda data: data.replace(b"input_ids", b"input\xff\xfes"))
-    yield Case(kind, "a name that is not UTF-8", change, STEP)
+    change = edited(graph, lambda data: data.replace(b"input_ids", b"input\xff\xfes"))
+    yield Case(kind, "a name that is not UTF-8", change, graph)
     yield case("functions", lambda model: void(model.functions.add(name="f", domain="d")))
     yield case("300,000 nodes", lambda model: void([model.graph.node.add() for _ in range(300_000)]))
     if kind == "run":  # what only onnxruntime finds
@@ -171,8 +174,8 @@ def _of_graphs(kind: str) -> Iterator[Case]:
         return
 
     for at in (0, 1, 10, 0.5, -1):
-        change = cut(STEP, at)
-        yield Case(kind, f"step.onnx cut at {at}", change, STEP if at else "")
+        change = cut(graph, at)
+        yield Case(kind, f"{graph} cut at {at}", change, graph if at else "")
         change = cut(WEIGHTS, at)
         yield Case(kind, f"weights.data cut at {at}", change, WEIGHTS)
     for name, content in {
@@ -183,9 +186,9 @@ def _of_graphs(kind: str) -> Iterator[Case]:
         "a length of 2^63": b"\x3a" + b"\xff" * 8 + b"\x7f",
         "a field of 4 GB": b"\x3a\xff\xff\xff\xff\x0f",
     }.items():
-        yield Case(kind, f"step.onnx is {name}", replaced(STEP, content), STEP)
+        yield Case(kind, f"{graph} is {name}", replaced(graph, content), graph)
     yield Case(kind, "no weights.data", lambda files: void(files.pop(WEIGHTS)), WEIGHTS)
-    yield Case(kind, "no step.onnx", lambda files: void(files.pop(STEP)), STEP)
+    yield Case(kind, f"no {graph}", lambda files: void(files.pop(graph)), graph)
 
 
 def nested(levels: int) -> bytes:
