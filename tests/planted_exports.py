@@ -273,8 +273,8 @@ def other_layers_weights(graph: onnx.GraphProto, config: RetNetConfig) -> bool:
 def lost_state(graph: onnx.GraphProto, config: RetNetConfig) -> bool:
     """A layer starts every run from nothing."""
     name = f"past_key_values.{config.num_layers - 1}.recurrent_state"
-    rewire(graph, name, "nothing")
-    put_first(graph, helper.make_node("Sub", [name, name], ["nothing"], "nothing"))
+    rewire(graph, name, "lost")
+    put_first(graph, helper.make_node("Sub", [name, name], ["lost"], "lost"))
     return True
 
 

@@ -36,6 +36,8 @@ def check_graph(file: Path) -> onnx.ModelProto:
         raise
     except Exception as error:
         raise no_graph(file, error) from error
+    if not model.graph.output:
+        raise no_graph(file, "it gives nothing")
     parts, needed = 0, 0
     for graph in _subgraphs(model.graph):
         parts += len(graph.node) + len(graph.initializer) + len(graph.input) + len(graph.output) + len(graph.value_info)
