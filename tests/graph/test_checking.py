@@ -21,7 +21,9 @@ def folder_of(tmp_path: Path, data_type: int, shape: list[int], length: int) -> 
     tensor = onnx.TensorProto(name="w", data_type=data_type, dims=shape, raw_data=b"")
     set_external_data(tensor, WEIGHTS_FILE, 0, length)
     tensor.ClearField("raw_data")
-    model = onnx.ModelProto(graph=onnx.GraphProto(name="g", initializer=[tensor]))
+    model = onnx.ModelProto(
+        graph=onnx.GraphProto(name="g", initializer=[tensor], output=[onnx.ValueInfoProto(name="w")])
+    )
     (tmp_path / STEP_FILE).write_bytes(model.SerializeToString())
     (tmp_path / WEIGHTS_FILE).write_bytes(bytes(length))
     return tmp_path / STEP_FILE
@@ -41,3 +43,10 @@ def test_a_tensor_of_every_type_is_as_long_as_its_bits(name: str, tmp_path: Path
 def test_a_type_without_a_size_is_refused(data_type: int, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         check_graph(folder_of(tmp_path, data_type, [5], 5))
+
+
+def test_a_graph_that_gives_nothing_is_refused(tmp_path: Path) -> None:
+    """An empty file is one, to protobuf."""
+    (tmp_path / STEP_FILE).write_bytes(b"")
+    with pytest.raises(InputError, match="it gives nothing"):
+        check_graph(tmp_path / STEP_FILE)

@@ -69,7 +69,7 @@ def test_types_below_a_byte_are_read_as_their_bytes(tmp_path: Path) -> None:
     tensor.raw_data = b""
     set_external_data(tensor, WEIGHTS_FILE, 2, 8)
     tensor.ClearField("raw_data")
-    graph = onnx.helper.make_graph([], "g", [], [], [tensor])
+    graph = onnx.helper.make_graph([], "g", [], [onnx.ValueInfoProto(name="packed")], [tensor])
     (tmp_path / STEP_FILE).write_bytes(onnx.helper.make_model(graph).SerializeToString())
     (tmp_path / WEIGHTS_FILE).write_bytes(bytes(range(10)))
     np.testing.assert_array_equal(read_graphs(tmp_path, [STEP_FILE]).tensors.read("packed"), range(2, 10))
