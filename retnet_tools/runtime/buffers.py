@@ -192,7 +192,7 @@ class Binding:
         feeds: the inputs but for the states, of the shapes that every run will have; the first is `[B, ...]`.
         past, present: the states to read and to write by name, the same buffers where the graph works in place.
         output: the first output, `[B, R, ...]`.
-        rows: R, logits of each sequence.
+        rows: R, logits of each sequence, where the graph leaves it open.
         device: of the session.
         graph_id: of the CUDA graph that runs of these buffers are; None runs kernel by kernel. No two bindings of a
             session may share one: a replay reads and writes what its capture did.
@@ -224,7 +224,8 @@ class Binding:
         }
         first = next(iter(feeds.values()))
         self._what = f"a run of {' x '.join(map(str, np.shape(first)[:2]))} tokens"
-        self._output = zero_buffer((len(first), rows, *map(int, output.shape[2:])), output.dtype, device)
+        width = [rows if isinstance(size, str) else size for size in output.shape[1:]]
+        self._output = zero_buffer((len(first), *width), output.dtype, device)
         # Graphs know addresses only.
         self._states = (*past.values(), *present.values())
         for name, buffer in (*self._feeds.items(), *past.items()):
