@@ -30,8 +30,8 @@ from retnet_tools.graph.contract import (
     STEP_FILE,
     WEIGHTS_FILE,
     TensorSpec,
+    decoder_outputs,
     step_inputs,
-    step_outputs,
 )
 from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.runtime.buffers import Binding, Buffer
@@ -105,7 +105,7 @@ class DecoderSession:
         if in_place and cuda_graph:
             raise UsageError("CUDA graphs of steps in place", "one of them: a capture runs a step several times")
         border = (self.manifest.config, self.manifest.state_dtype)
-        self._input, self._output = step_inputs(*border)[0], step_outputs(*border)[0]
+        self._input, self._output = step_inputs(*border)[0], decoder_outputs(*border)[0]
         reasons = {
             "states are written in place": in_place,
             "it was asked for": cuda_graph is False,
