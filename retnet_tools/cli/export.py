@@ -13,8 +13,8 @@ from retnet_tools.progress import Progress
 
 @command(ExportRequest, arguments=("checkpoint",))
 def export(request: ExportRequest, as_json: options.Json = False) -> None:
-    """Write a decoder that takes and returns its states: prefill.onnx and step.onnx, or model.onnx and
-    genai_config.json, each with weights.data and retnet.json.
+    """Write a decoder that takes and returns its states: step.onnx, prefill.onnx and decoder.onnx, or
+    model.onnx and genai_config.json, each with weights.data and retnet.json.
     """
     from retnet_tools.jobs import export as job
 

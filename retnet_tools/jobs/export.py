@@ -199,8 +199,8 @@ class ExportResult:
 
 
 def export(request: ExportRequest, progress: Progress = no_progress) -> ExportResult:
-    """Write a decoder that takes and returns its states `[B, H, K, V]`, a layer each: prefill.onnx and step.onnx, or
-    model.onnx and genai_config.json, each with weights.data and retnet.json.
+    """Write a decoder that takes and returns its states `[B, H, K, V]`, a layer each: step.onnx, prefill.onnx and
+    decoder.onnx, or model.onnx and genai_config.json, each with weights.data and retnet.json.
 
     Memory: one block of a tensor (16 MB), or a whole one where its format transforms it; more where types or codes are
     learnt from a text. Nothing is left behind by a run that fails; what took long to learn is kept for the next one.

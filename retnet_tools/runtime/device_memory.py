@@ -1,6 +1,6 @@
 """Device memory: what a graph, states and a chunk of a prompt need, held against what is free before it is asked for.
 
-Sizes in bytes. Weights are counted once for each graph that is open, step and prefill being sessions of their own,
+Sizes in bytes. Weights are counted once for each graph that is open, step.onnx and decoder.onnx being sessions of their own,
 unless they share them (`opening.SharedWeights`). What they need besides is estimated, on the high side.
 """
 

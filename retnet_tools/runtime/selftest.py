@@ -1,7 +1,7 @@
 """A self-test of a few seconds: a small random RetNet is exported and run on a device, and judged by numpy in float64.
 
-The model is the paper's (Eq. 8, 9): heads of 64 x 128 in two layers. A ragged batch of two goes through prefill.onnx
-and on through step.onnx, far enough for a CUDA graph to be captured and replayed.
+The model is the paper's (Eq. 8, 9): heads of 64 x 128 in two layers. A ragged batch of two is read as a prompt
+and stepped on, far enough for a CUDA graph to be captured and replayed.
 """
 
 from __future__ import annotations
