@@ -1,7 +1,7 @@
 """Device memory: what a graph, states and a chunk of a prompt need, held against what is free before it is asked for.
 
-Sizes in bytes. Weights are counted once for each graph that is open, step.onnx and decoder.onnx being sessions of their own,
-unless they share them (`opening.SharedWeights`). What they need besides is estimated, on the high side.
+Sizes in bytes. Weights are counted once for each graph that is open, step.onnx and decoder.onnx being sessions of their
+own, unless they share them (`opening.SharedWeights`). What they need besides is estimated, on the high side.
 """
 
 from __future__ import annotations
