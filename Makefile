@@ -65,12 +65,18 @@ out/llama-cpp:
 out/onnxruntime-1.32: | .venv/.installed
 	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --target $@ onnxruntime==1.32.0
 
+# The parts behind record.py share exports, which another commit may have written; BEFORE is an older checkout, which is
+# measured beside this one.
 bench: .venv/.installed out/torchscale
-	$(BIN)/python benchmarks/record.py --device cpu
-	$(BIN)/python benchmarks/torchscale_step.py --torchscale out/torchscale -o benchmarks/torchscale_step.json
+	rm -rf out/bench && mkdir -p out/bench
+	$(BIN)/python benchmarks/record.py --device cpu --folder out/bench
+	$(BIN)/python benchmarks/opening.py --folder out/bench --exports out/bench $(if $(BEFORE),--tree $(BEFORE))
+	$(BIN)/python benchmarks/torchscale_step.py --torchscale out/torchscale --exports out/bench --repetitions 3 \
+		-o benchmarks/torchscale_step.json
 	@if [ -d out/llama-cpp ]; then \
-		$(BIN)/python benchmarks/llama_cpp.py --llama-python out/llama-cpp/bin/python; \
+		$(BIN)/python benchmarks/llama_cpp.py --llama-python out/llama-cpp/bin/python --folder out/bench; \
 	else echo "llama.cpp is not measured: it is not in out/llama-cpp (make out/llama-cpp)"; fi
+	rm -rf out/bench
 	$(BIN)/python benchmarks/docs_tables.py
 
 # What fails stops nothing behind it, and is the exit code in the end.

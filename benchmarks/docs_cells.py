@@ -31,6 +31,8 @@ def origin(*documents: Document) -> str:
     noisy = [line for document in documents for line in document.get("noisy", ())]
     if noisy:
         parts.append(f"Deviating by more than 5% of the mean: {'; '.join(noisy)}.")
+    if again := [line for document in documents for line in document.get("made_again", ())]:
+        parts.append(f"Repetitions made again, being off by more than 10%: {'; '.join(again)}.")
     if any(document.get("modified") for document in documents):
         parts.append("Measured with changes that are not in the recorded commit.")
     return "\n\n".join(parts)

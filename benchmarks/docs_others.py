@@ -1,6 +1,8 @@
-"""The tables of docs/benchmarks.md that compare with programs of others: `docs_tables.py` puts them there."""
+"""The tables of docs/benchmarks.md of other records than those of `record.py`; `docs_tables.py` puts them there."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 from docs_cells import Document, deviating, gigabytes, number, origin, table
 
@@ -13,6 +15,8 @@ def official(document: Document) -> str:
         [entry["implementation"], deviating(entry), f"{entry['times_official']:.2f}"] for entry in document["results"]
     ]
     about = f"{document['size']}, {document['threads']} threads, torch {document['libraries']['torch']}."
+    if document.get("deviating"):
+        about += " Some repetitions still deviate by more than 10%."
     return f"{table(['', 'ms a token', 'times as fast'], lines)}\n\n{about} {origin(document)}"
 
 
@@ -48,3 +52,43 @@ def llama_cpp(document: Document) -> str:
     if noisy := [f"{f['retnet']['weights']} {f['test']}" for f in document["results"] if f["deviating"]]:
         parts.append(f"Some still deviate by more than that: {'; '.join(noisy)}.")
     return "\n\n".join((table(headings, lines), " ".join(parts), origin(document)))
+
+
+def marks(row: Document) -> str:
+    """Whether rounds were made again, and whether one is still off by more than 10%."""
+    return (" (again)" if row["made_again"] else "") + (" (deviates)" if row["deviating"] else "")
+
+
+def opening(document: Document) -> str:
+    """What a process takes: a record of opening.py; where an older tree was measured too, both are in a cell."""
+    found = {(row["size"], row["weights"], row["tree"]): row for row in document["results"]}
+    lines = []
+    for (size, kind, tree), row in found.items():
+        if tree != "now":
+            continue
+        sides = [side for name in ("before", "now") if (side := found.get((size, kind, name))) is not None]
+
+        def cell(name: str, form: Callable[[float], str] = number, sides: Sequence[Document] = sides) -> str:
+            return " / ".join(form(side[name]) if name in side else "-" for side in sides)
+
+        lines.append(
+            [
+                f"{size} {kind}{marks(row)}",
+                f"{row['reading_seconds']:.2f}",
+                f"{row['opening_first_seconds']:.2f}",
+                cell("opening_seconds", "{:.2f}".format),
+                cell("first_token_seconds", "{:.2f}".format),
+                *(cell(name) for name in ("prompt_tokens_per_second", "ms_per_token")),
+                *(cell(name) for name in ("scoring_one_row", "scoring_rows")),
+                *(cell(f"{name}_bytes", gigabytes) for name in ("peak_resident", "anonymous", "second_own")),
+            ]
+        )
+    headings = [
+        *("", "reading weights.data, s", "opening the first time, s", "opening, s", "first token, s"),
+        *("prompt, tokens/s", "ms a token", "scored in one row, tokens/s", "in rows"),
+        *("GB in use at most", "of no file", "a second process's own"),
+    ]
+    about = f"{document['threads']} threads, a prompt of {document['prompt']} tokens, rows of {document['row']}."
+    if document["before"]:
+        about = f"Pairs are of commit {document['before'][:7]} / now, in turns. {about}"
+    return f"{table(headings, lines)}\n\n{about}\n\n{origin(document)}"

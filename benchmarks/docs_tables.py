@@ -32,7 +32,7 @@ from docs_cells import (
     title,
     weights,
 )
-from docs_others import llama_cpp, official
+from docs_others import llama_cpp, official, opening
 
 from retnet_tools.bench.plot import write_bench_plot
 from retnet_tools.bench.results import BenchReport
@@ -239,6 +239,7 @@ PARTS: dict[str, Callable[[str], str | None]] = {
     "decode": decoding,
     "official": beside("torchscale_step", official),
     "llama": beside("llama_cpp", llama_cpp),
+    "opening": beside("opening", opening),
     "prefill": prompts,
     "transformer": against_transformer,
     "context": contexts,

@@ -44,19 +44,19 @@ def write_checkpoint(folder: Path, size: str, shard_size: int) -> int:
 
 
 def write_exports(folder: Path, size: str, ops: str, kinds: Iterable[str]) -> dict[str, int]:
-    """Export a random model of a published size to `folder / kind` (float32, int8, int4) where it is not there yet;
-    bytes of each."""
+    """Export a random model of a published size to `folder / kind` (float32, float16, int8, int4) where it is not there
+    yet; bytes of each."""
     config = MODEL_SIZES[size].config(VOCABULARY_SIZE)
-    plan = plan_export(
-        Checkpoint(Path("random"), "random", config, random_weights(config), [], [], []), dtype="float32", ops=ops
-    )
+    checkpoint = Checkpoint(Path("random"), "random", config, random_weights(config), [], [], [])
     sizes = {}
     for kind in kinds:
         if (folder / kind).exists():
             pass
-        elif kind == "float32":
+        elif kind == "float32" or kind == "float16":
+            plan = plan_export(checkpoint, dtype=kind, ops=ops)
             write_export(plan, folder / kind, force=False, progress=lambda count: None)
         else:
+            plan = plan_export(checkpoint, dtype="float32", ops=ops)
             write_quantized(plan_quantized(plan, QuantizeOptions(kind)), folder / kind, force=False)
         sizes[kind] = (folder / kind / "weights.data").stat().st_size
     return sizes

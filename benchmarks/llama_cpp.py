@@ -11,8 +11,9 @@ context, in its default type of cache, float16, and its binding's default kernel
 deviates by more than 10% from its median is made once more, by both, and marked. Figures are medians over repetitions,
 ratios are taken in each.
 
-`opening` is of `DecoderSession` (with the prompt's graph where a prompt is read) and of `Llama`, which also reads a
-vocabulary; imports do not count. Memory in use is the most that was resident while measuring, mapped weights included.
+`opening` is of `DecoderSession`, which finds its packed weights kept but for the very first time, and of `Llama`, which
+also reads a vocabulary; imports do not count. Memory in use is the most that was resident while measuring, mapped
+weights included.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from retnet_tools.bench.specs import RetNetSpec
 from retnet_tools.bench.transformer_graph import matching_transformer, parameters, transformer_shapes
 from retnet_tools.machine import this_machine
 from retnet_tools.paper import MODEL_SIZES, VOCABULARY_SIZE
+from retnet_tools.runtime.packed import VARIABLE as CACHE
 from retnet_tools.runtime.providers import Device
 from retnet_tools.weights import canonical_shapes
 
@@ -85,7 +87,7 @@ class Comparison:
         """One repetition on one side, in a new process."""
         request = asdict(test) | {"threads": self.threads, "room": test.room, "warm_up": WARM_UP_STEPS}
         if side == "retnet":
-            files = [*(self.folder / weights).iterdir()]
+            files = [*(self.folder / weights).iterdir(), *(self.folder / "packed").glob("*/*")]
             command: list[str | Path] = [sys.executable, Path(__file__), "--time"]
             request |= {"model": str(self.folder / weights)}
         else:
@@ -125,7 +127,9 @@ def their_command(python: Path) -> list[str | Path]:
 
 def reply(command: Sequence[str | Path], request: dict[str, Any]) -> Reply:
     """What a process answers; ends the program where it fails, which its messages say."""
-    process = subprocess.run([*command, json.dumps(request)], stdout=subprocess.PIPE, text=True, env=environment())
+    kept = {CACHE: str(Path(request["model"]).parent / "packed")}
+    command = [*command, json.dumps(request)]
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment() | kept)
     if code := process.returncode:
         ending = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}, see above"
         sys.exit(f"error: {command[0]} ended with {ending}, measuring {Path(request['model']).name}")
@@ -296,6 +300,7 @@ def main() -> None:
         **found,
     }
     print(text(document))
+    print(f"llama_cpp.py: {time.time() - began:.0f} s in all", file=sys.stderr)
     output = arguments.output or (None if arguments.quick else OUTPUT)
     if output:
         output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -6,8 +6,10 @@
     python benchmarks/record.py --device cpu --list          what would run
 
 Each run is a `retnet-tools bench` in a process of its own; its command stands in its JSON. Nothing else should run on
-the machine; rows that vary by more than 5% are marked as noisy. Afterwards `python benchmarks/docs_tables.py` puts
-the figures into docs/benchmarks.md. Models take up to 12 GB on the disk at a time for the CPU, and 40 GB for a GPU.
+the machine. For the CPU, repetitions off by more than 10% are made again before they are recorded, and rows say so;
+rows that vary by more than 5% are marked as noisy. All runs for the CPU take about 20 minutes on two cores. Afterwards
+`python benchmarks/docs_tables.py` puts the figures into docs/benchmarks.md. Models take up to 12 GB on the disk at a
+time for the CPU, and 40 GB for a GPU.
 """
 
 from __future__ import annotations
@@ -43,16 +45,22 @@ class Run:
 
 
 CPU = (
-    Run("float32", "--size {size} -p 512,2048 -n 64 -t 2 --against torch --profile"),
-    Run("int8", "--size {size} --quantize int8 -p 512,2048 -n 64 -t 1,2 --profile"),
-    Run("int4", "--size {size} --quantize int4 --block-size 128 -p 512,2048 -n 64 -t 1,2 --profile"),
-    Run("flat", "--size {size} --quantize int8 -p 0 -n 32 -t 2 -r 10 --flat"),
-    Run("flat-float32", "--size {size} -p 0 -n 16 -t 2 -r 8 --flat"),
-    Run("transformer", "--size {size} --quantize int8 -p 0 -n 32 -d 8192 -t 2 --against transformer,transformer-gqa"),
-    Run("transformer-prompt", "--size {size} --quantize int8 -p 512,2048 -n 0 -t 2 -r 3 --against transformer"),
+    Run("float32", "--size {size} -p 512,2048 -n 32 -t 2 -r 3 --again 2 --against torch --profile"),
+    Run("int8", "--size {size} --quantize int8 -p 512,2048 -n 32 -t 1,2 -r 3 --again 2 --profile"),
+    Run("int4", "--size {size} --quantize int4 --block-size 128 -p 512,2048 -n 32 -t 1,2 -r 3 --again 2 --profile"),
+    Run("flat", "--size {size} --quantize int8 -p 0 -n 32 -t 2 -r 6 --again 2 --flat"),
+    Run("flat-float32", "--size {size} -p 0 -n 16 -t 2 -r 5 --again 2 --flat"),
+    Run(
+        "transformer",
+        "--size {size} --quantize int8 -p 0 -n 32 -d 8192 -t 2 -r 3 --again 2 --against transformer,transformer-gqa",
+    ),
+    Run(
+        "transformer-prompt",
+        "--size {size} --quantize int8 -p 512,2048 -n 0 -t 2 -r 2 --again 2 --against transformer",
+    ),
     Run(
         "context",
-        f"--size {{size}} --quantize int8 -p 0 -n 8 -d {CONTEXTS} -b 1,4,16,64 -t 2 -r 3 "
+        "--size {size} --quantize int8 -p 0 -n 8 -d 512,2048,8192,32768 -b 1,8 -t 2 -r 2 --again 1 "
         "--against transformer,transformer-gqa",
     ),
 )
@@ -99,6 +107,7 @@ def record(run: Run, device: str, size: str, folder: Path | None, extra: str) ->
         **measured,
         "seconds": round(seconds),
         "noisy": noisy(found["rows"]),
+        "made_again": made_again(found["rows"]),
         **found,
     }
     for line in document["noisy"]:
@@ -108,9 +117,9 @@ def record(run: Run, device: str, size: str, folder: Path | None, extra: str) ->
 
 
 def environment() -> dict[str, str]:
-    """That of this process, where the package of this tree comes first."""
+    """That of this process, where the package of this tree comes first; nothing is kept of models that will be gone."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "RETNET_TOOLS_CACHE": "off"}
 
 
 def tree() -> dict[str, Any]:
@@ -134,9 +143,18 @@ def noisy(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         part = (row["tokens_per_second_std"] or 0.0) / row["tokens_per_second"]
         if part > NOISY:
-            where = f"{row['implementation']} {row['test']}, batch {row['batch']}, {row['threads'] or 'all'} threads"
-            found.append(f"{where}: {part:.1%}")
+            found.append(f"{where(row)}: {part:.1%}")
     return found
+
+
+def made_again(rows: list[dict[str, Any]]) -> list[str]:
+    """The rows with repetitions that were made again, since they deviated."""
+    return [f"{where(row)}: {len(numbers)}" for row in rows if (numbers := row.get("made_again"))]
+
+
+def where(row: dict[str, Any]) -> str:
+    """Which row it is."""
+    return f"{row['implementation']} {row['test']}, batch {row['batch']}, {row['threads'] or 'all'} threads"
 
 
 def _git(*arguments: str) -> str:
@@ -163,7 +181,9 @@ def main() -> None:
             print(f"{run.name:<20} retnet-tools bench {run.options.format(size=arguments.size)} {arguments.extra}")
         return
     FOLDER.mkdir(exist_ok=True)
+    began = time.time()
     done = [record(run, arguments.device, arguments.size, arguments.folder, arguments.extra) for run in runs]
+    print(f"record.py: {time.time() - began:.0f} s in all", file=sys.stderr)
     sys.exit(0 if all(done) else 1)
 
 

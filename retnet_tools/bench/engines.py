@@ -98,7 +98,7 @@ class RetNetEngine:
         self._state = None
 
     def end_profile(self) -> Path:
-        """Write the profile that was asked for, of the step graph."""
+        """Write the profile that was asked for, of steps."""
         return self._session.end_profile()
 
 

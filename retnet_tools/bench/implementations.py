@@ -61,8 +61,6 @@ def retnet(model: Model, options: BenchOptions, device: Device) -> Implementatio
     """The model itself."""
     precision, config = model.precision, model.config
     traffic = retnet_traffic(config, precision.dtype, precision.scheme, model.state_dtype, options.chunk_size)
-    # prefill.onnx maps plain float32 weights and copies others, beside the step graph's.
-    mapped = precision.dtype == "float32" and precision.scheme is None
 
     def passing(test: Case) -> int:
         # A layer's numbers are float32 first.
@@ -79,7 +77,7 @@ def retnet(model: Model, options: BenchOptions, device: Device) -> Implementatio
         lambda threads, kind: RetNetSpec(
             model.folder, device, threads, options.chunk_size, kind == "prefill", options.cuda_graph
         ),
-        weights=lambda kind: traffic.weight_bytes * (1 if kind == "decode" or mapped else 2),
+        weights=lambda kind: traffic.weight_bytes,
         passing=passing,
     )
 

@@ -19,7 +19,7 @@ from retnet_tools.config import RetNetConfig
 from retnet_tools.dtypes import FloatName
 from retnet_tools.errors import OutputError, UsageError
 from retnet_tools.formats import Checkpoint, CheckpointSource
-from retnet_tools.graph.contract import MANIFEST_FILE, PREFILL_FILE, STEP_FILE, WEIGHTS_FILE
+from retnet_tools.graph.contract import DECODER_FILE, MANIFEST_FILE, STEP_FILE, WEIGHTS_FILE
 from retnet_tools.graph.export import ExportPlan, plan_export, plan_of_export
 from retnet_tools.graph.folder import file_bytes, float_blocks, write_graph, write_weights
 from retnet_tools.graph.manifest import read_manifest
@@ -138,7 +138,7 @@ def make_model(options: ModelOptions, scratch: Path, progress: Progress, *, copi
         copies: how many models of its size will lie there.
 
     Raises:
-        UsageError, InputError: as `plan_model`, or a folder without `step.onnx`.
+        UsageError, InputError: as `plan_model`, or a folder without `step.onnx` or `decoder.onnx`.
         OutputError: no room for them.
     """
     plan, folder = plan_model(options), options.path
@@ -148,8 +148,9 @@ def make_model(options: ModelOptions, scratch: Path, progress: Progress, *, copi
         write_quantized(plan, folder, force=False, progress=progress)
     assert folder is not None
     manifest = read_manifest(folder)
-    if not {STEP_FILE, PREFILL_FILE} <= set(manifest.graphs):
-        raise UsageError(f"{folder} has no {STEP_FILE}", "an export for ONNX Runtime", "export with --to onnx")
+    for name in (STEP_FILE, DECODER_FILE):
+        if name not in manifest.graphs:
+            raise UsageError(f"{folder} has no {name}", "an export for ONNX Runtime", "export with --to onnx")
     scheme = None if manifest.quantization is None else manifest.quantization.blocks
     if plan is None and scheme is None:
         plan = plan_of_export(folder)

@@ -60,6 +60,7 @@ class BenchOptions:
         flat: decode at far positions too.
         cuda_graph: whether steps on CUDA are captured where they can be.
         quick: small buffers in the measurements of the machine.
+        again: how many times repetitions that deviate are made again, at most.
     """
 
     prompts: tuple[int, ...] = (512,)
@@ -73,6 +74,7 @@ class BenchOptions:
     cuda_graph: bool = True
     flat: bool = False
     quick: bool = False
+    again: int = 0
 
     def __post_init__(self) -> None:
         smallest = (("-p", self.prompts, 0), ("-n", self.tokens, 0), ("-d", self.depths, 0), ("-b", self.batches, 1))

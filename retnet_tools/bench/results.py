@@ -57,6 +57,7 @@ class BenchRow:
         repetitions: tokens a second of each, each in a process of its own.
         ms_medians: the median step of each, or ms a token of its prompt.
         bandwidths, product_rates: measured beside each; no product_rates when decoding.
+        made_again: the repetitions, counted from 0, that deviated and are of a second or later time.
     """
 
     implementation: str
@@ -94,6 +95,7 @@ class BenchRow:
     ms_medians: tuple[float, ...]
     bandwidths: tuple[float, ...]
     product_rates: tuple[float, ...]
+    made_again: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

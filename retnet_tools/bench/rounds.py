@@ -18,7 +18,7 @@ from retnet_tools.bench.floor import ProbeSpec, ProductShape
 from retnet_tools.bench.implementations import Implementation
 from retnet_tools.bench.options import RETNET, Case, Kind
 from retnet_tools.bench.results import BenchRow, SkippedTest
-from retnet_tools.bench.rows import Observed, Repetition, Sample, make_row
+from retnet_tools.bench.rows import Observed, Repetition, Sample, deviating, make_row
 from retnet_tools.bench.worker import MemoryShortageError, Worker, WorkerError
 from retnet_tools.errors import RetNetToolsError
 from retnet_tools.machine import available_memory
@@ -39,12 +39,14 @@ class Setting:
         probes: the folder of the graphs that measure the device.
         shape: of the product there.
         quick: small buffers in these measurements.
+        again: how many times repetitions that deviate are made again, at most.
     """
 
     repetitions: int
     probes: Path
     shape: ProductShape
     quick: bool
+    again: int = 0
 
 
 class Crew:
@@ -151,6 +153,7 @@ class Round:
         self._seen: defaultdict[Key, dict[int, Repetition]] = defaultdict(dict)
         self._judged: set[Key] = set()
         self._skipped: dict[Key, str] = {}
+        self._made_again: defaultdict[Case, set[int]] = defaultdict(set)
 
     @property
     def skipped(self) -> list[SkippedTest]:
@@ -168,20 +171,29 @@ class Round:
                 fails, and a test that memory does not suffice for, is skipped from then on.
         """
 
-        def say(what: str, number: int = 0) -> None:
-            progress(f"repetition {repetition + 1}: {what}", done + number, total)
-
         with ExitStack() as stack:
-            probe: Worker | None = None
-            for repetition in range(self._setting.repetitions):
+            probes: list[Worker] = []
+
+            def repeat(repetition: int, tests: Sequence[Case]) -> None:
+                def say(what: str, number: int = 0) -> None:
+                    progress(f"repetition {repetition + 1}: {what}", done + number, total)
+
                 with Crew(self._pending(), self._tests[0].kind, self._threads, say) as crew:
                     self._give_up(crew)
                     if crew.device is not None:
-                        if probe is None:
-                            probe = stack.enter_context(Worker("the probes", self._probe(crew.device)))
-                        self._repeat(repetition, crew, probe, say)
+                        if not probes:
+                            probes.append(stack.enter_context(Worker("the probes", self._probe(crew.device))))
+                        self._repeat(repetition, tests, crew, probes[0], say)
                         self._give_up(crew)
+
+            for repetition in range(self._setting.repetitions):
+                repeat(repetition, self._tests)
                 done += len(self._tests)
+            for _ in range(self._setting.again):
+                for repetition, tests in self._deviating().items():
+                    repeat(repetition, tests)
+                    for test in tests:
+                        self._made_again[test].add(repetition)
         return done
 
     def rows(self) -> Iterable[BenchRow]:
@@ -190,13 +202,25 @@ class Round:
             for implementation in self._implementations:
                 if seen := self._seen.get((implementation.name, test)):
                     beside: Observed | None = self._seen[RETNET, test] if implementation.name != RETNET else None
-                    yield make_row(implementation.subject, test, self._threads, seen, beside)
+                    again = self._made_again[test] & seen.keys()
+                    yield make_row(implementation.subject, test, self._threads, seen, beside, again)
 
-    def _repeat(self, repetition: int, crew: Crew, probe: Worker, say: Callable[[str, int], None]) -> None:
+    def _deviating(self) -> dict[int, list[Case]]:
+        """Repetitions in which a test of any implementation deviates, and these tests: all take their turns again."""
+        found: defaultdict[int, list[Case]] = defaultdict(list)
+        for test in self._tests:
+            seen = (self._seen[implementation.name, test] for implementation in self._implementations)
+            for repetition in sorted({i for observed in seen if observed for i in deviating(test, observed)}):
+                found[repetition].append(test)
+        return found
+
+    def _repeat(
+        self, repetition: int, tests: Sequence[Case], crew: Crew, probe: Worker, say: Callable[[str, int], None]
+    ) -> None:
         decode = self._tests[0].kind == "decode"
         product_rate = None if decode else float(probe.call("product_rate"))
         # Small tests first: what ONNX Runtime keeps of a large one would be counted to them.
-        for number, test in enumerate(sorted(self._tests, key=lambda test: test.batch * test.room)):
+        for number, test in enumerate(sorted(tests, key=lambda test: test.batch * test.room)):
             if all((i.name, test) in self._skipped for i in self._implementations):
                 continue
             samples: dict[str, Sample] = {}

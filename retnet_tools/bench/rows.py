@@ -60,14 +60,30 @@ class Subject:
 
 Observed = Mapping[int, Repetition]
 """Repetitions by their number."""
+DEVIATING = 0.1
+"""Of the median of repetitions: something else ran on the machine."""
 
 
-def make_row(subject: Subject, test: Case, threads: int | None, seen: Observed, retnet: Observed | None) -> BenchRow:
+def deviating(test: Case, seen: Observed) -> list[int]:
+    """The repetitions whose tokens a second differ from their median by more than `DEVIATING` of it."""
+    rates = _rates(test, seen)
+    return [i for i, part in zip(seen, rates / np.median(rates) - 1, strict=True) if abs(part) > DEVIATING]
+
+
+def make_row(
+    subject: Subject,
+    test: Case,
+    threads: int | None,
+    seen: Observed,
+    retnet: Observed | None,
+    made_again: Iterable[int] = (),
+) -> BenchRow:
     """The row of a test.
 
     Args:
         seen: at least one repetition.
         retnet: what was seen of RetNet beside it; None for RetNet itself.
+        made_again: the repetitions that are of a second or later time.
     """
     samples = [repetition.sample for repetition in seen.values()]
     rates, traffic, decode = _rates(test, seen), subject.traffic, test.kind == "decode"
@@ -118,6 +134,7 @@ def make_row(subject: Subject, test: Case, threads: int | None, seen: Observed, 
         ms_medians=tuple(map(float, medians)),
         bandwidths=tuple(map(float, bandwidths)),
         product_rates=tuple(map(float, products)),
+        made_again=tuple(sorted(made_again)),
     )
 
 

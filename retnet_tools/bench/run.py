@@ -40,9 +40,8 @@ def run_benchmark(
         raise UsageError(f"{model.name} is a stack without embedding and head", "a model with a vocabulary")
     shape = _product_shape(model, quick=options.quick)
     progress("writing probes", 0, 1)
-    setting = Setting(
-        options.repetitions, write_probes(shape, model.precision, scratch / PROBE_FOLDER), shape, options.quick
-    )
+    probes = write_probes(shape, model.precision, scratch / PROBE_FOLDER)
+    setting = Setting(options.repetitions, probes, shape, options.quick, options.again)
     implementations = [retnet(model, options, device)]
     for name in dict.fromkeys(options.against):
         progress(f"writing {name}", 0, 1)

@@ -18,7 +18,7 @@ class RetNetSpec:
 
     Attributes:
         chunk_size: tokens of a prompt that are read at once.
-        prompts: whether it will read prompts: prefill.onnx is opened at once then.
+        prompts: whether it will read prompts: what they need is opened at once then.
         cuda_graph: whether steps on CUDA are captured where they can be.
         profile: where ONNX Runtime writes a profile of its steps: the start of its name.
     """

@@ -136,7 +136,9 @@ class TransformerSession:
             cache.bindings[tokens] = self._bind(feeds, cache, captured=captured)
         logits = cache.bindings[tokens].run(feeds, fetch=True)
         cache.tokens = total
-        return np.asarray(logits)
+        assert logits is not None
+        # One row of logits is asked for.
+        return np.asarray(logits[:, 0])
 
     def _bind(self, feeds: Mapping[str, Array], cache: KeyValues, *, captured: bool) -> Binding:
         names = [pair for i in range(self.config.num_layers) for pair in cache_names(i)]

@@ -25,6 +25,7 @@ from retnet_tools.bench.measurements import Measurements
 from retnet_tools.bench.specs import EngineSpec
 from retnet_tools.errors import RetNetToolsError
 from retnet_tools.runtime.failures import is_out_of_memory
+from retnet_tools.runtime.packed import VARIABLE as CACHE
 
 _MODULE = "retnet_tools.bench.worker"
 Spec = EngineSpec | ProbeSpec
@@ -42,6 +43,8 @@ class Worker:
         self.name, self._spec = name, spec
         paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        # Models of a benchmark are gone after it, and opening is not what is measured here.
+        environment[CACHE] = "off"
         self._process = subprocess.Popen(
             [sys.executable, "-m", _MODULE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )

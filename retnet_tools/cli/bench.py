@@ -30,6 +30,9 @@ Depths = Annotated[str, _tests("-d", "--depth", help="Tokens before those, place
 Batches = Annotated[str, _tests("-b", "--batch", help="Sequences at once; a comma list.")]
 ThreadCounts = Annotated[str | None, _tests("-t", "--threads", help="CPU threads; a comma list.")]
 Repetitions = Annotated[int | None, _tests("-r", "--repetitions", help="Times to repeat each; 5 if left out.", min=1)]
+Again = Annotated[
+    int, _tests("--again", metavar="N", help="Make a repetition off by over 10% again, N times at most.", min=0)
+]
 Against = Annotated[
     str | None, _tests("--against", help="Alternatives: torch, transformer, transformer-gqa; a comma list.")
 ]
@@ -65,6 +68,7 @@ def bench(
     batches: Batches = "1",
     threads: ThreadCounts = None,
     repetitions: Repetitions = None,
+    again: Again = 0,
     chunk_size: options.ChunkSize = None,
     against: Against = None,
     dtype: FloatType = None,
@@ -102,7 +106,7 @@ def bench(
 
     target, form = parse_device(device, cpu_fallback=cpu_fallback), "json" if as_json else parse_format(output)
     lists = (prompts, tokens, depths, batches, threads, repetitions, against)
-    asked = bench_options(*lists, chunk_size=chunk_size, cuda_graph=not eager, quick=quick, flat=flat)
+    asked = bench_options(*lists, chunk_size=chunk_size, cuda_graph=not eager, quick=quick, flat=flat, again=again)
     if plot is not None:
         check_plot(plot, force=force)
     number_type = None if dtype is None else parse_dtype(dtype, ("float32", "float16", "bfloat16"))
@@ -149,6 +153,7 @@ def bench_options(
     cuda_graph: bool = True,
     quick: bool,
     flat: bool,
+    again: int = 0,
 ) -> BenchOptions:
     """What to measure; what was left out has the value of the whole or the quick run.
 
@@ -170,4 +175,5 @@ def bench_options(
         cuda_graph=cuda_graph,
         flat=flat,
         quick=quick,
+        again=again,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ class Processes:
         errors: what happens, by (implementation, batch, number of the run of that test); `closed` at a batch of 0.
         room: bytes that a test can have, by implementation.
         devices: where implementations run, where that is not the CPU.
+        seconds: that a step takes, where that is not 0.01, as `errors`.
     """
 
     def __init__(self) -> None:
@@ -45,6 +47,7 @@ class Processes:
         self.errors: dict[tuple[str, int, int], RetNetToolsError] = {}
         self.room: dict[str, int] = {}
         self.devices: dict[str, Device] = {}
+        self.seconds: dict[tuple[str, int, int], float] = {}
         self.open: list[str] = []
         self.said: list[str] = []
 
@@ -85,7 +88,7 @@ class Processes:
                 processes.calls.append(key)
                 if (*key, number) in processes.errors:
                     raise processes.errors[*key, number]
-                return Sample((0.01,) * 4, 1, None, "cpu", None)
+                return Sample((processes.seconds.get((*key, number), 0.01),) * 4, 1, None, "cpu", None)
 
         return Worker
 
@@ -223,3 +226,27 @@ def test_small_tests_come_first(processes: Processes) -> None:
     round.run(lambda *_: None, 0, 9)
     assert processes.runs()[:3] == [("retnet", 1), ("retnet", 8), ("retnet", 1)]
     assert [(row.depth, row.batch) for row in round.rows()] == [(0, 8), (100, 1), (0, 1)]
+
+
+def test_a_repetition_that_deviates_is_made_again_by_all(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.bench.test_rounds.SETTING", dataclasses.replace(SETTING, again=2))
+    # The second run of torch at a batch of 8, and that of it which is made again, are slow.
+    processes.seconds = {("torch", 8, 1): 0.02, ("torch", 8, 3): 0.012}
+    rows = list(processes.run("retnet", "torch").rows())
+    plain = [*(("retnet", 1), ("torch", 1), ("retnet", 8), ("torch", 8)), ("torch", 1), ("retnet", 1)]
+    plain += [*(("torch", 8), ("retnet", 8)), *(("retnet", 1), ("torch", 1), ("retnet", 8), ("torch", 8))]
+    assert processes.runs() == [*plain, *(("torch", 8), ("retnet", 8)) * 2]
+    assert [(row.implementation, row.batch, row.made_again) for row in rows] == [
+        *(("retnet", 1, ()), ("torch", 1, ()), ("retnet", 8, (1,)), ("torch", 8, (1,))),
+    ]
+    assert rows[-1].tokens_per_second_std == 0
+
+
+def test_what_deviates_still_is_recorded_after_the_last_time(
+    processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.bench.test_rounds.SETTING", dataclasses.replace(SETTING, again=1))
+    processes.seconds = {("retnet", 1, 0): 0.02, ("retnet", 1, 3): 0.0112}
+    (row, _) = processes.run("retnet").rows()
+    assert row.made_again == (0,)
+    assert row.ms_medians == pytest.approx((11.2, 10, 10))

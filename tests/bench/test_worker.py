@@ -135,3 +135,23 @@ def test_the_device_is_measured_in_a_process_of_its_own(folder: Path, tmp_path: 
         assert worker.call("bandwidth") > 1e8
         assert worker.call("product_rate") > 1e6
     assert not hasattr(Measurements, "bandwidth")
+
+
+def test_nothing_is_kept_of_models_that_are_measured(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RETNET_TOOLS_CACHE", str(tmp_path))
+    monkeypatch.setattr("retnet_tools.bench.worker.subprocess.Popen", refused := Refused())
+    with pytest.raises(StopIteration):
+        Worker("retnet", spec(folder))
+    assert refused.environment["RETNET_TOOLS_CACHE"] == "off"
+
+
+class Refused:
+    """A process that does not start."""
+
+    environment: dict[str, str]
+
+    def __call__(self, *_: object, env: dict[str, str], **__: object) -> None:
+        self.environment = env
+        raise StopIteration
