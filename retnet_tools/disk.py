@@ -80,6 +80,12 @@ def make_folders(folder: Path) -> list[Path]:
     return made
 
 
+def make_private(folder: Path) -> None:
+    """Make a folder, where there is none, that this user alone may look into."""
+    make_folders(folder.parent)
+    folder.mkdir(mode=0o700, exist_ok=True)
+
+
 def remove_path(path: Path) -> None:
     """Remove a file or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():

@@ -55,7 +55,7 @@ class ExportLogits:
     Args:
         folder: what `retnet-tools export` wrote.
         device: where to run; None is the CPU.
-        threads: of the CPU provider; None lets ONNX Runtime choose.
+        threads: of the CPU provider; None chooses by the size of the work.
         cuda_graph: as `DecoderSession`.
 
     Raises:

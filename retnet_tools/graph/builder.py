@@ -1,4 +1,4 @@
-"""What the step and the prefill graph have in common: everything but the token axis and the form of retention.
+"""What the graphs of a decoder have in common: everything but the token axis and the form of retention.
 
 Activations are `[rows, D]` with one row a token. Linear layers are `Gemm` with transB, which reads weights `[out, in]`
 as checkpoints store them: nothing is transposed, merged projections are rows one after another, and a tied embedding

@@ -28,7 +28,7 @@ out of data bounds", of a lookup of positions), and makes its row NaN where no l
 state stays in its row and reaches its logits. What a graph cannot see: a state of another text, or one that does not
 stand at the position that it is fed with, nonzero at position 0 among them.
 
-`export --to genai` writes model.onnx in place of both graphs, for onnxruntime-genai:
+`export --to genai` writes model.onnx in place of these graphs, for onnxruntime-genai:
 
     model.onnx         input_ids [B,T], position_ids [B,T], past_key_values.{i}.conv_state [B,1,1] float32, same states
                        -> logits [B,1,vocab+1] of the last real token of each row, same states, present.{i}.conv_state

@@ -131,6 +131,8 @@ def plan_of_export(folder: Path) -> ExportPlan:
             "an export with float weights",
             "quantize the float export, or export the checkpoint again",
         )
+    if contract.STEP_FILE in manifest.graphs and contract.DECODER_FILE not in manifest.graphs:
+        raise InputError(f"{folder} has no {contract.DECODER_FILE}", "an export of this version", contract.EXPORT_AGAIN)
     tensors = read_graphs(folder, manifest.graphs).tensors
     stored = _weight_tensors(folder, manifest, tensors)
     graphs = {}

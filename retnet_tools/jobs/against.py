@@ -128,6 +128,8 @@ def verify_against(request: VerifyRequest, folder: Path, source: CheckpointSourc
             checks += held.graphs(tokens, same=all(check.passed for check in weights), progress=progress)
     else:
         notes.append("of another configuration: weights and graphs were not looked at")
+    if missing := set(plan.graphs) - set(manifest.graphs):
+        notes.append(f"no {', '.join(sorted(missing))}, which retnet-tools runs: export again")
     scheme = "" if manifest.quantization is None else f", {scheme_text(manifest.quantization.scheme)}"
     size = sum(record.bytes for record in manifest.files.values())
     checks += check_files(folder, manifest, in_megabytes(progress, "files", size))

@@ -55,7 +55,7 @@ class GraphPlacement:
 
 @dataclass(frozen=True)
 class FolderDiagnosis:
-    """An exported folder on a device, which needs so much of its memory for both graphs and one sequence."""
+    """An exported folder on a device, which needs so much of its memory for what the runtime opens and one sequence."""
 
     path: str
     made_for: str

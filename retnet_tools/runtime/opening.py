@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from retnet_tools.errors import InputError, ProviderError
+from retnet_tools.errors import InputError, ProviderError, RetNetToolsError
 from retnet_tools.graph.checking import check_graph
 from retnet_tools.graph.contract import (
     DECODER_FILE,
@@ -163,16 +163,23 @@ class GraphOpener:
             profile=profile,
             weights=None if self._shared is None else self._shared.of(name),
         )
-        session = None
         if kept is not None:
             try:
-                session = opened(kept, kept=True)
-            except InputError as error:
-                forget_packed(kept, error.found)
-        session = session or opened(path)
+                return self._checked(opened(kept, kept=True), name)
+            except RetNetToolsError as error:
+                reason = error.found
+            # Where this one does not open either, the fault is not in what was kept.
+            session = self._checked(opened(path), name)
+            forget_packed(kept, reason)
+            return session
+        return self._checked(opened(path), name)
+
+    def _checked(self, session: onnxruntime.InferenceSession, name: str) -> onnxruntime.InferenceSession:
+        """The session, whose inputs and outputs are those that the manifest says."""
         for found, specs in zip((session.get_inputs(), session.get_outputs()), _BORDERS[name], strict=True):
             expected = specs(self._manifest.config, self._manifest.state_dtype)
             if [(value.name, tuple(value.shape)) for value in found] != [(spec.name, spec.shape) for spec in expected]:
+                path = self._folder / name
                 raise InputError(f"{path} does not fit {MANIFEST_FILE}", "the graph it describes", "export again")
         return session
 

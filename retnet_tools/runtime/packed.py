@@ -4,10 +4,10 @@ The CPU provider packs the weights of quantized and half-precision graphs for it
 memory of its own: 1.4 GB and a second and a half for a 1.3b model in int8, at every start. ONNX Runtime can write what
 it packed beside the optimized graph, and map it the next time: pages that all processes share.
 
-They lie in a folder for each graph, weights file, version of ONNX Runtime and kind of processor, under
-`$RETNET_TOOLS_CACHE` (`~/.cache/retnet-tools` without), as large as twice the weights. A new one takes the place of the
-oldest where all would be more than `LIMIT` bytes. `RETNET_TOOLS_CACHE=off` keeps nothing. Nothing here is needed: what
-cannot be kept is packed at every start.
+They lie in a folder for each graph, weights file, build of ONNX Runtime and kind of processor, in `packed/` under
+`$RETNET_TOOLS_CACHE` (`~/.cache/retnet-tools` without), as large as twice the weights. A new one takes the place of
+those that were opened longest ago where all would be more than `LIMIT` bytes. `RETNET_TOOLS_CACHE=off` keeps nothing.
+Only what this user alone may write is read. Nothing here is needed: what cannot be kept is packed at every start.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+from contextlib import suppress
 from pathlib import Path
 
 import onnx
 
 from retnet_tools.console import LOG
-from retnet_tools.disk import remove_path
-from retnet_tools.errors import RetNetToolsError
+from retnet_tools.disk import make_private, remove_path
 from retnet_tools.graph.contract import WEIGHTS_FILE
 from retnet_tools.graph.manifest import Manifest
 from retnet_tools.machine import processor_features
@@ -47,7 +48,8 @@ def cache_folder() -> Path | None:
         return None
     base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
     try:
-        return Path(chosen) if chosen else (Path(base) if base else Path.home() / ".cache") / "retnet-tools"
+        own = Path(chosen) if chosen else (Path(base) if base else Path.home() / ".cache") / "retnet-tools"
+        return own / "packed"
     except RuntimeError:
         # A user without a home.
         return None
@@ -75,9 +77,6 @@ def packed_graph(folder: Path, manifest: Manifest, name: str, threads: int | Non
     Returns:
         None where weights are mapped as they are, where they are few or more than the limit, for an export without
         records of its files, and where nothing can be kept.
-
-    Raises:
-        InputError, ProviderError: as `open_session`.
     """
     weights, cache = folder / WEIGHTS_FILE, cache_folder()
     size = weights.stat().st_size
@@ -85,21 +84,33 @@ def packed_graph(folder: Path, manifest: Manifest, name: str, threads: int | Non
     few_or_too_many = size < LEAST_BYTES or needed > LIMIT
     if cache is None or few_or_too_many or are_mapped(manifest) or name not in manifest.files:
         return None
-    target = cache / _key(folder, manifest, name)
-    packed = target / name
     try:
+        packed = cache / _key(folder, manifest, name) / name
+        make_private(cache)
+        _check_owner(cache)
         if packed.is_file():
+            os.utime(packed.parent)
             return packed
-        _make_room(cache, needed)
-        with staged_folder(target, marker=name, required_bytes=needed, force=True) as partial:
+        data = packed.with_suffix(".data").name
+        room = needed + needed // 16
+        with staged_folder(packed.parent, marker=name, required_bytes=room, force=True, ours=(data,)) as partial:
+            _make_room(cache, needed)
             LOG.info("packing the weights of %s for this processor, once (%.1f GB in %s)", folder, needed / 1e9, cache)
             open_session(folder / name, Device(CPU.name), threads, prepack=is_packed(manifest), keep=partial / name)
             _align_packed(partial / name)
-    except (RetNetToolsError, OSError) as error:
-        # A full disk, another process that is at it or makes room, a folder that cannot be read or written.
+    except Exception as error:
+        # A full disk, another process that is at it or makes room, a folder that cannot be read or written, an ONNX
+        # Runtime that writes otherwise: the export itself is still there.
         LOG.debug("not kept: %s", error)
         return None
     return packed
+
+
+def _check_owner(cache: Path) -> None:
+    """Kernels trust what is kept: nobody else may have put it there."""
+    found = cache.stat()
+    if hasattr(os, "getuid") and (found.st_uid != os.getuid() or found.st_mode & 0o022):
+        raise PermissionError(f"{cache} may be written by others")
 
 
 def _align_packed(graph: Path) -> None:
@@ -138,16 +149,21 @@ def _key(folder: Path, manifest: Manifest, name: str) -> str:
     import onnxruntime
 
     files = [[manifest.files[file].sha256, (folder / file).stat().st_mtime_ns] for file in (name, WEIGHTS_FILE)]
-    decides = [_FORMAT, files, str(onnxruntime.__version__), processor_features()]
+    build = [str(onnxruntime.__version__), str(onnxruntime.get_build_info())]
+    decides = [_FORMAT, files, build, processor_features()]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
 
 
 def kept_bytes(cache: Path) -> dict[Path, int]:
-    """The size of each packed graph in a cache, the oldest first."""
-    if not cache.is_dir():
-        return {}
-    kept = sorted((path for path in cache.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
-    return {path: sum(file.stat().st_size for file in path.iterdir() if file.is_file()) for path in kept}
+    """The size of each packed graph in a cache, what was opened longest ago first; other folders do not count."""
+    found: dict[Path, tuple[float, int]] = {}
+    with suppress(OSError):
+        for path in cache.iterdir():
+            with suppress(OSError):
+                if re.fullmatch("[0-9a-f]{32}", path.name) and path.is_dir() and not path.is_symlink():
+                    size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+                    found[path] = (path.stat().st_mtime, size)
+    return {path: size for path, (_, size) in sorted(found.items(), key=lambda item: item[1])}
 
 
 def _make_room(cache: Path, needed: int) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from retnet_tools.errors import ProviderError, UsageError
-from retnet_tools.graph.contract import DECODER_FILE, STEP_FILE
+from retnet_tools.graph.contract import DECODER_FILE, OPSET, STEP_FILE
 from retnet_tools.graph.manifest import Manifest
 from retnet_tools.runtime import cuda, installation
 
@@ -154,7 +154,7 @@ def _check_cuda(device: Device) -> None:
 
 def _check_linear_attention(manifest: Manifest, device: Device) -> None:
     """LinearAttention, which exports for the CPU have, refuses some shapes on CUDA."""
-    if manifest.ops == "standard" or manifest.device == CUDA.name:
+    if (manifest.ops == "standard" and manifest.opset == OPSET) or manifest.device == CUDA.name:
         return
     # With onnx_ir, half a second to import: for graphs on a GPU.
     from retnet_tools.graph.cuda_ops import step_kernel, tokens_kernel

@@ -231,21 +231,28 @@ class DecoderSession:
     ) -> Iterator[Array]:
         """Feed a text to each row as `prefill` does, and give the logits after every token. Moves `state` on.
 
-        Memory: as `prefill`, and one chunk of logits, `4 B chunk_size vocab` bytes.
+        Memory: as `prefill`, and four times a chunk of logits, `4 B chunk_size vocab` bytes: what the graph makes, its
+        output for each of the two sets of states, and what is given.
 
         Yields:
             Logits `[B, n, vocab]` float32 of n = `chunk_size` tokens a row, fewer in the last chunk; those at tokens
             past a row's length mean nothing. `state` stands after the last chunk that was taken.
 
         Raises:
-            UsageError: as `prefill`, when the first chunk is asked for.
+            UsageError: as `prefill`, when the first chunk is asked for; a state that was fed something else between two
+                chunks, or a session that was closed.
         """
         prompts, bindings = self._prompts(input_ids, lengths, state), dict[Any, Binding]()
+        expected = state.position
         try:
             for chunk in prompts.chunks(chunk_size):
+                self._check_open()
+                if not np.array_equal(state.position, expected):
+                    raise UsageError("a state that was fed something else between two blocks", "one text at a time")
                 every = np.broadcast_to(np.arange(chunk.mask.shape[1]), chunk.mask.shape)
                 logits = self._run_chunk(chunk, state, every, bindings, fetch=True)
                 assert logits is not None
+                expected = state.position
                 yield logits
         finally:
             self._release_spare(state)
@@ -287,7 +294,9 @@ class DecoderSession:
             ATTENTION_MASK: mask,
             LOGITS_INDICES: indices,
         }
-        key = (mask.shape, id(state.current))
+        past, present = state.current, state.spare
+        # Buffers, which a binding keeps: numbers of lists are given again.
+        key = (mask.shape, indices.shape, id(past[0]), id(present[0]))
         if key not in bindings:
             needed = chunk_bytes(self.manifest.config, self.manifest.dtype, *mask.shape)
             bindings[key] = _bind(
@@ -295,8 +304,8 @@ class DecoderSession:
                 self._output,
                 self.device,
                 feeds,
-                state.current,
-                state.spare,
+                past,
+                present,
                 needed=needed,
                 rows=indices.shape[1],
             )

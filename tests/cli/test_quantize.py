@@ -17,7 +17,7 @@ from retnet_tools.graph.manifest import read_manifest
 from tests.exports import export
 from tests.helpers import BASE, random_source
 
-FILES = ["README.md", "prefill.onnx", "retnet.json", "step.onnx", "weights.data"]
+FILES = ["README.md", "decoder.onnx", "prefill.onnx", "retnet.json", "step.onnx", "weights.data"]
 
 
 @pytest.fixture

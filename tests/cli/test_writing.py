@@ -109,7 +109,14 @@ def test_every_command_writes_through_the_one_writer(tmp_path: Path) -> None:
     assert {(what, name) for what, name in strays if what != "os.remove"} == set()
     assert {name for _, name in removed} <= {
         *("retnet.json", "config.json", "model.safetensors", "step.onnx", "prefill.onnx", "model.onnx"),
-        *("genai_config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"),
+        *(
+            "decoder.onnx",
+            "genai_config.json",
+            "generation_config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "README.md",
+        ),
         *("args.json", "model.pt", "retnet_config.json", "model.safetensors.index.json", "special_tokens_map.json"),
     }
     written = {path.relative_to(tmp_path).parts[0] for path in outputs}

@@ -51,7 +51,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache"
     monkeypatch.setenv(packed.VARIABLE, str(folder))
     monkeypatch.setattr(packed, "LEAST_BYTES", 0)
-    return folder
+    return folder / "packed"
 
 
 @pytest.fixture
@@ -204,11 +204,11 @@ def test_the_places_where_graphs_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_p
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    assert packed.cache_folder() == tmp_path / ".cache" / "retnet-tools"
+    assert packed.cache_folder() == tmp_path / ".cache" / "retnet-tools" / "packed"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert packed.cache_folder() == tmp_path / "xdg" / "retnet-tools"
+    assert packed.cache_folder() == tmp_path / "xdg" / "retnet-tools" / "packed"
     monkeypatch.setenv(packed.VARIABLE, str(tmp_path / "own"))
-    assert packed.cache_folder() == tmp_path / "own"
+    assert packed.cache_folder() == tmp_path / "own" / "packed"
     monkeypatch.setenv(packed.VARIABLE, "off")
     assert packed.cache_folder() is None
 
@@ -227,14 +227,15 @@ def test_a_place_that_takes_nothing_is_done_without(
 ) -> None:
     expected = unkept(out, monkeypatch)
     if kind == "a file":
+        cache.parent.mkdir()
         cache.write_bytes(b"")
     elif kind == "under a file":
+        cache.parent.mkdir()
         cache.write_bytes(b"")
         monkeypatch.setenv(packed.VARIABLE, str(cache / "deeper"))
     elif kind == "full":
         monkeypatch.setattr("retnet_tools.staging.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     else:
-        cache.mkdir()
         monkeypatch.setattr(packed, "_make_room", refuse)
     np.testing.assert_array_equal(logits(out), expected)
     assert kept(cache) == []
@@ -360,3 +361,57 @@ def test_the_oldest_make_room_for_a_new_one(
     logits(out)
     (new,) = set(kept(cache)) - set(entries)
     assert kept(cache) == sorted([entries[0], entries[1], new])
+
+
+def test_folders_of_others_are_neither_counted_nor_removed(
+    out: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room is made of what was kept alone, wherever the cache lies."""
+    logits(out)
+    (entry,) = kept(cache)
+    theirs = cache / "models"
+    theirs.mkdir()
+    (theirs / "weights.bin").write_bytes(bytes(1 << 20))
+    (cache / ("0" * 32)).symlink_to(theirs)
+    assert list(packed.kept_bytes(cache)) == [entry]
+    monkeypatch.setattr(packed, "LIMIT", 1)
+    packed._make_room(cache, 0)
+    assert not entry.exists()
+    assert (theirs / "weights.bin").is_file()
+
+
+def test_what_was_opened_last_stays_longest(out: Path, exports: dict[str, Path], cache: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(exports["int4"], tmp_path / "other"))
+    logits(out)
+    (first,) = kept(cache)
+    os.utime(first, (1, 1))
+    logits(other)
+    (second,) = (entry for entry in kept(cache) if entry != first)
+    os.utime(second, (2, 2))
+    logits(out)
+    assert list(packed.kept_bytes(cache)) == [second, first]
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="no owners of files here")
+def test_a_cache_that_others_may_write_is_done_without(
+    out: Path, cache: Path, packings: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = logits(out)
+    assert cache.stat().st_mode & 0o777 == 0o700
+    cache.chmod(0o777)
+    np.testing.assert_array_equal(logits(out), expected)
+    cache.chmod(0o700)
+    monkeypatch.setattr(os, "getuid", lambda: cache.stat().st_uid + 1)
+    assert packed.packed_graph(out, read_manifest(out), DECODER_FILE, 1) is None
+    assert len(packings) == 1
+
+
+def test_an_onnxruntime_that_writes_otherwise_is_done_without(
+    out: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unforeseen(graph: Path) -> None:
+        raise ValueError("not enough values to unpack")
+
+    monkeypatch.setattr(packed, "_align_packed", unforeseen)
+    np.testing.assert_array_equal(logits(out), unkept(out, monkeypatch))
+    assert kept(cache) == []

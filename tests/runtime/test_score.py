@@ -213,3 +213,31 @@ def test_perplexity_is_that_of_the_same_text_token_by_token(weights: str, tmp_pa
     assert report.scored_tokens == len(by_steps) == 149
     assert report.model.nll.value == pytest.approx(math.fsum(by_steps) / 149, abs=STEPS_NLL)
     assert report.model.nll.value == pytest.approx(math.fsum(wide) / 149, abs=STEPS_NLL)
+
+
+def test_a_chunk_of_one_column_that_is_padded_is_no_chunk_of_two(tmp_path: Path) -> None:
+    """Its logits are of one place, though it is as wide as the chunks before it."""
+    out = export(BASE, random_source(BASE, 1), tmp_path / "out")
+    ids = random_tokens(BASE.vocab_size, 2, 7, 3)
+    with DecoderSession(out, threads=1) as session:
+        blocks = list(session.score(ids, session.new_state(2), lengths=[7, 4], chunk_size=2))
+        whole = next(session.score(ids, session.new_state(2), lengths=[7, 4], chunk_size=7))
+    assert [block.shape[1] for block in blocks] == [2, 2, 2, 1]
+    np.testing.assert_allclose(np.concatenate(blocks, 1)[0], whole[0], rtol=0, atol=GRAPH_FLOAT32)
+
+
+def test_a_state_that_was_fed_in_between_and_a_closed_session_are_refused(tmp_path: Path) -> None:
+    out = export(BASE, random_source(BASE, 1), tmp_path / "out")
+    ids = random_tokens(BASE.vocab_size, 1, 8, 3)
+    session = DecoderSession(out, threads=1)
+    state = session.new_state()
+    blocks = session.score(ids, state, chunk_size=2)
+    next(blocks)
+    session.step(ids[:, 0], state)
+    with pytest.raises(UsageError, match="fed something else between two blocks"):
+        next(blocks)
+    blocks = session.score(ids, session.new_state(), chunk_size=2)
+    next(blocks)
+    session.close()
+    with pytest.raises(UsageError, match="is closed"):
+        next(blocks)
