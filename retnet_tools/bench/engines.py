@@ -58,6 +58,7 @@ class RetNetEngine:
             spec.device,
             spec.threads,
             cuda_graph=None if spec.cuda_graph else False,
+            prompts=spec.prompts,
             profile=spec.profile,
         )
         if spec.prompts:
