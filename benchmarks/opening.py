@@ -1,6 +1,7 @@
 """What a process takes to open an export, to its first token and in memory, and what a second one takes beside it.
 
-    python benchmarks/opening.py                     300m and 1.3b in each type, and 6.7b in int4 once
+    python benchmarks/opening.py                     300m and 1.3b in each type
+    python benchmarks/opening.py --sizes '' --large 6.7b -o large.json     6.7b in int4, once
     python benchmarks/opening.py --tree ../older     beside an older checkout of this repository, in turns
     python benchmarks/opening.py --quick             a rehearsal, not recorded
 
@@ -301,7 +302,7 @@ def main() -> None:
     parser.add_argument("--tree", type=Path, help="an older checkout to measure beside this one")
     parser.add_argument("--sizes", default="300m,1.3b", help="a comma list")
     parser.add_argument("--kinds", default=",".join(KINDS), help="a comma list")
-    parser.add_argument("--large", default="6.7b", help="size to measure once in int4; '' for none")
+    parser.add_argument("--large", default="", help="size to measure once in int4")
     parser.add_argument("-t", "--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=16)
