@@ -38,14 +38,14 @@ def check_script(line: str) -> None:
     assert not {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)} - known, line
 
 
-def _options(file: Path) -> set[str]:
-    """The options that a script and what it imports from beside itself declare."""
+def _options(file: Path, seen: frozenset[Path] = frozenset()) -> set[str]:
+    """The options that a script and what it imports from beside itself declare; a name may be a package's too."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
             found |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
-            beside = [file.with_name(f"{name}.py") for name in names]
-            found = found.union(*(_options(path) for path in beside if path.is_file()))
+            beside = {file.with_name(f"{name}.py") for name in names} - seen - {file}
+            found = found.union(*(_options(path, seen | {file}) for path in beside if path.is_file()))
     return found

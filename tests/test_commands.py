@@ -17,7 +17,9 @@ from tests.commands import PROGRAM, ROOT, check_script, parse
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 RECORDS = sorted((ROOT / "benchmarks").rglob("*.json"))
 SCRIPTS = [
-    file for file in sorted((ROOT / "benchmarks").glob("*.py")) if "ArgumentParser" in file.read_text(encoding="utf-8")
+    file
+    for file in sorted((ROOT / "benchmarks").glob("*.py"))
+    if all(word in file.read_text(encoding="utf-8") for word in ("__main__", "ArgumentParser"))
 ]
 
 

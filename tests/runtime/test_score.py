@@ -218,7 +218,7 @@ def test_perplexity_is_that_of_the_same_text_token_by_token(weights: str, tmp_pa
 def test_a_chunk_of_one_column_that_is_padded_is_no_chunk_of_two(tmp_path: Path) -> None:
     """Its logits are of one place, though it is as wide as the chunks before it."""
     out = export(BASE, random_source(BASE, 1), tmp_path / "out")
-    ids = random_tokens(BASE.vocab_size, 2, 7, 3)
+    ids = random_tokens(BASE, 2, 7, 3)
     with DecoderSession(out, threads=1) as session:
         blocks = list(session.score(ids, session.new_state(2), lengths=[7, 4], chunk_size=2))
         whole = next(session.score(ids, session.new_state(2), lengths=[7, 4], chunk_size=7))
@@ -228,7 +228,7 @@ def test_a_chunk_of_one_column_that_is_padded_is_no_chunk_of_two(tmp_path: Path)
 
 def test_a_state_that_was_fed_in_between_and_a_closed_session_are_refused(tmp_path: Path) -> None:
     out = export(BASE, random_source(BASE, 1), tmp_path / "out")
-    ids = random_tokens(BASE.vocab_size, 1, 8, 3)
+    ids = random_tokens(BASE, 1, 8, 3)
     session = DecoderSession(out, threads=1)
     state = session.new_state()
     blocks = session.score(ids, state, chunk_size=2)
