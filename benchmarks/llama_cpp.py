@@ -87,7 +87,7 @@ class Comparison:
         """One repetition on one side, in a new process."""
         request = asdict(test) | {"threads": self.threads, "room": test.room, "warm_up": WARM_UP_STEPS}
         if side == "retnet":
-            files = [*(self.folder / weights).iterdir(), *(self.folder / "packed").glob("*/*")]
+            files = [*(self.folder / weights).iterdir(), *filter(Path.is_file, (self.folder / "packed").rglob("*"))]
             command: list[str | Path] = [sys.executable, Path(__file__), "--time"]
             request |= {"model": str(self.folder / weights)}
         else:

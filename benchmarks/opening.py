@@ -163,7 +163,7 @@ class Measurement:
         """One round of a side."""
         # Once for the cache of the system.
         reading = [read_seconds(side.model) for _ in range(2)][-1]
-        for file in side.cache.glob("*/*"):
+        for file in filter(Path.is_file, side.cache.rglob("*")):
             into_cache(file)
         began = time.perf_counter()
         ids = " ".join(map(str, range(1, 1 + FIRST_TOKENS)))

@@ -104,4 +104,4 @@ def test_kept_and_mapped_weights_are_nobodys_own(use: Use, tmp_path: Path) -> No
         peak, private = use(tmp_path / "cache")
         assert peak <= MOST
         assert private <= MOST_PRIVATE
-    assert len(list(tmp_path.glob("cache/*/decoder.onnx"))) == (2 if use.kind == "int8" else 0)
+    assert len(list(tmp_path.glob("cache/packed/*/decoder.onnx"))) == (2 if use.kind == "int8" else 0)
