@@ -32,7 +32,7 @@ from docs_cells import (
     title,
     weights,
 )
-from docs_others import llama_cpp, official, opening
+from docs_script_tables import llama_cpp, official, opening
 
 from retnet_tools.bench.plot import write_bench_plot
 from retnet_tools.bench.results import BenchReport

@@ -22,7 +22,6 @@ import argparse
 import json
 import math
 import os
-import shlex
 import signal
 import statistics
 import subprocess
@@ -36,16 +35,14 @@ from typing import Any
 
 from large_checkpoint import write_exports
 from llama_engine import measured
-from record import ROOT, day, environment, tree
+from record import ROOT, about, environment
 
 from retnet_tools.bench.engines import RetNetEngine
 from retnet_tools.bench.options import WARM_UP_STEPS, BenchOptions, Case
-from retnet_tools.bench.results import libraries
 from retnet_tools.bench.specs import RetNetSpec
 from retnet_tools.bench.transformer_graph import matching_transformer, parameters, transformer_shapes
-from retnet_tools.machine import this_machine
 from retnet_tools.paper import MODEL_SIZES, VOCABULARY_SIZE
-from retnet_tools.runtime.packed import VARIABLE as CACHE
+from retnet_tools.runtime.packed_weights import VARIABLE as CACHE
 from retnet_tools.runtime.providers import Device
 from retnet_tools.weights import canonical_shapes
 
@@ -285,20 +282,13 @@ def main() -> None:
         return
     # Not resolved: the interpreter of a virtual environment is a link.
     arguments.llama_python = Path(os.path.abspath(arguments.llama_python))
-    began, packages, measured_tree = time.time(), versions(arguments.llama_python), tree()
+    began, packages, record = time.time(), versions(arguments.llama_python), about("llama_cpp.py")
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.folder or Path(temporary)).resolve() / arguments.size
         folder.mkdir(parents=True, exist_ok=True)
         found = measure(arguments, folder)
-    document = {
-        "command": shlex.join(["python", "benchmarks/llama_cpp.py", *sys.argv[1:]]),
-        "recorded": day(began),
-        **measured_tree,
-        "libraries": libraries() | packages,
-        "machine": asdict(this_machine()),
-        "seconds": round(time.time() - began),
-        **found,
-    }
+    record["libraries"] |= packages
+    document = record | {"seconds": round(time.time() - began)} | found
     print(text(document))
     print(f"llama_cpp.py: {time.time() - began:.0f} s in all", file=sys.stderr)
     output = arguments.output or (None if arguments.quick else OUTPUT)

@@ -29,19 +29,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from llama_cpp import into_cache
 from opening_process import FIRST_TOKENS, VOCABULARY
-from record import ROOT, day, tree
+from record import ROOT, about
 
-from retnet_tools.bench.results import libraries
-from retnet_tools.machine import this_machine
 from retnet_tools.paper import MODEL_SIZES
-from retnet_tools.runtime.packed import VARIABLE as CACHE
+from retnet_tools.runtime.packed_weights import VARIABLE as CACHE
 
 OUTPUT = ROOT / "benchmarks" / "opening.json"
 KINDS = ("float32", "float16", "int8", "int4")
@@ -317,18 +315,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := {*filter(None, arguments.sizes.split(",")), *filter(None, [arguments.large])} - set(MODEL_SIZES):
         parser.error(f"no size {', '.join(sorted(unknown))}; there are {', '.join(MODEL_SIZES)}")
-    began, measured_tree = time.time(), tree()
+    began, record = time.time(), about("opening.py")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         found = measure(arguments, Path(folder).resolve())
-    document = {
-        "command": shlex.join(["python", "benchmarks/opening.py", *sys.argv[1:]]),
-        "recorded": day(began),
-        **measured_tree,
-        "libraries": libraries(),
-        "machine": asdict(this_machine()),
-        "seconds": round(time.time() - began),
-        **found,
-    }
+    document = record | {"seconds": round(time.time() - began)} | found
     print(text(document))
     print(f"opening.py: {time.time() - began:.0f} s in all", file=sys.stderr)
     output = arguments.output or (None if arguments.quick else OUTPUT)

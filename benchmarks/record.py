@@ -21,7 +21,7 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,20 @@ def tree() -> dict[str, Any]:
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "modified": None}
     return {"commit": commit, "modified": bool(changed)}
+
+
+def about(script: str) -> dict[str, Any]:
+    """The beginning of the record of another script: its command, the day, the tree as it is, and where it runs."""
+    from retnet_tools.bench.results import libraries
+    from retnet_tools.machine import this_machine
+
+    return {
+        "command": shlex.join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
+        "recorded": day(time.time()),
+        **tree(),
+        "libraries": libraries(),
+        "machine": asdict(this_machine()),
+    }
 
 
 def day(seconds: float) -> str:

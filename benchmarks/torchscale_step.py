@@ -13,25 +13,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import statistics
 import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from large_checkpoint import write_exports
-from record import day, environment, tree
+from record import about, environment
 from torchscale_engine import TorchscaleSpec
 
 from retnet_tools.bench.options import BenchOptions, Case
-from retnet_tools.bench.results import libraries
 from retnet_tools.bench.specs import RetNetSpec
 from retnet_tools.bench.worker import Worker
-from retnet_tools.machine import this_machine
 from retnet_tools.paper import VOCABULARY_SIZE, model_size
 from retnet_tools.runtime.providers import Device
 
@@ -111,17 +107,11 @@ def main() -> None:
     arguments = parser.parse_args()
     paths = [str(Path(__file__).parent), str(arguments.torchscale.resolve()), environment()["PYTHONPATH"]]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-    about = {
-        "command": shlex.join(["python", "benchmarks/torchscale_step.py", *sys.argv[1:]]),
-        "recorded": day(time.time()),
-        **tree(),
-        "libraries": libraries(),
-        "machine": asdict(this_machine()),
-    }
+    record = about("torchscale_step.py")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         began, exports = time.time(), (arguments.exports or Path(folder)) / arguments.size
         found = measure(arguments, exports.resolve())
-        text = json.dumps(about | {"seconds": round(time.time() - began)} | found, indent=1) + "\n"
+        text = json.dumps(record | {"seconds": round(time.time() - began)} | found, indent=1) + "\n"
     print(f"torchscale_step.py: {time.time() - began:.0f} s in all", file=sys.stderr)
     print(text, end="")
     if arguments.output:

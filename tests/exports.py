@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 
 from retnet_tools.config import RetNetConfig
@@ -19,6 +20,7 @@ from retnet_tools.graph.contract import (
     PAST_CONV_NAMES,
     PAST_NAMES,
     POSITION_IDS,
+    TensorSpec,
     padding_id,
     state_shape,
 )
@@ -163,3 +165,13 @@ def run_genai(
     for before, passed in zip(conv, after[config.num_layers :], strict=True):
         np.testing.assert_array_equal(passed, before)
     return logits[:, 0, : config.vocab_size], after[: config.num_layers]
+
+
+def check_border(model: onnx.ModelProto, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+    """A graph's inputs and outputs are these, by name, type and shape."""
+    for values, specs in ((model.graph.input, inputs), (model.graph.output, outputs)):
+        assert [value.name for value in values] == [spec.name for spec in specs]
+        for value, spec in zip(values, specs, strict=True):
+            tensor = value.type.tensor_type
+            assert tuple(d.dim_param or d.dim_value for d in tensor.shape.dim) == spec.shape
+            assert onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type) == spec.dtype

@@ -54,7 +54,7 @@ def test_its_table_says_what_was_made_again_and_what_deviates(llama: ModuleType)
         "weight_bytes": {"int8": 10**9, "q8_0": 2 * 10**9},
         **{"size": "1.3b", "threads": 2, "cache": "float16", "flash_attention": False, "results": rows},
     }
-    text = importlib.import_module("docs_others").llama_cpp(record)
+    text = importlib.import_module("docs_script_tables").llama_cpp(record)
     assert "| int8 / q8_0 | pp512 (again) | 256 | 125 | 2.00 times | 2.00 / 2.00 | - / - |" in text
     # The median of ratios within repetitions, 4, 3 and 2.
     assert "| int8 / q8_0 | tg16 @ d8192 (again) | 50 | 16.7 | 3.00 times |" in text

@@ -82,7 +82,7 @@ def test_its_table_has_both_trees_in_a_cell(opening: ModuleType) -> None:
         "machine": {"processor": "Some processor", "cores": 2, "memory_bytes": None},
         **{"threads": 2, "prompt": 256, "row": 128, "before": "bb4d843ea1", "results": [row, before, large]},
     }
-    text = importlib.import_module("docs_others").opening(document)
+    text = importlib.import_module("docs_script_tables").opening(document)
     assert "| 1.3b int8 (again) | 0.41 | 3.00 | 2.50 / 1.00 | 2.00 / 2.00 | 100 / 100 | 30 / 30 | 30 / 210 |" in text
     assert "| 6.7b int8 (again) | 0.41 | 3.00 | 1.00 | 2.00 | 100 | 30 | - | - | 2.00 | 0.10 | 0.20 |" in text
     assert "Pairs are of commit bb4d843 / now, in turns. 2 threads" in text

@@ -25,7 +25,7 @@ from retnet_tools.bench.measurements import Measurements
 from retnet_tools.bench.specs import EngineSpec
 from retnet_tools.errors import RetNetToolsError
 from retnet_tools.runtime.failures import is_out_of_memory
-from retnet_tools.runtime.packed import VARIABLE as CACHE
+from retnet_tools.runtime.packed_weights import VARIABLE as CACHE
 
 _MODULE = "retnet_tools.bench.worker"
 Spec = EngineSpec | ProbeSpec

@@ -18,7 +18,7 @@ from retnet_tools.graph.manifest import read_manifest
 from retnet_tools.runtime import cuda, installation
 from retnet_tools.runtime.device_memory import LIBRARY_BYTES, graph_bytes, state_bytes
 from retnet_tools.runtime.onnx_session import misplaced, node_placement, open_session
-from retnet_tools.runtime.packed import cache_folder, kept_bytes
+from retnet_tools.runtime.packed_weights import cache_folder, kept_bytes
 from retnet_tools.runtime.providers import CPU, CUDA, Device, check_device
 from retnet_tools.version import __version__
 

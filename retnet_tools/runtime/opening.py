@@ -30,7 +30,7 @@ from retnet_tools.runtime.buffers import DeviceBuffer
 from retnet_tools.runtime.device_memory import LIBRARY_BYTES, check_device_memory, graph_bytes, tensor_bytes
 from retnet_tools.runtime.failures import CaptureError
 from retnet_tools.runtime.onnx_session import kernels_are_known, open_session
-from retnet_tools.runtime.packed import are_mapped, forget_packed, is_packed, packed_graph
+from retnet_tools.runtime.packed_weights import are_mapped, forget_packed, is_packed, packed_graph
 from retnet_tools.runtime.prompts import PREFILL_CHUNK_SIZE
 from retnet_tools.runtime.providers import CPU, Device, check_device, cpu_instead
 
@@ -85,7 +85,7 @@ class GraphOpener:
         """The graph of steps: captured if that can be, else kernel by kernel, else on the CPU if that is allowed.
 
         Args:
-            prompts: whether `open_decoder` will be called later: on CUDA both graphs share their weights then, and
+            prompts: whether `open_prompts` will be called later: on CUDA both graphs share their weights then, and
                 there must be room for both.
         """
         try:
@@ -114,7 +114,7 @@ class GraphOpener:
         warnings.warn(f"no CUDA graphs, steps run kernel by kernel: {reason}", EagerStepsWarning, stacklevel=4)
         return session
 
-    def open_decoder(self, step: onnxruntime.InferenceSession) -> onnxruntime.InferenceSession:
+    def open_prompts(self, step: onnxruntime.InferenceSession) -> onnxruntime.InferenceSession:
         """decoder.onnx for prompts: the session of steps, where that is of it and has the threads for them."""
         threads = self._threads_for(PREFILL_CHUNK_SIZE)
         if self.device.provider.step_file == DECODER_FILE and self._threads_for(1) == threads:

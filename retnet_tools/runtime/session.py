@@ -1,9 +1,9 @@
 """An exported folder, opened: prompts by chunks, then a call a token; states stay where the provider keeps them.
 
 Memory, beside activations: the weights once. On the CPU float32 ones are mapped, others packed for one session of
-decoder.onnx, which serves steps, prompts and scoring, and mapped too where they are kept (`runtime.packed`); steps of
-less than 256 MB of packed weights may have a session of their own. On CUDA the sessions of step.onnx and decoder.onnx
-share their weights.
+decoder.onnx, which serves steps, prompts and scoring, and mapped too where they are kept (`runtime.packed_weights`);
+steps of less than 256 MB of packed weights may have a session of their own. On CUDA the sessions of step.onnx and
+decoder.onnx share their weights.
 """
 
 from __future__ import annotations
@@ -352,7 +352,7 @@ class DecoderSession:
 
     @cached_property
     def _decoder(self) -> onnxruntime.InferenceSession:
-        return self._opener.open_decoder(self._step)
+        return self._opener.open_prompts(self._step)
 
     def end_profile(self) -> Path:
         """Write the profile that was asked for, and say where it is."""

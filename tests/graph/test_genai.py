@@ -19,7 +19,7 @@ from retnet_tools.graph import contract
 from retnet_tools.graph.decay import CHUNK_SIZE
 from retnet_tools.graph.ops import OPERATOR_SETS
 from retnet_tools.model.retention import retention_chunkwise, retention_parallel, retention_recurrent
-from tests.exports import cpu_runner, export, run_genai, zero_states
+from tests.exports import check_border, cpu_runner, export, run_genai, zero_states
 from tests.graph.test_prefill import all_nodes, check_rows, check_states, random_states, torch_run, without_clamp
 from tests.helpers import ABLATIONS, BASE, OTHER_LAYERS, random_source, random_tokens
 from tests.pairs import pairwise
@@ -177,15 +177,7 @@ def test_the_checker_accepts_every_graph(name: str, dtype: str, ops: str, tmp_pa
 @pytest.mark.parametrize("ops", OPS)
 def test_inputs_and_outputs_keep_the_contract(ops: str, tmp_path: Path) -> None:
     model = onnx.load(genai_graph(BASE, random_source(BASE, 1), tmp_path / "out", ops=ops))
-    for values, specs in (
-        (model.graph.input, contract.genai_inputs(BASE, "float32")),
-        (model.graph.output, contract.genai_outputs(BASE, "float32")),
-    ):
-        assert [value.name for value in values] == [spec.name for spec in specs]
-        for value, spec in zip(values, specs, strict=True):
-            tensor = value.type.tensor_type
-            assert tuple(d.dim_param or d.dim_value for d in tensor.shape.dim) == spec.shape
-            assert onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type) == spec.dtype
+    check_border(model, contract.genai_inputs(BASE, "float32"), contract.genai_outputs(BASE, "float32"))
 
 
 @pytest.mark.parametrize("name", ["base", "tied", "key_decay", *OTHER_LAYERS])

@@ -20,7 +20,7 @@ from retnet_tools.model.retention import retention_chunkwise, retention_parallel
 from retnet_tools.model.retnet import RetNetOutput, load_model
 from retnet_tools.paper import language_model_decay, paper_decay
 from retnet_tools.weights import Array, WeightSource
-from tests.exports import cpu_runner, export, run_prefill, run_steps, zero_states
+from tests.exports import check_border, cpu_runner, export, run_prefill, run_steps, zero_states
 from tests.helpers import ABLATIONS, BASE, OTHER_LAYERS, random_source, random_tokens
 from tests.pairs import pairwise
 from tests.reference import reference_logits
@@ -255,15 +255,7 @@ def test_the_checker_accepts_every_graph(name: str, dtype: str, ops: str, tmp_pa
 def test_inputs_and_outputs_keep_the_contract(ops: str, name: str, tmp_path: Path) -> None:
     config = ABLATIONS[name]
     model = onnx.load(export(config, random_source(config, 1), tmp_path / "out", ops=ops) / contract.PREFILL_FILE)
-    for values, specs in (
-        (model.graph.input, contract.prefill_inputs(config, "float32")),
-        (model.graph.output, contract.step_outputs(config, "float32")),
-    ):
-        assert [value.name for value in values] == [spec.name for spec in specs]
-        for value, spec in zip(values, specs, strict=True):
-            tensor = value.type.tensor_type
-            assert tuple(d.dim_param or d.dim_value for d in tensor.shape.dim) == spec.shape
-            assert onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type) == spec.dtype
+    check_border(model, contract.prefill_inputs(config, "float32"), contract.step_outputs(config, "float32"))
 
 
 def all_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:

@@ -17,7 +17,7 @@ from retnet_tools.graph import contract
 from retnet_tools.graph.ops import OPERATOR_SETS
 from retnet_tools.model.retention import retention_recurrent
 from retnet_tools.model.retnet import load_model
-from tests.exports import cpu_runner, export, run_steps, zero_states
+from tests.exports import check_border, cpu_runner, export, run_steps, zero_states
 from tests.helpers import ABLATIONS, BASE, OTHER_LAYERS, MemorySource, random_source, random_tokens
 from tests.pairs import pairwise
 from tests.tolerances import GRAPH_FLOAT16, GRAPH_FLOAT32, GRAPH_POSITIONS
@@ -153,15 +153,7 @@ def test_the_reference_evaluator_runs_bfloat16(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ops", OPS)
 def test_inputs_and_outputs_keep_the_contract(ops: str, tmp_path: Path) -> None:
     model = onnx.load(export(BASE, random_source(BASE, 1), tmp_path / "out", ops=ops) / contract.STEP_FILE)
-    for values, specs in (
-        (model.graph.input, contract.step_inputs(BASE, "float32")),
-        (model.graph.output, contract.step_outputs(BASE, "float32")),
-    ):
-        assert [value.name for value in values] == [spec.name for spec in specs]
-        for value, spec in zip(values, specs, strict=True):
-            tensor = value.type.tensor_type
-            assert tuple(d.dim_param or d.dim_value for d in tensor.shape.dim) == spec.shape
-            assert onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type) == spec.dtype
+    check_border(model, contract.step_inputs(BASE, "float32"), contract.step_outputs(BASE, "float32"))
 
 
 def test_standard_graphs_use_the_onnx_domain_only(tmp_path: Path) -> None:

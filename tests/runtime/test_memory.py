@@ -15,7 +15,7 @@ import pytest
 from retnet_tools.bench.resident import reset_peak
 from retnet_tools.paper import paper_config
 from retnet_tools.random_weights import RandomWeights
-from retnet_tools.runtime import packed
+from retnet_tools.runtime import packed_weights as packed
 from retnet_tools.weights import canonical_shapes
 from tests.exports import export
 from tests.quantized import quantize
@@ -36,7 +36,8 @@ import json, sys
 from pathlib import Path
 import numpy as np
 from retnet_tools.bench.resident import anonymous_resident, peak_resident, reset_peak
-from retnet_tools.runtime import opening, packed
+from retnet_tools.runtime import opening
+from retnet_tools.runtime import packed_weights as packed
 from retnet_tools.runtime.device_memory import chunk_bytes, state_bytes
 from retnet_tools.runtime.session import DecoderSession
 

@@ -20,7 +20,7 @@ import pytest
 from retnet_tools.errors import InputError
 from retnet_tools.graph.contract import DECODER_FILE, WEIGHTS_FILE
 from retnet_tools.graph.manifest import read_manifest
-from retnet_tools.runtime import packed
+from retnet_tools.runtime import packed_weights as packed
 from retnet_tools.runtime.session import DecoderSession
 from retnet_tools.staging import staged_folder
 from retnet_tools.weights import Array
@@ -313,7 +313,7 @@ ALONE = """
 import sys
 import numpy as np
 from pathlib import Path
-from retnet_tools.runtime import packed
+from retnet_tools.runtime import packed_weights as packed
 from retnet_tools.runtime.session import DecoderSession
 packed.LEAST_BYTES = 0
 print("ready", flush=True)
