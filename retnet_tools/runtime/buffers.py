@@ -113,6 +113,8 @@ class HostBuffer(Buffer):
 
     def write(self, array: Array) -> None:
         """In place."""
+        # numpy would repeat what is smaller.
+        assert np.shape(array) == self.shape
         np.copyto(self._array, array)
 
     def rows(self, index: Sequence[int]) -> HostBuffer:

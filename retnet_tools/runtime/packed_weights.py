@@ -17,18 +17,24 @@ import json
 import os
 import re
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx
 
 from retnet_tools.console import LOG
 from retnet_tools.disk import make_private, remove_path
-from retnet_tools.graph.contract import WEIGHTS_FILE
+from retnet_tools.graph.contract import ATTENTION_MASK, POSITION_IDS, WEIGHTS_FILE
 from retnet_tools.graph.manifest import Manifest
 from retnet_tools.machine import processor_features
 from retnet_tools.runtime.onnx_session import open_session
 from retnet_tools.runtime.providers import CPU, Device
 from retnet_tools.staging import staged_folder
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 VARIABLE = "RETNET_TOOLS_CACHE"
 LEAST_BYTES = 64 << 20
@@ -37,6 +43,7 @@ LIMIT = 32 << 30
 """Bytes of all that is kept."""
 _FORMAT = 2
 _ALIGNMENT = 64
+_TYPES = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(float16)": np.float16}
 _COPIES = 2
 """As ONNX Runtime writes them: weights as they are and packed, or widened from half precision."""
 
@@ -72,7 +79,7 @@ def are_mapped(manifest: Manifest) -> bool:
 def packed_graph(folder: Path, manifest: Manifest, name: str, threads: int | None) -> Path | None:
     """A graph of an exported folder, packed; made and kept where it has not been yet.
 
-    Memory: making it holds the packed weights once.
+    Memory: making it holds the packed weights once. What was made is run beside what it was made of before it is kept.
 
     Returns:
         None where weights are mapped as they are, where they are few or more than the limit, for an export without
@@ -93,11 +100,15 @@ def packed_graph(folder: Path, manifest: Manifest, name: str, threads: int | Non
             return packed
         data = packed.with_suffix(".data").name
         room = needed + needed // 16
-        with staged_folder(packed.parent, marker=name, required_bytes=room, force=True, ours=(data,)) as partial:
+        with staged_folder(packed.parent, marker=name, required_bytes=room, force=True, ours=(data,)) as made:
             _make_room(cache, needed)
             LOG.info("packing the weights of %s for this processor, once (%.1f GB in %s)", folder, needed / 1e9, cache)
-            open_session(folder / name, Device(CPU.name), threads, prepack=is_packed(manifest), keep=partial / name)
-            _align_packed(partial / name)
+            opened = partial(open_session, device=Device(CPU.name), threads=threads, prepack=is_packed(manifest))
+            # One after the other, which are not both in memory.
+            expected = _results(opened(folder / name, keep=made / name))
+            _align_packed(made / name)
+            if _results(opened(made / name, kept=True)) != expected:
+                raise ValueError(f"{made / name} computes otherwise")
     except Exception as error:
         # A full disk, another process that is at it or makes room, a folder that cannot be read or written, an ONNX
         # Runtime that writes otherwise: the export itself is still there.
@@ -136,6 +147,21 @@ def _align_packed(graph: Path) -> None:
                 key, *blobs = entry.value.split("|")
                 entry.value = "|".join((key, *map(moved, blobs)))
     graph.write_bytes(model.SerializeToString())
+
+
+def _results(session: onnxruntime.InferenceSession) -> list[bytes]:
+    """Hashes of all that a graph gives of one token, and of two, from states of zeros."""
+    found = []
+    for tokens in (1, 2):
+        sizes = {"batch": 1, "tokens": tokens, "logits": 1}
+        feeds = {
+            value.name: np.zeros([sizes.get(size, size) for size in value.shape], _TYPES[value.type])
+            for value in session.get_inputs()
+        }
+        feeds[POSITION_IDS] += np.arange(tokens)
+        feeds[ATTENTION_MASK] += 1
+        found += [hashlib.sha256(value.tobytes()).digest() for value in session.run(None, feeds)]
+    return found
 
 
 def forget_packed(packed: Path, reason: str) -> None:

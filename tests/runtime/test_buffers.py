@@ -135,6 +135,13 @@ def test_an_array_is_its_buffer_on_the_cpu() -> None:
     assert spare_buffer((4, 5), "float32", Device("cpu")).shape == (4, 5)
 
 
+def test_nothing_of_another_shape_is_repeated_into_a_buffer() -> None:
+    buffer = buffer_of(np.zeros((2, 3), dtype=np.int64), Device("cpu"))
+    with pytest.raises(AssertionError):
+        buffer.write(np.ones((2, 1), dtype=np.int64))
+    assert not buffer.read().any()
+
+
 def test_a_buffer_of_zeros_is_one_wherever_its_memory_was_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HostBuffer, "empty", lambda shape, dtype, device: HostBuffer(np.full(shape, 7, dtype)))
     assert zero_buffer((2, 3), "float32", Device("cpu")).read().tolist() == [[0.0] * 3] * 2

@@ -43,7 +43,7 @@ from retnet_tools.runtime.session import DecoderSession
 
 packed.LEAST_BYTES = 0
 if sys.argv[3:] == ["second session"]:
-    opening.GraphOpener.open_decoder = lambda self, step: self._open("decoder.onnx", 1)
+    opening.GraphOpener.open_prompts = lambda self, step: self._open("decoder.onnx", 1)
 
 def use(folder):
     session = DecoderSession(folder, threads=1)

@@ -61,7 +61,7 @@ def packings(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     pack = packed.open_session
 
     def seen(path: Path, *args, **options):
-        found.append(path)
+        found.extend([path] if "keep" in options else [])
         return pack(path, *args, **options)
 
     monkeypatch.setattr(packed, "open_session", seen)
@@ -414,4 +414,17 @@ def test_an_onnxruntime_that_writes_otherwise_is_done_without(
 
     monkeypatch.setattr(packed, "_align_packed", unforeseen)
     np.testing.assert_array_equal(logits(out), unkept(out, monkeypatch))
+    assert kept(cache) == []
+
+
+def test_what_computes_otherwise_is_not_kept(
+    out: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Small matrices, whose packed weights onnxruntime puts where kernels do not look for them."""
+    expected = unkept(out, monkeypatch)
+    monkeypatch.setattr(packed, "_align_packed", lambda graph: None)
+    monkeypatch.setattr(packed.LOG, "propagate", True)
+    with caplog.at_level("DEBUG", "retnet_tools"):
+        np.testing.assert_array_equal(logits(out), expected)
+    assert "computes otherwise" in caplog.text
     assert kept(cache) == []
