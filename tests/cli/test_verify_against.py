@@ -206,3 +206,25 @@ def test_a_changed_byte_ends_with_3_and_names_its_tensor(cli: Run, folder: Path,
     result = cli("verify", tmp_path / "out", "--against", folder / "model", *SHORT)
     assert result.exit_code == 3
     assert f"weights, float weights: 1 bytes changed (layers.1.ffn.down_proj.weight, byte {size - 4})" in result.err
+
+
+def test_an_export_of_before_decoder_onnx_is_held_as_it_is_and_named(cli: Run, folder: Path, tmp_path: Path) -> None:
+    """What needs the graph says so before any work."""
+    old = shutil.copytree(folder / "model-onnx", tmp_path / "old")
+    document = json.loads((old / "retnet.json").read_text())
+    for part in ("graphs", "files"):
+        del document[part]["decoder.onnx"]
+    (old / "retnet.json").write_text(json.dumps(document))
+    (old / "decoder.onnx").unlink()
+    held = cli("verify", old, "--against", folder / "model", *SHORT)
+    assert held.exit_code == 0
+    assert "no decoder.onnx, which retnet-tools runs: export again" in held.out + held.err
+    for command in (
+        ("generate", old, "-p", "1", "--token-ids"),
+        ("quantize", old, "--quantize", "int8", "-o", tmp_path / "q"),
+    ):
+        result = cli(*command)
+        assert result.exit_code == 5
+        assert "decoder.onnx" in result.err
+        assert "export" in result.err
+    assert not (tmp_path / "q").exists()
