@@ -68,10 +68,10 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 
 def memory() -> dict[str, int]:
     """Bytes: the most that was resident, what is now, what of that is of no file, and what no other process has."""
-    peak = _kilobytes("status", "VmHWM")
     rollup = {name: _kilobytes("smaps_rollup", name) for name in ("Rss", "Anonymous", "Private_Clean", "Private_Dirty")}
+    # The system counts the peak in batches of pages, what is resident page by page.
     return {
-        "peak_resident_bytes": peak,
+        "peak_resident_bytes": max(_kilobytes("status", "VmHWM"), rollup["Rss"]),
         "resident_bytes": rollup["Rss"],
         "anonymous_bytes": rollup["Anonymous"],
         "own_bytes": rollup["Private_Clean"] + rollup["Private_Dirty"],
