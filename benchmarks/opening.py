@@ -52,6 +52,7 @@ LEAST_SECONDS = 0.03
 AGAIN = 2
 ROW = 128
 """Tokens in a row of the text that is scored by rows."""
+ROWS = 8
 QUICK = {"sizes": "base", "large": "", "rounds": 1, "steps": 4, "prompt": 64, "scored": 64}
 
 Reply = dict[str, Any]
@@ -192,7 +193,7 @@ class Measurement:
         """Tokens a second of a text in one row and in rows side by side."""
         if not tokens:
             return {}
-        ids = np.random.default_rng(1).integers(0, VOCABULARY, 16 * ROW)
+        ids = np.random.default_rng(1).integers(0, VOCABULARY, ROWS * ROW)
         text = side.folder / "ids.txt"
         text.write_text(" ".join(map(str, ids)), encoding="ascii")
         ways = {
