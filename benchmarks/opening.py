@@ -52,7 +52,7 @@ LEAST_SECONDS = 0.03
 AGAIN = 2
 ROW = 128
 """Tokens in a row of the text that is scored by rows."""
-ROWS = 8
+ROWS = 4
 QUICK = {"sizes": "base", "large": "", "rounds": 1, "steps": 4, "prompt": 64, "scored": 64}
 
 Reply = dict[str, Any]

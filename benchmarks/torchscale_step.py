@@ -67,7 +67,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             note(number, repeat(number))
         again |= set(found)
     about = {"size": arguments.size, "threads": arguments.threads, "depth": arguments.depth}
-    return about | {"made_again": sorted(again), "deviating": deviating(medians), "results": results(medians)}
+    made_again = [f"repetition {number + 1} of all" for number in sorted(again)]
+    return about | {"made_again": made_again, "deviating": deviating(medians), "results": results(medians)}
 
 
 def deviating(medians: dict[str, list[float]]) -> list[int]:
