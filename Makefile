@@ -65,16 +65,15 @@ out/llama-cpp:
 out/onnxruntime-1.32: | .venv/.installed
 	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --target $@ onnxruntime==1.32.0
 
-# The parts behind record.py share exports, which another commit may have written; BEFORE is an older checkout, which is
-# measured beside this one.
+# The parts behind record.py share exports, which another commit may have written.
 bench: .venv/.installed out/torchscale
 	rm -rf out/bench && mkdir -p out/bench
 	$(BIN)/python benchmarks/record.py --device cpu --folder out/bench
-	$(BIN)/python benchmarks/opening.py --rounds 2 --folder out/bench --exports out/bench $(if $(BEFORE),--tree $(BEFORE))
-	$(BIN)/python benchmarks/torchscale_step.py --torchscale out/torchscale --exports out/bench --repetitions 3 \
+	$(BIN)/python benchmarks/opening.py --folder out/bench --exports out/bench
+	$(BIN)/python benchmarks/torchscale_step.py --torchscale out/torchscale --exports out/bench \
 		-o benchmarks/torchscale_step.json
 	@if [ -d out/llama-cpp ]; then \
-		$(BIN)/python benchmarks/llama_cpp.py --tokens 8 --llama-python out/llama-cpp/bin/python --folder out/bench; \
+		$(BIN)/python benchmarks/llama_cpp.py --llama-python out/llama-cpp/bin/python --folder out/bench; \
 	else echo "llama.cpp is not measured: it is not in out/llama-cpp (make out/llama-cpp)"; fi
 	rm -rf out/bench
 	$(BIN)/python benchmarks/docs_tables.py

@@ -100,6 +100,6 @@ def case(skip: dict[str, Any]) -> str:
     return f"{skip['test']}, batch {skip['batch']}{after}"
 
 
-def deviating(entry: dict[str, Any]) -> str:
+def milliseconds(entry: dict[str, Any]) -> str:
     deviation = entry["ms_per_token_std"]
     return number(entry["ms_per_token"]) + ("" if deviation is None else f" ± {number(deviation)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from docs_cells import Document, deviating, gigabytes, number, origin, table
+from docs_cells import Document, gigabytes, milliseconds, number, origin, table
 
 MEMORY = ("peak_resident_bytes", "private_bytes")
 
@@ -12,7 +12,8 @@ MEMORY = ("peak_resident_bytes", "private_bytes")
 def official(document: Document) -> str:
     """Against torchscale itself: a record of torchscale_step.py."""
     lines = [
-        [entry["implementation"], deviating(entry), f"{entry['times_official']:.2f}"] for entry in document["results"]
+        [entry["implementation"], milliseconds(entry), f"{entry['times_official']:.2f}"]
+        for entry in document["results"]
     ]
     about = f"{document['size']}, {document['threads']} threads, torch {document['libraries']['torch']}."
     if document.get("deviating"):
@@ -59,9 +60,10 @@ def marks(row: Document) -> str:
     return (" (again)" if row["made_again"] else "") + (" (deviates)" if row["deviating"] else "")
 
 
-def opening(document: Document) -> str:
-    """What a process takes: a record of opening.py; where an older tree was measured too, both are in a cell."""
-    found = {(row["size"], row["weights"], row["tree"]): row for row in document["results"]}
+def opening(document: Document, *further: Document) -> str:
+    """What a process takes: records of opening.py; where an older tree was measured too, both are in a cell."""
+    rows = (row for each in (document, *further) for row in each["results"])
+    found = {(row["size"], row["weights"], row["tree"]): row for row in rows}
     lines = []
     for (size, kind, tree), row in found.items():
         if tree != "now":
@@ -91,4 +93,4 @@ def opening(document: Document) -> str:
     about = f"{document['threads']} threads, a prompt of {document['prompt']} tokens, rows of {document['row']}."
     if document["before"]:
         about = f"Pairs are of commit {document['before'][:7]} / now, in turns. {about}"
-    return f"{table(headings, lines)}\n\n{about}\n\n{origin(document)}"
+    return f"{table(headings, lines)}\n\n{about}\n\n{origin(document, *further)}"

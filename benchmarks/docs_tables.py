@@ -212,13 +212,13 @@ def operators(device: str) -> str | None:
     return f"{table([f'operator, {kind}', *names], lines)}\n\n{case}"
 
 
-def beside(script: str, make: Callable[[Document], str]) -> Callable[[str], str | None]:
-    """The part that makes a table of the record of a script beside this one; of the CPU."""
+def beside(make: Callable[..., str], *records: str) -> Callable[[str], str | None]:
+    """The part that makes a table of records beside this script; of the CPU."""
 
     def part(device: str) -> str | None:
-        path = ROOT / "benchmarks" / f"{script}.json"
-        there = device == "cpu" and path.is_file()
-        return make(json.loads(path.read_text(encoding="utf-8"))) if there else None
+        paths = [ROOT / "benchmarks" / f"{record}.json" for record in records]
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+        return make(*found) if device == "cpu" and found else None
 
     return part
 
@@ -237,9 +237,10 @@ def recorded(_: str) -> str:
 
 PARTS: dict[str, Callable[[str], str | None]] = {
     "decode": decoding,
-    "official": beside("torchscale_step", official),
-    "llama": beside("llama_cpp", llama_cpp),
-    "opening": beside("opening", opening),
+    "official": beside(official, "torchscale_step"),
+    "llama": beside(llama_cpp, "llama_cpp"),
+    "opening": beside(opening, "opening", "opening_6.7b"),
+    "before": beside(opening, "opening_before"),
     "prefill": prompts,
     "transformer": against_transformer,
     "context": contexts,

@@ -39,6 +39,7 @@ from record import ROOT, about, environment
 
 from retnet_tools.bench.engines import RetNetEngine
 from retnet_tools.bench.options import WARM_UP_STEPS, BenchOptions, Case
+from retnet_tools.bench.rows import off_median
 from retnet_tools.bench.specs import RetNetSpec
 from retnet_tools.bench.transformer_graph import matching_transformer, parameters, transformer_shapes
 from retnet_tools.paper import MODEL_SIZES, VOCABULARY_SIZE
@@ -48,8 +49,6 @@ from retnet_tools.weights import canonical_shapes
 
 PAIRS = {"int8": "q8_0", "int4": "q4_0"}
 SIDES = ("retnet", "llama.cpp")
-DEVIATING = 0.1
-"""Of the median of repetitions: something else ran on the machine."""
 GGUF_BLOCK = 32
 """Rows of a quantized matrix are whole blocks."""
 CELLS = 256
@@ -149,13 +148,8 @@ def time_ours(request: dict[str, Any]) -> Reply:
 
 
 def deviating(replies: Sequence[dict[str, Reply]]) -> list[int]:
-    """The repetitions in which a side was faster or slower than its median by more than `DEVIATING` of it."""
-    found = set()
-    for side in SIDES:
-        seconds = [both[side]["seconds"] for both in replies]
-        median = statistics.median(seconds)
-        found |= {i for i, value in enumerate(seconds) if abs(value / median - 1) > DEVIATING}
-    return sorted(found)
+    """The repetitions in which the seconds of a side differ from their median."""
+    return sorted({i for side in SIDES for i in off_median([both[side]["seconds"] for both in replies])})
 
 
 def row(pair: tuple[str, str], test: Case, replies: Sequence[dict[str, Reply]], again: list[int]) -> dict[str, Any]:
@@ -267,7 +261,7 @@ def main() -> None:
     parser.add_argument("-t", "--threads", type=int, default=2)
     parser.add_argument("-r", "--repetitions", type=int, default=3)
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
-    parser.add_argument("--tokens", type=int, default=16, help="tokens to decode at each depth")
+    parser.add_argument("--tokens", type=int, default=8, help="tokens to decode at each depth")
     parser.add_argument("--depths", default="0,2048,8192,32768", help="tokens before, a comma list")
     parser.add_argument("--flash-attention", action="store_true", help="of llama.cpp; off is its binding's default")
     parser.add_argument("--folder", type=Path, help="keep the models here, and take those that are here")

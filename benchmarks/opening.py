@@ -1,7 +1,7 @@
 """What a process takes to open an export, to its first token and in memory, and what a second one takes beside it.
 
     python benchmarks/opening.py                     300m and 1.3b in each type
-    python benchmarks/opening.py --sizes '' --large 6.7b -o large.json     6.7b in int4, once
+    python benchmarks/opening.py --sizes '' --large 6.7b -o benchmarks/opening_6.7b.json     6.7b in int4, once
     python benchmarks/opening.py --tree ../older     beside an older checkout of this repository, in turns
     python benchmarks/opening.py --quick             a rehearsal, not recorded
 
@@ -38,21 +38,22 @@ from llama_cpp import into_cache
 from opening_process import FIRST_TOKENS, VOCABULARY
 from record import ROOT, about
 
+from retnet_tools.bench.rows import off_median
 from retnet_tools.paper import MODEL_SIZES
 from retnet_tools.runtime.packed_weights import VARIABLE as CACHE
 
 OUTPUT = ROOT / "benchmarks" / "opening.json"
+BESIDE_OLDER = ROOT / "benchmarks" / "opening_before.json"
 KINDS = ("float32", "float16", "int8", "int4")
 STEADY = ("opening_seconds", "first_token_seconds", "prompt_tokens_per_second", "ms_per_token")
 """Figures by which a round is judged."""
-DEVIATING = 0.1
-"""Of the median of rounds: something else ran on the machine."""
 LEAST_SECONDS = 0.03
 """Below, a difference between two processes says nothing of the machine."""
 AGAIN = 2
 ROW = 128
 """Tokens in a row of the text that is scored by rows."""
 ROWS = 4
+"""Of that text."""
 QUICK = {"sizes": "base", "large": "", "rounds": 1, "steps": 4, "prompt": 64, "scored": 64}
 
 Reply = dict[str, Any]
@@ -229,14 +230,12 @@ def read_seconds(model: Path) -> float:
 
 
 def deviating(found: Sequence[dict[str, Reply]]) -> list[int]:
-    """The rounds in which a figure of a side differs from its median by more than `DEVIATING` of it."""
-    rounds = set()
+    """The rounds in which a figure of a side differs from its median."""
+    rounds: set[int] = set()
     for side in found[0]:
         for name in STEADY:
-            values = [replies[side][name] for replies in found]
-            median = statistics.median(values)
-            least = LEAST_SECONDS if name.endswith("_seconds") else 0
-            rounds |= {i for i, value in enumerate(values) if abs(value - median) > max(DEVIATING * median, least)}
+            least = LEAST_SECONDS if name.endswith("_seconds") else 0.0
+            rounds |= set(off_median([replies[side][name] for replies in found], least))
     return sorted(rounds)
 
 
@@ -303,13 +302,13 @@ def main() -> None:
     parser.add_argument("--kinds", default=",".join(KINDS), help="a comma list")
     parser.add_argument("--large", default="", help="size to measure once in int4")
     parser.add_argument("-t", "--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=256, help="tokens of the prompt that is timed")
     parser.add_argument("--scored", type=int, default=256, help="tokens of the text in one row")
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
     parser.add_argument("--exports", type=Path, help="keep this tree's exports here, and take those that are here")
-    parser.add_argument("-o", "--output", type=Path, help=f"the JSON; {OUTPUT.name} beside this script")
+    parser.add_argument("-o", "--output", type=Path, help=f"the JSON; {OUTPUT.name} or {BESIDE_OLDER.name}")
     parser.add_argument("--quick", action="store_true", help="a small model for seconds; the JSON only with -o")
     if parser.parse_known_args()[0].quick:
         parser.set_defaults(**QUICK)
@@ -322,7 +321,7 @@ def main() -> None:
     document = record | {"seconds": round(time.time() - began)} | found
     print(text(document))
     print(f"opening.py: {time.time() - began:.0f} s in all", file=sys.stderr)
-    output = arguments.output or (None if arguments.quick else OUTPUT)
+    output = arguments.output or (None if arguments.quick else BESIDE_OLDER if arguments.tree else OUTPUT)
     if output:
         output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 

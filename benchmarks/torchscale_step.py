@@ -26,6 +26,7 @@ from record import about, environment
 from torchscale_engine import TorchscaleSpec
 
 from retnet_tools.bench.options import BenchOptions, Case
+from retnet_tools.bench.rows import off_median
 from retnet_tools.bench.specs import RetNetSpec
 from retnet_tools.bench.worker import Worker
 from retnet_tools.paper import VOCABULARY_SIZE, model_size
@@ -33,8 +34,6 @@ from retnet_tools.runtime.providers import Device
 
 OFFICIAL = "torchscale 0.3.0, float32"
 KINDS = ("float32", "int8", "int4")
-DEVIATING = 0.1
-"""Of the median of repetitions: something else ran on the machine."""
 AGAIN = 2
 
 
@@ -72,12 +71,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def deviating(medians: dict[str, list[float]]) -> list[int]:
-    """The repetitions in which one differs from the median of its own by more than `DEVIATING` of it."""
-    found = set()
-    for values in medians.values():
-        median = statistics.median(values)
-        found |= {i for i, value in enumerate(values) if abs(value / median - 1) > DEVIATING}
-    return sorted(found)
+    """The repetitions in which one differs from the median of its own."""
+    return sorted({i for values in medians.values() for i in off_median(values)})
 
 
 def results(medians: dict[str, list[float]]) -> list[dict[str, Any]]:
@@ -100,7 +95,7 @@ def main() -> None:
     parser.add_argument("--size", default="1.3b")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--depth", type=int, default=512, help="tokens before the steps, placed")
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
     parser.add_argument("--exports", type=Path, help="keep the exports here, by size, and take those that are here")

@@ -8,9 +8,12 @@ os.environ["RETNET_TOOLS_CACHE"] = "off"
 # Tests run beside each other, and so do the processes that they start: a test that wants more threads says so.
 os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
 
+import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -42,6 +45,13 @@ class Result:
 
 
 Run = Callable[..., Result]
+
+
+@pytest.fixture
+def scripts(monkeypatch) -> Callable[[str], ModuleType]:
+    """Imports a script of benchmarks/, which import each other by their names alone."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    return importlib.import_module
 
 
 @pytest.fixture

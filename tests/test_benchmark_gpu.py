@@ -29,11 +29,8 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def gpu_steps(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import gpu_steps
-
-    return gpu_steps
+def gpu_steps(scripts):
+    return scripts("gpu_steps")
 
 
 def test_a_step_that_does_not_exist_is_refused() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -23,14 +22,13 @@ PROMPT, FAR = Case("prefill", 512, 0, 1), Case("decode", 16, 8192, 1)
 
 
 @pytest.fixture
-def llama(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("llama_cpp")
+def llama(scripts) -> ModuleType:
+    return scripts("llama_cpp")
 
 
 @pytest.fixture
-def engine(llama: ModuleType) -> ModuleType:
-    return importlib.import_module("llama_engine")
+def engine(scripts) -> ModuleType:
+    return scripts("llama_engine")
 
 
 def replies(ours: list[float], theirs: list[float]) -> list[dict[str, dict[str, object]]]:
@@ -40,7 +38,7 @@ def replies(ours: list[float], theirs: list[float]) -> list[dict[str, dict[str, 
     return [{"retnet": {"seconds": a, **rest}, "llama.cpp": {"seconds": b, **rest}} for a, b in both]
 
 
-def test_its_table_says_what_was_made_again_and_what_deviates(llama: ModuleType) -> None:
+def test_its_table_says_what_was_made_again_and_what_deviates(llama: ModuleType, scripts) -> None:
     rows = [
         llama.row(PAIR, PROMPT, replies([2.0, 2.1, 2.0], [4.0, 4.1, 4.2]), [1]),
         llama.row(PAIR, FAR, replies([0.02, 0.02, 0.03], [0.08, 0.06, 0.06]), [0, 2]),
@@ -54,7 +52,7 @@ def test_its_table_says_what_was_made_again_and_what_deviates(llama: ModuleType)
         "weight_bytes": {"int8": 10**9, "q8_0": 2 * 10**9},
         **{"size": "1.3b", "threads": 2, "cache": "float16", "flash_attention": False, "results": rows},
     }
-    text = importlib.import_module("docs_script_tables").llama_cpp(record)
+    text = scripts("docs_script_tables").llama_cpp(record)
     assert "| int8 / q8_0 | pp512 (again) | 256 | 125 | 2.00 times | 2.00 / 2.00 | - / - |" in text
     # The median of ratios within repetitions, 4, 3 and 2.
     assert "| int8 / q8_0 | tg16 @ d8192 (again) | 50 | 16.7 | 3.00 times |" in text
@@ -206,7 +204,7 @@ def llama_python() -> Path:
 
 
 @pytest.mark.slow
-def test_llama_cpp_is_measured_to_the_end(tmp_path: Path) -> None:
+def test_llama_cpp_is_measured_to_the_end(scripts, tmp_path: Path) -> None:
     python = llama_python()
     output, folder = tmp_path / "out.json", tmp_path / "models"
     command = [sys.executable, str(ROOT / "benchmarks" / "llama_cpp.py"), "--quick", "--llama-python", str(python)]
@@ -219,6 +217,7 @@ def test_llama_cpp_is_measured_to_the_end(tmp_path: Path) -> None:
     for row in document["results"]:
         assert not row["deviating"]
         assert min(row["times_as_fast"], *(row[side]["tokens_per_second"] for side in ("retnet", "llama.cpp"))) > 0
+    assert "| int8 / q8_0 | pp64 |" in scripts("docs_script_tables").llama_cpp(document)
     # Attention reads all that is placed: logits after a prompt, and after it twice and a half in llama.cpp's own way.
     model, kept = folder / "base" / "q8_0.gguf", tmp_path / "kept"
     command = [str(python), "-P", "-c", PLACED, str(model), str(kept), str(ROOT / "benchmarks")]

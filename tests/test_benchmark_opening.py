@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import subprocess
@@ -18,9 +17,8 @@ FIGURES = {"opening_seconds": 1.0, "first_token_seconds": 2.0, "prompt_tokens_pe
 
 
 @pytest.fixture
-def opening(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("opening")
+def opening(scripts) -> ModuleType:
+    return scripts("opening")
 
 
 def test_rounds_that_deviate_are_those_off_by_a_tenth(opening: ModuleType) -> None:
@@ -70,7 +68,7 @@ def test_trees_take_turns_and_a_round_is_made_again_by_both(
     assert (before["a"], before["b"], before["weight_bytes"]) == (1, 2, 5)
 
 
-def test_its_table_has_both_trees_in_a_cell(opening: ModuleType) -> None:
+def test_its_table_has_both_trees_in_a_cell(scripts) -> None:
     row = FIGURES | {"size": "1.3b", "weights": "int8", "tree": "now", "made_again": [1], "deviating": []}
     row |= {"reading_seconds": 0.41, "opening_first_seconds": 3.0, "scoring_one_row": 210.0, "scoring_rows": 260.0}
     row |= {"peak_resident_bytes": 2e9, "anonymous_bytes": 1e8, "second_own_bytes": 2e8}
@@ -80,9 +78,9 @@ def test_its_table_has_both_trees_in_a_cell(opening: ModuleType) -> None:
         "command": "python benchmarks/opening.py --tree ../older",
         "recorded": "2026-11-24",
         "machine": {"processor": "Some processor", "cores": 2, "memory_bytes": None},
-        **{"threads": 2, "prompt": 256, "row": 128, "before": "bb4d843ea1", "results": [row, before, large]},
+        **{"threads": 2, "prompt": 256, "row": 128, "before": "bb4d843ea1", "results": [row, before]},
     }
-    text = importlib.import_module("docs_script_tables").opening(document)
+    text = scripts("docs_script_tables").opening(document, document | {"results": [large]})
     assert "| 1.3b int8 (again) | 0.41 | 3.00 | 2.50 / 1.00 | 2.00 / 2.00 | 100 / 100 | 30 / 30 | 30 / 210 |" in text
     assert "| 6.7b int8 (again) | 0.41 | 3.00 | 1.00 | 2.00 | 100 | 30 | - | - | 2.00 | 0.10 | 0.20 |" in text
     assert "Pairs are of commit bb4d843 / now, in turns. 2 threads" in text
@@ -90,7 +88,7 @@ def test_its_table_has_both_trees_in_a_cell(opening: ModuleType) -> None:
 
 
 @pytest.mark.slow
-def test_it_is_measured_to_the_end(tmp_path: Path) -> None:
+def test_it_is_measured_to_the_end(scripts, tmp_path: Path) -> None:
     output = tmp_path / "out.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "opening.py"), "--quick", "--kinds", "int8"]
     command += ["-t", "1", "--tree", str(ROOT), "--folder", str(tmp_path), "-o", str(output)]
@@ -104,3 +102,14 @@ def test_it_is_measured_to_the_end(tmp_path: Path) -> None:
         # It packs nothing anew and shares the weights.
         assert row["second_own_bytes"] < row["resident_bytes"]
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+    assert "| base int8" in scripts("docs_script_tables").opening(json.loads(output.read_text()))
+
+
+def test_a_peak_is_no_less_than_what_is_resident(scripts, monkeypatch: pytest.MonkeyPatch) -> None:
+    opening_process = scripts("opening_process")
+    # As the system counts them: the peak in batches of pages.
+    counted = {"VmHWM": 4096, "Rss": 8192}
+    monkeypatch.setattr(opening_process, "_kilobytes", lambda file, name: counted.get(name, 0))
+    assert opening_process.memory()["peak_resident_bytes"] == 8192
+    counted["VmHWM"] = 12288
+    assert opening_process.memory()["peak_resident_bytes"] == 12288

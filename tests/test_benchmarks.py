@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shlex
@@ -21,13 +20,6 @@ from retnet_tools.cli.bench import bench_options
 from tests.bench.reports import GRID, report, row
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch):
-    """Imports a script of benchmarks/."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module
 
 
 def parsed(command: str) -> dict[str, object]:

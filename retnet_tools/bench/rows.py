@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,10 +64,16 @@ DEVIATING = 0.1
 """Of the median of repetitions: something else ran on the machine."""
 
 
+def off_median(values: Sequence[float] | Array, least: float = 0.0) -> list[int]:
+    """Where values differ from their median by more than `DEVIATING` of it, and by more than `least`."""
+    median = np.median(values)
+    return [i for i, value in enumerate(values) if abs(value - median) > max(DEVIATING * median, least)]
+
+
 def deviating(test: Case, seen: Observed) -> list[int]:
     """The repetitions whose tokens a second differ from their median by more than `DEVIATING` of it."""
-    rates = _rates(test, seen)
-    return [i for i, part in zip(seen, rates / np.median(rates) - 1, strict=True) if abs(part) > DEVIATING]
+    repetitions = list(seen)
+    return [repetitions[i] for i in off_median(_rates(test, seen))]
 
 
 def make_row(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from retnet_tools.bench.options import Case
-from retnet_tools.bench.rows import Repetition, Sample, make_row, with_measured_memory
+from retnet_tools.bench.rows import Repetition, Sample, make_row, off_median, with_measured_memory
 from tests.bench.reports import TRAFFIC, observed, row, subject
 
 RATES = 2 * 10 / (10 * 0.02 * np.array([0.9, 1.0, 1.1]))
@@ -71,6 +71,13 @@ def test_an_alternative_is_compared_in_the_repetitions_that_both_ran() -> None:
     del ours[2], theirs[0]
     assert make_row(subject("torch"), test, 1, theirs, ours).retnet_speedup == pytest.approx(3)
     assert make_row(subject("torch"), test, 1, theirs, {}).retnet_speedup is None
+
+
+def test_what_is_off_by_more_than_a_tenth_of_the_median_deviates_either_way() -> None:
+    assert off_median([1.0, 1.09, 0.91]) == []
+    assert off_median([1.0, 0.89, 1.0, 1.11, 1.0]) == [1, 3]
+    assert off_median([0.05, 0.05, 0.07], least=0.03) == []
+    assert off_median([0.05, 0.05, 0.09], least=0.03) == [2]
 
 
 def test_one_repetition_has_no_deviation() -> None:
