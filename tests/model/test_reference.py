@@ -55,7 +55,7 @@ def test_copies_move_as_far_as_their_noise():
     ratio = large.logits_apart[0] / small.logits_apart[0]
     np.testing.assert_allclose(ratio, 10, rtol=0.05)
     np.testing.assert_allclose(large.states_apart[20][1][0] / small.states_apart[20][1][0], 10, rtol=0.05)
-    assert (run(BASE, source, walk, [replace(FLOATS, relative=0.0)]).logits_apart[0] == 0).all()
+    assert run(BASE, source, walk, [replace(FLOATS, relative=0.0)]).logits_apart[0].max() < LOGITS_FLOAT64
 
 
 def test_each_noise_has_its_own_copies():
@@ -65,10 +65,11 @@ def test_each_noise_has_its_own_copies():
     noises = [nothing, Noise(0.0, 0.0, 1.0, matrices), replace(nothing, state=1e-3)]
     found = run(BASE, source, walk, noises, copies=2)
     none, int8, written = found.logits_apart
-    assert (none == 0).all()
+    # Copies are rows of one product, whose sums need not be taken in one order.
+    assert none.max() < LOGITS_FLOAT64
     assert (int8 > 1e-3).all()
     # The first token is read before any state is written.
-    assert written[0, 0] == 0 < written[0, 5:].min()
+    assert written[0, 0] < LOGITS_FLOAT64 < 1e-6 < written[0, 5:].min()
     np.testing.assert_allclose(found.logits, reference_logits(BASE, source, walk.tokens), rtol=0, atol=LOGITS_FLOAT64)
 
 
