@@ -48,15 +48,15 @@ CPU = (
     Run("float32", "--size {size} -p 512 -n 32 -t 2 -r 3 --again 2 --against torch --profile"),
     Run("int8", "--size {size} --quantize int8 -p 512 -n 32 -t 2 -r 3 --again 2 --profile"),
     Run("int4", "--size {size} --quantize int4 --block-size 128 -p 512 -n 32 -t 2 -r 3 --again 2 --profile"),
-    Run("flat", "--size {size} --quantize int8 -p 0 -n 32 -t 2 -r 4 --again 2 --flat"),
+    Run("flat", "--size {size} --quantize int8 -p 0 -n 32 -t 2 -r 3 --again 2 --flat"),
     Run("flat-float32", "--size {size} -p 0 -n 16 -t 2 -r 3 --again 2 --flat"),
     Run(
         "transformer-prompt",
-        "--size {size} --quantize int8 -p 2048 -n 0 -t 2 -r 2 --again 1 --against transformer",
+        "--size {size} --quantize int8 -p 1024 -n 0 -t 2 -r 2 --again 1 --against transformer",
     ),
     Run(
         "context",
-        "--size {size} --quantize int8 -p 0 -n 8 -d 512,2048,8192,32768 -b 1,8 -t 2 -r 2 --again 1 "
+        "--size {size} --quantize int8 -p 0 -n 8 -d 512,2048,8192,32768 -b 1,8 -t 2 -r 3 --again 1 "
         "--against transformer,transformer-gqa",
     ),
 )
