@@ -43,8 +43,8 @@ class BenchRow:
             the bandwidth beside it, median over repetitions: 1 is as fast as memory allows. A model that fits into a
             cache can be faster.
         flops_per_token: of a prompt; None when decoding.
-        product_rate: floating-point operations a second of a measured matrix product, median over repetitions; None
-            when decoding.
+        product_rate: floating-point operations a second of a measured matrix product, the faster of those before and
+            after each repetition, median; None when decoding.
         product_share: flops_per_token * tokens a second / product_rate of each repetition, median.
         state_bytes_per_sequence: states, or the KV cache with its last token; computed, one set of buffers.
         state_buffers: how many sets of them the implementation holds at once.

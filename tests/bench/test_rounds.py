@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class Processes:
         room: bytes that a test can have, by implementation.
         devices: where implementations run, where that is not the CPU.
         seconds: that a step takes, where that is not 0.01, as `errors`.
+        limits: what the probes measure, in turns.
     """
 
     def __init__(self) -> None:
@@ -48,6 +50,7 @@ class Processes:
         self.room: dict[str, int] = {}
         self.devices: dict[str, Device] = {}
         self.seconds: dict[tuple[str, int, int], float] = {}
+        self.limits = {"bandwidth": cycle([1e10]), "product_rate": cycle([1e11])}
         self.open: list[str] = []
         self.said: list[str] = []
 
@@ -77,7 +80,8 @@ class Processes:
             def call(self, method: str, *arguments: Any) -> Any:
                 assert self.name in processes.open
                 if isinstance(self.spec, ProbeSpec):
-                    return {"bandwidth": 1e10, "product_rate": 1e11}[method]
+                    processes.calls.append((self.name, method))
+                    return next(processes.limits[method])
                 if method == "device":
                     return processes.devices.get(self.name, Device("cpu"))
                 if method == "room":
@@ -95,8 +99,8 @@ class Processes:
     def runs(self) -> list[tuple[Any, ...]]:
         return [call for call in self.calls if isinstance(call[1], int)]
 
-    def run(self, *names: str) -> Round:
-        round = Round([implementation(name) for name in names], TESTS, 1, SETTING)
+    def run(self, *names: str, tests: Sequence[Case] = TESTS) -> Round:
+        round = Round([implementation(name) for name in names], tests, 1, SETTING)
         round.run(lambda what, done, total: self.said.append(what), 0, 6)
         assert self.open == []
         return round
@@ -120,6 +124,24 @@ def test_implementations_take_turns_and_change_who_goes_first(processes: Process
     assert [(row.implementation, row.batch, row.retnet_speedup) for row in rows] == [
         *(("retnet", 1, None), ("torch", 1, 1.0), ("retnet", 8, None), ("torch", 8, 1.0)),
     ]
+
+
+def test_limits_are_measured_before_and_after_and_a_disturbed_product_is_none(processes: Processes) -> None:
+    # Before and after, in three repetitions.
+    processes.limits["bandwidth"] = cycle([1e10, 3e10])
+    processes.limits["product_rate"] = cycle([1e11, 2e11, 4e11, 1e11, 3e11, 3e11])
+    (row,) = processes.run("retnet", tests=[Case("prefill", 4, 0, 1)]).rows()
+    assert row.bandwidths == (2e10, 2e10, 2e10)
+    assert row.product_rates == (2e11, 4e11, 3e11)
+    measured = [("the probes", "bandwidth"), ("the probes", "product_rate")]
+    calls = [call for call in processes.calls if call in measured or call == ("retnet", 1)]
+    assert calls == 3 * [*measured, ("retnet", 1), *measured]
+
+
+def test_decoding_has_no_limit_by_products(processes: Processes) -> None:
+    rows = list(processes.run("retnet").rows())
+    assert [row.product_rates for row in rows] == [(), ()]
+    assert ("the probes", "product_rate") not in processes.calls
 
 
 def test_every_repetition_has_new_processes_that_are_open_together(processes: Processes) -> None:
