@@ -52,7 +52,7 @@ CPU = (
     Run("flat-float32", "--size {size} -p 0 -n 16 -t 2 -r 3 --again 2 --flat"),
     Run(
         "transformer-prompt",
-        "--size {size} --quantize int8 -p 1024 -n 0 -t 2 -r 2 --again 1 --against transformer",
+        "--size {size} --quantize int8 -p 1024 -n 0 -t 2 -r 3 --again 1 --against transformer",
     ),
     Run(
         "context",
